@@ -1,0 +1,1 @@
+"""What is trainable in a client's model, and who owns it."""

@@ -1,0 +1,1 @@
+"""How SHARED parameters of a cohort become one consensus."""

@@ -1,0 +1,1 @@
+"""Ownership, messages, lanes, the worker and the only loop over rounds."""

@@ -1,0 +1,129 @@
+"""What a client function gets: its clients as lanes, the model, their parameters and named random streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedtailor.core.batches import Examples, IntArray, LaneBatch, lane_batches, training_picks
+from fedtailor.core.lanes import LaneParams
+from fedtailor.core.method import Adapter, Parameters
+from fedtailor.core.net import LaneNet
+from fedtailor.core.scope import Scope
+from fedtailor.core.seeding import numpy_rng, torch_rng
+
+if TYPE_CHECKING:
+    from fedtailor.tasks.task import Client
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One client (at one budget, in a personaliser) inside a fused call."""
+
+    client: Client
+    train: Examples
+    budget: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of training examples, N in the papers."""
+        return len(self.train.labels)
+
+
+@dataclass(frozen=True)
+class ClientContext:
+    """K clients of one group.
+
+    Args:
+        net: resident base model.
+        lanes: clients, ordered by falling training size.
+        params: their parameters, K lanes.
+        seed: run seed.
+        stage: ``base``, ``strategy`` or ``personalise``; a coordinate of every random stream.
+        round: round index; 0 when personalising, so that chunks do not change a draw.
+        num_labels: C.
+        pad_id: padding token.
+        features: base-model features of a lane's training texts, (2L,) float32 each, cached.
+        budgets: of a personaliser.
+        r_max: largest budget of the run.
+        received: SHARED row as it came, (P,); None without SHARED parameters.
+        warn: records a warning about a lane.
+        loss_scale_tokens: token budget of one evaluation step.
+    """
+
+    net: LaneNet
+    lanes: tuple[Lane, ...]
+    params: LaneParams
+    seed: int
+    stage: str
+    round: int
+    num_labels: int
+    pad_id: int
+    features: Callable[[Sequence[Lane], bool], Tensor]
+    warn: Callable[[Lane, str], None]
+    budgets: tuple[int, ...] = ()
+    r_max: int = 0
+    received: Tensor | None = None
+    base_ref: str = "base"
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> Tensor:
+        """N of each lane, (K,), in the base's type."""
+        return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
+
+    def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
+        """Rows of every step of every lane.
+
+        The streams are named (seed, stage, round, client, purpose, epoch): two budgets of a client, and two
+        methods, see the same order.
+        """
+        picks = []
+        for lane in self.lanes:
+            coordinates = (self.seed, self.stage, self.round, lane.client.id, f"order/{purpose}")
+            rngs = [numpy_rng(*coordinates, epoch) for epoch in range(epochs)]
+            picks.append(training_picks(lane.size, epochs, batch_size, rngs))
+        return picks
+
+    def batches(self, picks: Sequence[Sequence[IntArray]]) -> Sequence[LaneBatch] | object:
+        """Iterates over the batches of ``picks``."""
+        return lane_batches([lane.train for lane in self.lanes], picks, self.pad_id, self.net.device)
+
+    def use_dropout(self, probability: float, purpose: str) -> None:
+        """Gives every lane its own generator for adapter dropout."""
+        self.net.state.dropout = probability
+        self.net.state.generators = [
+            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}") for lane in self.lanes
+        ]
+
+    def fork(
+        self, lanes: Sequence[Lane], adapter: Adapter | None, modules: Sequence[Parameters] = ()
+    ) -> ClientContext:
+        """The same surroundings with other lanes and fresh parameters, bound to the model."""
+        params = open_params(self.net, len(lanes), adapter, modules, self.seed)
+        return replace(self, lanes=tuple(lanes), params=params)
+
+
+def open_params(
+    net: LaneNet, lanes: int, adapter: Adapter | None, modules: Sequence[Parameters], seed: int
+) -> LaneParams:
+    """Parameters of an adapter and its auxiliary modules at their initial values, bound to the model."""
+    parts: list[Parameters] = [*([adapter] if adapter else []), *modules]
+    specs = [spec for part in parts for spec in part.specs(net)]
+    params = LaneParams(specs, lanes, net.device, net.param_dtype)
+    for part in parts:
+        for name, value in part.initial(net, seed).items():
+            params.set(name, value.to(net.device, net.param_dtype))
+    net.unbind()
+    if adapter:
+        adapter.bind(net, params)
+    return params
+
+
+def shared_row(params: LaneParams, lane: int) -> Tensor:
+    """A copy of a lane's SHARED row (P,); never a live view."""
+    return params.flat(Scope.SHARED)[lane].detach().clone()

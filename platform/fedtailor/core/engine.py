@@ -1,0 +1,261 @@
+"""The worker: runs segments of a stage, wherever it lives. `SerialPool` holds one; a Ray actor wraps another."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtailor.core.context import ClientContext, Lane
+from fedtailor.core.errors import TailorError
+from fedtailor.core.messages import (
+    Failure,
+    FloatArray,
+    SegmentJob,
+    SegmentResult,
+    StageSpec,
+    metric_row,
+)
+from fedtailor.core.method import Personalised, Report
+from fedtailor.core.pool import StageInfo
+from fedtailor.core.scope import Scope
+from fedtailor.core.worker_stage import OpenStage
+from fedtailor.tasks.classification import evaluate
+
+
+class Worker:
+    """Keeps one model resident and plays segment after segment through it."""
+
+    def __init__(self) -> None:
+        self._stage: OpenStage | None = None
+
+    def open(self, spec: StageSpec) -> StageInfo:
+        """Opens a stage; the model stays if the one before used the same, unchanged."""
+        old = self._stage
+        same = ("model_dir", "data_dir", "targets", "dtype", "base_dropout", "device")
+        keep = old and not old.trains_base and all(getattr(old.spec, f) == getattr(spec, f) for f in same)
+        net = old.net if old and keep else None
+        self._stage = None
+        if net is not None:
+            net.unbind()
+        self._stage = OpenStage.open(spec, net)
+        return self._stage.info()
+
+    def close(self) -> None:
+        """Forgets the model."""
+        self._stage = None
+
+    def run(self, job: SegmentJob, shared: FloatArray | None) -> SegmentResult:
+        """Plays one segment.
+
+        Args:
+            job: clients and round.
+            shared: SHARED state (P,) float32; only read, may be a read-only buffer.
+
+        Returns:
+            One sum over the valid clients, and rows, private state and failures of each.
+
+        Raises:
+            TailorError: nothing in the segment can run (wrong stage, method without a round).
+        """
+        stage = self._stage
+        if stage is None or stage.spec.key != job.stage:
+            raise TailorError(f"segment of stage {job.stage} sent to a worker of {stage.spec.key if stage else 'none'}")
+        return _Segment(stage, job, shared).play()
+
+
+class _Segment:
+    """One call of `Worker.run`: collects per-client answers, then adds them in client order."""
+
+    def __init__(self, stage: OpenStage, job: SegmentJob, shared: FloatArray | None) -> None:
+        self.stage, self.job = stage, job
+        self.shared = None if shared is None else torch.from_numpy(np.array(shared, dtype=np.float32)).to(stage.net.device)
+        self.result = SegmentResult(job.stage, job.round, job.index, job.attempt)
+        self.rows: dict[str, FloatArray] = {}
+        self.metrics: dict[str, list[dict[str, Any]]] = {}
+        self.failed: dict[str, Failure] = {}
+        self.partial: Any = None
+        self.next = 0
+
+    def play(self) -> SegmentResult:
+        job, stage = self.job, self.stage
+        self.partial = [] if not job.presum else None
+        for group in stage.groups(job.clients):
+            clients = [job.clients[i] for i in group]
+            started = time.perf_counter()
+            try:
+                self._group(clients)
+            except TailorError:
+                raise
+            except Exception as error:
+                self._one_by_one(clients, error)
+            share = (time.perf_counter() - started) / len(clients)
+            self.result.seconds |= dict.fromkeys(clients, share)
+            self._add_in_order()
+        stage.net.unbind()
+        result = self.result
+        result.partial = self.partial
+        result.valid = tuple(c for c in job.clients if c not in self.failed)
+        result.failures = [self.failed[c] for c in job.clients if c in self.failed]
+        result.metrics = [row for c in job.clients for row in self.metrics.get(c, [])]
+        result.host = {
+            "pid": os.getpid(),
+            "node": platform.node(),
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        return result
+
+    def _one_by_one(self, clients: Sequence[str], error: Exception) -> None:
+        """Names the client that broke the group: runs it again lane by lane."""
+        if len(clients) > 1:
+            self.result.warnings.append({"kind": "group-rerun", "clients": list(clients), "reason": _reason(error)})
+        for client in clients:
+            for record in (self.rows, self.metrics, self.failed, self.result.private, self.result.tensors):
+                record.pop(client, None)
+            try:
+                if len(clients) == 1:
+                    raise error
+                self._group([client])
+            except TailorError:
+                raise
+            except Exception as own:
+                self.failed[client] = Failure(client, self.job.stage, self.job.round, "exception", _reason(own))
+
+    def _group(self, clients: Sequence[str]) -> None:
+        ctx = self.stage.context(clients, self.job.round, self.shared, self.job.private, self._warn)
+        torch.manual_seed(_group_seed(ctx))
+        if self.stage.spec.kind == "personalise":
+            self._personalise(ctx)
+        else:
+            self._update(ctx)
+
+    def _update(self, ctx: ClientContext) -> None:
+        update = self.stage.method.local_update
+        if update is None:
+            raise TailorError(f"method {self.stage.method.name} has no local update: it cannot take part in rounds")
+        report = update(ctx)
+        shared, private = ctx.params.flat(Scope.SHARED), ctx.params.flat(Scope.PRIVATE)
+        for k, lane in enumerate(ctx.lanes):
+            client = lane.client.id
+            # Copies: a lane's buffer is reused by the next group.
+            row = shared[k].detach().cpu().numpy().astype(np.float32, copy=True)
+            own = private[k].detach().cpu().numpy().astype(np.float32, copy=True)
+            if not (np.isfinite(row).all() and np.isfinite(own).all()):
+                self._reject(client, "NaN or Inf in the update")
+                continue
+            self.rows[client] = row
+            if own.size:
+                self.result.private[client] = own
+            self.metrics[client] = self._report_rows(report, k, lane)
+
+    def _report_rows(self, report: Report, k: int, lane: Lane) -> list[dict[str, Any]]:
+        return [
+            self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
+            for name, values in report.metrics.items()
+        ]
+
+    def _row(self, lane: Lane, **values: Any) -> dict[str, Any]:
+        spec, client = self.stage.spec, lane.client
+        return metric_row(
+            stage=spec.key.split("/")[0], method=spec.method, seed=spec.seed, round=self.job.round, pool=client.pool,
+            language=client.language, client=client.id, budget=-1 if lane.budget is None else lane.budget, **values,
+        )  # fmt: skip
+
+    def _personalise(self, ctx: ClientContext) -> None:
+        spec, data = self.stage.spec, self.stage.data
+        made = self.stage.method.personaliser(ctx)
+        tests = [data.examples(lane.client.id, "test") for lane in made.lanes]
+        ctx.net.train_mode(False)
+        scores = evaluate(made.logits, tests, data.pad_id, spec.token_budget, ctx.net.device)
+        for client, lam in made.strategy.items():
+            self.result.tensors[client] = lam.detach().cpu().numpy().astype(np.float32, copy=True)
+        for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True)):
+            client = lane.client.id
+            if not np.isfinite(score.loss_sum):
+                self._reject(client, f"test loss is {score.loss_sum}")
+                continue
+            weight = float(score.count)
+            rows = self.metrics.setdefault(client, [])
+            rows.append(self._row(lane, metric="accuracy", value=score.correct / score.count, weight=weight))
+            rows.append(self._row(lane, metric="loss", value=score.loss_sum / score.count, weight=weight))
+            rows += [
+                self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
+                for name, values in made.metrics.items()
+            ]
+            rows += self._rank_rows(made, k, lane)
+            if spec.save_adapters and made.export is not None:
+                self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, spec.model_dir)
+
+    def _rank_rows(self, made: Personalised, k: int, lane: Lane) -> list[dict[str, Any]]:
+        if made.ranks is None or not made.selects_ranks:
+            return []
+        ranks = made.ranks[k].tolist()
+        assert sum(ranks) == (lane.budget or 0) * len(ranks), f"{lane.client.id}: {sum(ranks)} ranks kept"
+        return [
+            self._row(lane, metric="kept_rank", module=name, value=float(rank), weight=float(lane.size))
+            for name, rank in zip(self.stage.net.modules, ranks, strict=True)
+        ]
+
+    def _reject(self, client: str, reason: str) -> None:
+        self.failed[client] = Failure(client, self.job.stage, self.job.round, "rejected", reason)
+        for record in (self.rows, self.metrics, self.result.private, self.result.tensors):
+            record.pop(client, None)
+
+    def _warn(self, lane: Lane, sentence: str) -> None:
+        self.result.warnings.append({"kind": "client-warning", "client": lane.client.id, "reason": sentence})
+
+    def _add_in_order(self) -> None:
+        """Adds every client whose predecessors are done; keeps no more rows than it must."""
+        if self.stage.spec.kind == "personalise":
+            return
+        aggregator = self.stage.method.aggregator
+        while self.next < len(self.job.clients):
+            client = self.job.clients[self.next]
+            if client in self.rows:
+                row, weight = self.rows.pop(client), float(self.stage.data.client(client).n_train)
+                if self.job.presum:
+                    state = aggregator.zero(row.size) if self.partial is None else self.partial
+                    self.partial = aggregator.add(state, row, weight)
+                else:
+                    self.partial.append((client, row, weight))
+            elif client not in self.failed:
+                return
+            self.next += 1
+
+
+def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:
+    """One result from those of a segment's single clients, in client order."""
+    whole = replace(parts[0])
+    for part in parts[1:]:
+        if whole.partial is None:
+            whole.partial = part.partial
+        elif part.partial is not None:
+            joined = isinstance(whole.partial, list)
+            whole.partial = whole.partial + part.partial if joined else whole.partial.merged(part.partial)
+        whole.metrics = whole.metrics + part.metrics
+        whole.private = whole.private | part.private
+        whole.tensors = whole.tensors | part.tensors
+        whole.adapters = whole.adapters | part.adapters
+        whole.failures = whole.failures + part.failures
+        whole.warnings = whole.warnings + part.warnings
+        whole.valid = whole.valid + part.valid
+        whole.seconds = whole.seconds | part.seconds
+    return whole
+
+
+def _group_seed(ctx: ClientContext) -> int:
+    """Seed of torch's global stream, which only a base's own dropout draws from (one client at a time)."""
+    from fedtailor.core.seeding import seed_for
+
+    return seed_for(ctx.seed, ctx.stage, ctx.round, ctx.lanes[0].client.id, "base-dropout")
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

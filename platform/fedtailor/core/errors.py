@@ -1,0 +1,93 @@
+"""Errors, one leaf per kind of blame. Each carries the exit code that the command line ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TailorError(Exception):
+    """Base of all errors that fedtailor raises on purpose; shown without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(TailorError):
+    """The configuration cannot run. Holds every problem that was found, not just the first.
+
+    Args:
+        problems: one sentence each, naming the key, the value and the allowed values.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(TailorError):
+    """A dataset is missing, damaged or unusable; names the file and line or the client."""
+
+    exit_code = 3
+
+
+class ModelError(TailorError):
+    """A base model or tokenizer is missing, incomplete or of an unsupported architecture."""
+
+    exit_code = 3
+
+
+class CapabilityError(TailorError):
+    """A method needs something that the chosen engine or adapter cannot do."""
+
+    exit_code = 2
+
+
+class PlacementError(TailorError):
+    """The requested resources do not exist on this machine or cluster."""
+
+    exit_code = 4
+
+
+class StorageError(TailorError):
+    """A run folder, artifact or lock is in a state that forbids going on."""
+
+    exit_code = 5
+
+
+class ClientError(TailorError):
+    """A client failed inside data or method code; says where.
+
+    Args:
+        client: client id.
+        stage: stage key, e.g. ``strategy/fedp2eft/seed42``.
+        round: round or chunk index, from 0.
+        cause: text of the original error.
+    """
+
+    exit_code = 6
+
+    def __init__(self, client: str, stage: str, round: int, cause: str) -> None:
+        self.client, self.stage, self.round, self.cause = client, stage, round, cause
+        super().__init__(f"client {client}, {stage}, round {round}: {cause}")
+
+    def __reduce__(self) -> tuple[type[ClientError], tuple[str, str, int, str]]:
+        return ClientError, (self.client, self.stage, self.round, self.cause)
+
+
+class RoundError(TailorError):
+    """A round has no valid update, or fewer than the quorum; the last good state is kept."""
+
+    exit_code = 6
+
+
+class WorkerError(TailorError):
+    """Actors died or hung more often than the retry policy allows."""
+
+    exit_code = 6
+
+
+class Interrupted(TailorError):
+    """The run was asked to stop (Ctrl-C or SIGTERM) and stopped at a commit; it can be resumed."""
+
+    exit_code = 130

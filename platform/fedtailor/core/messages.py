@@ -1,0 +1,122 @@
+"""What travels between driver and workers: plain, picklable records of names, numbers and flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Everything a worker must know to run one stage; equal specs give equal results.
+
+    Args:
+        key: ``base/seed42``, ``strategy/fedp2eft/seed42`` or ``personalise/lora/seed42``.
+        kind: ``rounds`` or ``personalise``.
+        method: row of the METHODS table.
+        method_config: that method's resolved config, as JSON-like data.
+        seed: run seed.
+        model_dir: Hugging Face folder of the frozen (or initial) model.
+        data_dir: folder of the tokenised clients.
+        targets: linear layers to adapt.
+        budgets: total rank per adapted layer, ascending; empty for round stages.
+        r_max: largest budget of the run, the paper's r_max target.
+    """
+
+    key: str
+    kind: str
+    method: str
+    method_config: Mapping[str, Any]
+    seed: int
+    model_dir: str
+    data_dir: str
+    targets: str | tuple[str, ...]
+    base_dropout: float
+    budgets: tuple[int, ...]
+    r_max: int
+    threads: int
+    token_budget: int
+    max_lanes: int
+    dtype: str
+    save_adapters: bool = False
+    cache_dir: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class SegmentJob:
+    """A fixed piece of a cohort, or of a chunk of clients to personalise. Idempotent: running it twice
+    gives the same bytes; ``attempt`` only tells two tries apart."""
+
+    stage: str
+    round: int
+    index: int
+    clients: tuple[str, ...]
+    attempt: int = 0
+    private: Mapping[str, FloatArray] = field(default_factory=dict)
+    """PRIVATE state of the clients that have some, one flat float32 row each."""
+    presum: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client without a valid result, and why."""
+
+    client: str
+    stage: str
+    round: int
+    kind: str
+    """``exception`` or ``rejected`` (NaN, Inf or wrong shape)."""
+    reason: str
+
+
+@dataclass
+class SegmentResult:
+    """Answer to a `SegmentJob`."""
+
+    stage: str
+    round: int
+    index: int
+    attempt: int
+    partial: Any = None
+    """The aggregator's state over this segment's valid clients (None without SHARED parameters)."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of METRIC_COLUMNS, in client order."""
+    private: dict[str, FloatArray] = field(default_factory=dict)
+    tensors: dict[str, FloatArray] = field(default_factory=dict)
+    """Further results to commit, e.g. ``lambda/<client>`` (L, r_init) float32."""
+    adapters: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Exported adapters: ``r8/<client>`` -> file name -> content."""
+    failures: list[Failure] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    valid: tuple[str, ...] = ()
+    """Clients counted in ``partial``, in order."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time per client (a group's time shared equally). Not part of any digest."""
+    host: dict[str, Any] = field(default_factory=dict)
+
+
+METRIC_COLUMNS: tuple[str, ...] = (
+    "stage", "method", "seed", "round", "pool", "language", "client", "budget", "module", "metric", "value", "weight",
+)  # fmt: skip
+"""One row per measured number. ``stage`` is base | strategy | personalise; ``round`` the round or chunk;
+``budget`` -1 and strings "" where they do not apply; ``value`` float64; ``weight`` the number of examples
+behind it. Every column is deterministic: times and hosts live elsewhere."""
+
+
+def metric_row(**values: Any) -> dict[str, Any]:
+    """A row of METRIC_COLUMNS with the blanks filled in."""
+    row: dict[str, Any] = {
+        "stage": "", "method": "", "seed": 0, "round": 0, "pool": "", "language": "", "client": "",
+        "budget": -1, "module": "", "metric": "", "value": 0.0, "weight": 0.0,
+    }  # fmt: skip
+    unknown = values.keys() - row.keys()
+    if unknown:
+        raise KeyError(f"not metric columns: {sorted(unknown)}")
+    return row | values

@@ -1,0 +1,106 @@
+"""The resident base model, seen through lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtailor.adapters.lane_linear import LaneLinear, LaneState, attach
+from fedtailor.core.batches import LaneBatch
+
+
+@dataclass(frozen=True)
+class Site:
+    """An adapted linear layer: module path and widths."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+class LaneNet:
+    """A frozen classifier whose linear layers can carry one adapter per lane.
+
+    Args:
+        model: transformers sequence classifier in float32 (or float64 in identity tests).
+        linears: the L layers to adapt, in module order.
+        dtype: compute type; bfloat16 turns autocast on.
+        base_dropout: dropout probability of the frozen base while adapters train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Sequence[tuple[str, nn.Linear]],
+        dtype: str = "float32",
+        base_dropout: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.sites = tuple(Site(name, linear.in_features, linear.out_features) for name, linear in linears)
+        self.state = LaneState()
+        self.layers = attach(model, linears, self.state)
+        self.base_dropout = base_dropout
+        self._autocast = torch.bfloat16 if dtype == "bfloat16" else None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+        self.own_dropout = [m.p for m in self._dropouts]
+        model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Type of the base weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Module paths of the L adapted layers."""
+        return tuple(site.name for site in self.sites)
+
+    def unbind(self) -> None:
+        """Removes all adapters: the model is the base again."""
+        for layer in self.layers:
+            layer.unbind()
+        self.state.generators, self.state.dropout, self.state.training = [], 0.0, False
+        self.state.bypass = False
+
+    def train_mode(self, on: bool, own_dropout: bool = False) -> None:
+        """Switches adapter dropout and the base's dropout.
+
+        Args:
+            on: training or evaluating.
+            own_dropout: use the model's configured probabilities (full fine-tuning) instead of ``base_dropout``.
+        """
+        self.state.training = on
+        for module, own in zip(self._dropouts, self.own_dropout, strict=True):
+            module.p = own if own_dropout else self.base_dropout
+        # Attention reads its dropout module's p but its own training flag, so the whole model is switched.
+        self.model.train(on and (own_dropout or self.base_dropout > 0))
+        self.state.bypass = False
+
+    def logits(self, batch: LaneBatch) -> Tensor:
+        """Class scores (k, b, C), float32 or the base's type if wider."""
+        k, b, t = batch.input_ids.shape
+        self.state.shapes = batch.shapes
+        device = self.device.type
+        with torch.autocast(device, dtype=self._autocast) if self._autocast else nullcontext():
+            out = self.model(
+                input_ids=batch.input_ids.view(k * b, t), attention_mask=batch.attention_mask.view(k * b, t)
+            ).logits
+        out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+        result: Tensor = out.view(k, b, -1)
+        return result
+
+
+def named_layers(net: LaneNet) -> dict[str, LaneLinear]:
+    """Module path to wrapper, in module order."""
+    return {layer.name: layer for layer in net.layers}

@@ -1,0 +1,190 @@
+"""The only loop over rounds. It samples a cohort, pushes segments, merges sums in order, steps and commits.
+
+No method's name occurs here, and no arithmetic on weights: that is the aggregator's and the server optimizer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedtailor.core.errors import ClientError, RoundError
+from fedtailor.core.grouping import segments
+from fedtailor.core.messages import Failure, FloatArray, SegmentJob, SegmentResult
+from fedtailor.core.method import Method, Row
+from fedtailor.core.pool import Pool
+from fedtailor.core.seeding import numpy_rng
+
+
+@dataclass(frozen=True)
+class RoundState:
+    """What a commit keeps of a stage.
+
+    Args:
+        round: rounds done.
+        shared: SHARED parameters (P,) float32.
+        server: server optimizer's state.
+        private_at: client to the round whose commit holds its newest PRIVATE row.
+    """
+
+    round: int
+    shared: Row
+    server: Mapping[str, Row]
+    private_at: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """Everything that a round adds: committed as a whole or not at all."""
+
+    state: RoundState
+    cohort: tuple[str, ...]
+    weights: Mapping[str, float]
+    metrics: Sequence[Mapping[str, Any]]
+    private: Mapping[str, FloatArray]
+    failures: Sequence[Failure]
+    warnings: Sequence[Mapping[str, Any]]
+    seconds: Mapping[str, float]
+
+
+class RoundLog(Protocol):
+    """Where rounds are kept."""
+
+    def newest(self) -> RoundState | None:
+        """The newest verified round, or None."""
+
+    def private(self, client: str, round: int) -> FloatArray:
+        """A client's PRIVATE row as committed in ``round``."""
+
+    def commit(self, outcome: RoundOutcome) -> None:
+        """Keeps a round; afterwards it is never lost or changed."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Numbers of a stage.
+
+    Args:
+        stage: stage key.
+        seed: run seed.
+        rounds: how many in all.
+        clients: the seen pool, sorted.
+        sizes: training examples of each client.
+        cohort: clients per round.
+        segments: most pieces of a cohort.
+        min_segment: fewest clients of a piece.
+        drop_failures: commit a round without the clients that failed.
+        quorum: share of the cohort that must succeed.
+    """
+
+    stage: str
+    seed: int
+    rounds: int
+    clients: tuple[str, ...]
+    sizes: Mapping[str, int]
+    cohort: int
+    segments: int
+    min_segment: int
+    drop_failures: bool = False
+    quorum: float = 0.5
+
+
+def cohort_of(plan: RoundPlan, round: int) -> tuple[str, ...]:
+    """Clients of a round, sampled uniformly without replacement, in sampling order.
+
+    The stream is named (seed, stage kind, round): methods of the same stage kind meet the same cohorts.
+    """
+    kind = plan.stage.split("/")[0]
+    picks = numpy_rng(plan.seed, kind, round, "cohort").choice(len(plan.clients), size=plan.cohort, replace=False)
+    return tuple(plan.clients[i] for i in picks)
+
+
+def run_rounds(
+    plan: RoundPlan,
+    method: Method,
+    pool: Pool,
+    initial: Row,
+    log: RoundLog,
+    on_result: Callable[[SegmentResult], None],
+    on_round: Callable[[RoundOutcome], None],
+) -> RoundState:
+    """Runs what is missing of a stage and returns its last state.
+
+    Raises:
+        ClientError: a client failed and the policy is to fail.
+        RoundError: no valid update, or fewer than the quorum; nothing of that round is kept.
+    """
+    state = log.newest() or RoundState(0, initial, method.server.init(initial))
+    while state.round < plan.rounds:
+        cohort = cohort_of(plan, state.round)
+        jobs = [
+            SegmentJob(
+                plan.stage,
+                state.round,
+                index,
+                clients,
+                private={c: log.private(c, state.private_at[c]) for c in clients if c in state.private_at},
+                presum=method.aggregator.presum,
+            )
+            for index, clients in enumerate(segments(cohort, plan.segments, plan.min_segment))
+        ]
+        results = pool.run(jobs, state.shared, on_result)
+        outcome = close_round(plan, method, state, cohort, results)
+        log.commit(outcome)
+        on_round(outcome)
+        state = outcome.state
+    return state
+
+
+def close_round(
+    plan: RoundPlan, method: Method, state: RoundState, cohort: tuple[str, ...], results: Sequence[SegmentResult]
+) -> RoundOutcome:
+    """Merges segment sums in index order and lets the server step.
+
+    Raises:
+        ClientError, RoundError: see `run_rounds`.
+    """
+    failures = [failure for result in results for failure in result.failures]
+    valid = [client for result in results for client in result.valid]
+    crashed = [f for f in failures if f.kind == "exception"]
+    if crashed and not plan.drop_failures:
+        first = crashed[0]
+        raise ClientError(first.client, plan.stage, state.round, first.reason)
+    needed = max(1, int(np.ceil(plan.quorum * len(cohort)))) if plan.drop_failures else 1
+    if len(valid) < needed:
+        told = "; ".join(f"{f.client}: {f.reason}" for f in failures[:5])
+        raise RoundError(
+            f"{plan.stage}, round {state.round}: {len(valid)} of {len(cohort)} updates are valid, {needed} needed ({told})"
+        )
+    total = _merge(method, results)
+    consensus = method.aggregator.result(total)
+    if not np.isfinite(consensus).all():
+        raise RoundError(f"{plan.stage}, round {state.round}: the aggregate is not finite")
+    shared, server = method.server.step(state.shared, consensus - state.shared, dict(state.server))
+    private = {client: row for result in results for client, row in result.private.items()}
+    at = {**state.private_at, **dict.fromkeys(private, state.round)}
+    return RoundOutcome(
+        state=RoundState(state.round + 1, shared, server, at),
+        cohort=cohort,
+        weights={client: float(plan.sizes[client]) for client in valid},
+        metrics=[row for result in results for row in result.metrics],
+        private=private,
+        failures=failures,
+        warnings=[warning for result in results for warning in result.warnings],
+        seconds={client: s for result in results for client, s in result.seconds.items()},
+    )
+
+
+def _merge(method: Method, results: Sequence[SegmentResult]) -> Any:
+    aggregator, total = method.aggregator, None
+    for result in results:
+        part = result.partial
+        if isinstance(part, list):
+            for _, row, weight in part:
+                total = aggregator.add(aggregator.zero(row.size) if total is None else total, row, weight)
+        elif part is not None:
+            total = part if total is None else aggregator.merge(total, part)
+    return total

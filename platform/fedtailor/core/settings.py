@@ -1,0 +1,162 @@
+"""The configuration sections that do not belong to one method. Defaults are FedP2EFT's (MasakhaNEWS, A.4)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fedtailor.core.config import Config
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+MASAKHANEWS_LANGUAGES: tuple[str, ...] = (
+    "amh", "eng", "fra", "hau", "ibo", "lin", "lug", "orm", "pcm", "run", "sna", "som", "swa", "tir", "xho", "yor",
+)  # fmt: skip
+"""ISO 639-3 codes, the paper's 16 languages."""
+
+
+class _Named(Config):
+    """A section that may be given by its name alone: ``model=mbert``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class TaskConfig(_Named):
+    """Which data, and how it becomes clients (FedP2EFT section 4.1.1)."""
+
+    name: str = "cldr"
+    path: str | None = None
+    """Local folder of the dataset; else its hub id is used. ``masakhanews`` falls back to $FEDTAILOR_DATA."""
+    languages: tuple[str, ...] = MASAKHANEWS_LANGUAGES
+    clients_per_language: Positive = 10
+    """n clients per language and pool; 16 x 10 x 2 = 320 in the paper."""
+    alpha: Rate = 0.5
+    """Dirichlet concentration of the label skew; large is IID."""
+    max_length: Annotated[int, Field(ge=4)] = 256
+    """Tokens kept of a text, special tokens included."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the texts held out for test, where the source has no test split (cldr)."""
+    drop_duplicates: bool = False
+    """Drop test texts that also occur in a train split (the source's own leaks)."""
+    resample: Natural = 0
+    """0: partition the texts. n > 0: every client draws n train texts (and n // 3 + 1 test texts) with
+    replacement from its language, for population studies of any size."""
+
+    @field_validator("languages")
+    @classmethod
+    def _languages(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("needs at least one language and no repeats")
+        return value
+
+
+class ModelConfig(_Named):
+    """Base model before any federated training."""
+
+    name: str = "tiny-bert"
+    """``tiny-bert`` (embedded, random weights), ``mbert``, any hub id, or a local folder."""
+    path: str | None = None
+    """Local folder with weights and tokenizer for a named preset such as ``mbert``."""
+    revision: str | None = None
+    """Hub revision."""
+    hidden_size: Positive = 64
+    """tiny-bert only, as are the four below."""
+    layers: Positive = 2
+    heads: Positive = 2
+    intermediate_size: Positive = 128
+    vocab_size: Annotated[int, Field(ge=200)] = 4000
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that carry adapters: all but the output embedding (reference: mBERT L = 74, pooler
+    and classifier included), or names that end a module path, e.g. ``[query, value]``."""
+    base_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout of the frozen base while adapters train; above 0 one client at a time (no lanes)."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> ModelConfig:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"'model.hidden_size' ({self.hidden_size}) must be a multiple of 'model.heads' ({self.heads})")
+        return self
+
+
+class BaseStageConfig(_Named):
+    """How the base model is trained before personalisation (FedP2EFT 4.2: standard FL, full fine-tuning)."""
+
+    name: Literal["fedavg", "none"] = "fedavg"
+    """``none``: off-the-shelf."""
+    rounds: Natural = 100
+    cohort: Annotated[float, Field(gt=0)] = 0.1
+    """Clients sampled each round: a share of the seen pool if <= 1 and not an integer, else a number."""
+
+
+class StrategyStageConfig(Config):
+    """Rounds of a method's own federated training (FedP2EFT 4.1: 150 rounds, 10 % of the seen clients)."""
+
+    rounds: Natural = 150
+    cohort: Annotated[float, Field(gt=0)] = 0.1
+
+
+class PersonaliseStageConfig(Config):
+    """The stage that makes and evaluates one model per client and budget."""
+
+    pools: tuple[Literal["seen", "unseen"], ...] = ("seen", "unseen")
+    chunk: Positive = 40
+    """Clients per commit."""
+
+
+class EngineConfig(Config):
+    """Where and how clients run. Only threads, token_budget, max_lanes, segments and dtype may change numbers."""
+
+    backend: Literal["ray", "serial"] = "ray"
+    actors: Positive | None = None
+    """Worker processes; default: one per GPU share, or one per CPU (at most 8) without a GPU."""
+    mode: Literal["pool", "per_client"] = "pool"
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs per actor, fractions allowed."""
+    memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """GPU memory per actor; the fraction 1/k is derived from it and enforced. Excludes num_gpus."""
+    num_cpus: Annotated[float, Field(gt=0)] = 1.0
+    """CPUs per actor."""
+    address: str | None = None
+    """Ray cluster to join (``auto``, ``ray://...``); default: a local one for this run."""
+    threads: Positive = 1
+    """torch threads per worker."""
+    segments: Positive = 8
+    """Most pieces that a cohort is cut into; each is summed as a whole, so the bytes do not depend on actors."""
+    min_segment: Positive = 4
+    """Fewest clients in a piece (but for the last), so that lanes have clients to fuse."""
+    token_budget: Positive = 4096
+    """Tokens of one fused step over all lanes."""
+    max_lanes: Positive = 32
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type (autocast); whatever is trained stays float32."""
+    retries: Natural = 3
+    """How often a segment is given to another actor after a death or a missed deadline."""
+    deadline_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds after which an actor that has not answered is taken for hung and replaced."""
+    on_client_failure: Literal["fail", "drop"] = "fail"
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """With ``drop``: share of the cohort that must succeed."""
+    keep_rounds: Positive = 2
+    """Newest round states that stay on disk."""
+
+    @model_validator(mode="after")
+    def _one_gpu_measure(self) -> EngineConfig:
+        if self.memory_gb is not None and self.num_gpus:
+            raise ValueError("'engine.memory_gb' and 'engine.num_gpus' exclude each other: give one")
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(f"'engine.num_gpus': a fraction must be below 1, or a whole number, got {self.num_gpus}")
+        return self
+
+
+class WandbConfig(Config):
+    """Weights & Biases as a sink of committed metrics."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "fedtailor"
+    entity: str | None = None

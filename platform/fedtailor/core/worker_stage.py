@@ -1,0 +1,167 @@
+"""A stage opened on a worker: resident model, method, data and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtailor.core.context import ClientContext, Lane, open_params
+from fedtailor.core.features import FeatureCache
+from fedtailor.core.grouping import Load, lane_groups
+from fedtailor.core.lanes import LaneParams
+from fedtailor.core.messages import FloatArray, StageSpec
+from fedtailor.core.method import Method, Parameters
+from fedtailor.core.net import LaneNet
+from fedtailor.core.pool import StageInfo
+from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.methods import build_method
+from fedtailor.models.families import adapted_linears
+from fedtailor.models.hub import load_classifier
+from fedtailor.tasks.tokens import TokenData
+
+
+def load_net(spec: StageSpec, num_labels: int) -> LaneNet:
+    """The frozen model of a stage, with its adapted layers wrapped."""
+    model = load_classifier(Path(spec.model_dir), num_labels=num_labels).to(spec.device)
+    return LaneNet(model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout)
+
+
+@dataclass
+class OpenStage:
+    """Everything that stays between segments of one stage.
+
+    Args:
+        spec: what was opened.
+        data: tokenised clients.
+        net: resident model.
+        method: built record.
+        params: parameters by number of lanes, reused from group to group.
+        initial: initial values of all parameters, copied once.
+    """
+
+    spec: StageSpec
+    data: TokenData
+    net: LaneNet
+    method: Method
+    features: FeatureCache
+    params: dict[int, LaneParams]
+    initial: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, spec: StageSpec, net: LaneNet | None = None) -> OpenStage:
+        """Loads data and, unless an unchanged one is handed in, the model."""
+        torch.set_num_threads(spec.threads)
+        data = TokenData.open(Path(spec.data_dir))
+        method = build_method(spec.method, spec.method_config, spec.r_max)
+        net = net or load_net(spec, data.num_labels)
+        stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {})
+        for part in stage.parts():
+            stage.initial |= {name: value.clone() for name, value in part.initial(net, spec.seed).items()}
+        return stage
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the resident weights themselves change."""
+        return self.method.adapter is not None and not self.method.adapter.lanes
+
+    def parts(self) -> list[Parameters]:
+        """Adapter and auxiliary modules."""
+        return [*([self.method.adapter] if self.method.adapter else []), *self.method.modules]
+
+    def specs(self, scope: Scope) -> tuple[ParamSpec, ...]:
+        """Declared parameters of a scope, in flat order."""
+        return tuple(s for part in self.parts() for s in part.specs(self.net) if s.scope is scope)
+
+    def info(self) -> StageInfo:
+        """What the driver needs to know."""
+        params = self._lanes(1)
+        self._reset(params, None, [None])
+        initial = params.flat(Scope.SHARED)[0].detach().float().cpu().numpy().copy()
+        r_init = getattr(self.method.adapter, "r_init", 0)
+        return StageInfo(self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init)
+
+    def groups(self, clients: Sequence[str]) -> list[list[int]]:
+        """Client indices that share a forward pass."""
+        personalising = self.spec.kind == "personalise"
+        each = len(self.spec.budgets) if personalising and self.method.personaliser.budgeted else 1
+        alone = not self.method.lanes or self.net.base_dropout > 0
+        loads = [Load(self.data.client(c).n_train, self.data.longest(c)) for c in clients]
+        return lane_groups(
+            loads, self.method.batch_size, each, self.spec.token_budget, each if alone else self.spec.max_lanes
+        )
+
+    def context(
+        self, clients: Sequence[str], job_round: int, shared: Tensor | None, private: Mapping[str, FloatArray], warn: Any
+    ) -> ClientContext:
+        """Lanes of ``clients`` with their parameters in place.
+
+        Args:
+            clients: ordered by falling number of examples.
+            job_round: round index.
+            shared: (P,) on the worker's device, or None.
+            private: rows of the clients that have some.
+            warn: called with (lane, sentence).
+        """
+        spec = self.spec
+        lanes = tuple(Lane(self.data.client(c), self.data.examples(c, "train")) for c in clients)
+        params = self._lanes(len(lanes))
+        self._reset(params, shared, [private.get(c) for c in clients], clients)
+        return ClientContext(
+            net=self.net,
+            lanes=lanes,
+            params=params,
+            seed=spec.seed,
+            stage=spec.key.split("/")[0],
+            round=0 if spec.kind == "personalise" else job_round,
+            num_labels=self.data.num_labels,
+            pad_id=self.data.pad_id,
+            features=self._features,
+            warn=warn,
+            budgets=spec.budgets,
+            r_max=spec.r_max,
+            received=shared,
+        )
+
+    def _features(self, lanes: Sequence[Lane], pad_to: int | None) -> list[Tensor]:
+        return [self.features.get(self.net, x.client.id, x.train, self.data.pad_id, pad_to) for x in lanes]
+
+    def _lanes(self, count: int) -> LaneParams:
+        if count not in self.params:
+            self.params[count] = open_params(self.net, count, self.method.adapter, self.method.modules, self.spec.seed)
+        params = self.params[count]
+        self.net.unbind()
+        if self.method.adapter:
+            self.method.adapter.bind(self.net, params)
+        return params
+
+    @torch.no_grad()
+    def _reset(
+        self, params: LaneParams, shared: Tensor | None, private: Sequence[FloatArray | None], clients: Sequence[str] = ()
+    ) -> None:
+        """Received SHARED, stored PRIVATE, initial EPHEMERAL values; copies, never references."""
+        for scope in (Scope.SHARED, Scope.PRIVATE, Scope.EPHEMERAL):
+            if scope is not Scope.SHARED or shared is None:
+                params.flat(scope).zero_()
+                for spec in params.of_scope(scope):
+                    if spec.name in self.initial:
+                        params.set(spec.name, self.initial[spec.name].to(params.flat(scope)))
+        if shared is not None:
+            size = params.flat(Scope.SHARED).shape[1]
+            if shared.shape != (size,):
+                raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
+            for lane in range(params.lanes):
+                sent = self.method.downlink(shared.cpu().numpy(), clients[lane]) if self._truncates() else shared
+                params.flat(Scope.SHARED)[lane].copy_(torch.as_tensor(sent))
+        for lane, row in enumerate(private):
+            if row is not None:
+                params.flat(Scope.PRIVATE)[lane].copy_(torch.from_numpy(row.copy()))
+
+    def _truncates(self) -> bool:
+        from fedtailor.core.method import as_sent
+
+        return self.method.downlink is not as_sent

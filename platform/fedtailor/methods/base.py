@@ -1,0 +1,18 @@
+"""No personalisation: every client is evaluated with the base model ("base" in the tables of FedP2EFT)."""
+
+from __future__ import annotations
+
+from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.core.config import Config
+from fedtailor.core.method import Method
+from fedtailor.personalisers.none import NoPersonalisation
+from fedtailor.server_optim.sgd import ServerSgd
+
+
+class BaseConfig(Config):
+    """Nothing to set."""
+
+
+def build(cfg: BaseConfig, r_max: int) -> Method:
+    """A client-only method without training."""
+    return Method("base", NoPersonalisation(), WeightedMean(), ServerSgd())

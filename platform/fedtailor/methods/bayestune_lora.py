@@ -1,0 +1,69 @@
+"""BayesTune-LoRA: every client searches its own ranks, alone.
+
+Paper: FedP2EFT (Lee et al., arXiv 2502.04387, section 3.2), after BayesTune (Kim & Hospedales, NeurIPS 2023).
+    lambda, A, B -> EPHEMERAL
+    r_init       -> cfg.r_mul * largest budget (alpha_r_mul = 2, so 32 at budgets up to 16)
+    alpha_s, alpha_p, s -> cfg.search.alpha_s, cfg.search.alpha_p, cfg.finetune.scale
+One search serves all budgets; the r L largest lambdas are kept, frozen, and A and B are trained anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from fedtailor.adapters.bayestune_lora import BayesTuneLora
+from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.core.config import Config
+from fedtailor.core.context import ClientContext
+from fedtailor.core.method import Method, Personalised
+from fedtailor.core.settings import Positive
+from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
+from fedtailor.personalisers.pruning import TieRule, prune, tied_share
+from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.updates.bayestune import RankSearchConfig, search_ranks
+
+
+class BayesTuneLoraConfig(Config):
+    """Defaults: FedP2EFT A.4."""
+
+    search: RankSearchConfig = RankSearchConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    r_mul: Positive = 2
+    lambda_init: Annotated[float, Field(gt=0)] = 1e-4
+    ties: TieRule = "rank_then_layer"
+
+
+@dataclass(frozen=True)
+class OwnRanks:
+    """Search, prune, fine-tune."""
+
+    cfg: BayesTuneLoraConfig
+    budgeted: bool = True
+
+    def __call__(self, ctx: ClientContext) -> Personalised:
+        """Personalises every client with the ranks that it found."""
+        cfg, r_init = self.cfg, self.cfg.r_mul * ctx.r_max
+        searching = ctx.fork(ctx.lanes, BayesTuneLora(r_init, cfg.finetune.scale))
+        start = torch.full((len(ctx.lanes), len(ctx.net.sites), r_init), cfg.lambda_init).to(ctx.sizes)
+        lam, _ = search_ranks(searching, start, cfg.search)
+        lanes = budget_lanes(ctx)
+        wide = repeat_lanes(lam, ctx)
+        selection = prune(wide, budgets_of(lanes), cfg.ties)
+        tied = {"tied_at_threshold": tied_share(wide, selection)}
+        return finetune(lanes, selection, cfg.finetune, selects_ranks=True, strategy=lam, metrics=tied)
+
+
+def build(cfg: BayesTuneLoraConfig, r_max: int) -> Method:
+    """A client-only method: no rounds."""
+    return Method(
+        "bayestune_lora",
+        OwnRanks(cfg),
+        WeightedMean(),
+        ServerSgd(),
+        batch_size=max(cfg.search.batch_size, cfg.finetune.batch_size),
+        epochs=cfg.search.epochs + cfg.finetune.epochs,
+    )

@@ -1,0 +1,84 @@
+"""FedAvg: local training, then the mean of the clients' parameters weighted by examples.
+
+Paper: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.
+FedP2EFT (section 4.1.2, "Standard FL") trains its base models this way, with full fine-tuning or with LoRA.
+    w    -> SHARED   every weight (adapter=full) or A and B (adapter=lora)
+    E, B -> cfg.epochs, cfg.batch_size
+Deviation of the FedP2EFT reference: weights in bfloat16 without float32 masters, so that many cannot move at a
+learning rate of 5e-5; ``weights=bfloat16`` emulates it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from fedtailor.adapters.full import FullModel
+from fedtailor.adapters.lora import LoraAdapter
+from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.core.config import Config
+from fedtailor.core.context import ClientContext
+from fedtailor.core.lane_adam import AdamGroup
+from fedtailor.core.method import Method, Report
+from fedtailor.core.scope import Scope
+from fedtailor.core.settings import Positive, Rate
+from fedtailor.personalisers.none import NoPersonalisation
+from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.updates.local_training import Training, train
+
+
+class FedAvgConfig(Config):
+    """Defaults: FedP2EFT A.3 (mBERT on XNLI and MasakhaNEWS)."""
+
+    adapter: Literal["full", "lora"] = "full"
+    lr: Rate = 5e-5
+    epochs: Positive = 2
+    batch_size: Positive = 32
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """The reference clips at 1.0 (its trainer's default); the paper mentions none."""
+    rank: Positive = 8
+    """adapter=lora only, as are the two below."""
+    scale: Rate = 2.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 rounds the trained weights after every step, as the reference's missing master copies do."""
+    server_lr: Rate = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """FedAvgM (Hsu et al., 2019)."""
+
+
+@dataclass(frozen=True)
+class LocalSgd:
+    """E epochs of Adam on everything SHARED."""
+
+    cfg: FedAvgConfig
+
+    def __call__(self, ctx: ClientContext) -> Report:
+        """Trains the received parameters on the client's data."""
+        cfg, full = self.cfg, self.cfg.adapter == "full"
+        how = Training(
+            cfg.epochs, cfg.batch_size, "train", cfg.max_grad_norm,
+            dropout=0.0 if full else cfg.dropout, own_dropout=full,
+        )  # fmt: skip
+        rounded = torch.bfloat16 if cfg.weights == "bfloat16" else None
+        names = tuple(spec.name for spec in ctx.params.specs)
+        trace = train(ctx, [AdamGroup(names, cfg.lr, rounded=rounded)], how)
+        return Report({"train_loss": trace.loss})
+
+
+def build(cfg: FedAvgConfig, r_max: int) -> Method:
+    """FedAvg on all weights or on LoRA."""
+    return Method(
+        name="fedavg",
+        adapter=FullModel() if cfg.adapter == "full" else LoraAdapter(cfg.rank, cfg.scale, Scope.SHARED),
+        local_update=LocalSgd(cfg),
+        personaliser=NoPersonalisation(),
+        aggregator=WeightedMean(),
+        server=ServerSgd(cfg.server_lr, cfg.server_momentum),
+        batch_size=cfg.batch_size,
+        epochs=cfg.epochs,
+    )
+

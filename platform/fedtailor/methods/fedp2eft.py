@@ -1,0 +1,193 @@
+"""FedP2EFT: clients learn together how to choose LoRA ranks for each of them.
+
+Paper: Lee, Kim, Rezk, Li, Venieris, Hospedales, "FedP2EFT: Federated Learning to Personalize PEFT for Multilingual
+LLMs", arXiv 2502.04387. Equations below use the paper's numbering.
+    phi          -> SHARED     params "psg.*"   strategy generator (PSG), Eq. 6
+    lambda, A, B -> EPHEMERAL  BayesTune-LoRA, Eq. 1, 4, 5
+    E(h), SD(h)  -> ctx.features
+    s            -> cfg.stage1.epochs (steps of Stage 1)
+Client step: features -> lambda_hat = PSG -> Stage 1: Eq. 1 from lambda_hat -> Stage 2: regress the PSG on the lambda
+found, L1 loss. Only phi travels. Inference: lambda_hat, the r L largest kept and frozen, A and B trained anew.
+One training serves every budget up to r_max.
+Not in the paper, taken from its public code: PReLU between the layers, h = 2 i, Xavier-normal initialisation with
+gain 1e-6 and bias 1e-4 (A.4), clamping to [1e-4, 1e3], ten full-batch Stage-2 steps, the sum (not mean) of |.|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fedtailor.adapters.bayestune_lora import BayesTuneLora
+from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.core.config import Config
+from fedtailor.core.context import ClientContext
+from fedtailor.core.features import stack_features
+from fedtailor.core.lane_adam import AdamGroup, LaneAdam
+from fedtailor.core.lanes import LaneParams
+from fedtailor.core.method import Method, Personalised, Report
+from fedtailor.core.net import LaneNet
+from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.core.seeding import torch_rng
+from fedtailor.core.settings import Positive, Rate
+from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
+from fedtailor.personalisers.pruning import TieRule, prune, tied_share
+from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.updates.bayestune import REFERENCE, RankSearchConfig, clamp_through, search_ranks
+
+
+class PsgConfig(Config):
+    """The strategy generator and its Stage 2."""
+
+    lr: Rate = 1e-4
+    """Adam (A.4)."""
+    steps: Positive = 10
+    """Full-batch steps on the client's one (features, lambda) pair."""
+    hidden_mul: Positive = 2
+    gain: Rate = 1e-6
+    bias: float = 1e-4
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 rounds phi after every step, as the reference's bfloat16 PSG does."""
+    features_pad_to: Positive | None = None
+    """None: real tokens only. The reference counts padding up to the task's fixed length: give that length."""
+
+
+class FedP2EFTConfig(Config):
+    """Defaults: FedP2EFT section 4.1 and A.4."""
+
+    stage1: RankSearchConfig = RankSearchConfig()
+    psg: PsgConfig = PsgConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    r_mul: Positive = 2
+    """alpha_r_mul: r_init = r_mul * largest budget."""
+    ties: TieRule = "rank_then_layer"
+    server_lr: Annotated[float, Field(gt=0)] = 1.0
+    reference: bool = False
+    """Every deviation of the public code at once; single switches win over it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_reference(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not value.get("reference"):
+            return value
+        stage1, psg = value.get("stage1", {}), value.get("psg", {})
+        if not isinstance(stage1, Mapping) or not isinstance(psg, Mapping):
+            return value
+        return {**value, "stage1": {**REFERENCE, **stage1}, "psg": {"weights": "bfloat16", **psg}}
+
+
+@dataclass(frozen=True)
+class StrategyGenerator:
+    """Eq. 6: (2L,) features -> Linear -> PReLU -> Linear -> (L, r_init) lambdas, one copy per lane."""
+
+    r_init: int
+    cfg: PsgConfig
+
+    def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
+        """Two linear layers and PReLU's slope, all SHARED."""
+        i = 2 * len(net.sites)
+        h, o = self.cfg.hidden_mul * i, len(net.sites) * self.r_init
+        shapes = {"hidden.weight": (h, i), "hidden.bias": (h,), "prelu": (1,), "out.weight": (o, h), "out.bias": (o,)}
+        return [ParamSpec(f"psg.{name}", shape, Scope.SHARED) for name, shape in shapes.items()]
+
+    def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
+        """Weights so small that every lambda starts at the bias, 1e-4."""
+        values = {}
+        for spec in self.specs(net):
+            if len(spec.shape) == 2:
+                sd = self.cfg.gain * math.sqrt(2 / sum(spec.shape))
+                values[spec.name] = torch.randn(spec.shape, generator=torch_rng(seed, spec.name)) * sd
+            else:
+                values[spec.name] = torch.full(spec.shape, 0.25 if spec.name == "psg.prelu" else self.cfg.bias)
+        return values
+
+    def __call__(self, params: LaneParams, features: Tensor) -> Tensor:
+        """Features (K, 2L) to lambda_hat (K, L, r_init), clamped straight-through."""
+        hidden = torch.baddbmm(
+            params["psg.hidden.bias"].unsqueeze(2), params["psg.hidden.weight"], features.unsqueeze(2)
+        )
+        hidden = torch.where(hidden >= 0, hidden, params["psg.prelu"].unsqueeze(2) * hidden)
+        out = torch.baddbmm(params["psg.out.bias"].unsqueeze(2), params["psg.out.weight"], hidden).squeeze(2)
+        return clamp_through(out).view(len(out), -1, self.r_init)
+
+
+def read_features(ctx: ClientContext, cfg: PsgConfig) -> Tensor:
+    """The clients' meta-data (K, 2L)."""
+    return stack_features(ctx.features(ctx.lanes, cfg.features_pad_to), ctx.sizes)
+
+
+@dataclass(frozen=True)
+class TwoStages:
+    """Learn lambda on the client, then teach the generator."""
+
+    cfg: FedP2EFTConfig
+    psg: StrategyGenerator
+
+    def __call__(self, ctx: ClientContext) -> Report:
+        """One client's part of a round."""
+        features = read_features(ctx, self.cfg.psg)
+        with torch.no_grad():
+            start = self.psg(ctx.params, features)
+        target, metrics = search_ranks(ctx, start, self.cfg.stage1)
+        before, after = self._regress(ctx, features, target)
+        found = {f"lambda_target_{key[7:]}" if key.startswith("lambda_") else key: v for key, v in metrics.items()}
+        moved = (target - start).abs().mean((1, 2))
+        return Report({**found, "lambda_moved": moved, "psg_loss": before, "psg_loss_after": after})
+
+    def _regress(self, ctx: ClientContext, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 2: L1 on the lambda found. Returns the mean |error| per output before and after, (K,)."""
+        names = tuple(spec.name for spec in self.psg.specs(ctx.net))
+        rounded = torch.bfloat16 if self.cfg.psg.weights == "bfloat16" else None
+        optimizer = LaneAdam(ctx.params, [AdamGroup(names, self.cfg.psg.lr, rounded=rounded)])
+        errors = []
+        for _ in range(self.cfg.psg.steps):
+            optimizer.zero_grad()
+            error = (self.psg(ctx.params, features) - target).abs().sum((1, 2))
+            error.sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step(len(ctx.lanes))
+            errors.append(error.detach())
+        with torch.no_grad():
+            errors.append((self.psg(ctx.params, features) - target).abs().sum((1, 2)))
+        outputs = target[0].numel()
+        return errors[0] / outputs, errors[-1] / outputs
+
+
+@dataclass(frozen=True)
+class GeneratedRanks:
+    """Ask the generator, prune, fine-tune."""
+
+    cfg: FedP2EFTConfig
+    psg: StrategyGenerator
+    budgeted: bool = True
+
+    def __call__(self, ctx: ClientContext) -> Personalised:
+        """Personalises every client with the ranks that the generator gives it."""
+        with torch.no_grad():
+            lam = self.psg(ctx.params, read_features(ctx, self.cfg.psg))
+        lanes = budget_lanes(ctx)
+        wide = repeat_lanes(lam, ctx)
+        selection = prune(wide, budgets_of(lanes), self.cfg.ties)
+        tied = {"tied_at_threshold": tied_share(wide, selection)}
+        return finetune(lanes, selection, self.cfg.finetune, selects_ranks=True, strategy=lam, metrics=tied)
+
+
+def build(cfg: FedP2EFTConfig, r_max: int) -> Method:
+    """FedP2EFT for budgets up to ``r_max``."""
+    psg = StrategyGenerator(cfg.r_mul * r_max, cfg.psg)
+    return Method(
+        name="fedp2eft",
+        adapter=BayesTuneLora(psg.r_init, cfg.finetune.scale),
+        modules=(psg,),
+        local_update=TwoStages(cfg, psg),
+        personaliser=GeneratedRanks(cfg, psg),
+        aggregator=WeightedMean(),
+        server=ServerSgd(cfg.server_lr),
+        batch_size=max(cfg.stage1.batch_size, cfg.finetune.batch_size),
+        epochs=cfg.stage1.epochs,
+    )

@@ -1,0 +1,140 @@
+"""The embedded model: a small BERT with random weights and a WordPiece vocabulary learned from the task's texts.
+
+Architecture: Devlin et al., BERT, NAACL 2019 (dropout 0.1, initial weights N(0, 0.02)). The result is an
+ordinary Hugging Face folder, the same bytes for the same arguments and library versions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from fedtailor.core.errors import ModelError
+from fedtailor.core.seeding import seed_for
+from fedtailor.core.settings import ModelConfig
+from fedtailor.models.folder import staged_folder
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_PRIVATE_USE = 0xF0000
+
+
+def build(
+    texts: Iterable[str], labels: Sequence[str], cfg: ModelConfig, max_length: int, seed: int, out: Path
+) -> Path:
+    """Writes config, fp32 ``model.safetensors`` and tokenizer to the folder ``out``, as a whole.
+
+    Args:
+        texts: the task's train texts; their order does not matter.
+        labels: class names in the order of their ids.
+        cfg: sizes; ``vocab_size`` is an upper bound, reached only if the texts are rich enough.
+        max_length: most tokens of a text, special ones included (number of positions).
+        seed: run seed; the global random state is neither read nor changed.
+        out: folder to make or replace.
+
+    Raises:
+        ModelError: no text has any character, or there are no labels.
+    """
+    if not labels:
+        raise ModelError("tiny-bert: the task has no labels")
+    tokenizer = build_tokenizer(texts, cfg.vocab_size, max_length)
+    config = bert_config(cfg, max_length, len(tokenizer), labels)
+    # The module constructors draw from torch's default generator; only the CPU's is touched, and restored.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_for(seed, "model", "tiny-bert"))
+        model = BertForSequenceClassification(config)
+    with staged_folder(out) as stage:
+        model.float().save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    return out
+
+
+def bert_config(cfg: ModelConfig, max_length: int, vocab_size: int, labels: Sequence[str]) -> BertConfig:
+    """The architecture that ``build`` makes, before any weight exists."""
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=cfg.hidden_size,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        intermediate_size=cfg.intermediate_size,
+        max_position_embeddings=max_length,
+        pad_token_id=SPECIAL.index("[PAD]"),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Learns a cased WordPiece vocabulary: NFC, accents kept, any script; [PAD] is 0.
+
+    Every character that fits in half of the vocabulary, the frequent ones first, is a token of its own.
+    """
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.BertNormalizer(strip_accents=False, lowercase=False)]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text in texts:
+        normal = tokenizer.normalizer.normalize_str(text)
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+    if not words:
+        raise ModelError("tiny-bert: the task's train texts hold no characters to learn a vocabulary from")
+    vocabulary = _learn(words, vocab_size)
+    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **{f"{name[1:-1].lower()}_token": name for name in SPECIAL},
+    )
+
+
+def _learn(words: Counter[str], vocab_size: int) -> dict[str, int]:
+    """WordPiece by merging the most frequent pairs, with ids that are the same in every process.
+
+    ``tokenizers``' own WordPieceTrainer numbers the ``##`` characters in the order of a hash map that is
+    seeded per process, and breaks ties by these numbers. Its BpeTrainer is deterministic, so each character
+    is replaced by one of two private-use characters: even at the start of a word, odd (``##``) inside it.
+    """
+    alphabet = _alphabet(words, vocab_size // 2)
+    known = set(alphabet)
+    start = {char: chr(_PRIVATE_USE + 2 * i) for i, char in enumerate(alphabet)}
+    inside = {char: chr(_PRIVATE_USE + 2 * i + 1) for i, char in enumerate(alphabet)}
+    within = {char for word in words for char in word[1:]} | {word[0] for word in words if len(word) > 1}
+
+    # A word with a character outside the alphabet is [UNK] whatever is learned: it teaches nothing.
+    coded = {w: start[w[0]] + "".join(inside[c] for c in w[1:]) for w in sorted(words) if known.issuperset(w)}
+    symbols = [start[c] for c in alphabet] + [inside[c] for c in alphabet if c in within]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=symbols,
+    )
+    learner.train_from_iterator((" ".join([code] * words[word]) for word, code in coded.items()), trainer)
+
+    def piece(token: str) -> str:
+        numbers = [ord(char) - _PRIVATE_USE for char in token]
+        return ("##" if numbers[0] % 2 else "") + "".join(alphabet[n // 2] for n in numbers)
+
+    ids = learner.get_vocab()
+    return {token if token in SPECIAL else piece(token): ids[token] for token in sorted(ids, key=ids.__getitem__)}
+
+
+def _alphabet(words: Counter[str], most: int) -> list[str]:
+    """Characters in code point order; the frequent ones if they need more than ``most`` tokens in two forms."""
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for char in word:
+            counts[char] += count
+    kept = sorted(counts, key=lambda char: (-counts[char], char))[: max(1, most // 2)]
+    return sorted(kept)

@@ -1,0 +1,1 @@
+"""One YAML file per published experiment, plus the demo."""

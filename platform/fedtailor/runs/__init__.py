@@ -1,0 +1,1 @@
+"""Run folders, commits, resume, trackers and reports."""

@@ -1,0 +1,178 @@
+"""The whole configuration tree: sections of `core.settings` plus one section per row of METHODS."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, create_model, field_validator
+
+from fedtailor.core.config import Config, deviations, merge_layers, validate
+from fedtailor.core.errors import ConfigError
+from fedtailor.core.settings import (
+    BaseStageConfig,
+    EngineConfig,
+    ModelConfig,
+    PersonaliseStageConfig,
+    Positive,
+    StrategyStageConfig,
+    TaskConfig,
+    WandbConfig,
+)
+from fedtailor.methods import METHODS
+from fedtailor.tasks.task import TASKS
+
+
+class ExperimentBase(Config):
+    """A run: a matrix methods x budgets x seeds. Defaults: FedP2EFT section 4.1."""
+
+    methods: tuple[str, ...] = ("majority", "base", "lora", "bayestune_lora", "fedp2eft")
+    budgets: tuple[Positive, ...] = (2, 4, 8, 16)
+    """r: total rank r L over the L adapted layers."""
+    r_max: Positive = 16
+    """The paper's r_max target: the largest budget that a trained strategy serves."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (42,)
+    """The paper averages over 42, 52, 62."""
+    storage: str = "./runs"
+    save_adapters: bool = False
+    """Write every personalised client as a peft adapter folder."""
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    base: BaseStageConfig = BaseStageConfig()
+    strategy: StrategyStageConfig = StrategyStageConfig()
+    personalise: PersonaliseStageConfig = PersonaliseStageConfig()
+    engine: EngineConfig = EngineConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @field_validator("methods", "seeds", "budgets")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("needs at least one entry")
+        if len(set(value)) != len(value):
+            raise ValueError("has repeats")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METHODS:
+                raise ValueError(f"'methods': unknown method '{name}'{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
+        return value
+
+    @field_validator("budgets")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(value))
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: TaskConfig) -> TaskConfig:
+        if value.name not in TASKS:
+            raise ValueError(f"'task.name': unknown task '{value.name}'{nearest(value.name, TASKS)} (known: {', '.join(TASKS)})")
+        return value
+
+
+_SECTIONS: dict[str, Any] = {name: (entry.config, entry.config()) for name, entry in METHODS.items()}
+Experiment: type[ExperimentBase] = create_model("Experiment", __base__=ExperimentBase, **_SECTIONS)
+"""`ExperimentBase` with a section for every method, e.g. ``fedp2eft.psg.lr``."""
+
+
+def method_section(experiment: ExperimentBase, method: str) -> Config:
+    """Configuration of one method."""
+    section: Config = getattr(experiment, method)
+    return section
+
+
+def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """``; did you mean 'x'?`` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    folder = resources.files("fedtailor.presets")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The tree of a shipped preset.
+
+    Raises:
+        ConfigError: no preset of this name.
+    """
+    if name not in preset_names():
+        raise ConfigError(f"unknown preset '{name}'{nearest(name, preset_names())} (known: {', '.join(preset_names())})")
+    text = (resources.files("fedtailor.presets") / f"{name}.yaml").read_text("utf-8")
+    tree = yaml.safe_load(text)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"preset '{name}' is not a tree of keys")
+    return tree
+
+
+def compose(presets: list[str], overrides: list[str]) -> ExperimentBase:
+    """Layers presets from left to right, then overrides, and checks everything that needs no data.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    experiment = validate(Experiment, merge_layers([load_preset(name) for name in presets], overrides))
+    check(experiment)
+    return experiment
+
+
+def check(experiment: ExperimentBase) -> None:
+    """Rules between sections.
+
+    Raises:
+        ConfigError: every rule that is broken.
+    """
+    problems = []
+    if experiment.budgets[-1] > experiment.r_max:
+        problems.append(
+            f"'budgets': {experiment.budgets[-1]} is above 'r_max' = {experiment.r_max}; a trained strategy serves "
+            f"budgets up to r_max (allowed: 1 ... {experiment.r_max})"
+        )
+    seen = len(experiment.task.languages) * experiment.task.clients_per_language
+    for name in ("base", "strategy"):
+        cohort = cohort_size(getattr(experiment, name).cohort, seen)
+        if cohort > seen:
+            problems.append(f"'{name}.cohort': {cohort} clients asked, the seen pool has {seen} (allowed: 1 ... {seen})")
+        if cohort < 1:
+            problems.append(f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody")
+    if problems:
+        raise ConfigError(problems)
+
+
+def cohort_size(cohort: float, pool: int) -> int:
+    """Clients per round: a share below 1 (rounded to nearest), or a number from 1 on.
+
+    >>> cohort_size(0.1, 160), cohort_size(16, 160), cohort_size(1.0, 160)
+    (16, 16, 1)
+    """
+    return round(cohort * pool) if cohort < 1 else int(cohort)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """JSON-like data of a configuration."""
+    data: dict[str, Any] = json.loads(config.model_dump_json())
+    return data
+
+
+def overrides_of(experiment: ExperimentBase) -> list[dict[str, Any]]:
+    """Every numeric choice that departs from the paper's default, for captions: key, default, value."""
+    neutral = ("engine.", "wandb.", "storage", "save_adapters", "methods", "task.path", "model.path")
+    used = {*experiment.methods, experiment.base.name}
+    found = []
+    for key, (default, value) in deviations(experiment, Experiment()).items():
+        section = key.split(".")[0]
+        if key.startswith(neutral) or (section in METHODS and section not in used):
+            continue
+        found.append({"key": key, "default": default, "value": value})
+    return found

@@ -1,0 +1,160 @@
+"""FedP2EFT's partition of a language into clients: equal sizes, Dirichlet label skew.
+
+Paper: FedP2EFT (arXiv 2502.04387) section 4.1.1, after Hsu et al. 2019 (arXiv 1909.06335). Per language
+and pool: a row of class probabilities per client, p_i ~ Dirichlet(alpha 1_C) over the C classes of the train part;
+clients are filled one after another by drawing classes without replacement. Late clients get leftovers, so
+p_i is a tendency, not the client's exact class share. Test texts use the same p_i as train texts.
+Deviation from the reference code: each (pool, language) draws its own matrix, from its own labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtailor.core.errors import DataError
+from fedtailor.core.seeding import numpy_rng
+from fedtailor.tasks.source import Example, LanguagePool, Pool
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+MIN_TRAIN, MIN_TEST = 2, 1
+_FLOOR = 1e-5
+"""Added to the classes that are left when one is empty (reference code), so that their sum is never 0."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's texts as int64 indices into the train and test texts of its language pool."""
+
+    train: Ints
+    test: Ints
+
+
+def client_id(pool: str, language: str, index: int, clients: int) -> str:
+    """``seen/amh/00``; the index is padded so that ids sort by number."""
+    return f"{pool}/{language}/{index:0{max(2, len(str(clients - 1)))}d}"
+
+
+def partition(
+    part: LanguagePool, pool: Pool, language: str, clients: int, alpha: float, seed: int
+) -> Iterator[Shard]:
+    """Deals every train and test text to exactly one client; sizes differ by at most 1.
+
+    A test text of a class that the train part lacks belongs to no client: its prior is 0.
+
+    Raises:
+        DataError: a client would have fewer than 2 train texts or no test text; names it.
+    """
+    rng = numpy_rng(seed, "partition", pool, language)
+    train, test = _labels(part.train), _labels(part.test)
+    classes = np.unique(train)
+    usable = int(np.isin(test, classes).sum())
+    _check_sizes(pool, language, len(train), usable, clients)
+    priors = rng.dirichlet(np.full(len(classes), alpha), size=clients)
+    yield from map(Shard, _deal(train, classes, priors, rng), _deal(test, classes, priors, rng))
+
+
+def resample(
+    part: LanguagePool, pool: Pool, language: str, clients: int, alpha: float, n: int, seed: int
+) -> Iterator[Shard]:
+    """Draws n train and n // 3 + 1 test texts per client with replacement; class shares follow its prior.
+
+    A client's draw depends on its index, not on the number of clients; time is linear in `clients`,
+    memory constant.
+
+    Raises:
+        DataError: n below 2, or the language has no train text or no usable test text.
+    """
+    train, test = _labels(part.train), _labels(part.test)
+    classes = np.unique(train)
+    if n < MIN_TRAIN:
+        raise DataError(f"task.resample: {n} train text per client; at least {MIN_TRAIN} are needed")
+    if not len(train) or not np.isin(test, classes).any():
+        raise DataError(
+            f"{pool}/{language}: {len(train)} train and {len(test)} test texts, none to draw from"
+        )
+    by_class = [(np.flatnonzero(train == c), np.flatnonzero(test == c)) for c in classes]
+    for index in range(clients):
+        rng = numpy_rng(seed, "resample", pool, language, index)
+        prior = rng.dirichlet(np.full(len(classes), alpha))
+        yield Shard(
+            train=_draw([rows for rows, _ in by_class], prior, n, rng),
+            test=_draw([rows for _, rows in by_class], prior, n // 3 + 1, rng),
+        )
+
+
+def _labels(examples: Sequence[Example]) -> Ints:
+    return np.array([example.label for example in examples], dtype=np.int64)
+
+
+def _check_sizes(pool: Pool, language: str, train: int, test: int, clients: int) -> None:
+    fit = min(train // MIN_TRAIN, test // MIN_TEST)
+    if fit >= clients:
+        return
+    split, have, need = (
+        ("train", train, MIN_TRAIN) if train < MIN_TRAIN * clients else ("test", test, MIN_TEST)
+    )
+    share = have // clients
+    problem = "would be empty" if not share else f"would have {share} {split} text and needs {need}"
+    raise DataError(
+        f"client {client_id(pool, language, have % clients, clients)} {problem}: language {language!r} has "
+        f"{train} train and {test} usable test texts in the {pool} pool for {clients} clients; "
+        f"at most {fit} would fit (task.clients_per_language)"
+    )
+
+
+def _deal(labels: Ints, classes: Ints, priors: Floats, rng: np.random.Generator) -> Iterator[Ints]:
+    """Yields each client's indices, (quota,) int64, in the order drawn."""
+    stacks = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
+    used = np.zeros(len(classes), dtype=np.int64)
+    left = np.array([len(stack) for stack in stacks], dtype=np.int64)
+    quotas = np.full(len(priors), left.sum() // len(priors))
+    quotas[: left.sum() % len(priors)] += 1
+    for prior, quota in zip(priors, quotas, strict=True):
+        drawn = _draw_classes(prior, left, rng.random(quota))
+        rows = np.empty(quota, dtype=np.int64)
+        for c, stack in enumerate(stacks):
+            at = np.flatnonzero(drawn == c)
+            rows[at] = stack[used[c] : used[c] + len(at)]
+            used[c] += len(at)
+        yield rows
+
+
+def _draw_classes(prior: Floats, left: Ints, uniforms: Floats) -> Ints:
+    """Class of each draw, (quota,) int64; lowers `left`, (C,), and redistributes when a class runs out."""
+    drawn = np.empty(len(uniforms), dtype=np.int64)
+    done = 0
+    while done < len(uniforms):
+        block = _classes_at(_renormalise(prior, left > 0), uniforms[done:])
+        emptied = np.flatnonzero((left > 0) & (np.bincount(block, minlength=len(left)) >= left))
+        # Up to and including the draw that first empties a class, the probabilities were right.
+        ends = [np.flatnonzero(block == c)[left[c] - 1] + 1 for c in emptied]
+        block = block[: min(ends, default=len(block))]
+        left -= np.bincount(block, minlength=len(left))
+        drawn[done : done + len(block)] = block
+        done += len(block)
+    return drawn
+
+
+def _draw(groups: list[Ints], prior: Floats, n: int, rng: np.random.Generator) -> Ints:
+    sizes = np.array([len(group) for group in groups])
+    drawn = _classes_at(_renormalise(prior, sizes > 0), rng.random(n))
+    within = (rng.random(n) * sizes[drawn]).astype(np.int64)
+    return np.array([groups[c][i] for c, i in zip(drawn, within, strict=True)], dtype=np.int64)
+
+
+def _renormalise(prior: Floats, present: npt.NDArray[np.bool_]) -> Floats:
+    weights = prior if present.all() else np.where(present, prior + _FLOOR, 0.0)
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+
+def _classes_at(probabilities: Floats, uniforms: Floats) -> Ints:
+    edges = np.cumsum(probabilities)
+    # Rounding may leave the last edge below 1; cut at the last class that can be drawn.
+    last = int(np.flatnonzero(probabilities)[-1])
+    return np.minimum(np.searchsorted(edges, uniforms, side="right"), last).astype(np.int64)

@@ -1,0 +1,184 @@
+"""The partitioned task on disk: one table of texts, one table of who holds which, one manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fedtailor.core.errors import DataError
+from fedtailor.tasks.arrow import BLOCK, open_stream
+from fedtailor.tasks.source import Split
+
+Ints = npt.NDArray[np.int64]
+
+TEXTS = pa.schema(
+    {
+        "pool": pa.string(),
+        "language": pa.string(),
+        "split": pa.string(),
+        "text": pa.large_string(),
+        "label": pa.int32(),
+    }
+)
+"""texts.arrow: every text of the source once; its row number is its name."""
+EXAMPLES = pa.schema({"client": pa.int32(), "test": pa.bool_(), "row": pa.int32()})
+"""examples.arrow: client (index into the manifest's clients), split, row of texts.arrow; train comes first."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """One member of the population.
+
+    Args:
+        id: ``seen/amh/00``.
+        n_train: number of train texts.
+        n_test: number of test texts.
+    """
+
+    id: str
+    pool: str
+    language: str
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Which rows belong to which client: two offsets per client into examples.arrow."""
+
+    clients: tuple[Client, ...]
+    index: Mapping[str, int]
+    starts: Ints
+    rows: tuple[Ints, ...]
+
+    @classmethod
+    def open(cls, path: Path, clients: tuple[Client, ...]) -> Membership:
+        """Maps ``path/examples.arrow``. Clients are in file order."""
+        batches = open_stream(path / "examples.arrow")
+        starts = np.cumsum([0] + [c.n_train + c.n_test for c in clients], dtype=np.int64)
+        rows = tuple(batch.column("row").to_numpy() for batch in batches)
+        if sum(map(len, rows)) != starts[-1]:
+            raise DataError(
+                f"{path / 'examples.arrow'}: {sum(map(len, rows))} rows, the manifest says {starts[-1]}"
+            )
+        return cls(clients, {c.id: i for i, c in enumerate(clients)}, starts, rows)
+
+    def client(self, client_id: str) -> Client:
+        """The client of this id.
+
+        Raises:
+            DataError: no such client.
+        """
+        if client_id not in self.index:
+            known = f"{self.clients[0].id} .. {self.clients[-1].id}" if self.clients else "none"
+            raise DataError(f"no client {client_id!r} in this task; clients: {known}")
+        return self.clients[self.index[client_id]]
+
+    def rows_of(self, client_id: str, split: Split) -> Ints:
+        """Rows of the text table that a client holds, (n,) int64, in the client's order."""
+        client = self.client(client_id)
+        start = int(self.starts[self.index[client_id]])
+        if split == "test":
+            start += client.n_train
+        return self._slice(start, client.n_train if split == "train" else client.n_test)
+
+    def _slice(self, start: int, n: int) -> Ints:
+        pieces = []
+        while n:
+            block, at = divmod(start, BLOCK)
+            piece = self.rows[block][at : at + n]
+            pieces.append(piece)
+            start, n = start + len(piece), n - len(piece)
+        return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A prepared task, opened read-only; texts stay on disk until asked for."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    members: Membership
+    batches: tuple[pa.RecordBatch, ...]
+
+    @classmethod
+    def open(cls, path: Path | str) -> TaskData:
+        """Opens a folder that `prepare` wrote.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        path = Path(path)
+        manifest = read_manifest(path / "manifest.json")
+        members = Membership.open(path, clients_of(manifest))
+        return cls(path, manifest, members, tuple(open_stream(path / "texts.arrow")))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names."""
+        return tuple(self.manifest["labels"])
+
+    @property
+    def clients(self) -> tuple[Client, ...]:
+        """All clients by (pool, language, index)."""
+        return self.members.clients
+
+    @property
+    def hash(self) -> str:
+        """sha256 of all clients' content."""
+        return str(self.manifest["hash"])
+
+    def pool(self, name: str) -> tuple[Client, ...]:
+        """The clients of one pool."""
+        return tuple(client for client in self.clients if client.pool == name)
+
+    def client(self, client_id: str) -> Client:
+        """The client of this id."""
+        return self.members.client(client_id)
+
+    def texts(self, client_id: str, split: Split) -> tuple[list[str], Ints]:
+        """A client's texts and their labels, (n,) int64."""
+        found = [
+            (self.batches[row // BLOCK], int(row % BLOCK)) for row in self.members.rows_of(client_id, split)
+        ]
+        texts = [batch.column("text")[at].as_py() for batch, at in found]
+        return texts, np.array([batch.column("label")[at].as_py() for batch, at in found], dtype=np.int64)
+
+    def train_texts(self, pool: str = "seen") -> Iterator[str]:
+        """The pool's train texts, each row once, in the table's order; independent of the clients."""
+        for batch in self.batches:
+            columns = (batch.column(name) for name in ("pool", "split", "text"))
+            for its_pool, split, text in zip(*(column.to_pylist() for column in columns), strict=True):
+                if its_pool == pool and split == "train":
+                    yield text
+
+
+def clients_of(manifest: Mapping[str, Any]) -> tuple[Client, ...]:
+    """The manifest's clients, in its order."""
+    clients = []
+    for entry in manifest["clients"]:
+        pool, language, _ = entry["id"].split("/")
+        clients.append(Client(entry["id"], pool, language, entry["n_train"], entry["n_test"]))
+    return tuple(clients)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Parses a manifest.
+
+    Raises:
+        DataError: missing, not JSON, or not an object with clients.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: missing or damaged manifest: {error}") from error
+    if not isinstance(manifest, dict) or "clients" not in manifest:
+        raise DataError(f"{path}: not a manifest, it has no 'clients'")
+    return manifest

@@ -1,0 +1,176 @@
+"""From a task's config to clients on disk: load, partition, check for leaks, write, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.core.settings import TaskConfig
+from fedtailor.tasks import cldr, leakage, masakhanews
+from fedtailor.tasks.arrow import BLOCK, write_stream
+from fedtailor.tasks.partition import Shard, client_id, partition, resample
+from fedtailor.tasks.source import SPLITS, Example, Source
+from fedtailor.tasks.store import EXAMPLES, TEXTS, Client, TaskData
+
+__all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare"]
+
+TASKS: Final[Mapping[str, Callable[[TaskConfig, int], Source]]] = {
+    "cldr": cldr.load,
+    "masakhanews": masakhanews.load,
+}
+"""Task name -> function that loads its texts."""
+
+Rows = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """A client with its rows of the text table, (n_train,) and (n_test,) int32."""
+
+    client: Client
+    train: Rows
+    test: Rows
+
+
+def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
+    """Writes ``manifest.json``, ``texts.arrow`` and ``examples.arrow`` to `out` and opens them.
+
+    Equal (cfg, seed) give equal bytes. `out` should be a fresh folder; the caller makes it final.
+
+    Raises:
+        ConfigError: unknown task.
+        DataError: see the task's load function, `partition` and `leakage.check`.
+    """
+    source = _load(cfg, seed)
+    holdings = list(_holdings(source, cfg, seed))
+    out.mkdir(parents=True, exist_ok=True)
+    write_stream(out / "texts.arrow", TEXTS, _text_batches(source))
+    write_stream(out / "examples.arrow", EXAMPLES, _example_batches(holdings))
+    manifest = _manifest(cfg, seed, source, holdings)
+    text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
+    (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    return TaskData.open(out)
+
+
+def fingerprint(cfg: TaskConfig, seed: int) -> str:
+    """The hash that `prepare` would put into the manifest, without writing."""
+    source = _load(cfg, seed)
+    return str(_manifest(cfg, seed, source, list(_holdings(source, cfg, seed)))["hash"])
+
+
+def _load(cfg: TaskConfig, seed: int) -> Source:
+    if cfg.name not in TASKS:
+        near = get_close_matches(cfg.name, TASKS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{hint}")
+    source = TASKS[cfg.name](cfg, seed)
+    found = {e.label for _, _, part in source.parts() for e in part.train}
+    if len(found) < 2:
+        names = ", ".join(source.labels[label] for label in sorted(found)) or "none"
+        raise DataError(f"task {cfg.name!r}: one class in the whole task ({names}); at least two are needed")
+    return source
+
+
+def _holdings(source: Source, cfg: TaskConfig, seed: int) -> Iterator[_Holding]:
+    first = 0
+    n = cfg.clients_per_language
+    for pool, language, part in source.parts():
+        shards: Iterator[Shard]
+        if cfg.resample:
+            shards = resample(part, pool, language, n, cfg.alpha, cfg.resample, seed)
+        else:
+            shards = partition(part, pool, language, n, cfg.alpha, seed)
+        for index, shard in enumerate(shards):
+            client = Client(
+                client_id(pool, language, index, n), pool, language, len(shard.train), len(shard.test)
+            )
+            test = shard.test + first + len(part.train)
+            yield _Holding(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
+        first += len(part.train) + len(part.test)
+
+
+def _examples(source: Source) -> Iterator[tuple[str, str, str, Example]]:
+    for pool, language, part in source.parts():
+        for split in SPLITS:
+            for example in part.split(split):
+                yield pool, language, split, example
+
+
+def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
+    rows = ((pool, language, split, e.text, e.label) for pool, language, split, e in _examples(source))
+    while block := list(islice(rows, BLOCK)):
+        yield pa.record_batch([list(column) for column in zip(*block, strict=True)], schema=TEXTS)
+
+
+def _example_batches(holdings: Sequence[_Holding]) -> Iterator[pa.RecordBatch]:
+    rows = np.concatenate([part for h in holdings for part in (h.train, h.test)])
+    sizes = np.array([(len(h.train), len(h.test)) for h in holdings])
+    clients = np.repeat(np.arange(len(holdings), dtype=np.int32), sizes.sum(axis=1))
+    test = np.repeat(np.tile([False, True], len(holdings)), sizes.ravel())
+    for at in range(0, len(rows), BLOCK):
+        cut = slice(at, at + BLOCK)
+        yield pa.record_batch([clients[cut], test[cut], rows[cut]], schema=EXAMPLES)
+
+
+def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[_Holding]) -> dict[str, Any]:
+    examples = [e for *_, e in _examples(source)]
+    digests = [hashlib.sha256(f"{e.label}\0{e.text}".encode()).digest() for e in examples]
+    labels = np.array([e.label for e in examples], dtype=np.int64)
+    clients = [_client_entry(h, digests, labels, len(source.labels)) for h in holdings]
+    content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients]]
+    return {
+        "task": cfg.name,
+        "config": cfg.model_dump(mode="json", exclude={"path", "max_length"}),
+        "seed": seed,
+        "labels": list(source.labels),
+        "languages": sorted(cfg.languages),
+        "class_counts": _class_counts(source),
+        "notes": dict(source.notes) | leakage.check(source) | {"unused_test_texts": _unused(source)},
+        "clients": clients,
+        "hash": hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest(),
+    }
+
+
+def _client_entry(
+    holding: _Holding, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
+) -> dict[str, Any]:
+    content = hashlib.sha256(f"{len(holding.train)}/{len(holding.test)}".encode())
+    for row in chain(holding.train, holding.test):
+        content.update(digests[row])
+    return {
+        "id": holding.client.id,
+        "n_train": holding.client.n_train,
+        "n_test": holding.client.n_test,
+        "train_classes": np.bincount(labels[holding.train], minlength=classes).tolist(),
+        "test_classes": np.bincount(labels[holding.test], minlength=classes).tolist(),
+        "sha256": content.hexdigest(),
+    }
+
+
+def _class_counts(source: Source) -> dict[str, list[int]]:
+    counts = {}
+    for pool, language, part in source.parts():
+        for split in SPLITS:
+            found = [e.label for e in part.split(split)]
+            counts[f"{pool}/{language}/{split}"] = np.bincount(found, minlength=len(source.labels)).tolist()
+    return counts
+
+
+def _unused(source: Source) -> int:
+    """Test texts of a class that their pool's train part in that language lacks."""
+    unused = 0
+    for _, _, part in source.parts():
+        classes = {e.label for e in part.train}
+        unused += sum(e.label not in classes for e in part.test)
+    return unused

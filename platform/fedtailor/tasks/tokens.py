@@ -1,0 +1,192 @@
+"""Tokenised clients: each text of the table is tokenised once; clients point to rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from fedtailor.core.errors import ModelError
+from fedtailor.tasks.arrow import BLOCK, open_stream, write_stream
+from fedtailor.tasks.source import Split
+from fedtailor.tasks.store import Client, Membership, TaskData, clients_of, read_manifest
+
+Ints = npt.NDArray[np.int64]
+
+TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
+"""tokens.arrow: row i belongs to row i of texts.arrow."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One client's split, padded to the client's longest text (train and test alike).
+
+    Args:
+        input_ids: int64 (n, T), pad id after each text's end.
+        lengths: int64 (n,), tokens of each text, special tokens included.
+        labels: int64 (n,).
+    """
+
+    input_ids: Ints
+    lengths: Ints
+    labels: Ints
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def tokenise(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, out: Path) -> TokenData:
+    """Writes ``manifest.json``, ``tokens.arrow`` and ``examples.arrow`` to `out` and opens them.
+
+    Texts are cut to `max_length` tokens, special tokens included. A text that has no token at all becomes
+    one unknown (else end, else pad) token, so that no example is empty.
+
+    Raises:
+        ModelError: the tokenizer has no PAD token, or max_length leaves no room beside special tokens.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no PAD token; set one before tokenising")
+    special = tokenizer.num_special_tokens_to_add(pair=False)
+    if max_length <= special:
+        raise ModelError(
+            f"'task.max_length' is {max_length}, but the tokenizer adds {special} special tokens to a text"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    lengths: list[int] = []
+    digest = hashlib.sha256(data.hash.encode())
+    write_stream(out / "tokens.arrow", TOKENS, _batches(data, tokenizer, max_length, lengths, digest))
+    copyfile(data.path / "examples.arrow", out / "examples.arrow")
+    manifest = {
+        "labels": list(data.labels),
+        "pad_id": int(tokenizer.pad_token_id),
+        "max_length": max_length,
+        "data_hash": data.hash,
+        "hash": digest.hexdigest(),
+        "clients": _client_entries(data, np.array(lengths, dtype=np.int64)),
+    }
+    (out / "manifest.json").write_text(
+        json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    return TokenData.open(out)
+
+
+def _batches(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, lengths: list[int], digest: Any
+) -> Iterator[pa.RecordBatch]:
+    candidates = (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    spare = next(token for token in candidates if token is not None)
+    for batch in data.batches:
+        encoded = tokenizer(
+            batch.column("text").to_pylist(),
+            truncation=True,
+            max_length=max_length,
+            add_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        ids = [np.array(row or [spare], dtype=np.int32) for row in encoded]
+        lengths.extend(map(len, ids))
+        for row in ids:
+            digest.update(len(row).to_bytes(4, "little") + row.tobytes())
+        yield pa.record_batch([pa.array(ids, TOKENS.field("ids").type), batch.column("label")], schema=TOKENS)
+
+
+def _client_entries(data: TaskData, lengths: Ints) -> list[dict[str, Any]]:
+    entries = []
+    for c in data.clients:
+        rows = [lengths[data.members.rows_of(c.id, split)] for split in ("train", "test")]
+        entry = {"id": c.id, "n_train": c.n_train, "n_test": c.n_test}
+        entry |= {"longest": int(max(r.max() for r in rows)), "train_tokens": int(rows[0].sum())}
+        entries.append(entry)
+    return entries
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Tokenised clients, opened read-only through memory maps; cheap enough for every worker."""
+
+    manifest: Mapping[str, Any]
+    members: Membership
+    batches: tuple[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]], ...]
+    """(offsets, ids, labels) of each block."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> TokenData:
+        """Opens a folder that `tokenise` wrote.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        path = Path(path)
+        manifest = read_manifest(path / "manifest.json")
+        members = Membership.open(path, clients_of(manifest))
+        blocks = []
+        for batch in open_stream(path / "tokens.arrow"):
+            ids, label = batch.column("ids"), batch.column("label")
+            blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy()))
+        return cls(manifest, members, tuple(blocks))
+
+    @property
+    def clients(self) -> tuple[Client, ...]:
+        """All clients by (pool, language, index)."""
+        return self.members.clients
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names."""
+        return tuple(self.manifest["labels"])
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.manifest["labels"])
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills rows."""
+        return int(self.manifest["pad_id"])
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the task's hash and all token ids."""
+        return str(self.manifest["hash"])
+
+    def pool(self, name: str) -> tuple[Client, ...]:
+        """The clients of one pool."""
+        return tuple(client for client in self.clients if client.pool == name)
+
+    def client(self, client_id: str) -> Client:
+        """The client of this id."""
+        return self.members.client(client_id)
+
+    def longest(self, client_id: str) -> int:
+        """Tokens of the client's longest text in train and test, the T of its `Examples`."""
+        self.members.client(client_id)
+        return int(self.manifest["clients"][self.members.index[client_id]]["longest"])
+
+    def train_tokens(self, client_id: str) -> int:
+        """Real tokens of the client's train texts, a measure of its cost."""
+        self.members.client(client_id)
+        return int(self.manifest["clients"][self.members.index[client_id]]["train_tokens"])
+
+    def examples(self, client_id: str, split: Split) -> Examples:
+        """The client's texts of one split as fresh, writable arrays."""
+        rows = self.members.rows_of(client_id, split)
+        input_ids = np.full((len(rows), self.longest(client_id)), self.pad_id, dtype=np.int64)
+        lengths = np.empty(len(rows), dtype=np.int64)
+        labels = np.empty(len(rows), dtype=np.int64)
+        for i, row in enumerate(rows):
+            offsets, ids, block_labels = self.batches[row // BLOCK]
+            start, end = offsets[row % BLOCK], offsets[row % BLOCK + 1]
+            input_ids[i, : end - start] = ids[start:end]
+            lengths[i], labels[i] = end - start, block_labels[row % BLOCK]
+        return Examples(input_ids, lengths, labels)

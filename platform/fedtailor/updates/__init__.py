@@ -1,0 +1,1 @@
+"""Local updates that two or more methods use."""

@@ -1,0 +1,100 @@
+"""The inner loop that every gradient-based client function runs: epochs of Adam over lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtailor.core.batches import LaneBatch, lane_batches
+from fedtailor.core.context import ClientContext
+from fedtailor.core.lane_adam import AdamGroup, LaneAdam
+from fedtailor.core.lanes import clip_lanes
+from fedtailor.tasks.classification import lane_cross_entropy
+
+LaneLoss = Callable[[LaneBatch], Tensor]
+AfterBackward = Callable[[LaneBatch, int], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one call of `train` runs.
+
+    Args:
+        epochs: passes over the local data.
+        batch_size: rows of a step.
+        purpose: coordinate of the data order; calls with the same purpose see the same order.
+        max_grad_norm: clip each lane's gradient over ``clip_groups`` to this norm; None: no clipping.
+        clip_groups: indices of the groups that are measured and clipped together.
+        dropout: probability of adapter dropout.
+        own_dropout: the model keeps its own dropout (full fine-tuning).
+    """
+
+    epochs: int
+    batch_size: int
+    purpose: str = "train"
+    max_grad_norm: float | None = None
+    clip_groups: tuple[int, ...] = (0,)
+    dropout: float = 0.0
+    own_dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened: mean loss over each lane's steps (K,), and steps (K,)."""
+
+    loss: Tensor
+    steps: Tensor
+
+
+def cross_entropy_of(ctx: ClientContext) -> LaneLoss:
+    """Mean cross-entropy of each running lane, (k,)."""
+    return lambda batch: lane_cross_entropy(ctx.net.logits(batch), batch)
+
+
+def train(
+    ctx: ClientContext,
+    groups: Sequence[AdamGroup],
+    how: Training,
+    loss: LaneLoss | None = None,
+    after_backward: AfterBackward | None = None,
+) -> Trace:
+    """Trains ``ctx.params`` in place.
+
+    The total loss is the sum over lanes of per-lane means, so every lane's gradient is its own.
+
+    Args:
+        ctx: lanes ordered by falling training size.
+        groups: what is trained, at which rate.
+        how: epochs, batch size, clipping, dropout.
+        loss: (k,) loss of the running lanes; cross-entropy by default.
+        after_backward: called with the batch and step number before clipping, e.g. to log a gradient's parts.
+    """
+    loss = loss or cross_entropy_of(ctx)
+    optimizer = LaneAdam(ctx.params, groups)
+    clipped = [s for index in how.clip_groups for s in optimizer.slices[index]]
+    picks = ctx.training_batches(how.epochs, how.batch_size, how.purpose)
+    totals = torch.zeros(len(ctx.lanes), dtype=torch.float64, device=ctx.net.device)
+    for group in optimizer.slices:
+        for s in group:
+            s.grad.zero_()
+    if how.dropout:
+        ctx.use_dropout(how.dropout, how.purpose)
+    ctx.net.train_mode(True, how.own_dropout)
+    try:
+        for step, batch in enumerate(lane_batches([x.train for x in ctx.lanes], picks, ctx.pad_id, ctx.net.device)):
+            optimizer.zero_grad()
+            values = loss(batch)
+            values.sum().backward()  # type: ignore[no-untyped-call]
+            totals[: batch.lanes] += values.detach()
+            if after_backward:
+                after_backward(batch, step)
+            if how.max_grad_norm is not None:
+                clip_lanes(clipped, how.max_grad_norm, batch.lanes)
+            optimizer.step(batch.lanes)
+    finally:
+        ctx.net.train_mode(False)
+    steps = torch.tensor([len(p) for p in picks], device=totals.device)
+    return Trace(totals / steps, steps)

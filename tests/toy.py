@@ -1,0 +1,91 @@
+"""Toy surroundings for tests: a tiny BERT, clients with ragged random texts, a context over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from fedtailor.core.context import ClientContext, Lane, open_params
+from fedtailor.core.features import client_features
+from fedtailor.core.method import Adapter, Parameters
+from fedtailor.core.net import LaneNet
+from fedtailor.core.seeding import numpy_rng
+
+CLASSES, VOCAB = 4, 120
+
+
+@dataclass(frozen=True)
+class ToyClient:
+    id: str
+    pool: str
+    language: str
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True)
+class ToyExamples:
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+
+
+def toy_examples(name: str, count: int, longest: int = 9) -> ToyExamples:
+    rng = numpy_rng("toy", name)
+    lengths = rng.integers(3, longest + 1, count)
+    ids = np.zeros((count, int(lengths.max())), np.int64)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = rng.integers(5, VOCAB, length)
+    return ToyExamples(ids, lengths.astype(np.int64), rng.integers(0, CLASSES, count).astype(np.int64))
+
+
+def toy_lanes(sizes: Sequence[int]) -> list[Lane]:
+    lanes = []
+    for number, size in enumerate(sorted(sizes, reverse=True)):
+        client = ToyClient(f"seen/xx/{number:02d}", "seen", "xx", size, 5)
+        lanes.append(Lane(client, toy_examples(client.id, size, 6 + number)))  # type: ignore[arg-type]
+    return lanes
+
+
+def toy_net(dtype: torch.dtype = torch.float64, dropout: float = 0.1, **sizes: int) -> LaneNet:
+    from fedtailor.models.families import adapted_linears
+
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24} | sizes
+    config = BertConfig(
+        vocab_size=VOCAB, max_position_embeddings=32, num_labels=CLASSES,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **settings,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = BertForSequenceClassification(config)
+        for parameter in model.parameters():
+            # Larger than BERT's 0.02: the toy must not be nearly linear.
+            if parameter.dim() == 2:
+                parameter.data.normal_(0, 0.3)
+    model = model.to(dtype)
+    return LaneNet(model, adapted_linears(model, "all-linear"))
+
+
+def toy_context(
+    net: LaneNet, lanes: Sequence[Lane], adapter: Adapter | None = None, modules: Sequence[Parameters] = (), **more: object
+) -> ClientContext:
+    warnings: list[tuple[str, str]] = []
+    ctx = ClientContext(
+        net=net,
+        lanes=tuple(lanes),
+        params=open_params(net, len(lanes), adapter, modules, 3),
+        seed=3,
+        stage="strategy",
+        round=0,
+        num_labels=CLASSES,
+        pad_id=0,
+        features=lambda group, pad_to: [client_features(net, lane.train, 0, pad_to) for lane in group],
+        warn=lambda lane, text: warnings.append((lane.client.id, text)),
+        **more,  # type: ignore[arg-type]
+    )
+    ctx.extra["warnings"] = warnings  # type: ignore[index]
+    return ctx
