@@ -54,9 +54,12 @@ class LaneLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X (k*b, ..., d_in), lanes outermost, to (k*b, ..., d_out)."""
         y: Tensor = self.base(x)
-        if self.a is None or self.b is None or self.state.bypass:
-            return y
         lanes = len(self.state.shapes)
+        if self.a is None or self.b is None or self.state.bypass:
+            if not self.state.bypass:
+                # A bare layer draws too: which layers are bare depends on the other lanes' ranks.
+                self._dropout(x, lanes)
+            return y
         a, b, lam = (t if t is None or t.shape[0] == lanes else t[:lanes] for t in (self.a, self.b, self.lam))
         assert a is not None
         assert b is not None

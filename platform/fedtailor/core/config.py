@@ -7,13 +7,15 @@ adds is the wording: every problem is reported in one go, with the key, the valu
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from yaml import YAMLError
 
 from fedtailor.core.errors import ConfigError
 
@@ -22,6 +24,14 @@ class Config(BaseModel):
     """Base of every node: frozen, unknown keys are errors, defaults are validated too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind in (int, float, int | None, float | None):
+            raise ValueError("must be a number")  # pydantic would read true as 1
+        return value
 
 
 C = TypeVar("C", bound=Config)
@@ -40,19 +50,31 @@ def merge_layers(layers: Sequence[Mapping[str, Any]], overrides: Sequence[str] =
     bad = [word for word in overrides if "=" not in word or not word.split("=", 1)[0]]
     if bad:
         raise ConfigError([f"'{word}' is not an override; write key=value, e.g. strategy.rounds=20" for word in bad])
-    tree = OmegaConf.create({})
+    tree, at = OmegaConf.create({}), "the presets"
     try:
         for layer in layers:
-            tree = OmegaConf.unsafe_merge(tree, OmegaConf.create(dict(layer)))
+            tree = _merge(tree, OmegaConf.create(dict(layer)))
         for word in overrides:
-            update = OmegaConf.from_dotlist([word])
-            # A name replaces a whole section: `model=mbert` drops the preset's model.hidden_size.
-            tree = OmegaConf.unsafe_merge(tree, update)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"cannot read the overrides {list(overrides)}: {error}") from error
-    plain = OmegaConf.to_container(tree, resolve=True)
+            at = f"the override '{word}'"
+            tree = _merge(tree, OmegaConf.from_dotlist([word]))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        hint = "write key=value, e.g. methods=[lora,fedp2eft]"
+        raise ConfigError(f"cannot read {at}: {reason}; {hint}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _merge(tree: DictConfig, update: Any) -> DictConfig:
+    """Later keys win. A section given by its name (``model=mbert``) replaces the whole section before it;
+    keys that follow (``model.path=...``) join the name."""
+    for key, value in update.items():
+        if OmegaConf.is_dict(value) and isinstance(tree.get(key), str):
+            tree[key] = {"name": tree[key]}
+    merged = OmegaConf.unsafe_merge(tree, update)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def validate(kind: type[C], tree: Mapping[str, Any]) -> C:
@@ -88,9 +110,22 @@ def _sentence(kind: type[Config], problem: Any) -> str:
         message = message.removeprefix(prefix)
     if not key:
         return message
-    if f"'{key}'" in message or message.startswith(key):
+    if message.startswith((f"'{key}", key)):
         return message
-    return f"'{key}': {message[0].lower() + message[1:]}, got {value!r}"
+    return f"'{key}': {_plainly(problem, message)}, got {value!r}"
+
+
+def _plainly(problem: Any, message: str) -> str:
+    """What is wrong with a value, in words of the command line instead of Python's."""
+    if problem["type"] == "tuple_type":
+        return "must be a list such as [a,b]"
+    if problem["type"] == "model_type":
+        return "is a section; set the keys below it"
+    if problem["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", str(problem["ctx"]["expected"]))
+        near = difflib.get_close_matches(str(problem.get("input")), allowed, n=1)
+        return f"allowed: {', '.join(allowed)}" + (f" (did you mean '{near[0]}'?)" if near else "")
+    return message[0].lower() + message[1:]
 
 
 def _model_at(kind: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:

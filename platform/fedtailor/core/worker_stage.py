@@ -21,13 +21,13 @@ from fedtailor.core.pool import StageInfo
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.methods import build_method
 from fedtailor.models.families import adapted_linears
-from fedtailor.models.hub import load_classifier
+from fedtailor.models.classifier import load_classifier
 from fedtailor.tasks.tokens import TokenData
 
 
-def load_net(spec: StageSpec, num_labels: int) -> LaneNet:
+def load_net(spec: StageSpec, labels: Sequence[str]) -> LaneNet:
     """The frozen model of a stage, with its adapted layers wrapped."""
-    model = load_classifier(Path(spec.model_dir), num_labels=num_labels).to(spec.device)
+    model = load_classifier(Path(spec.model_dir), len(labels), labels).to(spec.device)
     return LaneNet(model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout)
 
 
@@ -58,7 +58,7 @@ class OpenStage:
         torch.set_num_threads(spec.threads)
         data = TokenData.open(Path(spec.data_dir))
         method = build_method(spec.method, spec.method_config, spec.r_max)
-        net = net or load_net(spec, data.num_labels)
+        net = net or load_net(spec, data.labels)
         stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {})
         for part in stage.parts():
             stage.initial |= {name: value.clone() for name, value in part.initial(net, spec.seed).items()}

@@ -22,7 +22,7 @@ from fedtailor.core.context import ClientContext
 from fedtailor.core.method import Method, Personalised
 from fedtailor.core.settings import Positive
 from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
-from fedtailor.personalisers.pruning import TieRule, prune, tied_share
+from fedtailor.personalisers.pruning import RANK_BITS, TieRule, prune, tied_share
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.updates.bayestune import RankSearchConfig, search_ranks
 
@@ -35,6 +35,8 @@ class BayesTuneLoraConfig(Config):
     r_mul: Positive = 2
     lambda_init: Annotated[float, Field(gt=0)] = 1e-4
     ties: TieRule = "rank_then_layer"
+    rank_bits: Annotated[int, Field(ge=1, le=52)] = RANK_BITS
+    """Mantissa bits of lambda that the ranking looks at; 52 compares exactly."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class OwnRanks:
         lam, _ = search_ranks(searching, start, cfg.search)
         lanes = budget_lanes(ctx)
         wide = repeat_lanes(lam, ctx)
-        selection = prune(wide, budgets_of(lanes), cfg.ties)
-        tied = {"tied_at_threshold": tied_share(wide, selection)}
+        selection = prune(wide, budgets_of(lanes), cfg.ties, cfg.rank_bits)
+        tied = {"tied_at_threshold": tied_share(wide, selection, cfg.rank_bits)}
         return finetune(lanes, selection, cfg.finetune, selects_ranks=True, strategy=lam, metrics=tied)
 
 

@@ -22,10 +22,11 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.context import ClientContext
 from fedtailor.core.lane_adam import AdamGroup
-from fedtailor.core.method import Method, Report
+from fedtailor.core.method import Method, Report, ServerOptimizer
 from fedtailor.core.scope import Scope
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.personalisers.none import NoPersonalisation
+from fedtailor.server_optim.adaptive import AdaptiveServer
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.updates.local_training import Training, train
 
@@ -45,9 +46,13 @@ class FedAvgConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weights: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 rounds the trained weights after every step, as the reference's missing master copies do."""
+    server: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
+    """sgd with server_lr 1 is FedAvg; the others are FedOpt's (Reddi et al., 2021)."""
     server_lr: Rate = 1.0
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """FedAvgM (Hsu et al., 2019)."""
+    """sgd: FedAvgM (Hsu et al., 2019). Adaptive servers: beta 1."""
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    server_tau: Rate = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,13 @@ def build(cfg: FedAvgConfig, r_max: int) -> Method:
         local_update=LocalSgd(cfg),
         personaliser=NoPersonalisation(),
         aggregator=WeightedMean(),
-        server=ServerSgd(cfg.server_lr, cfg.server_momentum),
+        server=_server(cfg),
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
     )
 
+
+def _server(cfg: FedAvgConfig) -> ServerOptimizer:
+    if cfg.server == "sgd":
+        return ServerSgd(cfg.server_lr, cfg.server_momentum)
+    return AdaptiveServer(cfg.server, cfg.server_lr, cfg.server_momentum, cfg.server_beta2, cfg.server_tau)

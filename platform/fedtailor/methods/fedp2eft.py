@@ -37,7 +37,7 @@ from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
-from fedtailor.personalisers.pruning import TieRule, prune, tied_share
+from fedtailor.personalisers.pruning import RANK_BITS, TieRule, prune, tied_share
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.updates.bayestune import REFERENCE, RankSearchConfig, clamp_through, search_ranks
 
@@ -67,6 +67,8 @@ class FedP2EFTConfig(Config):
     r_mul: Positive = 2
     """alpha_r_mul: r_init = r_mul * largest budget."""
     ties: TieRule = "rank_then_layer"
+    rank_bits: Annotated[int, Field(ge=1, le=52)] = RANK_BITS
+    """Mantissa bits of lambda that the ranking looks at; 52 compares exactly."""
     server_lr: Annotated[float, Field(gt=0)] = 1.0
     reference: bool = False
     """Every deviation of the public code at once; single switches win over it."""
@@ -172,8 +174,8 @@ class GeneratedRanks:
             lam = self.psg(ctx.params, read_features(ctx, self.cfg.psg))
         lanes = budget_lanes(ctx)
         wide = repeat_lanes(lam, ctx)
-        selection = prune(wide, budgets_of(lanes), self.cfg.ties)
-        tied = {"tied_at_threshold": tied_share(wide, selection)}
+        selection = prune(wide, budgets_of(lanes), self.cfg.ties, self.cfg.rank_bits)
+        tied = {"tied_at_threshold": tied_share(wide, selection, self.cfg.rank_bits)}
         return finetune(lanes, selection, self.cfg.finetune, selects_ranks=True, strategy=lam, metrics=tied)
 
 

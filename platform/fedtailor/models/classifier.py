@@ -1,4 +1,4 @@
-"""Loads a sequence classifier and its tokenizer from a Hugging Face folder or hub id, in fp32, without pickle."""
+"""Loads a sequence classifier and its tokenizer from a Hugging Face folder or hub id, never from pickle."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import torch_rng
+from fedtailor.models.folder import quiet
 
 
 def load_classifier(
@@ -57,12 +57,12 @@ def load_classifier(
     if len(label_names) != num_labels or num_labels < 1:
         raise ModelError(f"{num_labels} labels need as many names, got {list(label_names)}")
     config = load_config(source, revision)
-    stored = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    stored = [str(name) for _, name in sorted(dict(config.id2label or {}).items())]
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     # transformers initialises missing weights from the global generator before they are drawn anew below.
-    with _explained(source, "model weights"), _quiet(), torch.random.fork_rng(devices=[]):
+    with _explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(source),
             config=config,
@@ -95,14 +95,16 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
     Raises:
         ModelError: there is none, or it has no padding token.
     """
-    with _explained(source, "a tokenizer"), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
+    with _explained(source, "a tokenizer"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), revision=revision or "main", trust_remote_code=False
+        )
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"{source}: its tokenizer has no padding token, which batches need; set 'pad_token' in its "
             f"tokenizer_config.json (for example to the unknown or end-of-text token)"
         )
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def load_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
@@ -111,8 +113,11 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
     Raises:
         ModelError: it is missing, unreadable, or of an architecture that transformers does not know.
     """
-    with _explained(source, "a model config"), _quiet():
-        return AutoConfig.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
+    with _explained(source, "a model config"), quiet():
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(source), revision=revision or "main", trust_remote_code=False
+        )
+    return config
 
 
 def _head_names(model: PreTrainedModel) -> list[str]:
@@ -140,7 +145,9 @@ def _initialise(model: nn.Module, names: set[str], spread: float, seed: int) -> 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in names and weight.dim() > 1:
-                drawn = torch.empty(weight.shape).normal_(0.0, spread, generator=torch_rng(seed, "model", "head", name))
+                drawn = torch.empty(weight.shape).normal_(
+                    0.0, spread, generator=torch_rng(seed, "model", "head", name)
+                )
                 weight.copy_(drawn)
             elif name in names and name.endswith("bias"):
                 weight.zero_()
@@ -156,17 +163,3 @@ def _explained(source: str | Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise ModelError(f"{source}: cannot load {what}: {reason}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and load report: what they would say is checked here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -30,10 +30,12 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
         (full module path, layer) pairs; each name is unique.
 
     Raises:
-        ModelError: a target matches no linear layer (the message lists the endings that exist), nothing
-            matches at all, or a chosen layer is a transformers ``Conv1D`` (GPT-2), whose weight is transposed.
+        ModelError: a target matches no linear layer (the message lists the endings that exist), the model
+            has none, or a chosen layer is a transformers ``Conv1D`` (GPT-2), whose weight is transposed.
     """
-    candidates = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
+    candidates = [
+        (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)
+    ]
     if targets == "all-linear":
         output = _output_embedding(model)
         chosen = [(name, layer) for name, layer in candidates if layer is not output]
@@ -51,9 +53,9 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
     convolutions = [name for name, layer in chosen if isinstance(layer, Conv1D)]
     if convolutions:
         raise ModelError(
-            f"{type(model).__name__}: {len(convolutions)} of {len(chosen)} adapted layers are transformers Conv1D "
-            f"(first: {convolutions[0]}), which adapters do not support; choose a model built of nn.Linear, "
-            f"or name only its nn.Linear layers in 'model.targets'"
+            f"{type(model).__name__}: {len(convolutions)} of {len(chosen)} adapted layers are transformers "
+            f"Conv1D (first: {convolutions[0]}), which adapters do not support; choose a model built of "
+            f"nn.Linear, or name only its nn.Linear layers in 'model.targets'"
         )
     return [(name, layer) for name, layer in chosen if isinstance(layer, nn.Linear)]
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Model folders: written whole or not at all, and without transformers' chatter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,30 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+
+def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Writes config, safetensors weights and tokenizer files to ``out``, replacing it as a whole."""
+    with staged_folder(out) as stage, quiet():
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' progress bars and load report: what they would say is checked by the callers."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The embedded model: a small BERT with random weights and a WordPiece vocabulary learned from the task's texts.
+"""The embedded model: a small BERT with random weights and a WordPiece vocabulary from the task's texts.
 
 Architecture: Devlin et al., BERT, NAACL 2019 (dropout 0.1, initial weights N(0, 0.02)). The result is an
 ordinary Hugging Face folder, the same bytes for the same arguments and library versions.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import seed_for
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models.folder import staged_folder
+from fedtailor.models.folder import save_folder
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PRIVATE_USE = 0xF0000
@@ -47,9 +48,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_for(seed, "model", "tiny-bert"))
         model = BertForSequenceClassification(config)
-    with staged_folder(out) as stage:
-        model.float().save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
+    save_folder(model, tokenizer, out)
     return out
 
 
@@ -86,8 +85,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         raise ModelError("tiny-bert: the task's train texts hold no characters to learn a vocabulary from")
     vocabulary = _learn(words, vocab_size)
     tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    return PreTrainedTokenizerFast(
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=max_length,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
@@ -102,15 +103,16 @@ def _learn(words: Counter[str], vocab_size: int) -> dict[str, int]:
     seeded per process, and breaks ties by these numbers. Its BpeTrainer is deterministic, so each character
     is replaced by one of two private-use characters: even at the start of a word, odd (``##``) inside it.
     """
-    alphabet = _alphabet(words, vocab_size // 2)
-    known = set(alphabet)
+    # Characters that only occur alone (Han ideographs) need no form for the inside of a word.
+    inner = {char for word in words if len(word) > 1 for char in word}
+    alphabet = _alphabet(words, inner, vocab_size // 2)
     start = {char: chr(_PRIVATE_USE + 2 * i) for i, char in enumerate(alphabet)}
-    inside = {char: chr(_PRIVATE_USE + 2 * i + 1) for i, char in enumerate(alphabet)}
-    within = {char for word in words for char in word[1:]} | {word[0] for word in words if len(word) > 1}
+    inside = {char: chr(_PRIVATE_USE + 2 * i + 1) for i, char in enumerate(alphabet) if char in inner}
 
     # A word with a character outside the alphabet is [UNK] whatever is learned: it teaches nothing.
-    coded = {w: start[w[0]] + "".join(inside[c] for c in w[1:]) for w in sorted(words) if known.issuperset(w)}
-    symbols = [start[c] for c in alphabet] + [inside[c] for c in alphabet if c in within]
+    coded = {
+        w: start[w[0]] + "".join(inside[c] for c in w[1:]) for w in sorted(words) if start.keys() >= set(w)
+    }
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -118,7 +120,7 @@ def _learn(words: Counter[str], vocab_size: int) -> dict[str, int]:
         min_frequency=2,
         show_progress=False,
         special_tokens=list(SPECIAL),
-        initial_alphabet=symbols,
+        initial_alphabet=[*start.values(), *inside.values()],
     )
     learner.train_from_iterator((" ".join([code] * words[word]) for word, code in coded.items()), trainer)
 
@@ -127,14 +129,17 @@ def _learn(words: Counter[str], vocab_size: int) -> dict[str, int]:
         return ("##" if numbers[0] % 2 else "") + "".join(alphabet[n // 2] for n in numbers)
 
     ids = learner.get_vocab()
-    return {token if token in SPECIAL else piece(token): ids[token] for token in sorted(ids, key=ids.__getitem__)}
+    return {
+        token if token in SPECIAL else piece(token): ids[token] for token in sorted(ids, key=ids.__getitem__)
+    }
 
 
-def _alphabet(words: Counter[str], most: int) -> list[str]:
-    """Characters in code point order; the frequent ones if they need more than ``most`` tokens in two forms."""
+def _alphabet(words: Counter[str], inner: set[str], most: int) -> list[str]:
+    """The most frequent characters whose one or two forms fit into ``most`` tokens, by code point."""
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for char in word:
             counts[char] += count
-    kept = sorted(counts, key=lambda char: (-counts[char], char))[: max(1, most // 2)]
-    return sorted(kept)
+    ranked = sorted(counts, key=lambda char: (-counts[char], char))
+    forms = accumulate(2 if char in inner else 1 for char in ranked)
+    return sorted(char for char, total in zip(ranked, forms, strict=True) if total <= most)

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtailor.adapters.lora import lora_names
+from fedtailor.adapters.peft_folder import export_adapter
 from fedtailor.adapters.selected_lora import RankSelection, SelectedLora
 from fedtailor.core.config import Config
 from fedtailor.core.context import ClientContext
@@ -63,8 +64,6 @@ def finetune(
     trace = train(own, [AdamGroup(lora_names(ctx.net), cfg.lr)], how)
 
     def export(lane: int, base_ref: str) -> dict[str, bytes]:
-        from fedtailor.runs.export import export_adapter
-
         a, b, lam = {}, {}, {}
         for number, (site, width) in enumerate(zip(ctx.net.sites, adapter.width, strict=True)):
             a[site.name] = own.params[f"lora_A.{site.name}"][lane].detach().cpu()

@@ -78,14 +78,17 @@ class ExperimentBase(Config):
         return value
 
 
-_SECTIONS: dict[str, Any] = {name: (entry.config, entry.config()) for name, entry in METHODS.items()}
+# Methods with nothing to set have no section (and `base` is the name of a stage).
+_SECTIONS: dict[str, Any] = {
+    name: (entry.config, entry.config()) for name, entry in METHODS.items() if entry.config.model_fields
+}
 Experiment: type[ExperimentBase] = create_model("Experiment", __base__=ExperimentBase, **_SECTIONS)
 """`ExperimentBase` with a section for every method, e.g. ``fedp2eft.psg.lr``."""
 
 
 def method_section(experiment: ExperimentBase, method: str) -> Config:
     """Configuration of one method."""
-    section: Config = getattr(experiment, method)
+    section: Config = getattr(experiment, method) if method in _SECTIONS else METHODS[method].config()
     return section
 
 
@@ -172,7 +175,7 @@ def overrides_of(experiment: ExperimentBase) -> list[dict[str, Any]]:
     found = []
     for key, (default, value) in deviations(experiment, Experiment()).items():
         section = key.split(".")[0]
-        if key.startswith(neutral) or (section in METHODS and section not in used):
+        if key.startswith(neutral) or (section in _SECTIONS and section not in used):
             continue
         found.append({"key": key, "default": default, "value": value})
     return found

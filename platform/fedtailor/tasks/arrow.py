@@ -23,14 +23,19 @@ def write_stream(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch
             writer.write_batch(batch)
 
 
-def open_stream(path: Path) -> list[pa.RecordBatch]:
+def open_stream(path: Path, rows: int) -> list[pa.RecordBatch]:
     """Memory-maps a file written by `write_stream`; no column is read before it is used.
 
     Raises:
-        DataError: the file is missing or damaged; names it.
+        DataError: the file is missing, damaged, or does not hold `rows` rows; names it.
     """
     try:
         with pa.ipc.open_stream(pa.memory_map(str(path), "r")) as reader:
-            return list(reader)
+            batches = list(reader)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path}: missing or damaged data file: {error}") from error
+    # A stream that was cut between two batches reads as a shorter one.
+    found = sum(batch.num_rows for batch in batches)
+    if found != rows:
+        raise DataError(f"{path}: damaged data file: {found} rows, its manifest says {rows}")
+    return batches

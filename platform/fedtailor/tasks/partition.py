@@ -1,7 +1,7 @@
 """FedP2EFT's partition of a language into clients: equal sizes, Dirichlet label skew.
 
 Paper: FedP2EFT (arXiv 2502.04387) section 4.1.1, after Hsu et al. 2019 (arXiv 1909.06335). Per language
-and pool: a row of class probabilities per client, p_i ~ Dirichlet(alpha 1_C) over the C classes of the train part;
+and pool: a row of class probabilities per client, p_i ~ Dirichlet(alpha 1_C), C classes in the train part;
 clients are filled one after another by drawing classes without replacement. Late clients get leftovers, so
 p_i is a tendency, not the client's exact class share. Test texts use the same p_i as train texts.
 Deviation from the reference code: each (pool, language) draws its own matrix, from its own labels.
@@ -76,7 +76,8 @@ def resample(
         raise DataError(f"task.resample: {n} train text per client; at least {MIN_TRAIN} are needed")
     if not len(train) or not np.isin(test, classes).any():
         raise DataError(
-            f"{pool}/{language}: {len(train)} train and {len(test)} test texts, none to draw from"
+            f"client {client_id(pool, language, 0, clients)} would be empty: language {language!r} has "
+            f"{len(train)} train and {len(test)} test texts in the {pool} pool, no class has both"
         )
     by_class = [(np.flatnonzero(train == c), np.flatnonzero(test == c)) for c in classes]
     for index in range(clients):

@@ -76,9 +76,9 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
         raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{hint}")
     source = TASKS[cfg.name](cfg, seed)
     found = {e.label for _, _, part in source.parts() for e in part.train}
-    if len(found) < 2:
-        names = ", ".join(source.labels[label] for label in sorted(found)) or "none"
-        raise DataError(f"task {cfg.name!r}: one class in the whole task ({names}); at least two are needed")
+    if len(found) == 1:
+        only = source.labels[found.pop()]
+        raise DataError(f"task {cfg.name!r}: one class in the whole task ({only}); at least two are needed")
     return source
 
 
@@ -137,6 +137,7 @@ def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[_Ho
         "languages": sorted(cfg.languages),
         "class_counts": _class_counts(source),
         "notes": dict(source.notes) | leakage.check(source) | {"unused_test_texts": _unused(source)},
+        "rows": len(examples),
         "clients": clients,
         "hash": hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest(),
     }

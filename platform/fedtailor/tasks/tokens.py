@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -21,6 +21,7 @@ from fedtailor.tasks.source import Split
 from fedtailor.tasks.store import Client, Membership, TaskData, clients_of, read_manifest
 
 Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
 
 TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 """tokens.arrow: row i belongs to row i of texts.arrow."""
@@ -71,6 +72,7 @@ def tokenise(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
         "max_length": max_length,
         "data_hash": data.hash,
         "hash": digest.hexdigest(),
+        "rows": len(lengths),
         "clients": _client_entries(data, np.array(lengths, dtype=np.int64)),
     }
     (out / "manifest.json").write_text(
@@ -114,9 +116,10 @@ def _client_entries(data: TaskData, lengths: Ints) -> list[dict[str, Any]]:
 class TokenData:
     """Tokenised clients, opened read-only through memory maps; cheap enough for every worker."""
 
-    manifest: Mapping[str, Any]
-    members: Membership
-    batches: tuple[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]], ...]
+    path: Path
+    manifest: Mapping[str, Any] = field(repr=False)
+    members: Membership = field(repr=False)
+    batches: tuple[tuple[Ints, Ids, Ids], ...] = field(repr=False)
     """(offsets, ids, labels) of each block."""
 
     @classmethod
@@ -130,10 +133,10 @@ class TokenData:
         manifest = read_manifest(path / "manifest.json")
         members = Membership.open(path, clients_of(manifest))
         blocks = []
-        for batch in open_stream(path / "tokens.arrow"):
+        for batch in open_stream(path / "tokens.arrow", manifest["rows"]):
             ids, label = batch.column("ids"), batch.column("label")
             blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy()))
-        return cls(manifest, members, tuple(blocks))
+        return cls(path, manifest, members, tuple(blocks))
 
     @property
     def clients(self) -> tuple[Client, ...]:

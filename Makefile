@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: demo test check unit bench chaos clean
+
+$(VENV)/.ready: setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready   ## the main job on the embedded default: table, figures, report.html
+	$(BIN)/fedtailor run demo --run-id demo
+
+check: $(VENV)/.ready  ## format, lint, types
+	$(BIN)/ruff format --check platform actors tune_spaces tests
+	$(BIN)/ruff check platform actors tune_spaces tests
+	$(BIN)/mypy
+
+test: check            ## everything that decides whether a change lands
+	$(PYTEST) tests
+
+unit: $(VENV)/.ready   ## the fast part
+	$(PYTEST) tests/unit tests/contracts tests/golden
+
+bench: $(VENV)/.ready  ## speed and memory, ratios from one run
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

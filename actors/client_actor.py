@@ -1,0 +1,139 @@
+"""The process that plays clients: one resident model, one stage at a time, as many clients as it is sent."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import ray
+
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
+from fedtailor.core.pool import StageInfo
+
+FORWARDED = (
+    "FEDTAILOR_DATA", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE", "CUBLAS_WORKSPACE_CONFIG",
+)  # fmt: skip
+"""Variables that follow the run onto a cluster that was started elsewhere. No secret is among them."""
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where an actor runs, for events and failures."""
+
+    pid: int
+    node: str
+    hostname: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.hostname} (node {self.node[:8]})"
+
+
+def forwarded_environment() -> dict[str, str]:
+    """The `FORWARDED` variables that are set in this process."""
+    return {name: os.environ[name] for name in FORWARDED if name in os.environ}
+
+
+def resolve(dotted: str) -> Any:
+    """Imports ``package.module:name``."""
+    module, _, name = dotted.partition(":")
+    return getattr(import_module(module), name)
+
+
+class ClientActor:
+    """Wraps a worker class in an actor.
+
+    The constructor does nothing that can fail, so that an import error or a bad stage reaches the pool as the
+    exception it is and not as an actor that died.
+
+    Args:
+        worker: ``module:Class`` with ``open`` and ``run`` as `fedtailor.core.engine.Worker` has them.
+        threads: torch and BLAS threads.
+        memory_fraction: share of the GPU's memory that this process may allocate, or None.
+        environment: variables to set unless they are set already.
+    """
+
+    def __init__(
+        self, worker: str, threads: int, memory_fraction: float | None, environment: Mapping[str, str]
+    ) -> None:
+        self._worker_name, self._threads, self._memory_fraction = worker, threads, memory_fraction
+        self._worker: Any = None
+        self._info: StageInfo | None = None
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+
+    def open(self, spec: StageSpec) -> str:
+        """Opens a stage and returns a fingerprint of its `StageInfo`, equal on every actor."""
+        if self._worker is None:
+            self._worker = self._start()
+        self._info = self._worker.open(spec)
+        return _fingerprint(self._info)
+
+    def info(self) -> StageInfo | None:
+        """The open stage's `StageInfo`; asked of one actor only, since it holds a whole flat state."""
+        return self._info
+
+    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None) -> list[SegmentResult]:
+        """Plays segments one after the other.
+
+        Args:
+            jobs: segments of one round, several in one call.
+            shared: SHARED state (P,) float32, a read-only view of the object store, or None.
+        """
+        where = vars(self._here())
+        results = [self._worker.run(job, shared) for job in jobs]
+        for result in results:
+            result.host = {**result.host, **where}
+        return results
+
+    @ray.method(concurrency_group="watch")
+    def host(self) -> Host:
+        """Pid and node; answers while `run` runs."""
+        return self._here()
+
+    @ray.method(concurrency_group="watch")
+    def stack(self) -> str:
+        """What every thread does now; answers while `run` hangs, unless that holds the interpreter's lock."""
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+    def _start(self) -> Any:
+        for name in THREAD_VARIABLES:
+            os.environ[name] = str(self._threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        worker = resolve(self._worker_name)
+        # A worker without torch (tests) must not pay seconds for importing it.
+        if torch := sys.modules.get("torch"):
+            self._limit(torch)
+        return worker()
+
+    def _limit(self, torch: Any) -> None:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        threadpool_limits(self._threads)  # BLAS libraries that were loaded before the variables were set
+        torch.set_num_threads(self._threads)
+        if self._memory_fraction is not None and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(self._memory_fraction)
+
+    def _here(self) -> Host:
+        return Host(os.getpid(), ray.get_runtime_context().get_node_id(), socket.gethostname())
+
+
+def _fingerprint(info: StageInfo) -> str:
+    layout = repr((info.shared, info.private, info.modules, info.r_init))
+    digest = hashlib.blake2b(layout.encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(info.initial).data)
+    return digest.hexdigest()

@@ -1,0 +1,179 @@
+"""The pool that runs segments on Ray actors; equal to `SerialPool` byte for byte in ``pool`` mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from actors.client_actor import ClientActor, Host, forwarded_environment, resolve
+from actors.crew import Answer, Crew, Member
+from actors.ledger import Costs, JobLedger
+from actors.parts import Parts
+from actors.placement import ActorPlan, plan_actors
+from actors.session import RaySession, cluster_nodes, ensure_ray
+from fedtailor.core.errors import WorkerError
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
+from fedtailor.core.pool import OnEvent, OnResult, StageInfo
+from fedtailor.core.settings import EngineConfig
+
+WORKER = "fedtailor.core.engine:Worker"
+MERGE = "fedtailor.core.engine:merge_results"
+Accepted = Callable[[int, SegmentResult], None]
+
+
+class RayPool:
+    """Pushes segments to actors, a few calls per round, and survives the loss of any of them.
+
+    In ``pool`` mode the actors are as many as the placement says and share the segments. In ``per_client``
+    mode every client of a call has an actor of its own, and a segment's parts are merged here, so sums
+    agree with ``pool`` mode to rounding only.
+
+    Events are dicts with the key ``event``: ``actor_lost`` (kind: death, oom, node, hang or unreachable;
+    cause, host, stack), ``actor_replaced``, ``actor_waiting``, ``pool_shrunk``, ``job_retried``,
+    ``result_dropped``.
+
+    Args:
+        config: the ``engine`` section.
+        on_event: hears of losses and recoveries, as they happen.
+        worker: ``module:Class`` that plays segments.
+        merge: ``module:function`` that joins the results of a segment's single clients, in client order.
+
+    Raises:
+        PlacementError: the actors can never fit, or the cluster cannot be joined.
+    """
+
+    def __init__(
+        self, config: EngineConfig, on_event: OnEvent, *, worker: str = WORKER, merge: str = MERGE
+    ) -> None:
+        # Calls that are given up on purpose are no news; losses are reported as events.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+        self._config, self._on_event = config, on_event
+        self._worker, self._merge = worker, merge
+        self._costs = Costs()
+        self._round = 0
+        self._session: RaySession = ensure_ray(config.address, config.threads)
+        try:
+            self._nodes = cluster_nodes(gpu_memory=config.memory_gb is not None)
+            self._plan: ActorPlan = plan_actors(config, self._nodes, 1 if self._per_client else None)
+            self._crew = Crew(self._make_actor, config.deadline_s, config.retries, on_event)
+            self._crew.hire(self._plan.count)
+        except BaseException:
+            self._session.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Number of actors now."""
+        return len(self._crew.members)
+
+    @property
+    def plan(self) -> ActorPlan:
+        """Where the actors were meant to go."""
+        return self._plan
+
+    def hosts(self) -> list[Host]:
+        """Where the actors that are up run, by actor number."""
+        members = sorted(self._crew.members, key=lambda member: member.number)
+        return [member.host for member in members if member.host is not None]
+
+    def open(self, spec: StageSpec) -> StageInfo:
+        """See `Pool.open`; actors that were given up for lack of memory come back here."""
+        if not self._per_client:
+            self._crew.hire(self._plan.count)
+        return self._crew.open(spec)
+
+    def run(
+        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult
+    ) -> list[SegmentResult]:
+        """See `Pool.run`."""
+        if not self._per_client:
+            return self._play(jobs, shared, lambda _, result: on_result(result))
+        parts = Parts(jobs, resolve(self._merge), on_result)
+        self._plan = plan_actors(self._config, self._nodes, max(1, len(parts.units)))
+        self._crew.hire(self._plan.count)
+        self._play(parts.units, shared, parts.add)
+        return parts.results()
+
+    def close(self) -> None:
+        """Ends the actors, and Ray only if this pool started it."""
+        if ray.is_initialized():
+            self._crew.close()
+        self._session.close()
+
+    @property
+    def _per_client(self) -> bool:
+        return self._config.mode == "per_client"
+
+    def _make_actor(self) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": self._plan.num_cpus,
+            "num_gpus": self._plan.num_gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {"watch": 1},
+        }
+        return ray.remote(**options)(ClientActor).remote(
+            self._worker, self._config.threads, self._plan.memory_fraction, forwarded_environment()
+        )
+
+    def _play(
+        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, accepted: Accepted
+    ) -> list[SegmentResult]:
+        """Runs jobs to the end; on an error calls under way are left to finish unheard."""
+        self._round += 1
+        ledger = JobLedger(jobs, self._costs, self._config.retries)
+        reference = None if shared is None or not jobs else ray.put(shared)
+        served: set[Member] = set()
+        while not ledger.finished:
+            self._feed(ledger, reference, served)
+            for answer in self._crew.wait():
+                self._take(answer, ledger, accepted)
+        return ledger.results()
+
+    def _feed(self, ledger: JobLedger, reference: Any, served: set[Member]) -> None:
+        for member in self._crew.members:
+            if not ledger.waiting:
+                return
+            if not member.idle or (self._per_client and member in served):
+                continue
+            batch = ledger.take(self.size, single=self._per_client)
+            served.add(member)
+            self._crew.submit(member, [ledger.job(i) for i in batch], reference, self._round, batch)
+
+    def _take(self, answer: Answer, ledger: JobLedger, accepted: Accepted) -> None:
+        member, call = answer.member, answer.call
+        current = call.round == self._round
+        if answer.loss is not None:
+            self._crew.lose_one(member, answer.loss, shrink=not self._per_client)
+            if current:
+                ledger.lose(call.positions, answer.loss)
+                self._report_retries(answer, ledger)
+            return
+        if not current:
+            return
+        results = answer.results or []
+        if len(results) != len(call.positions):
+            raise WorkerError(
+                f"actor {member.number} answered {len(results)} of {len(call.positions)} segments"
+            )
+        for position, result in zip(call.positions, results, strict=True):
+            if ledger.accept(position, result):
+                accepted(position, result)
+            else:
+                self._on_event(_about("result_dropped", ledger.job(position), member, "a second result"))
+
+    def _report_retries(self, answer: Answer, ledger: JobLedger) -> None:
+        assert answer.loss is not None
+        for position in answer.call.positions:
+            self._on_event(_about("job_retried", ledger.job(position), answer.member, answer.loss.kind))
+
+
+def _about(event: str, job: SegmentJob, member: Member, reason: str) -> dict[str, Any]:
+    return {
+        "event": event, "stage": job.stage, "round": job.round, "segment": job.index,
+        "clients": list(job.clients), "attempt": job.attempt,
+        "actor": member.number, "host": str(member.host or ""), "reason": reason,
+    }  # fmt: skip

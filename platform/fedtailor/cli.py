@@ -1,0 +1,284 @@
+"""The command line. Everything heavy is imported inside the commands, so that help and errors come at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+from fedtailor import __version__
+from fedtailor.core.errors import ConfigError, Interrupted, StorageError, TailorError
+
+if TYPE_CHECKING:
+    from fedtailor.runs.experiment import ExperimentBase
+    from fedtailor.runs.run_folder import RunFolder
+
+BACKENDS: Final[dict[str, str]] = {
+    "serial": "fedtailor.runs.launch:run_serial",
+    "ray": "actors.driver_actor:run_on_driver",
+}
+"""engine.backend to the function that runs an experiment there; imported by name, so the library needs no Ray."""
+
+
+class _Commands(TyperGroup):
+    """Shows deliberate errors as messages; anything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TailorError as error:
+            from rich.console import Console
+
+            from fedtailor.runs.console import show_error
+
+            show_error(Console(stderr=True), error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Simulates personalised federated fine-tuning of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="Name of a run's folder in the storage.")]
+Storage = Annotated[str, typer.Option(help="Where runs are kept; the key 'storage' of the configuration.")]
+JsonLog = Annotated[bool, typer.Option("--json-log", help="One JSON object per event instead of a bar.")]
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[PRESET|KEY=VALUE]...", help="Presets, later ones winning, and dotted overrides."
+    ),
+]
+
+
+class Listing(str, Enum):
+    """What ``list`` can show."""
+
+    methods = "methods"
+    tasks = "tasks"
+    models = "models"
+    presets = "presets"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedtailor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(
+    words: Words,
+    run_id: Annotated[str | None, typer.Option(help="Name of the run; default: preset and hash.")] = None,
+    json_log: JsonLog = False,
+) -> None:
+    """Run an experiment, or go on with it if it exists: fedtailor run demo strategy.rounds=20."""
+    from fedtailor.runs import launch
+    from fedtailor.runs.preflight import prepare
+
+    presets, exp = _compose(words)
+    name = run_id or launch.default_run_id(presets, exp)
+    _conduct(exp, name, lambda emit: prepare(exp, name, emit), json_log)
+
+
+@app.command()
+def resume(run_id: RunId, storage: Storage = "./runs", json_log: JsonLog = False) -> None:
+    """Go on with an interrupted or failed run from its last commit."""
+    from fedtailor.runs import launch
+
+    folder = _open(run_id, storage)
+    _conduct(launch.load_experiment(folder), run_id, lambda _: folder, json_log)
+
+
+@app.command()
+def status(run_id: RunId, storage: Storage = "./runs") -> None:
+    """Show how far a run has got."""
+    from rich.console import Console
+
+    from fedtailor.runs.console import STATES, status_table
+    from fedtailor.runs.launch import committed_stages
+
+    folder, console = _open(run_id, storage), Console()
+    state = folder.status()
+    colour = STATES.get(state["state"], "white")
+    console.print(
+        f"[bold]{run_id}[/]  [{colour}]{state['state']}[/]  {state.get('message') or ''}", highlight=False
+    )
+    console.print(status_table(committed_stages(folder)))
+
+
+@app.command()
+def digest(run_id: RunId, storage: Storage = "./runs") -> None:
+    """Print the sha256 over everything deterministic that a run committed."""
+    from fedtailor.runs.digest import digest as compute
+    from fedtailor.runs.storage import Storage as Store
+
+    typer.echo(compute(Store(storage), _open(run_id, storage).run_id))
+
+
+@app.command()
+def report(run_id: RunId, storage: Storage = "./runs") -> None:
+    """Write the tables and figures of a run again."""
+    typer.echo(f"report: {_write_report(_open(run_id, storage))}")
+
+
+@app.command()
+def sync(
+    run_id: RunId,
+    storage: Storage = "./runs",
+    mode: Annotated[
+        str | None, typer.Option(help="online or offline; default: wandb.mode of the run.")
+    ] = None,
+) -> None:
+    """Rebuild the W&B run of an experiment from its committed metrics."""
+    from fedtailor.runs import wandb_sink
+    from fedtailor.runs.launch import load_experiment
+
+    folder = _open(run_id, storage)
+    exp = load_experiment(folder)
+    typer.echo(f"W&B: {wandb_sink.sync(folder, mode or exp.wandb.mode, exp.wandb.project, exp.wandb.entity)}")
+
+
+@app.command()
+def plan(words: Words) -> None:
+    """Show stages, bytes, memory and work of an experiment without running it; needs no weights."""
+    from rich.console import Console
+
+    from fedtailor.runs.plan import make_plan
+    from fedtailor.runs.plan_view import show_plan
+
+    _, exp = _compose(words)
+    show_plan(Console(), make_plan(exp))
+
+
+@app.command()
+def doctor(
+    storage: Storage = "./runs", address: Annotated[str | None, typer.Option(help="Ray address.")] = None
+) -> None:
+    """Check this machine: versions, memory, storage, data, Ray's exposure, W&B."""
+    from rich.console import Console
+
+    from fedtailor.runs.doctor import examine, show_findings
+
+    if not show_findings(Console(), examine(storage, address)):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_(what: Annotated[Listing, typer.Argument()]) -> None:
+    """List what can be named in a configuration."""
+    from rich.console import Console
+
+    from fedtailor.runs.listing import listing
+
+    Console().print(listing(what.value))
+
+
+@app.command()
+def export(
+    run_id: RunId,
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    client: Annotated[str | None, typer.Option(help="Client id, e.g. seen/amh/00.")] = None,
+    method: Annotated[str, typer.Option(help="Whose adapter.")] = "fedp2eft",
+    budget: Annotated[int | None, typer.Option(help="r; default: the largest.")] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="The trained base model instead of an adapter.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Default: the run's first.")] = None,
+    storage: Storage = "./runs",
+) -> None:
+    """Copy a client's peft adapter, or the base model, out of a run."""
+    from fedtailor.runs import takeaway
+
+    if base == (client is not None):
+        raise ConfigError("export needs exactly one of --client ID and --base")
+    folder = _open(run_id, storage)
+    chosen = folder.info()["config"]["seeds"][0] if seed is None else seed
+    if client is None:
+        takeaway.export_base(folder, chosen, out)
+        typer.echo(f"base model: {out}")
+        return
+    rank = folder.info()["config"]["budgets"][-1] if budget is None else budget
+    belongs = takeaway.export_client(folder, client, method, rank, chosen, out)
+    typer.echo(f"adapter: {out} (peft; belongs to the base model in {belongs})")
+
+
+def main() -> None:
+    """Console entry point."""
+    app(prog_name="fedtailor")
+
+
+def _compose(words: list[str]) -> tuple[list[str], ExperimentBase]:
+    from fedtailor.runs.experiment import compose
+
+    presets = [word for word in words if "=" not in word]
+    return presets, compose(presets, [word for word in words if "=" in word])
+
+
+def _open(run_id: str, storage: str) -> RunFolder:
+    from fedtailor.runs.run_folder import RunFolder
+    from fedtailor.runs.storage import Storage as Store
+
+    return RunFolder.open(Store(storage), run_id)
+
+
+def _write_report(folder: RunFolder) -> Path:
+    from fedtailor.runs.report import write_report
+
+    return write_report(folder)
+
+
+def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFolder], json_log: bool) -> None:
+    """Opens, runs, reports; every way out tells what to do next."""
+    from rich.console import Console
+
+    from fedtailor.runs import launch
+    from fedtailor.runs.console import show_header, summary_table
+    from fedtailor.runs.progress import reporter
+    from fedtailor.runs.stop import StopSignals
+
+    told = Console(stderr=json_log)
+    backend = launch.resolve(BACKENDS[exp.engine.backend])
+    show = reporter(Console(), json_log)
+    with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
+        folder = None
+        try:
+            folder = open_run(show)
+            show_header(told, run_id, exp)
+            stop.graceful = True
+            launch.launch(backend, folder, exp, show, stop)
+        except TailorError as error:
+            if isinstance(error, Interrupted):
+                error.exit_code = stop.exit_code
+            if folder is not None:
+                where = "" if exp.storage == "./runs" else f" --storage {exp.storage}"
+                error.add_note(f"Resume with: fedtailor resume {run_id}{where}")
+            raise
+        finally:
+            show.close()
+    problem = launch.sync_wandb(folder, exp)
+    path = _write_report(folder)
+    table = summary_table(folder.metrics("personalise"))
+    if table is not None:
+        told.print(table)
+    if problem:
+        told.print(f"[yellow]W&B:[/] {problem}; repeat with: fedtailor sync {run_id}", highlight=False)
+    told.print(f"[green]complete[/]  report: {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,68 @@
+"""From the model section of a configuration to the place where the base model is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedtailor.core.errors import ModelError
+from fedtailor.core.settings import ModelConfig
+
+EMBEDDED = "tiny-bert"
+
+PRESETS: dict[str, str] = {
+    "mbert": "google-bert/bert-base-multilingual-cased",
+    "roberta-base": "FacebookAI/roberta-base",
+    "roberta-large": "FacebookAI/roberta-large",
+}
+"""Short names of hub ids; ``model.path`` puts a local copy in their place."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model comes from.
+
+    Attributes:
+        kind: ``embedded`` (built from the task's texts), ``folder`` (local) or ``hub``.
+        name: as configured, for messages.
+        location: hub id, or path of the folder; for ``embedded`` the sizes that define the model.
+        revision: hub revision; None: the default branch.
+    """
+
+    kind: Literal["embedded", "folder", "hub"]
+    name: str
+    location: str
+    revision: str | None = None
+
+
+def resolve(cfg: ModelConfig) -> ModelSource:
+    """Decides which model is meant, without looking for it.
+
+    ``model.path`` wins over a preset's hub id. A name is a folder if one exists there or if it is written
+    like a path (``./m``, ``~/m``, ``/data/m``), else a hub id.
+
+    Raises:
+        ModelError: a name that can be neither, or a path given for the embedded model.
+    """
+    if cfg.name == EMBEDDED:
+        if cfg.path is not None:
+            raise ModelError(
+                f"'model.path' ({cfg.path}) has no meaning for {EMBEDDED}; name the model it holds instead"
+            )
+        sizes = (cfg.hidden_size, cfg.layers, cfg.heads, cfg.intermediate_size, cfg.vocab_size)
+        return ModelSource("embedded", cfg.name, "x".join(str(size) for size in sizes))
+    written = cfg.path or cfg.name
+    folder = Path(written).expanduser()
+    like_a_path = written.startswith((".", "/", "~")) or written.count("/") > 1
+    if cfg.path is not None or like_a_path or (cfg.name not in PRESETS and folder.is_dir()):
+        return ModelSource("folder", cfg.name, str(folder))
+    if not _HUB_ID.fullmatch(cfg.name):
+        raise ModelError(
+            f"'model.name' ({cfg.name}) is neither {EMBEDDED}, a preset ({', '.join(PRESETS)}), "
+            f"a hub id (owner/name) nor a folder"
+        )
+    return ModelSource("hub", cfg.name, PRESETS.get(cfg.name, cfg.name), cfg.revision)

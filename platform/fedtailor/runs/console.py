@@ -1,0 +1,91 @@
+"""How results, errors and run states look in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedtailor.core.errors import ConfigError, TailorError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedtailor.runs.experiment import ExperimentBase
+
+STATES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "created": "dim"}
+
+
+def show_error(console: Console, error: TailorError) -> None:
+    """A message without traceback, one bullet per problem."""
+    kind = type(error).__name__.removesuffix("Error") or "Error"
+    problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    if isinstance(error, ConfigError):
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        console.print(f"[bold red]The configuration cannot run:[/] {count}", highlight=False)
+    else:
+        console.print(f"[bold red]{kind}[/]", highlight=False)
+    for problem in problems:
+        console.print(f"  [red]•[/] {escape(problem)}", highlight=False, soft_wrap=not console.is_terminal)
+    for note in getattr(error, "__notes__", []):
+        console.print(f"  [dim]{escape(note)}[/]", highlight=False, soft_wrap=not console.is_terminal)
+
+
+def plain_table(*columns: str, title: str = "", numbers: Sequence[str] = ()) -> Table:
+    """A table without outer lines; columns named in ``numbers`` are aligned right."""
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False
+    )
+    for name in columns:
+        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    return table
+
+
+def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
+    """What is about to run, in four lines."""
+    listed = ", ".join
+    console.print(f"[bold]{escape(run_id)}[/]  [dim]in {escape(exp.storage)}[/]", highlight=False)
+    rows = {
+        "task, model": f"{exp.task.name}, {exp.model.name} (base dropout {exp.model.base_dropout:g})",
+        "methods": listed(exp.methods),
+        "budgets, seeds": f"{listed(map(str, exp.budgets))}; {listed(map(str, exp.seeds))}",
+        "engine": f"{exp.engine.backend}, {exp.engine.threads} thread(s) per worker, {exp.engine.dtype}",
+    }
+    for name, value in rows.items():
+        console.print(f"  [dim]{name:<14}[/] {escape(value)}", highlight=False)
+
+
+def summary_table(metrics: pd.DataFrame) -> Table | None:
+    """Methods by budgets, mean accuracy over languages in %, for each pool; None without results."""
+    from fedtailor.runs.report.names import method_name, pool_name
+    from fedtailor.runs.report.results import blocks, checked, scores
+
+    found = blocks(scores(checked(metrics)))
+    if not found:
+        return None
+    columns = [(block.pool, block.budget) for block in found]
+    names = [f"{pool_name(pool)}\n{'' if budget is None else f'r = {budget}'}" for pool, budget in columns]
+    title = "Accuracy in %, mean over languages" + (" and seeds" if found[0].n_seeds > 1 else "")
+    table = plain_table("method", *names, title=title, numbers=names)
+    for method in dict.fromkeys(name for block in found for name in block.methods):
+        cells = [block.average.get(method) for block in found]
+        table.add_row(
+            method_name(method),
+            *("" if cell is None else f"[bold]{100 * cell.mean:.2f}[/]" if cell.best else f"{100 * cell.mean:.2f}"
+              for cell in cells),
+        )  # fmt: skip
+    return table
+
+
+def status_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per stage: key, what is committed, artifact."""
+    table = plain_table("stage", "committed", "artifact", numbers=("committed",))
+    for stage in stages:
+        mark = "[green]done[/]" if stage["done"] else ""
+        total = f"/{stage['total']}" if stage["total"] else ""
+        table.add_row(escape(stage["key"]), f"{mark} {stage['committed']}{total}".strip(), stage["artifact"])
+    return table

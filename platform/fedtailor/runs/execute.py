@@ -1,0 +1,220 @@
+"""Runs a whole experiment: stages in order, each resumed where its commits end, on any pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedtailor.core.errors import ClientError, Interrupted, RoundError
+from fedtailor.core.grouping import segments
+from fedtailor.core.messages import SegmentJob, SegmentResult
+from fedtailor.core.method import Method, Row
+from fedtailor.core.pool import Pool, StageInfo
+from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
+from fedtailor.methods import build_method
+from fedtailor.runs.artifact_lock import lock
+from fedtailor.runs.base_model import write_base
+from fedtailor.runs.commit_log import CommitLog, Payload
+from fedtailor.runs.experiment import ExperimentBase, method_section
+from fedtailor.runs.inputs import make_inputs
+from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, flatten, metrics_table
+from fedtailor.runs.run_folder import RunFolder
+from fedtailor.runs.stages import Inputs, Stage, plan_stages, short_hash, stage_spec
+from fedtailor.runs.storage import Storage
+from fedtailor.tasks.tokens import TokenData
+
+Emit = Callable[[dict[str, Any]], None]
+STRATEGIES = "strategies.safetensors"
+DONE = "DONE.json"
+
+
+class Execution:
+    """One run from its configuration to its last commit.
+
+    Args:
+        exp: checked configuration.
+        run: its folder, created or opened.
+        make_pool: builds the pool; called once, after the inputs exist.
+        emit: receives events: progress, failures, warnings.
+        should_stop: asked between segments; True ends the run at the last commit.
+    """
+
+    def __init__(
+        self,
+        exp: ExperimentBase,
+        run: RunFolder,
+        make_pool: Callable[[Emit], Pool],
+        emit: Emit,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.exp, self.run, self.emit, self.should_stop = exp, run, emit, should_stop
+        self.storage = Storage(exp.storage)
+        self.artifacts = Path(exp.storage) / "artifacts"
+        self._make_pool, self._pool = make_pool, None
+
+    def execute(self) -> None:
+        """Runs all stages of all seeds.
+
+        Raises:
+            TailorError: whatever ended the run; commits made before it stay.
+        """
+        try:
+            work = [(seed, *self._prepare(seed)) for seed in self.exp.seeds]
+            self.run.set_stages([_listed(s) for _, _, stages in work for s in stages])
+            total = len([s for _, _, stages in work for s in stages])
+            number = 0
+            for _, inputs, stages in work:
+                for stage in stages:
+                    number += 1
+                    self._stage(stage, stages, inputs, number, total)
+        finally:
+            if self._pool is not None:
+                self._pool.close()
+
+    def _prepare(self, seed: int) -> tuple[Inputs, list[Stage]]:
+        self.emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "preparing"})
+        inputs = make_inputs(self.exp, seed, self.artifacts)
+        data = TokenData.open(self.artifacts / inputs.tokens)
+        seen = [c for c in data.clients if c.pool == "seen"]
+        return inputs, plan_stages(self.exp, seed, inputs, len(seen))
+
+    @property
+    def pool(self) -> Pool:
+        """The pool, made at first use: a run that finds all stages committed needs none."""
+        if self._pool is None:
+            self._pool = self._make_pool(self.emit)
+        return self._pool
+
+    def _stage(self, stage: Stage, stages: Sequence[Stage], inputs: Inputs, number: int, total: int) -> None:
+        folder = f"artifacts/{stage.artifact}"
+        event = {"kind": "stage", "stage": stage.key, "artifact": stage.artifact, "number": number, "of": total}
+        if self.storage.exists(f"{folder}/{DONE}"):
+            self.emit({**event, "state": "reused"})
+            return
+        with lock(self.storage, folder, self.run.run_id, on_wait=lambda text: self.emit({"kind": "waiting", "text": text})):
+            self.emit({**event, "state": "running"})
+            log = CommitLog(self.storage, folder, on_event=lambda e: self.emit({"kind": "storage", **e}))
+            data = TokenData.open(self.artifacts / inputs.tokens)
+            cache = self.artifacts / "features" / short_hash([stage.parent, inputs.tokens])
+            spec = stage_spec(self.exp, stage, self._model_dir(stage.parent), str(self.artifacts / inputs.tokens), str(cache))
+            method = build_method(stage.method, method_section(self.exp, stage.method), self.exp.r_max)
+            if stage.kind == "personalise":
+                modules, r_init = self._personalise(stage, stages, method, spec, data, log)
+            else:
+                info = self._rounds(stage, method, spec, data, log)
+                modules, r_init = info.modules, info.r_init
+                if stage.kind == "base":
+                    self._export(stage, method, spec, data, log, info)
+            done = {"stage": stage.key, "modules": list(modules), "r_init": r_init}
+            self.storage.write_json(f"{folder}/{DONE}", done)
+            self.emit({**event, "state": "done"})
+
+    def _model_dir(self, artifact: str) -> str:
+        folder = self.artifacts / artifact
+        return str((folder / "model") if artifact.startswith("base-") else folder)
+
+    def _rounds(self, stage: Stage, method: Method, spec: Any, data: TokenData, log: CommitLog) -> StageInfo:
+        seen = [c for c in data.clients if c.pool == "seen"]
+        engine = self.exp.engine
+        plan = RoundPlan(
+            stage.key, stage.seed, stage.rounds, tuple(c.id for c in seen), {c.id: c.n_train for c in seen}, stage.cohort,
+            engine.segments, engine.min_segment, engine.on_client_failure == "drop", engine.quorum,
+        )  # fmt: skip
+        info = self.pool.open(spec)
+        rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
+        run_rounds(plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage))
+        return info
+
+    def _on_result(self) -> Callable[[SegmentResult], None]:
+        def received(result: SegmentResult) -> None:
+            if self.should_stop():
+                raise Interrupted(f"stopped in {result.stage}, round {result.round}: its commits are kept")
+            self.emit({"kind": "segment", "stage": result.stage, "clients": len(result.valid), **result.host})
+
+        return received
+
+    def _on_round(self, stage: Stage) -> Callable[[RoundOutcome], None]:
+        def closed(outcome: RoundOutcome) -> None:
+            self._note(stage, outcome.state.round - 1, outcome.failures, outcome.warnings, outcome.seconds)
+            self._progress(stage, outcome.state.round, stage.rounds, len(outcome.weights))
+            if self.should_stop() and outcome.state.round < stage.rounds:
+                raise Interrupted(f"stopped after {stage.key}, round {outcome.state.round} of {stage.rounds}")
+
+        return closed
+
+    def _progress(self, stage: Stage, done: int, total: int, clients: int) -> None:
+        self.emit({"kind": "progress", "stage": stage.key, "done": done, "total": total, "clients": clients})
+
+    def _note(self, stage: Stage, index: int, failures: Any, warnings: Any, seconds: Any) -> None:
+        for failure in failures:
+            self.run.failure(asdict(failure))
+            self.emit({"kind": "failure", **asdict(failure), "failure": failure.kind})
+        for warning in warnings:
+            self.emit({"kind": "warning", "stage": stage.key, "round": index, "what": warning})
+        self.run.timing(stage.key, index, seconds)
+
+    def _export(self, stage: Stage, method: Method, spec: Any, data: TokenData, log: CommitLog, info: StageInfo) -> None:
+        out = self.artifacts / stage.artifact / "model"
+        commit = log.newest()
+        if commit is None:
+            from fedtailor.runs.round_log import named
+
+            tensors = named(info.shared, info.initial)
+        else:
+            tensors = commit.tensors(SHARED)
+        write_base(spec, method, tensors, data.labels, out)
+
+    def _shared(self, stage: Stage, info: StageInfo) -> Row | None:
+        if not info.shared:
+            return None
+        commit = CommitLog(self.storage, f"artifacts/{stage.strategy}").newest()
+        return info.initial if commit is None else flatten(info.shared, commit.tensors(SHARED))
+
+    def _personalise(
+        self, stage: Stage, stages: Sequence[Stage], method: Method, spec: Any, data: TokenData, log: CommitLog
+    ) -> tuple[tuple[str, ...], int]:
+        clients = [c.id for c in data.clients if c.pool in self.exp.personalise.pools]
+        size, engine = self.exp.personalise.chunk, self.exp.engine
+        chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
+        info = self.pool.open(spec)
+        shared = self._shared(stage, info)
+        for index in range(len(log.all(repair=True)), len(chunks)):
+            jobs = [
+                SegmentJob(stage.key, index, number, part)
+                for number, part in enumerate(segments(chunks[index], engine.segments, engine.min_segment))
+            ]
+            results = self.pool.run(jobs, shared, self._on_result())
+            self._commit_chunk(stage, index, chunks[index], results, log)
+            self._progress(stage, index + 1, len(chunks), len(chunks[index]))
+            if self.should_stop() and index + 1 < len(chunks):
+                raise Interrupted(f"stopped after {stage.key}, chunk {index + 1} of {len(chunks)}")
+        return info.modules, info.r_init
+
+    def _commit_chunk(
+        self, stage: Stage, index: int, clients: Sequence[str], results: Sequence[SegmentResult], log: CommitLog
+    ) -> None:
+        failures = [failure for result in results for failure in result.failures]
+        if failures and self.exp.engine.on_client_failure == "fail":
+            raise ClientError(failures[0].client, stage.key, index, failures[0].reason)
+        if len(failures) > (1 - self.exp.engine.quorum) * len(clients):
+            raise RoundError(f"{stage.key}, chunk {index}: {len(failures)} of {len(clients)} clients failed")
+        objects: dict[str, Payload] = {METRICS: metrics_table(row for r in results for row in r.metrics)}
+        strategies = {f"lambda/{client}": lam for r in results for client, lam in r.tensors.items()}
+        if strategies:
+            objects[STRATEGIES] = strategies
+        for result in results:
+            for lane, files in result.adapters.items():
+                objects |= {f"adapters/{lane}/{name}": content for name, content in files.items()}
+        record = {"kind": "chunk", "cohort": list(clients), "rejected": [asdict(failure) for failure in failures]}
+        log.commit(index, objects, record)
+        seconds = {client: s for result in results for client, s in result.seconds.items()}
+        self._note(stage, index, failures, [w for r in results for w in r.warnings], seconds)
+
+
+def _listed(stage: Stage) -> dict[str, Any]:
+    return {
+        "key": stage.key, "kind": stage.kind, "method": stage.method, "seed": stage.seed, "artifact": stage.artifact,
+        "parent": stage.parent, "rounds": stage.rounds, "cohort": stage.cohort,
+    }  # fmt: skip

@@ -1,0 +1,122 @@
+"""Data, initial model and tokens of a seed: made once, named by content, reused by every later run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+
+from fedtailor.core.settings import ModelConfig
+from fedtailor.models import hub
+from fedtailor.models.classifier import load_tokenizer
+from fedtailor.models.folder import staged_folder
+from fedtailor.models.tiny_bert import build
+from fedtailor.runs.experiment import ExperimentBase, to_json
+from fedtailor.runs.stages import Inputs, short_hash
+from fedtailor.tasks.task import TaskData, fingerprint, prepare
+from fedtailor.tasks.tokens import TokenData, tokenise
+
+
+def make_inputs(exp: ExperimentBase, seed: int, artifacts: Path) -> Inputs:
+    """Prepares what is missing and returns the artifact names.
+
+    Args:
+        exp: whole configuration.
+        seed: run seed.
+        artifacts: local folder of all artifacts.
+
+    Raises:
+        DataError, ModelError: see `tasks` and `models`; nothing half made is left behind.
+    """
+    artifacts.mkdir(parents=True, exist_ok=True)
+    data, data_name = _data(exp, seed, artifacts)
+    model_name = model_artifact(exp, seed, data)
+    _once(artifacts / model_name, lambda out: _model(exp, seed, data, out))
+    tokens_name = tokens_artifact(exp, data_name, model_name)
+    tokenizer = load_tokenizer(artifacts / model_name)
+    _once(artifacts / tokens_name, lambda out: _tokens(data, tokenizer, exp.task.max_length, out))
+    return Inputs(data_name, model_name, tokens_name)
+
+
+def known_inputs(exp: ExperimentBase, seed: int, artifacts: Path) -> tuple[Inputs, TaskData | None]:
+    """Artifact names without making anything; for ``plan``. The data is opened if it is already there."""
+    name = f"data-{fingerprint(exp.task, seed)[:16]}"
+    data = TaskData.open(artifacts / name) if (artifacts / name).exists() else None
+    if data is None:
+        scratch = Path(mkdtemp(prefix="fedtailor-plan-"))
+        data = prepare(exp.task, seed, scratch)
+    model = model_artifact(exp, seed, data)
+    return Inputs(name, model, tokens_artifact(exp, name, model)), data
+
+
+def _data(exp: ExperimentBase, seed: int, artifacts: Path) -> tuple[TaskData, str]:
+    # The name is the content's hash, so the data is always made; that takes seconds and catches changed files.
+    scratch = artifacts / f".data-{short_hash([to_json(exp.task), seed])}"
+    with staged_folder(scratch) as out:
+        name = f"data-{prepare(exp.task, seed, out).hash[:16]}"
+    target = artifacts / name
+    if not target.exists():
+        scratch.rename(target)
+    else:
+        _remove(scratch)
+    return TaskData.open(target), name
+
+
+def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
+    """Name of the initial model: depends on the task only through labels, length and (tiny-bert) train texts."""
+    content = {"model": _identity(exp.model), "labels": list(data.labels), "seed": seed}
+    if exp.model.name == "tiny-bert":
+        content |= {"texts": _texts_hash(data), "max_length": exp.task.max_length}
+    return f"model-{short_hash(content)}"
+
+
+def tokens_artifact(exp: ExperimentBase, data: str, model: str) -> str:
+    """Name of the tokenised clients."""
+    return f"tokens-{short_hash([data, model, exp.task.max_length])}"
+
+
+def _identity(cfg: ModelConfig) -> dict[str, object]:
+    plain = to_json(cfg)
+    for key in ("targets", "base_dropout", "path"):
+        plain.pop(key)
+    if cfg.name != "tiny-bert":
+        return {"source": hub.fingerprint(hub.resolve(cfg))}
+    return plain
+
+
+def _texts_hash(data: TaskData) -> str:
+    digest = hashlib.sha256()
+    for text in data.train_texts("seen"):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
+    if exp.model.name == "tiny-bert":
+        # Seen train texts only: an unseen client's words must not shape the vocabulary.
+        build(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
+    else:
+        hub.materialise(exp.model, data.labels, seed, out)
+
+
+def _tokens(data: TaskData, tokenizer: object, max_length: int, out: Path) -> None:
+    tokenise(data, tokenizer, max_length, out)  # type: ignore[arg-type]
+
+
+def open_tokens(artifacts: Path, inputs: Inputs) -> TokenData:
+    """The tokenised clients."""
+    return TokenData.open(artifacts / inputs.tokens)
+
+
+def _once(target: Path, make: Callable[[Path], None]) -> None:
+    if target.exists():
+        return
+    with staged_folder(target) as out:
+        make(out)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)

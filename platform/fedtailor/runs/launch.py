@@ -1,0 +1,162 @@
+"""Runs an experiment on a backend and keeps the run's status in step with what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Final, Protocol
+
+from fedtailor.core.config import validate
+from fedtailor.core.errors import ConfigError, Interrupted, StorageError, TailorError
+from fedtailor.core.pool import OnEvent, Pool, SerialPool
+from fedtailor.core.settings import EngineConfig
+from fedtailor.runs.commit_log import CommitLog
+from fedtailor.runs.execute import DONE, Execution
+from fedtailor.runs.experiment import Experiment, ExperimentBase, to_json
+from fedtailor.runs.run_folder import RunFolder
+from fedtailor.runs.stages import short_hash
+from fedtailor.runs.storage import Storage
+
+MakePool = Callable[[EngineConfig, OnEvent], Pool]
+ShouldStop = Callable[[], bool]
+Backend = Callable[[str, Mapping[str, Any], EngineConfig, OnEvent, ShouldStop], Any]
+ENTRY = "fedtailor.runs.launch:execute_on"
+QUIET: Final = frozenset({"segment", "progress"})
+"""Events that are shown but not kept: timings and commits say the same."""
+
+
+class EventSink(Protocol):
+    """Takes events from wherever the run is driven."""
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Takes one event."""
+
+
+class StopFlag(Protocol):
+    """Says whether the run should stop, e.g. `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+
+
+def load_experiment(run: RunFolder) -> ExperimentBase:
+    """The configuration that a run folder holds, with the storage it was found in."""
+    return validate(Experiment, {**run.info()["config"], "storage": run.storage.url})
+
+
+def default_run_id(presets: list[str], exp: ExperimentBase) -> str:
+    """Preset names (or the task) and a hash of the configuration: the same words find the same run again."""
+    content = to_json(exp)
+    for key in ("storage", "wandb"):
+        content.pop(key)
+    return f"{'+'.join(presets) or exp.task.name}-{short_hash(content)[:8]}"
+
+
+def launch(
+    backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent, should_stop: ShouldStop
+) -> None:
+    """Runs what is missing of a run.
+
+    Raises:
+        TailorError: what ended the run; its status says so too.
+        StorageError: the backend returned and yet a stage is not committed.
+    """
+    run.set_status("running", "")
+    try:
+        backend(ENTRY, {"storage": exp.storage, "run_id": run.run_id}, exp.engine, emit, should_stop)
+        missing = [stage["key"] for stage in committed_stages(run) if not stage["done"]]
+        if missing:
+            raise StorageError(f"not everything that was asked for is committed: {', '.join(missing)}")
+    except BaseException as error:
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        told = str(error) if isinstance(error, TailorError) else f"{type(error).__name__}: {error}"
+        run.set_status("interrupted" if stopped else "failed", told)
+        raise
+    run.set_status("complete", "")
+
+
+def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink, stop: StopFlag) -> None:
+    """Runs all stages of a run in this process; the pool may be anywhere.
+
+    Args:
+        payload: ``storage`` and ``run_id``.
+        make_pool: builds a pool from the engine's configuration.
+        sink: receives every event; all but `QUIET` ones are kept in the run folder.
+        stop: looked at between segments.
+
+    Raises:
+        TailorError: what ended the run; commits made before it stay.
+    """
+    run = RunFolder.open(Storage(payload["storage"]), payload["run_id"])
+    exp = load_experiment(run)
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["kind"] not in QUIET:
+            run.event(event)
+        sink.event(event)
+
+    def pool(_: OnEvent) -> Pool:
+        # A pool's events name themselves by ``event`` and use ``kind`` for the kind of loss.
+        return make_pool(exp.engine, lambda e: emit({**e, "how": e.get("kind", ""), "kind": "pool"}))
+
+    Execution(exp, run, pool, emit, stop.is_set).execute()
+
+
+class _Here:
+    """Sink and flag of a run that is driven in this process."""
+
+    def __init__(self, emit: OnEvent, should_stop: ShouldStop) -> None:
+        self.event, self.is_set = emit, should_stop
+
+
+def run_serial(
+    entry: str, payload: Mapping[str, Any], config: EngineConfig, on_event: OnEvent, should_stop: ShouldStop
+) -> None:
+    """The backend without Ray: everything in this process. Arguments as `actors.driver_actor.run_on_driver`."""
+    here = _Here(on_event, should_stop)
+    resolve(entry)(payload, SerialPool, here, here)
+
+
+def resolve(dotted: str) -> Any:
+    """Imports ``package.module:name``.
+
+    Raises:
+        ConfigError: the module, or one that it needs, is not installed.
+    """
+    module, _, name = dotted.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"'engine.backend': {module} needs the module '{error.name}', which is not installed; "
+            "install it or use engine.backend=serial"
+        ) from error
+
+
+def committed_stages(run: RunFolder) -> list[dict[str, Any]]:
+    """The stages of a run with ``committed`` rounds or chunks, ``total`` (0: not known here) and ``done``."""
+    found = []
+    for stage in run.stages():
+        folder = f"artifacts/{stage['artifact']}"
+        count = len(CommitLog(run.storage, folder).all(objects=False))
+        done = run.storage.exists(f"{folder}/{DONE}")
+        found.append(
+            {**stage, "committed": count, "total": stage["rounds"] or (count if done else 0), "done": done}
+        )
+    return found
+
+
+def sync_wandb(run: RunFolder, exp: ExperimentBase) -> str | None:
+    """Feeds W&B if the configuration says so; returns what went wrong instead of failing the run."""
+    if exp.wandb.mode == "disabled":
+        return None
+    from fedtailor.runs.wandb_sink import sync
+
+    try:
+        sync(run, exp.wandb.mode, exp.wandb.project, exp.wandb.entity)
+    except Exception as error:  # W&B lets errors of many libraries through, and none may fail a committed run
+        problem = f"{type(error).__name__}: {error}"
+        run.event({"kind": "wandb", "state": "failed", "text": problem})
+        return problem
+    run.event({"kind": "wandb", "state": "synced"})
+    return None

@@ -1,0 +1,105 @@
+"""Everything that can be found wrong before a run exists; nothing is left behind if it is."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from fedtailor.core.config import deviations, validate
+from fedtailor.core.errors import PlacementError, StorageError
+from fedtailor.core.pool import OnEvent
+from fedtailor.models.hub import check_available
+from fedtailor.runs.experiment import Experiment, ExperimentBase, overrides_of, to_json
+from fedtailor.runs.inputs import make_inputs
+from fedtailor.runs.run_folder import RunFolder
+from fedtailor.runs.stages import device_of
+from fedtailor.runs.storage import Storage
+
+_FREE = ("storage", "wandb")
+"""Keys that may change between two starts of one run."""
+
+
+def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
+    """Checks the surroundings, cheapest first, prepares the data, then makes or reopens the run's folder.
+
+    Raises:
+        TailorError: what is wrong with run id, GPUs, model or data.
+    """
+    storage = Storage(exp.storage)
+    refuse_other_configuration(storage, run_id, exp)
+    check_placement(exp)
+    check_available(exp.model, exp.task.max_length)
+    prepare_data(exp, emit)
+    return RunFolder.create(storage, run_id, to_json(exp), overrides_of(exp), ignore=_FREE)
+
+
+def refuse_other_configuration(storage: Storage, run_id: str, exp: ExperimentBase) -> None:
+    """Refuses a run id that belongs to another experiment.
+
+    Raises:
+        StorageError: names the keys that differ.
+    """
+    if not storage.exists(f"{run_id}/run.json"):
+        return
+    old = validate(Experiment, RunFolder.open(storage, run_id).info()["config"])
+    changed = {k: v for k, v in deviations(exp, old).items() if not k.startswith(_FREE)}
+    if changed:
+        told = "; ".join(
+            f"{key} is {before!r} there and {now!r} here" for key, (before, now) in changed.items()
+        )
+        raise StorageError(
+            f"run id '{run_id}' belongs to another configuration: {told}. Choose another --run-id"
+        )
+
+
+def check_placement(exp: ExperimentBase) -> None:
+    """Refuses GPUs that a local run cannot have; a cluster that is joined is asked when actors are placed.
+
+    Raises:
+        PlacementError: with what is asked and what is there.
+    """
+    engine = exp.engine
+    if device_of(exp) == "cpu" or engine.address is not None:
+        return
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(torch.cuda.device_count())]
+    if engine.memory_gb is not None:
+        asked, each = (
+            f"engine.memory_gb={engine.memory_gb:g}",
+            [int(size / engine.memory_gb) for size in sizes],
+        )
+        capacity = sum(each)
+    else:
+        asked = f"engine.num_gpus={engine.num_gpus:g}"
+        capacity = (
+            int(len(sizes) / engine.num_gpus)
+            if engine.num_gpus >= 1
+            else len(sizes) * int(1 / engine.num_gpus)
+        )
+    wanted = engine.actors or 1
+    if capacity < wanted:
+        gpus = ", ".join(f"{size:.1f} GB" for size in sizes) or "none"
+        raise PlacementError(
+            f"{asked} for {wanted} actor(s) cannot be placed: this machine's GPUs ({gpus}) hold {capacity}. Lower "
+            "engine.actors or the share, use engine.num_gpus=0, or join a cluster with engine.address"
+        )
+
+
+def prepare_data(exp: ExperimentBase, emit: OnEvent) -> None:
+    """Makes the inputs of all seeds, named by content; if that fails, folders made for them go again.
+
+    Raises:
+        DataError, ModelError: see `runs.inputs.make_inputs`.
+    """
+    artifacts = Path(exp.storage) / "artifacts"
+    new = [folder for folder in (artifacts, *artifacts.parents) if not folder.exists()]
+    try:
+        for seed in exp.seeds:
+            emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "preparing"})
+            make_inputs(exp, seed, artifacts)
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()  # removes what is empty only
+        raise

@@ -1,0 +1,103 @@
+"""What a reader sees in place of an identifier, and in which order: methods, pools, languages, modules, metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+
+from babel import Locale
+from babel.core import get_global
+
+METHOD_NAMES: dict[str, str] = {
+    "majority": "Majority", "base": "Base", "lora": "LoRA", "adalora": "AdaLoRA", "bayestune_lora": "BayesTune-LoRA",
+    "fedl2p": "FedL2P", "fedp2eft": "FedP²EFT", "fedavg": "FedAvg", "fedprox": "FedProx", "fedadam": "FedAdam",
+    "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad", "fedavgm": "FedAvgM", "hetlora": "HETLoRA", "pf2lora": "PF2LoRA",
+    "pfedgpt": "pFedGPT", "perfit": "PerFIT", "feddpa": "FedDPA-T", "dept": "DEPT",
+}  # fmt: skip
+METHOD_ORDER: tuple[str, ...] = ("majority", "base", "lora", "adalora", "bayestune_lora", "fedl2p", "fedp2eft")
+"""As in the columns of FedP2EFT's tables, floor and base first; other methods follow alphabetically."""
+
+_METRICS = {
+    "train_loss": "Training loss", "psg_loss": "PSG loss (L1)", "psg_loss_after": "PSG loss after the step",
+    "lambda_target_median": "Median of the λ targets", "lambda_target_sd": "SD of the λ targets",
+    "lambda_moved": "Distance moved by λ", "ce_gradient_share": "Gradient share of the cross-entropy",
+}  # fmt: skip
+_PARTS = {
+    "attention.self.query": "Query", "attention.self.key": "Key", "attention.self.value": "Value",
+    "attention.output.dense": "Attn\nout", "intermediate.dense": "FFN\nin", "output.dense": "FFN\nout",
+    "attention.q_lin": "Query", "attention.k_lin": "Key", "attention.v_lin": "Value", "attention.out_lin": "Attn\nout",
+    "ffn.lin1": "FFN\nin", "ffn.lin2": "FFN\nout", "self_attn.q_proj": "Query", "self_attn.k_proj": "Key",
+    "self_attn.v_proj": "Value", "self_attn.o_proj": "Attn\nout", "mlp.gate_proj": "FFN\ngate", "mlp.up_proj": "FFN\nup",
+    "mlp.down_proj": "FFN\ndown", "attn.c_attn": "QKV", "attn.c_proj": "Attn\nout", "mlp.c_fc": "FFN\nin",
+    "mlp.c_proj": "FFN\nout",
+}  # fmt: skip
+_PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
+
+
+def method_name(method: str) -> str:
+    """Name of a method as printed, e.g. ``FedP²EFT``; the identifier itself where none is known."""
+    return METHOD_NAMES.get(method, method)
+
+
+def in_method_order(methods: Iterable[str]) -> tuple[str, ...]:
+    """Each method once, `METHOD_ORDER` first.
+
+    >>> in_method_order(["zeta", "fedp2eft", "alpha", "base", "base"])
+    ('base', 'fedp2eft', 'alpha', 'zeta')
+    """
+    rank = {name: k for k, name in enumerate(METHOD_ORDER)}
+    return tuple(sorted(set(methods), key=lambda name: (rank.get(name, len(rank)), name)))
+
+
+def in_pool_order(pools: Iterable[str]) -> tuple[str, ...]:
+    """Each pool once: seen, unseen, then others alphabetically."""
+    rank = {"seen": 0, "unseen": 1}
+    return tuple(sorted(set(pools), key=lambda name: (rank.get(name, 2), name)))
+
+
+def pool_name(pool: str) -> str:
+    """``Seen clients``, ``Unseen clients``; ``All clients`` for the empty pool."""
+    return f"{pool[:1].upper()}{pool[1:]} clients" if pool else "All clients"
+
+
+@cache
+def language_name(code: str) -> str:
+    """English name of a language from Unicode CLDR; the code itself where CLDR has none.
+
+    Args:
+        code: ISO 639-1 or 639-3.
+
+    >>> language_name("amh"), language_name("pcm"), language_name("q??")
+    ('Amharic', 'Nigerian Pidgin', 'q??')
+    """
+    names = Locale("en").languages
+    short = get_global("language_aliases").get(code, code)
+    return str(names.get(short, names.get(code, code)))
+
+
+def metric_name(metric: str) -> str:
+    """Name of a metric on an axis."""
+    return _METRICS.get(metric, metric[:1].upper() + metric[1:].replace("_", " "))
+
+
+def locate_module(module: str) -> tuple[int | None, str]:
+    """Transformer layer and part of an adapted module; layer None for modules outside the layers.
+
+    >>> locate_module("bert.encoder.layer.11.attention.self.query")
+    (11, 'Query')
+    >>> locate_module("bert.pooler.dense"), locate_module("classifier")
+    ((None, 'Pooler'), (None, 'Classifier'))
+    """
+    found = re.search(r"(?:^|\.)(\d+)\.(?!.*\.\d+\.)(.+)$", module)
+    if found:
+        return int(found[1]), _PARTS.get(found[2], found[2])
+    words = [word for word in module.split(".") if word not in ("dense", "model", "bert")] or [module]
+    label = ".".join(words)
+    return None, label[:1].upper() + label[1:]
+
+
+def in_part_order(parts: Iterable[str]) -> list[str]:
+    """Parts of a layer in the order of the computation; unknown ones last, as they come."""
+    rank = {name: k for k, name in enumerate(_PART_ORDER)}
+    return sorted(dict.fromkeys(parts), key=lambda name: rank.get(name, len(rank)))

@@ -1,0 +1,299 @@
+"""From metric rows to the numbers of a table: pooled per language, mean and SD over seeds, wins, distance to base.
+
+A language's accuracy is pooled, sum(correct) / sum(n) over its clients, once per seed; mean and sample SD are over
+seeds (one seed: no SD). The average weighs languages equally. All sums run in sorted order, so the order of the
+rows does not change a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedtailor.core.errors import DataError
+from fedtailor.core.messages import METRIC_COLUMNS
+from fedtailor.runs.report.names import in_method_order, in_pool_order, method_name, pool_name
+
+AVERAGE = "average"
+REFERENCE = "base"
+SCORES = ("accuracy", "loss")
+RESULT_COLUMNS = (
+    "pool", "language", "method", "budget", "metric", "mean", "sd", "n_clients", "n_examples", "n_seeds",
+)  # fmt: skip
+TIE_RULE = (
+    "A win is a language where the method's mean over seeds is the highest of all methods shown at that budget "
+    "(base and majority compete); equal means (to 1e-9) count for each tied method."
+)
+COMPARISON_RULE = (
+    "Per client: accuracy minus that of base, averaged over seeds; then mean and standard error (sample SD / sqrt n) "
+    "over clients. 'beats' means a mean difference above 2 standard errors."
+)
+_GROUP = ["pool", "language", "method", "budget", "metric", "seed"]
+_TIE = 1e-9
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean over seeds as a fraction, sample SD (None with one seed), and whether no method is better."""
+
+    mean: float
+    sd: float | None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Paired comparison with `REFERENCE` over clients, in fractions; no standard error with one client."""
+
+    difference: float
+    standard_error: float | None
+    n_clients: int
+
+    @property
+    def verdict(self) -> int:
+        """1 if better than base by more than 2 standard errors, -1 if worse, else 0."""
+        if self.standard_error is None or abs(self.difference) <= 2 * self.standard_error:
+            return 0
+        return 1 if self.difference > 0 else -1
+
+
+@dataclass(frozen=True)
+class Block:
+    """One pool at one budget: what one block of the paper's table shows.
+
+    Args:
+        budget: r, or None where no method of the run has budgets.
+        cells: (language, method) to cell; absent pairs were not measured.
+    """
+
+    pool: str
+    budget: int | None
+    methods: tuple[str, ...]
+    languages: tuple[str, ...]
+    cells: Mapping[tuple[str, str], Cell]
+    average: Mapping[str, Cell]
+    wins: Mapping[str, int]
+    versus: Mapping[str, Versus]
+    n_clients: int
+    n_examples: float
+    seeds: tuple[int, ...]
+    loss: Mapping[str, Cell] = field(default_factory=dict)
+
+
+def checked(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The metric rows, sorted by all coordinates.
+
+    Raises:
+        DataError: a column is missing, a coordinate is measured twice, or an accuracy is outside [0, 1].
+    """
+    missing = [name for name in METRIC_COLUMNS if name not in metrics.columns]
+    if missing:
+        raise DataError(f"metrics lack the columns {missing} (needed: {', '.join(METRIC_COLUMNS)})")
+    texts = {name: "str" for name in ("stage", "method", "pool", "language", "client", "module", "metric")}
+    frame = metrics[list(METRIC_COLUMNS)].astype({**texts, "seed": int, "round": int, "budget": int})
+    frame = frame.astype({"value": float, "weight": float})
+    keys = [name for name in METRIC_COLUMNS if name not in ("value", "weight")]
+    frame = frame.sort_values([*keys, "value", "weight"], ignore_index=True)
+    scored = frame[(frame["stage"] == "personalise") & frame["metric"].isin(SCORES)]
+    twice = scored[scored.duplicated([*_GROUP, "client"])]
+    if len(twice):
+        row = twice.iloc[0]
+        raise DataError(f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: {row.metric} is given twice")
+    wrong = scored[(scored["metric"] == "accuracy") & ~scored["value"].between(0, 1)]
+    if len(wrong):
+        row = wrong.iloc[0]
+        raise DataError(f"client {row.client}, {row.method}, budget {row.budget}: accuracy {row.value} is not in [0, 1]")
+    return frame
+
+
+def scores(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `checked` that score a personalised client on at least one test example."""
+    return frame[(frame["stage"] == "personalise") & frame["metric"].isin(SCORES) & (frame["weight"] > 0)]
+
+
+def by_language(scored: pd.DataFrame) -> pd.DataFrame:
+    """One row per (pool, language, method, budget, metric, seed): ``value`` pooled over clients, ``n_clients``,
+    ``n_examples``."""
+    rows = scored.assign(total=scored["value"] * scored["weight"])
+    table = rows.groupby(_GROUP, as_index=False).agg(
+        total=("total", "sum"), n_examples=("weight", "sum"), n_clients=("client", "nunique")
+    )
+    return table.assign(value=table["total"] / table["n_examples"]).drop(columns="total")
+
+
+def averages(pooled: pd.DataFrame) -> pd.DataFrame:
+    """As `by_language`, language `AVERAGE`: the unweighted mean over languages."""
+    keys = [name for name in _GROUP if name != "language"]
+    table = pooled.groupby(keys, as_index=False).agg(
+        value=("value", "mean"), n_examples=("n_examples", "sum"), n_clients=("n_clients", "sum")
+    )
+    return table.assign(language=AVERAGE)
+
+
+def results_table(scored: pd.DataFrame) -> pd.DataFrame:
+    """``results.csv``: RESULT_COLUMNS, fractions (loss: nats), NaN SD with one seed; methods without budgets have
+    budget -1. ``n_clients`` and ``n_examples`` are per seed (their mean, should seeds differ)."""
+    pooled = by_language(scored)
+    table = pd.concat([pooled, averages(pooled)], ignore_index=True)
+    table = table.groupby([name for name in _GROUP if name != "seed"], as_index=False).agg(
+        mean=("value", "mean"),
+        sd=("value", "std"),
+        n_clients=("n_clients", "mean"),
+        n_examples=("n_examples", "mean"),
+        n_seeds=("seed", "nunique"),
+    )
+    pools, methods = in_pool_order(table["pool"]), in_method_order(table["method"])
+    keys = {
+        "pool": lambda column: column.map(pools.index),
+        "method": lambda column: column.map(methods.index),
+        "language": lambda column: (column == AVERAGE).astype(int).astype(str) + column,
+    }
+    order = ["pool", "metric", "method", "budget", "language"]
+    table = table.sort_values(order, key=lambda c: keys.get(str(c.name), lambda column: column)(c), ignore_index=True)
+    return table[list(RESULT_COLUMNS)]
+
+
+def blocks(scored: pd.DataFrame) -> list[Block]:
+    """Every (pool, budget) in order; methods without budgets appear in each block."""
+    table = results_table(scored)
+    accuracy = table[table["metric"] == "accuracy"]
+    budgets = sorted(set(accuracy["budget"]) - {-1}) or [-1]
+    paired = _differences(scored[scored["metric"] == "accuracy"])
+    of_pool = {str(pool): rows for pool, rows in scored.groupby("pool")}
+    return [
+        _block(of_pool[pool], budget, table[table["pool"] == pool], paired)
+        for pool in in_pool_order(accuracy["pool"])
+        for budget in budgets
+        if ((accuracy["pool"] == pool) & accuracy["budget"].isin([budget, -1])).any()
+    ]
+
+
+def _block(
+    scored: pd.DataFrame, budget: int, table: pd.DataFrame, paired: Mapping[tuple[str, str, int], Versus]
+) -> Block:
+    pool = str(scored["pool"].iloc[0])
+    here = table[table["budget"].isin([budget, -1])]
+    # A method with budgets and a stray row without is shown at its budget.
+    here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["language", "method", "metric"])
+    accuracy = here[here["metric"] == "accuracy"]
+    methods = in_method_order(accuracy["method"])
+    languages = tuple(sorted(set(accuracy["language"]) - {AVERAGE}))
+    cells: dict[tuple[str, str], Cell] = {}
+    for name in (*languages, AVERAGE):
+        cells |= {(name, method): cell for method, cell in _mark_best(_cells(accuracy, name)).items()}
+    of_language = {key: cell for key, cell in cells.items() if key[0] != AVERAGE}
+    total = accuracy[accuracy["language"] == AVERAGE]
+    at = dict(zip(accuracy["method"], accuracy["budget"], strict=True))
+    return Block(
+        pool=pool,
+        budget=None if budget == -1 else budget,
+        methods=methods,
+        languages=languages,
+        cells=of_language,
+        average={method: cells[AVERAGE, method] for method in methods},
+        wins={m: sum(cell.best for (_, method), cell in of_language.items() if method == m) for m in methods},
+        versus={m: paired[pool, m, at[m]] for m in methods if (pool, m, at[m]) in paired},
+        n_clients=scored["client"].nunique(),
+        n_examples=float(total["n_examples"].max()),
+        seeds=tuple(sorted({int(seed) for seed in scored["seed"]})),
+        loss=_cells(here[here["metric"] == "loss"], AVERAGE),
+    )
+
+
+def _cells(table: pd.DataFrame, language: str) -> dict[str, Cell]:
+    rows = table[table["language"] == language]
+    return {
+        method: Cell(float(mean), None if np.isnan(sd) else float(sd))
+        for method, mean, sd in zip(rows["method"], rows["mean"], rows["sd"], strict=True)
+    }
+
+
+def _mark_best(cells: dict[str, Cell]) -> dict[str, Cell]:
+    top = max((cell.mean for cell in cells.values()), default=np.nan)
+    return {method: Cell(cell.mean, cell.sd, bool(cell.mean >= top - _TIE)) for method, cell in cells.items()}
+
+
+def _differences(accuracy: pd.DataFrame) -> dict[tuple[str, str, int], Versus]:
+    """(pool, method, budget) to the comparison with base, which is matched to every budget."""
+    clients = client_accuracy(accuracy)
+    keys = ["pool", "seed", "client"]
+    base = clients[clients["method"] == REFERENCE]
+    if -1 in set(base["budget"]):
+        base = base[base["budget"] == -1]
+    else:
+        keys = [*keys, "budget"]
+    others = clients[clients["method"] != REFERENCE]
+    both = others.merge(base[[*keys, "value"]], on=keys, suffixes=("", "_base"))
+    both = both.assign(difference=both["value"] - both["value_base"])
+    per_client = both.groupby(["pool", "method", "budget", "client"], as_index=False)["difference"].mean()
+    return {
+        (str(pool), str(method), int(budget)): _versus(rows["difference"].to_numpy())
+        for (pool, method, budget), rows in per_client.groupby(["pool", "method", "budget"])
+    }
+
+
+def client_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy per (pool, method, budget, seed, client), column ``value``, pooled over the client's languages."""
+    rows = accuracy.assign(total=accuracy["value"] * accuracy["weight"])
+    keys = ["pool", "method", "budget", "seed", "client"]
+    table = rows.groupby(keys, as_index=False)[["total", "weight"]].sum()
+    return table.assign(value=table["total"] / table["weight"]).drop(columns="total")
+
+
+def _versus(differences: np.ndarray[Any, np.dtype[np.float64]]) -> Versus:
+    n = len(differences)
+    error = float(np.std(differences, ddof=1) / np.sqrt(n)) if n > 1 else None
+    return Versus(float(np.mean(differences)), error, n)
+
+
+def summary_records(found: list[Block]) -> list[dict[str, Any]]:
+    """``summary.json``: one record per (pool, budget, method), in fractions; null where there is no number."""
+    records = []
+    for block in found:
+        for method in block.methods:
+            cell, versus, loss = block.average[method], block.versus.get(method), block.loss.get(method)
+            comparison = versus and {
+                "mean_difference": versus.difference,
+                "standard_error": versus.standard_error,
+                "n_clients": versus.n_clients,
+                "beats_base": versus.verdict > 0,
+                "worse_than_base": versus.verdict < 0,
+            }
+            records.append(
+                {
+                    "pool": block.pool,
+                    "budget": block.budget,
+                    "method": method,
+                    "mean": cell.mean,
+                    "sd": cell.sd,
+                    "wins": block.wins[method],
+                    "n_languages": sum((language, method) in block.cells for language in block.languages),
+                    "versus_base": comparison,
+                    "loss_mean": loss.mean if loss else None,
+                    "loss_sd": loss.sd if loss else None,
+                }
+            )
+    return records
+
+
+def gaps(scored: pd.DataFrame) -> list[str]:
+    """A sentence for each (pool, method, budget) that lacks clients or seeds which other methods have: its means
+    are over less than theirs."""
+    accuracy, sentences = scored[scored["metric"] == "accuracy"], []
+    for pool in in_pool_order(accuracy["pool"]):
+        rows = accuracy[accuracy["pool"] == pool]
+        full = rows[["seed", "client", "language"]].drop_duplicates()
+        for method in in_method_order(rows["method"]):
+            for budget, own in rows[rows["method"] == method].groupby("budget"):
+                lost = len(full) - len(own)
+                if lost:
+                    at = "" if budget == -1 else f", r = {budget}"
+                    sentences.append(
+                        f"{pool_name(pool)}, {method_name(method)}{at}: {lost} of {len(full)} client results are missing; "
+                        "its means are over the others."
+                    )
+    return sentences

@@ -1,0 +1,244 @@
+"""Files of a run below one root, local or any fsspec store: whole files only, nothing half visible."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from fedtailor.core.errors import StorageError
+from fedtailor.runs.local_files import MissingFileError, explained, link_new, patiently, publish, sync
+
+__all__ = ["MissingFileError", "Storage", "explained", "join", "safe_path"]
+Names = list[str]
+
+
+def safe_path(path: str) -> str:
+    """Returns a relative path unchanged if it cannot leave its root.
+
+    Raises:
+        StorageError: absolute, empty, with ``..``, a backslash or a control character.
+    """
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in path or any(ord(c) < 32 for c in path):
+        raise StorageError(
+            f"unsafe file name {path!r}: it must be relative and must not contain '..' or '\\'"
+        )
+    return path
+
+
+def join(*parts: str) -> str:
+    """Joins path parts with ``/``."""
+    return "/".join(part.strip("/") for part in parts if part)
+
+
+class Storage:
+    """Whole-file access below a root. All paths are relative to it and use ``/``.
+
+    Args:
+        url: local folder, ``memory://name``, or any other fsspec URL.
+
+    Raises:
+        StorageError: (also from every method) with the path and the reason in plain words.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url)
+        try:
+            self._fs, root = url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise StorageError(f"'storage' = {self.url!r}: {error}") from error
+        self._root = str(root).rstrip("/")
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+
+    def full(self, path: str = "") -> str:
+        """The path as the file system knows it."""
+        return f"{self._root}/{safe_path(path)}" if path else self._root
+
+    def local_path(self, path: str = "") -> Path:
+        """The path as a local one.
+
+        Raises:
+            StorageError: the storage is not local.
+        """
+        if not self.is_local:
+            raise StorageError(f"{self.url} is not a local folder")
+        return Path(self.full(path))
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+        with explained(f"looking for {self.full(path)}"):
+            return (
+                os.path.exists(self.full(path))
+                if self.is_local
+                else bool(self._fresh().exists(self.full(path)))
+            )
+
+    def read_bytes(self, path: str) -> bytes:
+        """Content of a file.
+
+        Raises:
+            MissingFileError: there is none.
+        """
+        full = self.full(path)
+        with explained(f"reading {full}"):
+            return patiently(
+                lambda: Path(full).read_bytes() if self.is_local else bytes(self._fresh().cat_file(full))
+            )
+
+    def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
+        """Replaces a file as a whole; afterwards it survives a power cut, unless ``durable`` is False."""
+        full = self.full(path)
+        with explained(f"writing {full}"):
+            if self.is_local:
+                publish(full, data, os.replace, durable)
+            else:
+                patiently(lambda: self._put(full, data))
+
+    def create(self, path: str, data: bytes, before_visible: Callable[[], None] = lambda: None) -> bool:
+        """Writes a file only if there is none; of several writers exactly one gets True.
+
+        Args:
+            before_visible: called when the data is written and the name is not there yet.
+
+        Raises:
+            StorageError: also if the store has no exclusive writes.
+        """
+        full = self.full(path)
+
+        def appear(temp: str, name: str) -> None:
+            before_visible()
+            link_new(temp, name)
+
+        with explained(f"writing {full}"):
+            try:
+                if self.is_local:
+                    publish(full, data, appear, durable=True)
+                else:
+                    before_visible()
+                    self._put_new(full, data)
+            except FileExistsError:
+                return False
+        return True
+
+    def write_new(self, path: str, data: bytes) -> None:
+        """Writes a file under a name that nobody else uses; not durable before `flush`."""
+        full = self.full(path)
+        with explained(f"writing {full}"):
+            if not self.is_local:
+                self._put(full, data)
+                return
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            with open(full, "xb") as file:
+                file.write(data)
+
+    def flush(self, paths: Iterable[str]) -> None:
+        """Makes files that were written with `write_new` survive a power cut, and the folders they are in."""
+        if not self.is_local:
+            return
+        files = [self.full(path) for path in paths]
+        folders = {str(parent) for file in files for parent in Path(file).parents if self._below_root(parent)}
+        with explained(f"writing {self._root}"), ThreadPoolExecutor(8) as pool:
+            list(pool.map(sync, files))
+            list(pool.map(sync, sorted(folders, reverse=True)))
+
+    def append(self, path: str, text: str) -> None:
+        """Appends text to a file (on object stores by rewriting it)."""
+        full = self.full(path)
+        with explained(f"writing {full}"):
+            if self.is_local:
+                os.makedirs(os.path.dirname(full), exist_ok=True)
+                with open(full, "ab", buffering=0) as file:
+                    file.write(text.encode())
+            else:
+                old = self.read_bytes(path) if self.exists(path) else b""
+                self._put(full, old + text.encode())
+
+    def list(self, path: str = "") -> Names:
+        """Names in a folder, sorted; empty if there is no such folder."""
+        full = self.full(path)
+        with explained(f"listing {full}"):
+            try:
+                if self.is_local:
+                    return sorted(os.listdir(full))
+                return sorted(
+                    {n.rstrip("/").rsplit("/", 1)[-1] for n in self._fresh().ls(full, detail=False)}
+                )
+            except FileNotFoundError:
+                return []
+
+    def delete(self, path: str) -> None:
+        """Deletes a file or a whole tree; nothing happens if it is not there."""
+        full = self.full(path)
+        with explained(f"deleting {full}"):
+            if not self.is_local:
+                if self._fresh().isfile(full):
+                    self._fs.rm_file(full)
+                elif self._fs.exists(full):
+                    self._fs.rm(full, recursive=True)
+            elif os.path.isdir(full) and not os.path.islink(full):
+                shutil.rmtree(full)
+            else:
+                Path(full).unlink(missing_ok=True)
+
+    def move(self, source: str, target: str) -> None:
+        """Moves a file or tree to a name that is not in use; atomic on local files only."""
+        old, new = self.full(source), self.full(target)
+        with explained(f"moving {old} to {new}"):
+            if self.is_local:
+                os.makedirs(os.path.dirname(new), exist_ok=True)
+                patiently(lambda: os.rename(old, new))
+                sync(os.path.dirname(new))
+                sync(os.path.dirname(old))
+                return
+            for name in self._find(old):
+                self._put(new + name[len(old) :], bytes(self._fs.cat_file(name)))
+        self.delete(source)
+
+    def read_json(self, path: str) -> Any:
+        """Content of a JSON file.
+
+        Raises:
+            MissingFileError: there is none.
+            StorageError: not JSON.
+        """
+        try:
+            return json.loads(self.read_bytes(path))
+        except ValueError as error:
+            raise StorageError(f"{self.full(path)} is not JSON: {error}") from error
+
+    def write_json(self, path: str, value: Mapping[str, Any]) -> None:
+        """Replaces a JSON file as a whole."""
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(path, f"{text}\n".encode())
+
+    def _below_root(self, folder: Path) -> bool:
+        return folder == Path(self._root) or Path(self._root) in folder.parents
+
+    def _fresh(self) -> Any:
+        self._fs.invalidate_cache()
+        return self._fs
+
+    def _find(self, full: str) -> Names:
+        return [str(name) for name in self._fresh().find(full)]
+
+    def _put(self, full: str, data: bytes) -> None:
+        self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
+        self._fs.pipe_file(full, data)
+
+    def _put_new(self, full: str, data: bytes) -> None:
+        # Where `mode` is unknown it would be swallowed by **kwargs and the write would not be exclusive.
+        if "mode" not in signature(self._fs.pipe_file).parameters:
+            raise StorageError(
+                f"{self.url}: the store has no exclusive writes, so no run can be locked on it"
+            )
+        self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
+        self._fs.pipe_file(full, data, mode="create")

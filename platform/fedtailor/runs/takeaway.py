@@ -1,0 +1,115 @@
+"""What a user takes out of a finished run: the base model, or one client's adapter as committed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtailor.core.errors import ConfigError, StorageError
+from fedtailor.models.folder import staged_folder
+from fedtailor.runs.commit_log import CommitLog
+from fedtailor.runs.experiment import nearest
+from fedtailor.runs.export import CONFIG_FILE, write_adapter
+from fedtailor.runs.run_folder import RunFolder
+
+
+def base_folder(run: RunFolder, seed: int) -> Path:
+    """The run's trained base model.
+
+    Raises:
+        StorageError: the run has none, or has not got that far.
+    """
+    stage = _stage(run, f"base/seed{seed}", "the base model is the one that was configured (base=none)")
+    folder = run.storage.local_path(f"artifacts/{stage['artifact']}/model")
+    if not folder.is_dir():
+        raise StorageError(f"run '{run.run_id}' has not finished its base model; resume it first")
+    return folder
+
+
+def export_base(run: RunFolder, seed: int, out: Path) -> None:
+    """Copies the base model, a Hugging Face folder, to ``out``.
+
+    Raises:
+        StorageError: see `base_folder`, or ``out`` is not empty.
+    """
+    source = base_folder(run, seed)
+    _refuse_used(out)
+    with staged_folder(out) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def export_client(run: RunFolder, client: str, method: str, budget: int, seed: int, out: Path) -> Path:
+    """Writes one client's committed adapter to ``out``; returns the base model that it belongs to.
+
+    Args:
+        client: id, e.g. ``seen/amh/00``.
+        budget: r.
+
+    Raises:
+        ConfigError: no such method, budget or seed in the run.
+        StorageError: no such client, adapters were not saved, or ``out`` is not empty.
+    """
+    _refuse_unknown(run, method, budget, seed)
+    stage = _stage(run, f"personalise/{method}/seed{seed}", f"method '{method}' was not part of it")
+    log = CommitLog(run.storage, f"artifacts/{stage['artifact']}")
+    prefix = f"adapters/r{budget}/{client}/"
+    chunk = next((commit for commit in log.all(objects=False) if client in commit.record["cohort"]), None)
+    if chunk is None:
+        raise StorageError(
+            f"run '{run.run_id}' has no committed client '{client}' (ids look like seen/amh/00)"
+        )
+    files = {
+        name.removeprefix(prefix): chunk.bytes(name) for name in chunk.objects if name.startswith(prefix)
+    }
+    if not files:
+        raise StorageError(f"method '{method}' has no adapter for client '{client}' at budget {budget}")
+    _refuse_used(out)
+    base = _base_of(run, seed)
+    config = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": os.fspath(base.resolve())}
+    write_adapter({**files, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()}, out)
+    return base
+
+
+def _base_of(run: RunFolder, seed: int) -> Path:
+    if run.info()["config"]["base"]["name"] != "none":
+        return base_folder(run, seed)
+    stage = next(s for s in run.stages() if s["seed"] == seed)
+    return run.storage.local_path(f"artifacts/{stage['parent']}")
+
+
+def _refuse_unknown(run: RunFolder, method: str, budget: int, seed: int) -> None:
+    config, problems = run.info()["config"], []
+    if method not in config["methods"]:
+        known = list(config["methods"])
+        problems.append(
+            f"--method {method}: not in this run{nearest(method, known)} (it has: {', '.join(known)})"
+        )
+    for option, value, allowed in (("budget", budget, config["budgets"]), ("seed", seed, config["seeds"])):
+        if value not in allowed:
+            problems.append(f"--{option} {value}: not in this run (it has: {', '.join(map(str, allowed))})")
+    if problems:
+        raise ConfigError(problems)
+    if not config["save_adapters"]:
+        raise StorageError(
+            f"run '{run.run_id}' kept no adapters: save_adapters was off. Run it again with save_adapters=true; "
+            "all stages but the personalising ones are reused"
+        )
+
+
+def _stage(run: RunFolder, key: str, absent: str) -> Mapping[str, Any]:
+    stages = run.stages()
+    for stage in stages:
+        if stage["key"] == key:
+            return stage
+    if not stages:
+        raise StorageError(f"run '{run.run_id}' has not got that far; resume it first")
+    raise StorageError(f"run '{run.run_id}' has no stage {key}: {absent}")
+
+
+def _refuse_used(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StorageError(f"--out {out} is there already and not an empty folder")

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from actors.faults import Loss, judge
+from actors.ledger import Costs, JobLedger
+from actors.parts import Parts, single_clients
+from ray import exceptions
+
+from fedtailor.core.errors import WorkerError
+from fedtailor.core.messages import SegmentJob, SegmentResult
+
+DEATH = Loss("death", "killed")
+
+
+def job(index: int, clients: int = 1) -> SegmentJob:
+    return SegmentJob("base/seed1", 4, index, tuple(f"c{index}-{i}" for i in range(clients)))
+
+
+def answer(to: SegmentJob, seconds: float = 1.0) -> SegmentResult:
+    share = seconds / len(to.clients)
+    return SegmentResult(to.stage, to.round, to.index, to.attempt, seconds=dict.fromkeys(to.clients, share))
+
+
+def test_the_largest_segment_goes_first_by_clients_until_seconds_are_known() -> None:
+    costs = Costs()
+    ledger = JobLedger([job(0), job(1, 3), job(2, 2)], costs, retries=0)
+    assert [ledger.take(2) for _ in range(3)] == [[1], [2], [0]]
+    costs.learn({"c0-0": 9.0, "c1-0": 1.0, "c1-1": 1.0, "c1-2": 1.0})
+    again = JobLedger([job(0), job(1, 3), job(2, 2)], costs, retries=0)
+    assert [again.take(2) for _ in range(3)] == [[0], [2], [1]]  # 9 s; 2 x 3 s, the mean of those known; 3 s
+
+
+def test_short_segments_share_a_call_but_leave_work_for_the_others() -> None:
+    costs = Costs()
+    costs.learn({f"c{i}-0": 1e-4 for i in range(8)})
+    ledger = JobLedger([job(i) for i in range(8)], costs, retries=0)
+    assert [len(ledger.take(2)) for _ in range(4)] == [4, 2, 1, 1]
+
+
+def test_long_segments_travel_alone() -> None:
+    costs = Costs()
+    costs.learn({f"c{i}-0": 1.0 for i in range(4)})
+    ledger = JobLedger([job(i) for i in range(4)], costs, retries=0)
+    assert ledger.take(1) == [0]
+
+
+def test_results_come_back_in_job_order_whatever_came_first() -> None:
+    ledger = JobLedger([job(0), job(1)], Costs(), retries=0)
+    assert ledger.accept(1, answer(ledger.job(1)))
+    assert not ledger.finished
+    assert ledger.accept(0, answer(ledger.job(0)))
+    assert ledger.finished
+    assert [result.index for result in ledger.results()] == [0, 1]
+
+
+def test_a_second_result_is_not_counted() -> None:
+    ledger = JobLedger([job(0)], Costs(), retries=1)
+    assert ledger.accept(0, answer(ledger.job(0)))
+    assert not ledger.accept(0, answer(ledger.job(0)))
+
+
+def test_the_result_of_an_attempt_that_was_given_up_is_not_counted() -> None:
+    ledger = JobLedger([job(0)], Costs(), retries=1)
+    first = ledger.job(0)
+    ledger.take(1)
+    ledger.lose([0], DEATH)
+    assert (ledger.job(0).attempt, ledger.take(1)) == (1, [0])
+    assert not ledger.accept(0, answer(first))
+    assert ledger.accept(0, answer(ledger.job(0)))
+
+
+def test_an_answer_to_another_job_is_an_error_not_a_guess() -> None:
+    ledger = JobLedger([job(0), job(1)], Costs(), retries=0)
+    with pytest.raises(WorkerError, match="segment 1 of base/seed1, round 4, when asked for segment 0"):
+        ledger.accept(0, answer(job(1)))
+
+
+def test_a_job_lost_too_often_is_named_with_its_clients_and_every_cause() -> None:
+    ledger = JobLedger([job(0, 7)], Costs(), retries=1)
+    ledger.lose(ledger.take(1), DEATH)
+    with pytest.raises(WorkerError) as error:
+        ledger.lose(ledger.take(1), Loss("oom", "3 GB of 2 GB"))
+    for word in ("segment 0 of base/seed1, round 4", "c0-0", "and 2 more", "lost 2 times", "engine.retries=1",
+                 "try 1: death: killed", "try 2: oom: 3 GB of 2 GB"):  # fmt: skip
+        assert word in str(error.value)
+
+
+def test_a_lost_job_goes_first_and_alone() -> None:
+    costs = Costs()
+    costs.learn({f"c{i}-0": 1e-5 for i in range(8)})
+    ledger = JobLedger([job(i) for i in range(8)], costs, retries=3)
+    ledger.lose(ledger.take(2), DEATH)
+    assert ledger.take(2) == [0]
+
+
+def test_a_segment_splits_into_clients_each_with_its_own_state() -> None:
+    rows = {"a": np.ones(2, np.float32), "b": np.zeros(2, np.float32)}
+    parts = single_clients(SegmentJob("s", 0, 5, ("a", "b"), private=rows))
+    assert [(part.index, part.clients, list(part.private)) for part in parts] == [(5, ("a",), ["a"]), (5, ("b",), ["b"])]
+
+
+def test_parts_are_joined_in_client_order_and_once() -> None:
+    joined: list[SegmentResult] = []
+
+    def merge(parts: object) -> SegmentResult:
+        assert isinstance(parts, list)
+        return SegmentResult("s", 0, parts[0].index, 0, valid=tuple(name for part in parts for name in part.valid))
+
+    parts = Parts([SegmentJob("s", 0, 0, ("a", "b")), SegmentJob("s", 0, 1, ("c",))], merge, joined.append)
+    for position in (2, 1, 0):
+        unit = parts.units[position]
+        parts.add(position, SegmentResult("s", 0, unit.index, 0, valid=unit.clients))
+    assert [result.valid for result in parts.results()] == [("a", "b"), ("c",)]
+    assert [result.index for result in joined] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."), "oom"),
+        (exceptions.ActorDiedError("The actor is dead because its node has been marked dead."), "node"),
+        (exceptions.ActorUnavailableError("rpc timed out", None), "unreachable"),
+        (exceptions.WorkerCrashedError(), "death"),
+        (exceptions.ActorDiedError("x Some common causes include: (1) killed by the OOM killer"), "death"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_losses_are_told_apart(error: Exception, kind: str) -> None:
+    loss = judge(error)
+    assert isinstance(loss, Loss)
+    assert loss.kind == kind
+    assert "Some common causes" not in loss.cause

@@ -1,0 +1,48 @@
+"""A whole experiment small enough for tests: three languages of real text, a few clients, a very small BERT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedtailor.core.pool import Pool, SerialPool
+from fedtailor.runs.execute import Execution
+from fedtailor.runs.experiment import ExperimentBase, compose, overrides_of, to_json
+from fedtailor.runs.run_folder import RunFolder
+from fedtailor.runs.storage import Storage
+
+TINY = [
+    "task.languages=[eng,amh,yor]", "task.clients_per_language=3", "task.max_length=16",
+    "model.hidden_size=16", "model.layers=1", "model.intermediate_size=24", "model.vocab_size=400",
+    "methods=[majority,base,lora,bayestune_lora,fedp2eft]", "budgets=[1,2]", "r_max=2",
+    "base.rounds=3", "base.cohort=5", "strategy.rounds=3", "strategy.cohort=5", "personalise.chunk=5",
+    "engine.backend=serial", "engine.min_segment=2", "engine.segments=3", "engine.token_budget=512",
+    "fedavg.lr=2e-3", "fedavg.batch_size=16", "fedavg.epochs=1",
+    "lora.lr=5e-3", "lora.batch_size=16", "lora.epochs=1",
+    "bayestune_lora.search.batch_size=16", "bayestune_lora.finetune.batch_size=16",
+    "fedp2eft.stage1.batch_size=16", "fedp2eft.stage1.epochs=1", "fedp2eft.psg.lr=5e-3",
+    "fedp2eft.finetune.batch_size=16", "fedp2eft.finetune.epochs=1",
+]  # fmt: skip
+
+
+def tiny(storage: Path, *overrides: str) -> ExperimentBase:
+    return compose([], [*TINY, f"storage={storage}", *overrides])
+
+
+def open_run(exp: ExperimentBase, run_id: str = "run") -> RunFolder:
+    return RunFolder.create(Storage(exp.storage), run_id, to_json(exp), overrides_of(exp))
+
+
+def run_tiny(
+    exp: ExperimentBase,
+    run_id: str = "run",
+    pool: Callable[[Any], Pool] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    events: list[dict[str, Any]] | None = None,
+) -> RunFolder:
+    run = open_run(exp, run_id)
+    emit = (events if events is not None else []).append
+    make = pool or (lambda on_event: SerialPool(exp.engine, on_event))
+    Execution(exp, run, make, emit, should_stop).execute()
+    return run
