@@ -91,7 +91,7 @@ class Crew:
         """Opens a stage everywhere; returns as soon as one actor has it, the others join when they can."""
         self._spec, self._fingerprint = spec, None
         for member in self.members:
-            member.fingerprint = None
+            member.fingerprint, member.losses = None, ()
             if member.host is not None:
                 self._open(member)
         while True:

@@ -17,7 +17,7 @@ _LOST = (
 )
 _OOM_SIGNS = ("memory monitor", "running low on memory", "out of memory", "(oom)", "oom-kill", "outofmemory")
 
-_STARTS = ("The actor is dead because ", "Worker exit detail: ")
+_STARTS = ("The actor is dead because ", "The actor died because ", "Worker exit detail: ")
 _ENDS = (" Some common causes", " Object store memory usage", " The actor never ran", " Refer to the doc")
 
 
@@ -52,6 +52,8 @@ def judge(error: BaseException) -> Loss | TailorError:
         return WorkerError(f"{type(cause).__name__} in an actor, not retried:\n{error.traceback_str}")
     if isinstance(error, exceptions.ActorUnschedulableError):
         return PlacementError(f"Ray cannot place an actor: {_line(error)}")
+    if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
+        return WorkerError(f"an actor cannot start; are fedtailor and actors installed on all nodes?\n{error}")
     if isinstance(error, _LOST):
         return Loss(_kind(error), _line(error))
     return WorkerError(f"Ray failed with {type(error).__name__}: {error}")
@@ -63,7 +65,7 @@ def _kind(error: exceptions.RayError) -> str:
         return "oom"
     if isinstance(error, exceptions.ActorUnavailableError):
         return "unreachable"
-    if isinstance(error, exceptions.NodeDiedError) or ("node" in text and "has been marked dead" in text):
+    if isinstance(error, exceptions.NodeDiedError) or "its node has died" in text:
         return "node"
     return "death"
 

@@ -1,9 +1,9 @@
-"""The command line. Everything heavy is imported inside the commands, so that help and errors come at once."""
+"""The command line. Heavy imports are inside the commands, so that help and errors come at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedtailor import __version__
-from fedtailor.core.errors import ConfigError, Interrupted, StorageError, TailorError
+from fedtailor.core.errors import ConfigError, Interrupted, TailorError
 
 if TYPE_CHECKING:
     from fedtailor.runs.experiment import ExperimentBase
@@ -21,7 +21,7 @@ BACKENDS: Final[dict[str, str]] = {
     "serial": "fedtailor.runs.launch:run_serial",
     "ray": "actors.driver_actor:run_on_driver",
 }
-"""engine.backend to the function that runs an experiment there; imported by name, so the library needs no Ray."""
+"""engine.backend to the function that runs a run there; imported by name, so the library needs no Ray."""
 
 
 class _Commands(TyperGroup):
@@ -55,13 +55,11 @@ Storage = Annotated[str, typer.Option(help="Where runs are kept; the key 'storag
 JsonLog = Annotated[bool, typer.Option("--json-log", help="One JSON object per event instead of a bar.")]
 Words = Annotated[
     list[str],
-    typer.Argument(
-        metavar="[PRESET|KEY=VALUE]...", help="Presets, later ones winning, and dotted overrides."
-    ),
+    typer.Argument(metavar="[PRESET|KEY=VALUE]...", help="Presets (later ones win) and dotted overrides."),
 ]
 
 
-class Listing(str, Enum):
+class Listing(StrEnum):
     """What ``list`` can show."""
 
     methods = "methods"
@@ -112,6 +110,7 @@ def resume(run_id: RunId, storage: Storage = "./runs", json_log: JsonLog = False
 def status(run_id: RunId, storage: Storage = "./runs") -> None:
     """Show how far a run has got."""
     from rich.console import Console
+    from rich.markup import escape
 
     from fedtailor.runs.console import STATES, status_table
     from fedtailor.runs.launch import committed_stages
@@ -119,9 +118,8 @@ def status(run_id: RunId, storage: Storage = "./runs") -> None:
     folder, console = _open(run_id, storage), Console()
     state = folder.status()
     colour = STATES.get(state["state"], "white")
-    console.print(
-        f"[bold]{run_id}[/]  [{colour}]{state['state']}[/]  {state.get('message') or ''}", highlight=False
-    )
+    told = f"[{colour}]{state['state']}[/]  {escape(state['message'])}"
+    console.print(f"[bold]{run_id}[/]  {told}", highlight=False)
     console.print(status_table(committed_stages(folder)))
 
 
@@ -144,9 +142,7 @@ def report(run_id: RunId, storage: Storage = "./runs") -> None:
 def sync(
     run_id: RunId,
     storage: Storage = "./runs",
-    mode: Annotated[
-        str | None, typer.Option(help="online or offline; default: wandb.mode of the run.")
-    ] = None,
+    mode: Annotated[str | None, typer.Option(help="online or offline; default: wandb.mode.")] = None,
 ) -> None:
     """Rebuild the W&B run of an experiment from its committed metrics."""
     from fedtailor.runs import wandb_sink
@@ -199,9 +195,7 @@ def export(
     client: Annotated[str | None, typer.Option(help="Client id, e.g. seen/amh/00.")] = None,
     method: Annotated[str, typer.Option(help="Whose adapter.")] = "fedp2eft",
     budget: Annotated[int | None, typer.Option(help="r; default: the largest.")] = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="The trained base model instead of an adapter.")
-    ] = False,
+    base: Annotated[bool, typer.Option("--base", help="The base model instead of an adapter.")] = False,
     seed: Annotated[int | None, typer.Option(help="Default: the run's first.")] = None,
     storage: Storage = "./runs",
 ) -> None:

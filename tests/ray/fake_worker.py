@@ -18,7 +18,6 @@ from fedtailor.core.errors import ClientError, Interrupted
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec, metric_row
 from fedtailor.core.pool import StageInfo
 from fedtailor.core.scope import ParamSpec, Scope
-from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig
 
 WIDTH = 4
@@ -58,11 +57,12 @@ class FakeWorker:
         self._misbehave(job, config)
         result = SegmentResult(job.stage, job.round, job.index, job.attempt, partial=np.zeros(WIDTH, np.float32))
         for client in job.clients:
-            value = numpy_rng(self._spec.seed, job.round, client).normal(size=WIDTH).astype(np.float32)
+            rng = np.random.default_rng([job.round, *client.encode()])  # without torch, which takes seconds to import
+            value = rng.normal(size=WIDTH).astype(np.float32)
             result.partial = result.partial + value + (0 if shared is None else shared)
             result.metrics.append(metric_row(client=client, value=float(value[0])))
             result.private[client] = job.private.get(client, np.zeros(1, np.float32)) + 1
-            result.seconds[client] = config.get("sleep", 0.0) / len(job.clients)
+            result.seconds[client] = 0.05  # long enough for a call of its own
         result.valid = job.clients
         if job.index in config.get("kill_after", ()) and self._first(f"after-{job.round}-{job.index}"):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ from actors.faults import Loss, judge
 from actors.ledger import Costs, JobLedger
 from actors.parts import Parts, single_clients
 from ray import exceptions
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import SegmentJob, SegmentResult
@@ -20,6 +21,10 @@ def job(index: int, clients: int = 1) -> SegmentJob:
 def answer(to: SegmentJob, seconds: float = 1.0) -> SegmentResult:
     share = seconds / len(to.clients)
     return SegmentResult(to.stage, to.round, to.index, to.attempt, seconds=dict.fromkeys(to.clients, share))
+
+
+def actor_died(message: str) -> exceptions.ActorDiedError:
+    return exceptions.ActorDiedError(ActorDiedErrorContext(error_message=message, actor_id=b"1" * 16))
 
 
 def test_the_largest_segment_goes_first_by_clients_until_seconds_are_known() -> None:
@@ -119,10 +124,10 @@ def test_parts_are_joined_in_client_order_and_once() -> None:
     ("error", "kind"),
     [
         (exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."), "oom"),
-        (exceptions.ActorDiedError("The actor is dead because its node has been marked dead."), "node"),
+        (actor_died("The actor died because its node has died. Node Id: be32"), "node"),
         (exceptions.ActorUnavailableError("rpc timed out", None), "unreachable"),
         (exceptions.WorkerCrashedError(), "death"),
-        (exceptions.ActorDiedError("x Some common causes include: (1) killed by the OOM killer"), "death"),
+        (actor_died("exited. Some common causes include: (1) killed by the OOM killer"), "death"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,9 +50,10 @@ class ClientContext:
         features: base-model features of a lane's training texts, (2L,) float32 each, cached.
         budgets: of a personaliser.
         r_max: largest budget of the run.
+        rounds: of the stage, for schedules over rounds.
         received: SHARED row as it came, (P,); None without SHARED parameters.
         warn: records a warning about a lane.
-        loss_scale_tokens: token budget of one evaluation step.
+        extra: for tests and experiments; nothing in the library reads it.
     """
 
     net: LaneNet
@@ -67,9 +68,9 @@ class ClientContext:
     warn: Callable[[Lane, str], None]
     budgets: tuple[int, ...] = ()
     r_max: int = 0
+    rounds: int = 0
     received: Tensor | None = None
-    base_ref: str = "base"
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Tensor:

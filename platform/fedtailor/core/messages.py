@@ -27,6 +27,7 @@ class StageSpec:
         targets: linear layers to adapt.
         budgets: total rank per adapted layer, ascending; empty for round stages.
         r_max: largest budget of the run, the paper's r_max target.
+        rounds: of a round stage, for schedules over rounds.
     """
 
     key: str
@@ -46,6 +47,7 @@ class StageSpec:
     dtype: str
     save_adapters: bool = False
     cache_dir: str | None = None
+    rounds: int = 0
     device: str = "cpu"
 
 

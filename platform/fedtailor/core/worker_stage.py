@@ -124,6 +124,7 @@ class OpenStage:
             warn=warn,
             budgets=spec.budgets,
             r_max=spec.r_max,
+            rounds=spec.rounds,
             received=shared,
         )
 

@@ -10,6 +10,7 @@ learning rate of 5e-5; ``weights=bfloat16`` emulates it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -36,6 +37,8 @@ class FedAvgConfig(Config):
 
     adapter: Literal["full", "lora"] = "full"
     lr: Rate = 5e-5
+    lr_final: Rate | None = None
+    """Cosine decay from lr to this value over the rounds (FedP2EFT's Fed-Aya base: 2e-5 to 1e-6); None: constant."""
     epochs: Positive = 2
     batch_size: Positive = 32
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
@@ -70,8 +73,20 @@ class LocalSgd:
         )  # fmt: skip
         rounded = torch.bfloat16 if cfg.weights == "bfloat16" else None
         names = tuple(spec.name for spec in ctx.params.specs)
-        trace = train(ctx, [AdamGroup(names, cfg.lr, rounded=rounded)], how)
+        trace = train(ctx, [AdamGroup(names, rate(cfg, ctx.round, ctx.rounds), rounded=rounded)], how)
         return Report({"train_loss": trace.loss})
+
+
+def rate(cfg: FedAvgConfig, round: int, rounds: int) -> float:
+    """Learning rate of a round: lr in the first, lr_final in the last, a half cosine between.
+
+    >>> [f"{rate(FedAvgConfig(lr=1.0, lr_final=0.5), r, 3):.2f}" for r in range(3)]
+    ['1.00', '0.75', '0.50']
+    """
+    if cfg.lr_final is None:
+        return cfg.lr
+    progress = round / max(1, rounds - 1)
+    return cfg.lr_final + (cfg.lr - cfg.lr_final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def build(cfg: FedAvgConfig, r_max: int) -> Method:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, PretrainedConfig, PreTrainedModel
 
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import tiny_bert
@@ -55,11 +55,7 @@ def dimensions(cfg: ModelConfig, num_labels: int = 2, max_length: int = 256) -> 
     Raises:
         ModelError: no config, no classifier of that type, or a layer in ``cfg.targets`` that does not exist.
     """
-    config = _config(cfg, max_length)
-    config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
-    config.label2id = {name: i for i, name in config.id2label.items()}
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    model = meta_model(cfg, num_labels, max_length)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     tables = set(embedding_names(model))
     linears = adapted_linears(model, cfg.targets)
@@ -69,6 +65,22 @@ def dimensions(cfg: ModelConfig, num_labels: int = 2, max_length: int = 256) -> 
         body_parameters=sum(parameter.numel() for parameter in model.base_model.parameters()),
         embedding_parameters=sum(size for name, size in sizes.items() if name in tables),
     )
+
+
+def meta_model(cfg: ModelConfig, num_labels: int = 2, max_length: int = 256) -> PreTrainedModel:
+    """The classifier on the meta device: shapes and names without weights. Arguments as `dimensions`.
+
+    Raises:
+        ModelError: no config, or no classifier of that type.
+    """
+    config = _config(cfg, max_length)
+    config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    return model
 
 
 def mbert_config() -> PretrainedConfig:

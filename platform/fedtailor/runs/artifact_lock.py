@@ -162,9 +162,9 @@ class _Acquisition:
                 self._take(found)
                 continue
             if alive and self.on_wait is None:
+                where = self.storage.full(self.path)
                 raise StorageError(
-                    f"{self.storage.full(self.path)} is held by {found}; wait for it, stop it, or use another "
-                    f"'storage'"
+                    f"{where} is held by {found}; wait for it, stop it, or use another 'storage'"
                 )
             self._remind(found)
             time.sleep(_POLL_S)
@@ -229,4 +229,5 @@ def _read(storage: Storage, path: str) -> Owner | None:
     except MissingFileError:
         return None
     except TypeError as error:
-        raise StorageError(f"{storage.full(path)} is not a lock; delete it if no run is active") from error
+        where = storage.full(path)
+        raise StorageError(f"{where} is not a lock; delete it if no run is active") from error

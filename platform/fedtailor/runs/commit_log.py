@@ -182,9 +182,10 @@ class CommitLog:
         found = self.storage.read_bytes(path)
         if found != data:
             raise StorageError(f"{self.storage.full(path)} reads back differently from what was written")
-        content = payloads.inspect(name, found)
-        payloads.same_shape(name, payload, found)
-        return ObjectRef(path[len(self.path) + 1 :], payloads.sha256(found), len(found), content)
+        seen, meant = payloads.inspect(name, found), payloads.extent(name, payload)
+        if meant is not None and seen.extent != meant:
+            raise StorageError(f"{self.storage.full(path)} holds {seen.extent} after writing {meant}")
+        return ObjectRef(path[len(self.path) + 1 :], payloads.sha256(found), len(found), seen.content)
 
     def _publish(self, index: int, data: bytes) -> None:
         if self._guard:

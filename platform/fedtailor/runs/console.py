@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedtailor.runs.experiment import ExperimentBase
+    from fedtailor.runs.report.results import Cell
 
 STATES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "created": "dim"}
 
@@ -40,8 +41,9 @@ def plain_table(*columns: str, title: str = "", numbers: Sequence[str] = ()) -> 
     table = Table(
         box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False
     )
-    for name in columns:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for number, name in enumerate(columns):
+        justify: JustifyMethod = "right" if name in numbers else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=number == 0)
     return table
 
 
@@ -69,16 +71,16 @@ def summary_table(metrics: pd.DataFrame) -> Table | None:
         return None
     columns = [(block.pool, block.budget) for block in found]
     names = [f"{pool_name(pool)}\n{'' if budget is None else f'r = {budget}'}" for pool, budget in columns]
-    title = "Accuracy in %, mean over languages" + (" and seeds" if found[0].n_seeds > 1 else "")
+    title = "Accuracy in %, mean over languages" + (" and seeds" if len(found[0].seeds) > 1 else "")
     table = plain_table("method", *names, title=title, numbers=names)
     for method in dict.fromkeys(name for block in found for name in block.methods):
         cells = [block.average.get(method) for block in found]
-        table.add_row(
-            method_name(method),
-            *("" if cell is None else f"[bold]{100 * cell.mean:.2f}[/]" if cell.best else f"{100 * cell.mean:.2f}"
-              for cell in cells),
-        )  # fmt: skip
+        table.add_row(method_name(method), *("" if cell is None else _percent(cell) for cell in cells))
     return table
+
+
+def _percent(cell: Cell) -> str:
+    return f"[bold]{100 * cell.mean:.2f}[/]" if cell.best else f"{100 * cell.mean:.2f}"
 
 
 def status_table(stages: Sequence[Mapping[str, Any]]) -> Table:

@@ -51,7 +51,7 @@ class Execution:
     ) -> None:
         self.exp, self.run, self.emit, self.should_stop = exp, run, emit, should_stop
         self.storage = Storage(exp.storage)
-        self.artifacts = Path(exp.storage) / "artifacts"
+        self.artifacts = self.storage.local_path("artifacts")
         self._make_pool, self._pool = make_pool, None
 
     def execute(self) -> None:
@@ -84,8 +84,12 @@ class Execution:
     def pool(self) -> Pool:
         """The pool, made at first use: a run that finds all stages committed needs none."""
         if self._pool is None:
-            self._pool = self._make_pool(self.emit)
+            self._pool = self._make_pool(self._pool_event)
         return self._pool
+
+    def _pool_event(self, event: dict[str, Any]) -> None:
+        named = {"loss" if key == "kind" else key: value for key, value in event.items()}
+        self.emit({"kind": "pool", **named})
 
     def _stage(self, stage: Stage, stages: Sequence[Stage], inputs: Inputs, number: int, total: int) -> None:
         folder = f"artifacts/{stage.artifact}"
@@ -150,7 +154,7 @@ class Execution:
     def _note(self, stage: Stage, index: int, failures: Any, warnings: Any, seconds: Any) -> None:
         for failure in failures:
             self.run.failure(asdict(failure))
-            self.emit({"kind": "failure", **asdict(failure), "failure": failure.kind})
+            self.emit({**asdict(failure), "kind": "failure", "failure": failure.kind})
         for warning in warnings:
             self.emit({"kind": "warning", "stage": stage.key, "round": index, "what": warning})
         self.run.timing(stage.key, index, seconds)

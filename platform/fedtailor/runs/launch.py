@@ -112,7 +112,7 @@ class _Here:
 def run_serial(
     entry: str, payload: Mapping[str, Any], config: EngineConfig, on_event: OnEvent, should_stop: ShouldStop
 ) -> None:
-    """The backend without Ray: everything in this process. Arguments as `actors.driver_actor.run_on_driver`."""
+    """The backend without Ray: everything in this process. Arguments: `actors.driver_actor.run_on_driver`."""
     here = _Here(on_event, should_stop)
     resolve(entry)(payload, SerialPool, here, here)
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedtailor.runs.storage import safe_path
 
 Array = npt.NDArray[Any]
 Payload: TypeAlias = bytes | Mapping[str, Array] | pa.Table
+Entries: TypeAlias = list[tuple[str, dict[str, Any]]]
 TENSORS, TABLE = ".safetensors", ".parquet"
 MAX_HEADER = 16 * 2**20
 """Bytes of the largest safetensors header that is read; a header of 300 tensors has 30 kB."""
@@ -72,8 +74,21 @@ def encode(name: str, payload: Payload) -> tuple[str, bytes]:
     raise StorageError(f"{name}: a commit holds bytes, arrays or tables, not {type(payload).__name__}")
 
 
-def inspect(name: str, data: bytes) -> str:
-    """Parses a file as its extension says and returns the hash of its *values*.
+@dataclass(frozen=True)
+class Inspected:
+    """What a file holds.
+
+    Args:
+        content: hex hash of the values.
+        extent: shape of each tensor by name, the number of rows of a table, or the number of bytes.
+    """
+
+    content: str
+    extent: Mapping[str, tuple[int, ...]] | int
+
+
+def inspect(name: str, data: bytes) -> Inspected:
+    """Parses a file as its extension says and hashes its *values*.
 
     Tensors: name, dtype, shape and bytes of each, by name. Tables: name, type and values of each column.
     The hash does not depend on the writing library, compression or metadata. Other files: of all bytes.
@@ -82,27 +97,23 @@ def inspect(name: str, data: bytes) -> str:
         StorageError: does not parse, or a tensor has a value that is not finite.
     """
     if name.endswith(TENSORS):
-        return _tensor_content(name, data)
+        entries = _entries(name, data)
+        return Inspected(
+            _tensor_content(name, entries), {key: tuple(entry["shape"]) for key, entry in entries}
+        )
     if name.endswith(TABLE):
-        return _table_content(read_table(name, data))
-    return sha256(data)
+        table = read_table(name, data)
+        return Inspected(_table_content(table), table.num_rows)
+    return Inspected(sha256(data), len(data))
 
 
-def same_shape(name: str, payload: Payload, data: bytes) -> None:
-    """Checks a re-opened file against what was meant to be written.
-
-    Raises:
-        StorageError: other tensors, shapes or number of rows.
-    """
-    if isinstance(payload, pa.Table):
-        found = read_table(name, data).num_rows
-        if found != payload.num_rows:
-            raise StorageError(f"{name}: {found} rows after writing {payload.num_rows}")
-    elif isinstance(payload, Mapping):
-        shapes = {key: array.shape for key, array in read_tensors(name, data).items()}
-        wanted = {key: np.shape(array) for key, array in payload.items()}
-        if shapes != wanted:
-            raise StorageError(f"{name}: tensors {shapes} after writing {wanted}")
+def extent(name: str, payload: Payload) -> Mapping[str, tuple[int, ...]] | int | None:
+    """What `inspect` must find of a payload; None for bytes in a format, which are parsed but not known."""
+    if isinstance(payload, bytes):
+        return None if name.endswith((TENSORS, TABLE)) else len(payload)
+    if isinstance(payload, Mapping):
+        return {key: np.shape(array) for key, array in payload.items()}
+    return int(payload.num_rows)
 
 
 def read_tensors(name: str, data: bytes) -> dict[str, Array]:
@@ -129,12 +140,12 @@ def read_table(name: str, data: bytes) -> pa.Table:
         StorageError: damaged.
     """
     try:
-        return pq.read_table(io.BytesIO(data))
+        return pq.read_table(io.BytesIO(data), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{name} is not a readable Parquet file: {error}") from error
 
 
-def _entries(name: str, data: bytes) -> list[tuple[str, dict[str, Any]]]:
+def _entries(name: str, data: bytes) -> Entries:
     header = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header > min(MAX_HEADER, len(data) - 8):
         raise StorageError(f"{name}: refused: safetensors header of {header} bytes in {len(data)}")
@@ -144,9 +155,9 @@ def _entries(name: str, data: bytes) -> list[tuple[str, dict[str, Any]]]:
         raise StorageError(f"{name} is not a readable safetensors file: {error}") from error
 
 
-def _tensor_content(name: str, data: bytes) -> str:
+def _tensor_content(name: str, entries: Entries) -> str:
     total = hashlib.sha256()
-    for key, entry in _entries(name, data):
+    for key, entry in entries:
         if not _finite(entry):
             raise StorageError(f"{name}: tensor '{key}' has values that are not finite (NaN or Inf)")
         total.update(canonical_json([key, entry["dtype"], list(entry["shape"])]))

@@ -65,24 +65,17 @@ def check_placement(exp: ExperimentBase) -> None:
 
     sizes = [torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(torch.cuda.device_count())]
     if engine.memory_gb is not None:
-        asked, each = (
-            f"engine.memory_gb={engine.memory_gb:g}",
-            [int(size / engine.memory_gb) for size in sizes],
-        )
-        capacity = sum(each)
+        asked = f"engine.memory_gb={engine.memory_gb:g}"
+        capacity = sum(int(size / engine.memory_gb) for size in sizes)
     else:
-        asked = f"engine.num_gpus={engine.num_gpus:g}"
-        capacity = (
-            int(len(sizes) / engine.num_gpus)
-            if engine.num_gpus >= 1
-            else len(sizes) * int(1 / engine.num_gpus)
-        )
+        asked, share = f"engine.num_gpus={engine.num_gpus:g}", engine.num_gpus
+        capacity = int(len(sizes) / share) if share >= 1 else len(sizes) * int(1 / share)
     wanted = engine.actors or 1
     if capacity < wanted:
         gpus = ", ".join(f"{size:.1f} GB" for size in sizes) or "none"
         raise PlacementError(
-            f"{asked} for {wanted} actor(s) cannot be placed: this machine's GPUs ({gpus}) hold {capacity}. Lower "
-            "engine.actors or the share, use engine.num_gpus=0, or join a cluster with engine.address"
+            f"{asked} for {wanted} actor(s) cannot be placed: this machine's GPUs ({gpus}) hold {capacity}. "
+            "Lower engine.actors or the share, use engine.num_gpus=0, or join a cluster with engine.address"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, lines elsewhere, JSON on request; then its warnings."""
+"""What a run shows while it works: a bar on a terminal, lines elsewhere, or JSON; at the end its warnings."""
 
 from __future__ import annotations
 
@@ -79,14 +79,10 @@ class Notes:
     def add(self, event: Event) -> None:
         """Keeps what must be told at the end."""
         if event["kind"] == "warning":
-            what = event["what"]
-            text = str(what.get("reason", what)) if isinstance(what, Mapping) else str(what)
-            who = (
-                str(what.get("client") or ", ".join(what.get("clients", ())))
-                if isinstance(what, Mapping)
-                else ""
-            )
-            self.warnings[text].append(f"{who} ({event['stage']}, round {event['round']})".strip())
+            what = event["what"] if isinstance(event["what"], Mapping) else {"reason": event["what"]}
+            who = str(what.get("client") or ", ".join(what.get("clients", ())))
+            place = f"{who} ({event['stage']}, round {event['round']})".strip()
+            self.warnings[str(what.get("reason", what))].append(place)
         elif event["kind"] == "failure":
             self.failures.append(
                 f"{event['client']} ({event['stage']}, round {event['round']}): {event['reason']}"

@@ -11,6 +11,7 @@ HIDDEN = "***"
 _ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
 _IF_TEXT = {"key", "keys", "token", "tokens"}
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_ASSIGNED = re.compile(r"([\w.\-]+)=([^\s,;&'\"]+)")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
@@ -36,10 +37,12 @@ def scrub(text: str) -> str:
     """A text without the secrets of the environment, ``key=secret`` and passwords in URLs."""
     for value in _environment_secrets():
         text = text.replace(value, HIDDEN)
-    name, equals, value = text.partition("=")
-    if equals and value and re.fullmatch(r"[\w.\-]+", name) and _hides(name, value):
-        return f"{name}={HIDDEN}"
-    return _USER_INFO.sub(HIDDEN, text)
+    return _USER_INFO.sub(HIDDEN, _ASSIGNED.sub(_hide_assigned, text))
+
+
+def _hide_assigned(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    return f"{name}={HIDDEN}" if _hides(name, value) and not value.isdecimal() else found.group()
 
 
 def _entry(name: str, key: Any, value: Any) -> Any:

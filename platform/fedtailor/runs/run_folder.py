@@ -1,4 +1,4 @@
-"""A run's own folder ``STORAGE/<run id>/``: what was asked, on what it ran, how it went, where its results are."""
+"""A run's own folder ``STORAGE/<run id>/``: what was asked, on what it ran, how it went, its results."""
 
 from __future__ import annotations
 
@@ -232,7 +232,9 @@ class RunFolder:
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         path = join(self.run_id, name)
-        line = json.dumps({"time": _now(), **redact(dict(entry))}, ensure_ascii=False, default=str) + "\n"
+        # An entry's own keys are ours (``key`` may be a stage's); what they hold may come from anywhere.
+        content = {"time": _now(), **{key: redact(value) for key, value in entry.items()}}
+        line = json.dumps(content, ensure_ascii=False, default=str) + "\n"
         if name not in self._open_lines and self.storage.exists(path):
             # A line torn by a crash must not swallow the next one.
             line = line if self.storage.read_bytes(path)[-1:] in (b"", b"\n") else f"\n{line}"
@@ -256,9 +258,8 @@ _ABSENT = "not set"
 
 def _checked(run_id: str) -> str:
     if not _RUN_ID.fullmatch(run_id) or run_id == "artifacts":
-        raise StorageError(
-            f"run id '{run_id}': allowed are 1 to 128 of A-Z a-z 0-9 . _ -, no leading dot, and not 'artifacts'"
-        )
+        rule = "1 to 128 of A-Z a-z 0-9 . _ -, no leading dot, and not 'artifacts'"
+        raise StorageError(f"run id '{run_id}': allowed are {rule}")
     return run_id
 
 

@@ -145,6 +145,7 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         dtype=exp.engine.dtype,
         save_adapters=exp.save_adapters and stage.kind == "personalise",
         cache_dir=cache_dir,
+        rounds=stage.rounds,
         device=device_of(exp),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from fedtailor.runs.local_files import MissingFileError, explained, link_new, pa
 
 __all__ = ["MissingFileError", "Storage", "explained", "join", "safe_path"]
 Names = list[str]
+# Parts without slash, backslash or control characters that are neither "." nor "..".
+_SAFE = re.compile(r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+(?:/(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+)*")
 
 
 def safe_path(path: str) -> str:
@@ -27,11 +30,8 @@ def safe_path(path: str) -> str:
     Raises:
         StorageError: absolute, empty, with ``..``, a backslash or a control character.
     """
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in path or any(ord(c) < 32 for c in path):
-        raise StorageError(
-            f"unsafe file name {path!r}: it must be relative and must not contain '..' or '\\'"
-        )
+    if not _SAFE.fullmatch(path):
+        raise StorageError(f"unsafe file name {path!r}: it must be relative, without '..' and '\\'")
     return path
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedtailor.adapters.peft_folder import CONFIG_FILE, write_adapter
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.models.folder import staged_folder
 from fedtailor.runs.commit_log import CommitLog
 from fedtailor.runs.experiment import nearest
-from fedtailor.runs.export import CONFIG_FILE, write_adapter
 from fedtailor.runs.run_folder import RunFolder
 
 
@@ -59,12 +59,9 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
     prefix = f"adapters/r{budget}/{client}/"
     chunk = next((commit for commit in log.all(objects=False) if client in commit.record["cohort"]), None)
     if chunk is None:
-        raise StorageError(
-            f"run '{run.run_id}' has no committed client '{client}' (ids look like seen/amh/00)"
-        )
-    files = {
-        name.removeprefix(prefix): chunk.bytes(name) for name in chunk.objects if name.startswith(prefix)
-    }
+        raise StorageError(f"run '{run.run_id}' has no committed client '{client}' (ids: seen/amh/00)")
+    names = [name for name in chunk.objects if name.startswith(prefix)]
+    files = {name.removeprefix(prefix): chunk.bytes(name) for name in names}
     if not files:
         raise StorageError(f"method '{method}' has no adapter for client '{client}' at budget {budget}")
     _refuse_used(out)
@@ -95,7 +92,7 @@ def _refuse_unknown(run: RunFolder, method: str, budget: int, seed: int) -> None
         raise ConfigError(problems)
     if not config["save_adapters"]:
         raise StorageError(
-            f"run '{run.run_id}' kept no adapters: save_adapters was off. Run it again with save_adapters=true; "
+            f"run '{run.run_id}' kept no adapters: save_adapters was off. Run it with save_adapters=true; "
             "all stages but the personalising ones are reused"
         )
 

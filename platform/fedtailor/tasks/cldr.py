@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from babel import Locale
-from babel.core import get_global
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import seed_for
@@ -20,8 +19,9 @@ from fedtailor.core.settings import TaskConfig
 from fedtailor.tasks.locales import locale_for
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, normalise
 
-KINDS: tuple[str, ...] = ("territory", "language", "script", "currency", "city", "time zone", "unit", "date")
-"""Class names; a label is an index into them."""
+KINDS: tuple[str, ...] = ("territory", "language", "script", "currency", "time zone", "unit", "date")
+"""Class names; a label is an index into them. City names are left out: half of the languages have next to none,
+and without context a city reads like a territory."""
 
 _MAPPED = (
     ("territory", "territories"),
@@ -77,7 +77,7 @@ def _tables(cfg: TaskConfig) -> tuple[dict[str, dict[str, tuple[str, str]]], dic
     """Language -> normalised string -> (text, kind), and the counts of dropped strings."""
     english = Locale("en")
     inherited = {normalise(text) for _, _, text in _names(Locale("root"))}
-    english_names = {normalise(text) for _, _, text in [*_names(english), *_english_cities()]}
+    english_names = {normalise(text) for _, _, text in _names(english)}
     notes: Counter[str] = Counter({"dropped_inherited": 0, "dropped_english": 0, "dropped_two_labels": 0})
     owners: dict[str, str] = {}
     tables = {}
@@ -87,8 +87,7 @@ def _tables(cfg: TaskConfig) -> tuple[dict[str, dict[str, tuple[str, str]]], dic
         if other != language:
             raise DataError(f"task.languages: {other!r} and {language!r} are the same CLDR locale {locale}")
         is_english = locale.language == "en"
-        names = [*_names(locale), *(_english_cities() if is_english else ())]
-        tables[language] = _clean(names, inherited, set() if is_english else english_names, notes)
+        tables[language] = _clean(list(_names(locale)), inherited, set() if is_english else english_names, notes)
     return tables, dict(notes)
 
 
@@ -118,9 +117,6 @@ def _names(locale: Locale) -> Names:
     for kind, attribute in _MAPPED:
         for key, text in getattr(locale, attribute).items():
             yield kind, key, text
-    for key, zone in locale.time_zones.items():
-        if "city" in zone:
-            yield "city", key, zone["city"]
     for zones in (locale.time_zones, locale.meta_zones):
         for key, zone in zones.items():
             for text in _texts(zone.get("long")):
@@ -142,12 +138,6 @@ def _dates(locale: Locale) -> Names:
             yield "date", "", text
     for text in _texts(locale.eras.get("wide")):
         yield "date", "", text
-
-
-def _english_cities() -> Names:
-    # CLDR leaves out English city names that follow from the zone id (UTS 35, "Time Zone Format").
-    for zone in get_global("zone_territories"):
-        yield "city", "", zone.rsplit("/", 1)[-1].replace("_", " ")
 
 
 def _texts(names: Mapping[Any, Any] | None) -> list[str]:

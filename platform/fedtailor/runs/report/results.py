@@ -297,3 +297,10 @@ def gaps(scored: pd.DataFrame) -> list[str]:
                         "its means are over the others."
                     )
     return sentences
+
+
+def tied_shares(frame: pd.DataFrame) -> dict[tuple[str, int], float]:
+    """(method, budget) to the share of ranks that tie with the last one kept, mean over clients and seeds."""
+    rows = frame[(frame["stage"] == "personalise") & (frame["metric"] == "tied_at_threshold")]
+    means = rows.groupby(["method", "budget"])["value"].mean()
+    return {(str(method), int(budget)): float(value) for (method, budget), value in means.items()}

@@ -9,11 +9,12 @@ from fedtailor.runs.report.names import language_name, method_name, pool_name
 from fedtailor.runs.report.results import REFERENCE, Block, Cell, Versus
 
 ABSENT = "–"
-_COLUMNS_PER_PANEL = 14
+_UPRIGHT_COLUMNS, _SIDEWAYS_COLUMNS = 10, 14
+_PACKAGES = "amssymb, booktabs, graphicx, rotating"
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "²": "$^2$", "λ": r"$\lambda$", "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--",
+    "·": r"$\cdot$", "²": "$^2$", "λ": r"$\lambda$", "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--",
     "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$", "\n": " ",
 }  # fmt: skip
 _MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]<>|#$~"} | {"\n": " ", "\r": " ", "&": "&amp;"}
@@ -84,29 +85,42 @@ def markdown_table(facts: Facts, found: Sequence[Block]) -> str:
 
 
 def latex_table(facts: Facts, found: Sequence[Block]) -> str:
-    """One pool as a booktabs ``table*``, two budgets side by side where they fit; never wider than the text."""
+    """One pool in LaTeX (booktabs): two budgets side by side where they fit, upright or sideways, as many floats as
+    pages are needed, never wider than the text."""
     sentences = " ".join(_escape(sentence, _LATEX) for sentence in caption(facts, found))
-    width = max(len(block.methods) for block in found)
-    per_panel = max(1, _COLUMNS_PER_PANEL // width)
-    panels = [_panel(found[k : k + per_panel]) for k in range(0, len(found), per_panel)]
-    lines = [
-        r"% \usepackage[utf8]{inputenc} \usepackage{amssymb,booktabs,graphicx}",
-        r"\begin{table*}[p]",
-        r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
-        rf"\caption{{{sentences}}}",
-        rf"\label{{tab:{_label(found[0].pool)}}}",
-        "\n\\par\\medskip\n".join(panels),
-        r"\end{table*}",
+    columns = 2 * max(len(block.methods) for block in found)
+    side_by_side = 2 if columns <= _SIDEWAYS_COLUMNS else 1
+    sideways = side_by_side == 2 and columns > _UPRIGHT_COLUMNS and len(found) > 1
+    panels = [panel for k in range(0, len(found), side_by_side) for panel in _panels(found[k : k + side_by_side])]
+    per_page, kind = (2, "sidewaystable*") if sideways else (3, "table*")
+    label = f"tab:{file_label(found[0].pool)}"
+    floats = [
+        _float(kind, panels[k : k + per_page], rf"{sentences}}}\label{{{label}" if not k else "Continued.")
+        for k in range(0, len(panels), per_page)
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join([rf"% needs \usepackage[utf8]{{inputenc}} and the packages {_PACKAGES}", *floats]) + "\n"
+
+
+def _float(kind: str, panels: Sequence[str], words: str) -> str:
+    lines = [
+        rf"\begin{{{kind}}}[p]",
+        r"\centering\scriptsize\setlength{\tabcolsep}{3pt}\setlength{\belowcaptionskip}{6pt}",
+        rf"\caption{{{words}}}",
+        "\n\\par\\medskip\n".join(panels),
+        rf"\end{{{kind}}}",
+    ]
+    return "\n".join(lines)
+
+
+def _panels(found: Sequence[Block]) -> list[str]:
+    """One panel; blocks that list different rows (results are missing) get one each."""
+    same = all((b.languages, bool(b.versus)) == (found[0].languages, bool(found[0].versus)) for b in found)
+    return [_panel(found)] if same else [_panel([block]) for block in found]
 
 
 def _panel(found: Sequence[Block]) -> str:
     columns = [_rows(block, lambda word: _escape(word, _LATEX), lambda word: rf"\textbf{{{word}}}", r"\,") for block in found]
     names, titles, rules, at = columns[0], [], [], 2
-    # Blocks of one pool list the same languages unless results are missing; then each gets a panel of its own.
-    if any([row[0] for row in rows] != [row[0] for row in names] for rows in columns):
-        return "\n\\par\\medskip\n".join(_panel([block]) for block in found)
     for block, rows in zip(found, columns, strict=True):
         n = len(rows[0]) - 1
         titles.append(rf"\multicolumn{{{n}}}{{c}}{{{_escape(block_title(block), _LATEX).replace('r =', '$r$ =')}}}")
@@ -115,7 +129,7 @@ def _panel(found: Sequence[Block]) -> str:
     body = [" & ".join([names[k][0], *(cell for rows in columns for cell in rows[k][1:])]) + r" \\" for k in range(len(names))]
     last = len(body) - len(_summary_rows(found[0]))
     lines = [
-        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (at - 2)}}}",
         r"\toprule",
         " & ".join(["", *titles]) + r" \\",
@@ -180,5 +194,6 @@ def _escape(word: str, rules: dict[str, str]) -> str:
     return "".join(rules.get(letter, letter) for letter in word)
 
 
-def _label(pool: str) -> str:
+def file_label(pool: str) -> str:
+    """A pool as part of a file name."""
     return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in pool) or "all"

@@ -1,0 +1,145 @@
+"""Rough costs of one stage, from sizes: bytes on the wire, memory of a worker, steps and FLOPs.
+
+FLOPs count 2 per weight and token forward, 2 backward for activations and 2 for gradients of what is
+trained; embedding tables cost none. Texts are taken at their longest, so real runs do less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from fedtailor.core.method import Method
+from fedtailor.models.dimensions import ModelDimensions
+from fedtailor.runs.experiment import ExperimentBase, method_section
+from fedtailor.runs.stages import Stage
+
+FLOAT = 4
+ADAM_STATES = 4
+"""Value, gradient and two moments of every trained number."""
+SAVED_PER_WIDTH = 68
+"""Bytes that autograd keeps per token, layer and unit of width (Korthikanti et al. 2022, in float32)."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """The clients; sizes are empty or 0 where the data is not at hand."""
+
+    seen: int
+    unseen: int
+    classes: int = 2
+    train: tuple[int, ...] = ()
+    train_unseen: tuple[int, ...] = ()
+    test: int = 0
+    smallest: int = 0
+    middle: int = 0
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of a stage; None where the data's sizes are needed and missing.
+
+    Args:
+        updates: client updates, or clients personalised.
+        steps: optimizer steps of single clients.
+        flops: floating point operations.
+        down: bytes sent per round; ``up`` as many come back.
+        weights: bytes of the resident model.
+        trained: bytes of what is trained, with gradients and moments, over all lanes.
+        activations: bytes kept for the backward pass.
+    """
+
+    updates: int
+    steps: int | None
+    flops: float | None
+    down: int
+    up: int
+    weights: int
+    trained: int
+    activations: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a worker, without Python and its libraries."""
+        return self.weights + self.trained + self.activations
+
+
+def estimate(
+    exp: ExperimentBase,
+    stage: Stage,
+    method: Method,
+    numbers: tuple[int, int],
+    dims: ModelDimensions,
+    population: Population,
+) -> Estimate:
+    """Costs of one stage.
+
+    Args:
+        exp: whole configuration.
+        stage: which stage.
+        method: its method.
+        numbers: SHARED numbers, and PRIVATE plus EPHEMERAL ones, per client.
+        dims: sizes of the base model.
+        population: the clients.
+    """
+    shared, own = numbers
+    wire = shared * FLOAT * stage.cohort
+    if stage.kind == "personalise":
+        passes = _passes(method_section(exp, stage.method), len(exp.budgets), method.personaliser.budgeted)
+        pools = [
+            population.train if pool == "seen" else population.train_unseen for pool in exp.personalise.pools
+        ]
+        rows = [n for pool in pools for n in pool]
+        updates = sum(
+            population.seen if pool == "seen" else population.unseen for pool in exp.personalise.pools
+        )
+        trained, share = dims.adapter_parameters(exp.r_max) if passes else 0, 1.0
+    else:
+        passes, rows = method.epochs, list(population.train)
+        updates = stage.rounds * stage.cohort
+        trained, share = shared + own, updates / max(1, len(rows))
+    full = not method.lanes
+    body = dims.parameters - dims.embedding_parameters
+    steps = flops = None
+    if rows:
+        tokens = sum(rows) * share * passes * exp.task.max_length
+        steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
+        flops = tokens * (6 if full else 4) * body
+        if stage.kind == "personalise":
+            lanes = len(exp.budgets) if method.personaliser.budgeted else 1
+            flops += 2.0 * population.test * exp.task.max_length * body * lanes
+    each = len(exp.budgets) if stage.kind == "personalise" and method.personaliser.budgeted else 1
+    lanes = each if full or exp.model.base_dropout else _lanes(exp, method, each)
+    return Estimate(
+        updates=updates,
+        steps=steps,
+        flops=flops,
+        down=wire,
+        up=wire,
+        weights=dims.parameters * FLOAT,
+        trained=trained * FLOAT * ADAM_STATES * lanes,
+        activations=_activations(exp, method, dims, lanes) if passes else 0,
+    )
+
+
+def _lanes(exp: ExperimentBase, method: Method, each: int) -> int:
+    """Widest lane group at full texts; a client with its budgets is never cut."""
+    fitting = exp.engine.token_budget // (method.batch_size * exp.task.max_length)
+    return each * max(1, min(exp.engine.max_lanes, fitting) // each)
+
+
+def _passes(section: Any, budgets: int, budgeted: bool) -> int:
+    """Epochs over a client's data while it is personalised: a search once, fine-tuning at every budget."""
+    search = getattr(getattr(section, "search", None), "epochs", 0)
+    tuning = getattr(section, "finetune", section)
+    return int(search) + (int(getattr(tuning, "epochs", 0)) * budgets if budgeted else 0)
+
+
+def _activations(exp: ExperimentBase, method: Method, dims: ModelDimensions, lanes: int) -> int:
+    """Linear in tokens; attention maps, quadratic in length, are left out."""
+    tokens = lanes * method.batch_size * exp.task.max_length
+    widths = [d_in for _, d_in, _ in dims.linears]
+    blocks = max(1, round(len(widths) / 6))  # query, key, value, output and two of the feed-forward part
+    return tokens * min(widths, default=0) * SAVED_PER_WIDTH * blocks

@@ -1,0 +1,184 @@
+"""What an experiment would do, from sizes alone: stages, bytes, memory, work. No weights are read or made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import try_to_load_from_cache
+
+from fedtailor.core.errors import DataError, ModelError
+from fedtailor.core.method import Method
+from fedtailor.core.net import LaneNet
+from fedtailor.core.scope import Scope
+from fedtailor.methods import build_method
+from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
+from fedtailor.models.families import adapted_linears
+from fedtailor.models.source import resolve
+from fedtailor.runs.estimate import Estimate, Population, estimate
+from fedtailor.runs.execute import DONE
+from fedtailor.runs.experiment import ExperimentBase, method_section
+from fedtailor.runs.inputs import model_artifact, tokens_artifact
+from fedtailor.runs.stages import Inputs, Stage, plan_stages
+from fedtailor.runs.storage import Storage
+from fedtailor.tasks.task import TaskData, prepare
+
+EMBEDDED_TASKS = frozenset({"cldr"})
+"""Tasks whose data come with the package."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """An auxiliary network that a method trains, e.g. FedP2EFT's PSG.
+
+    Args:
+        widths: of its layers, input first.
+        parameters: all of them.
+    """
+
+    widths: tuple[int, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class MethodSizes:
+    """Numbers that a method trains: SHARED ones travel, the others stay where they are."""
+
+    shared: int
+    private: int
+    ephemeral: int
+    generators: tuple[Generator, ...]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, and what is known of it before it runs.
+
+    Args:
+        stage: as `plan_stages` gives it; its artifact name is invented where ``there`` is None.
+        there: whether its artifact is complete; None: cannot be known without the weights.
+        estimate: work, bytes and memory.
+    """
+
+    stage: Stage
+    there: bool | None
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `plan_view` shows."""
+
+    exp: ExperimentBase
+    model: ModelDimensions
+    sizes: Mapping[str, MethodSizes]
+    population: Population
+    stages: Sequence[StagePlan]
+    notes: Sequence[str]
+
+
+def make_plan(exp: ExperimentBase) -> Plan:
+    """Computes the plan of a checked configuration.
+
+    Raises:
+        DataError: ``task.path`` is given and unusable.
+        ModelError: no config of the model is to be had.
+    """
+    notes: list[str] = []
+    found = {seed: _data(exp, seed, notes) for seed in exp.seeds}
+    population = _population(exp, next(iter(found.values())))
+    dims = dimensions(exp.model, population.classes, exp.task.max_length)
+    methods = {name: build_method(name, method_section(exp, name), exp.r_max) for name in _used(exp)}
+    sizes = {name: method_sizes(exp, method, population.classes) for name, method in methods.items()}
+    stages = []
+    storage = Storage(exp.storage)
+    for seed, inputs in found.items():
+        known = inputs is not None and inputs[1] is not None
+        names = inputs[1] if inputs and inputs[1] else Inputs("data", "model", "tokens")
+        for stage in plan_stages(exp, seed, names, population.seen):
+            there = storage.exists(f"artifacts/{stage.artifact}/{DONE}") if known else None
+            size, method = sizes[stage.method], methods[stage.method]
+            work = estimate(
+                exp, stage, method, (size.shared, size.private + size.ephemeral), dims, population
+            )
+            stages.append(StagePlan(stage, there, work))
+    return Plan(exp, dims, sizes, population, stages, list(dict.fromkeys(notes)))
+
+
+def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
+    """Sums a method's declared parameters by owner, on a model without weights."""
+    model = meta_model(exp.model, classes, exp.task.max_length)
+    net = LaneNet(model, adapted_linears(model, exp.model.targets))
+    parts = [*([method.adapter] if method.adapter else []), *method.modules]
+    specs = [spec for part in parts for spec in part.specs(net)]
+    total = {scope: sum(spec.size for spec in specs if spec.scope is scope) for scope in Scope}
+    generators = []
+    for module in method.modules:
+        own = module.specs(net)
+        layers = [spec.shape for spec in own if len(spec.shape) == 2]
+        widths = (layers[0][1], *(out for out, _ in layers)) if layers else ()
+        generators.append(Generator(widths, sum(spec.size for spec in own)))
+    return MethodSizes(total[Scope.SHARED], total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators))
+
+
+def _used(exp: ExperimentBase) -> list[str]:
+    names = [*([] if exp.base.name == "none" else [exp.base.name]), *exp.methods]
+    return list(dict.fromkeys(names))
+
+
+def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population, Inputs | None] | None:
+    """Client sizes of a seed, and the names of its inputs if they can be known; None without data."""
+    if not (exp.task.path or os.environ.get("FEDTAILOR_DATA") or exp.task.name in EMBEDDED_TASKS):
+        notes.append("The data is not here (task.path, FEDTAILOR_DATA): client sizes are unknown.")
+        return None
+    with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
+        try:
+            data = prepare(exp.task, seed, Path(folder) / "data")
+        except DataError as error:
+            if exp.task.path:
+                raise
+            notes.append(f"Client sizes are unknown: {error}")
+            return None
+        return _sizes(data), _inputs(exp, seed, data, notes)
+
+
+def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) -> Inputs | None:
+    source = resolve(exp.model)
+    cached = source.kind != "hub" or isinstance(
+        try_to_load_from_cache(source.location, "config.json", revision=source.revision), str
+    )
+    try:
+        if not cached:
+            raise ModelError(f"{source.location} is not in the local cache")
+        name, model = f"data-{data.hash[:16]}", model_artifact(exp, seed, data)
+    except ModelError as error:
+        notes.append(f"Artifact names depend on the model's weights, which are not here: {error}.")
+        return None
+    return Inputs(name, model, tokens_artifact(exp, name, model))
+
+
+def _sizes(data: TaskData) -> Population:
+    seen, unseen = data.pool("seen"), data.pool("unseen")
+    trains = sorted(client.n_train for client in data.clients)
+    return Population(
+        seen=len(seen),
+        unseen=len(unseen),
+        classes=len(data.labels),
+        train=tuple(client.n_train for client in seen),
+        train_unseen=tuple(client.n_train for client in unseen),
+        test=sum(client.n_test for client in data.clients),
+        smallest=trains[0],
+        middle=int(median(trains)),
+        largest=trains[-1],
+    )
+
+
+def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | None) -> Population:
+    if found is not None:
+        return found[0]
+    clients = len(exp.task.languages) * exp.task.clients_per_language
+    return Population(seen=clients, unseen=clients)

@@ -1,0 +1,136 @@
+"""A plan as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+
+from fedtailor.runs.console import plain_table
+from fedtailor.runs.past_times import seconds_per_client
+from fedtailor.runs.plan import Plan, StagePlan
+from fedtailor.runs.report.names import method_name
+
+_THERE = {True: "[green]yes[/]", False: "no", None: "[dim]unknown without weights[/]"}
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Prints the whole plan."""
+    _show_header(console, plan)
+    _show_trained(console, plan)
+    _show_stages(console, plan)
+    _show_memory(console, plan)
+    _show_work(console, plan)
+    for note in plan.notes:
+        console.print(f"[yellow]•[/] {escape(note)}", highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``2.85 MB`` (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _show_header(console: Console, plan: Plan) -> None:
+    exp, people, model = plan.exp, plan.population, plan.model
+    texts = "sizes unknown"
+    if people.train:
+        texts = f"{people.middle} training texts in the middle ({people.smallest} to {people.largest})"
+    rows = {
+        "task": f"{exp.task.name}: {people.seen} seen and {people.unseen} unseen clients, "
+        f"{len(exp.task.languages)} languages; {texts}",
+        "model": f"{exp.model.name}: {model.parameters:,} parameters, "
+        f"L = {model.layers} adapted linear layers",
+        "budgets": f"r = {', '.join(map(str, exp.budgets))} (r L = "
+        f"{', '.join(str(r * model.layers) for r in exp.budgets)} ranks); r_max = {exp.r_max}",
+        "seeds": ", ".join(map(str, exp.seeds)),
+    }
+    for name, value in rows.items():
+        console.print(f"[bold]{name:<8}[/] {escape(value)}", highlight=False)
+
+
+def _show_trained(console: Console, plan: Plan) -> None:
+    table = plain_table(
+        "method", "SHARED", "PRIVATE", "EPHEMERAL", "generator",
+        title="Numbers that methods declare, per client", numbers=("SHARED", "PRIVATE", "EPHEMERAL"),
+    )  # fmt: skip
+    for name, sizes in plan.sizes.items():
+        shapes = [("-".join(map(str, g.widths)), g.parameters) for g in sizes.generators]
+        generators = [f"{widths} with {count:,} parameters" for widths, count in shapes]
+        counts = [f"{n:,}" if n else "" for n in (sizes.shared, sizes.private, sizes.ephemeral)]
+        table.add_row(method_name(name), *counts, ", ".join(generators))
+    console.print(table)
+
+
+def _show_stages(console: Console, plan: Plan) -> None:
+    right = ("rounds", "cohort", "down/round", "up/round")
+    table = plain_table("stage", *right, "artifact", "already there", title="Stages", numbers=right)
+    for row in plan.stages:
+        stage, cost = row.stage, row.estimate
+        artifact = stage.artifact.rpartition("-")[2] if row.there is not None else "[dim]?[/]"
+        wire = (size(cost.down), size(cost.up)) if cost.down else ("", "")
+        rounds = stage.kind != "personalise"
+        counts = (str(stage.rounds), str(stage.cohort)) if rounds else ("", f"{cost.updates} clients")
+        table.add_row(escape(stage.key), *counts, *wire, artifact, _THERE[row.there])
+    console.print(table)
+
+
+def _show_memory(console: Console, plan: Plan) -> None:
+    numbers = ("base weights", "trained x lanes, with Adam", "activations", "sum")
+    table = plain_table("stage", *numbers, title="Memory of one worker (estimate, float32)", numbers=numbers)
+    for row in _first_seed(plan):
+        cost = row.estimate
+        parts = (cost.weights, cost.trained, cost.activations, cost.memory)
+        table.add_row(escape(_name(row)), *(size(n) if n else "" for n in parts))
+    console.print(table)
+
+
+def _show_work(console: Console, plan: Plan) -> None:
+    known = seconds_per_client(plan.exp)
+    workers = plan.exp.engine.actors
+    numbers = ("client updates", "steps", "FLOP at most", "time on one worker")
+    seeds = f"all {len(plan.exp.seeds)} seeds" if len(plan.exp.seeds) > 1 else "one seed"
+    table = plain_table("stage", *numbers, title=f"Work, {seeds}", numbers=numbers)
+    times = len(plan.exp.seeds)
+    totals = [0.0, 0.0, 0.0, 0.0]
+    for row in _first_seed(plan):
+        cost, each = row.estimate, known.get((row.stage.kind, row.stage.method))
+        values = [cost.updates * times, (cost.steps or 0) * times, (cost.flops or 0) * times]
+        seconds = each * cost.updates * times if each is not None else None
+        totals = [a + b for a, b in zip(totals, [*values, seconds or 0.0], strict=True)]
+        table.add_row(escape(_name(row)), *_cells(values, seconds))
+    complete = all((row.stage.kind, row.stage.method) in known for row in plan.stages)
+    table.add_section()
+    table.add_row("[bold]sum[/]", *_cells(totals[:3], totals[3] if complete else None))
+    console.print(table)
+    if not known:
+        console.print("[dim]No earlier run of this task and model in the storage: no time can be given.[/]")
+    elif workers and workers > 1:
+        console.print(f"[dim]{workers} workers need about 1/{workers} of the time.[/]", highlight=False)
+
+
+def _cells(values: list[float], seconds: float | None) -> list[str]:
+    updates, steps, flops = values
+    return [
+        f"{updates:,.0f}",
+        f"{steps:,.0f}" if steps else "",
+        f"{flops:.1e}" if flops else "",
+        duration(seconds) if seconds is not None else "",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """``4 min``, ``3.2 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _first_seed(plan: Plan) -> list[StagePlan]:
+    return [row for row in plan.stages if row.stage.seed == plan.exp.seeds[0]]
+
+
+def _name(row: StagePlan) -> str:
+    return row.stage.key.rsplit("/", 1)[0]

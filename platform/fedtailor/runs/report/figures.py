@@ -1,0 +1,44 @@
+"""All figures of a report, drawn from checked rows and written as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from fedtailor.runs.report import heatmaps, plots
+from fedtailor.runs.report.results import Block
+from fedtailor.runs.report.style import Drawing, Missing, save, styled
+
+
+def draw(
+    frame: pd.DataFrame,
+    scored: pd.DataFrame,
+    found: Sequence[Block],
+    strategies: heatmaps.Strategies,
+    modules: Sequence[str],
+    folder: Path,
+) -> list[tuple[Drawing | Missing, tuple[Path, ...]]]:
+    """Draws every figure that the data allow and writes it to ``folder``.
+
+    Args:
+        frame: checked metric rows.
+        scored: their scores.
+        found: blocks of the tables.
+        strategies: (method, seed) to client to lambda, (L, r_init) float32.
+        modules: names of the L adapted modules.
+
+    Returns:
+        each figure with its files (png, svg), or the reason why there is none, in reading order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with styled():
+        entries = [
+            *plots.per_budget(found, scored),
+            *plots.per_language(found),
+            *heatmaps.rank_structure(frame, modules),
+            *heatmaps.lambda_distance(frame, strategies),
+            *plots.curves(frame),
+        ]
+        return [(e, save(e, folder) if isinstance(e, Drawing) else ()) for e in entries]

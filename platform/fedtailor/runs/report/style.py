@@ -1,0 +1,94 @@
+"""How figures look: one colour-blind-safe colour and marker per method, one set of fonts, byte-stable files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from fedtailor.runs.report.names import in_method_order, method_name
+
+INK, MUTED, GRID = "#1f2328", "#6a717c", "#dfe2e8"
+SEQUENTIAL = "viridis"
+_LOOK: dict[str, tuple[str, str]] = {
+    "majority": ("#9aa0a8", "x"), "base": ("#4a4f57", "|"), "lora": ("#0072b2", "o"), "adalora": ("#56b4e9", "s"),
+    "bayestune_lora": ("#e69f00", "^"), "fedl2p": ("#009e73", "v"), "fedp2eft": ("#d55e00", "D"),
+}  # fmt: skip
+_SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d")
+_RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.labelsize": 9,
+    "axes.titlelocation": "left", "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 9, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8, "figure.facecolor": "white", "axes.facecolor": "none", "savefig.facecolor": "white",
+    "svg.fonttype": "path", "axes.unicode_minus": True, "figure.constrained_layout.use": True,
+    # Names of languages and modules are data: a dollar sign in one is no formula.
+    "text.parse_math": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with the file name it gets, its title, and what a reader must know."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A figure that the data do not allow, and why."""
+
+    title: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, marker and printed name of a method."""
+
+    colour: str
+    marker: str
+    label: str
+
+
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """A look for each method, in method order; the same for a known method in every figure."""
+    spare = iter(list(zip(sns.color_palette("colorblind").as_hex()[4:] * 2, _SPARE_MARKERS * 2, strict=False)))
+    found = {}
+    for method in in_method_order(methods):
+        colour, marker = _LOOK.get(method) or next(spare, ("#000000", "."))
+        found[method] = Look(str(colour), marker, method_name(method))
+    return found
+
+
+def plain(value: float, position: int | None = None) -> str:
+    """A tick label without mathematical notation, e.g. ``0.002`` or ``2e-05``."""
+    return f"{value:g}"
+
+
+def styled() -> Any:
+    """Context in which figures are drawn and saved; leaves the caller's matplotlib settings alone."""
+    return mpl.rc_context({**mpl.rcParamsDefault, **_RC, "backend": mpl.rcParams["backend"]})
+
+
+def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
+    """Writes ``<name>.png`` (150 dpi) and ``<name>.svg``; equal figures give equal bytes."""
+    png, svg = folder / f"{drawing.name}.png", folder / f"{drawing.name}.svg"
+    # The salt names the ids inside the SVG: one per figure, so that several fit on one page.
+    with mpl.rc_context({"svg.hashsalt": drawing.name}):
+        drawing.figure.savefig(png, dpi=150, metadata={"Software": None})
+        # Laid out once; the second file reuses the positions.
+        drawing.figure.set_layout_engine("none")
+        text = io.StringIO()
+        drawing.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg.write_text(text.getvalue(), "utf-8")
+    return png, svg

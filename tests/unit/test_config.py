@@ -1,0 +1,116 @@
+"""How layers and overrides become one tree, and how problems are worded."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedtailor.core.config import Config, deviations, dotted_keys, flatten, merge_layers, validate
+from fedtailor.core.errors import ConfigError
+from fedtailor.runs.experiment import Experiment, compose, load_preset, preset_names
+
+
+def problems_of(*overrides: str, presets: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compose(list(presets), list(overrides))
+    return caught.value.problems
+
+
+def test_later_layers_win_and_lists_are_replaced() -> None:
+    tree = merge_layers([{"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}}], ["a.b=5"])
+    assert tree == {"a": {"b": 5, "c": [3]}}
+
+
+def test_values_are_read_as_yaml() -> None:
+    tree = merge_layers([], ["x=1e-4", "y=[lora, base]", "z=null", "p=/a=b", "s='two words'", "e={k: 1}"])
+    assert tree == {"x": 1e-4, "y": ["lora", "base"], "z": None, "p": "/a=b", "s": "two words", "e": {"k": 1}}
+
+
+def test_a_name_replaces_the_section_that_a_preset_filled() -> None:
+    exp = compose(["demo"], ["task=masakhanews"])
+    assert exp.task == type(exp.task)(name="masakhanews")
+
+
+def test_keys_after_a_name_join_it() -> None:
+    exp = compose(["demo"], ["model=mbert", "model.path=/models/mbert"])
+    assert (exp.model.name, exp.model.path) == ("mbert", "/models/mbert")
+
+
+def test_a_name_in_an_earlier_layer_is_kept_by_keys_in_a_later_one() -> None:
+    assert merge_layers([{"model": "mbert"}, {"model": {"revision": "main"}}]) == {
+        "model": {"name": "mbert", "revision": "main"}
+    }
+
+
+@pytest.mark.parametrize("word", ["rounds", "=3", ""])
+def test_a_word_without_key_or_value_is_named(word: str) -> None:
+    with pytest.raises(ConfigError, match="is not an override; write key=value"):
+        merge_layers([], [word])
+
+
+@pytest.mark.parametrize("word", ["methods=[a,", "task.path=${oc.env:NO_SUCH_VARIABLE}", "a=${b}"])
+def test_an_unreadable_value_names_the_override(word: str) -> None:
+    with pytest.raises(ConfigError, match="cannot read the override|interpolation"):
+        merge_layers([], [word])
+
+
+def test_all_problems_are_found_at_once() -> None:
+    found = problems_of("strategy.rounds=-1", "methods=[lra]", "base.rouds=3", "engine.backend=rey")
+    assert len(found) == 4
+    assert any("'strategy.rounds': input should be greater than or equal to 0, got -1" in p for p in found)
+    assert any("unknown method 'lra'; did you mean 'lora'?" in p for p in found)
+    assert any("unknown key 'base.rouds'; did you mean 'rounds'?" in p for p in found)
+    assert any("allowed: ray, serial (did you mean 'ray'?), got 'rey'" in p for p in found)
+
+
+def test_an_unknown_top_level_key_finds_the_section_where_it_exists() -> None:
+    (problem,) = problems_of("clients_per_language=3")
+    assert "did you mean 'task.clients_per_language'?" in problem
+
+
+def test_truth_values_are_not_numbers() -> None:
+    (problem,) = problems_of("base.rounds=true")
+    assert problem == "'base.rounds': must be a number, got True"
+
+
+def test_a_scalar_for_a_list_and_for_a_section_is_explained() -> None:
+    seeds, engine = problems_of("seeds=42", "engine=ray")
+    assert seeds == "'seeds': must be a list such as [a,b], got 42"
+    assert engine == "'engine': is a section; set the keys below it, got 'ray'"
+
+
+def test_no_message_speaks_of_python() -> None:
+    words = ["seeds=4", "engine=x", "base.rounds=x", "task.languages=3", "strategy.cohort=inf", "model.heads=3"]
+    for problem in problems_of(*words):
+        assert not any(word in problem for word in ("tuple", "dict", "instance", "Value error", "pydantic"))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_as_it_is(name: str) -> None:
+    assert compose([name], []).methods
+    assert set(load_preset(name)) <= set(Experiment.model_fields)
+
+
+def test_the_paper_scale_preset_departs_from_the_defaults_in_task_model_and_seeds_alone() -> None:
+    exp = compose(["masakhanews_fedp2eft"], [])
+    assert set(deviations(exp, Experiment())) == {"task.name", "model.name", "seeds"}
+    assert (exp.base.rounds, exp.strategy.rounds, exp.seeds) == (100, 150, (42, 52, 62))
+
+
+def test_dotted_keys_and_flatten_agree() -> None:
+    exp = Experiment()
+    assert list(flatten(exp)) == list(dotted_keys(Experiment))
+    assert "fedp2eft.psg.lr" in flatten(exp)
+
+
+def test_a_tree_is_frozen() -> None:
+    exp = Experiment()
+    with pytest.raises(ValueError, match="frozen"):
+        exp.base.rounds = 3  # type: ignore[misc]
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    class Rates(Config):
+        lr: float = 1.0
+
+    with pytest.raises(ConfigError, match="'lr'.*finite"):
+        validate(Rates, {"lr": float("nan")})

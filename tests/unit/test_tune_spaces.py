@@ -1,0 +1,66 @@
+"""Every value of every published grid fits the configuration: a renamed field fails here, not overnight."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tune_spaces
+from fedtailor.core.config import flatten
+from fedtailor.core.errors import ConfigError
+from fedtailor.methods import METHODS
+from fedtailor.runs.experiment import Experiment, compose
+from tune_spaces import PAPERS
+
+ROOT = Path(__file__).parents[2]
+GRIDS = [(method, grid) for paper in PAPERS for method, grid in paper.GRIDS.items()]
+TRIALS = [(key, value) for _, grid in GRIDS for key, values in grid.items() for value in values]
+
+
+@pytest.mark.parametrize(("key", "value"), TRIALS, ids=str)
+def test_every_value_of_a_grid_arrives_at_its_key_and_nowhere_else(key: str, value: float) -> None:
+    before, after = flatten(Experiment()), flatten(compose([], [f"{key}={value}"]))
+    assert after == before | {key: value}
+
+
+def test_a_key_that_does_not_exist_would_be_noticed() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'lambda_lr'"):
+        compose([], ["fedp2eft.stage1.lamda_lr=0.01"])
+
+
+def test_a_grid_belongs_to_a_method_that_exists_and_stays_in_its_section() -> None:
+    for method, grid in GRIDS:
+        assert method in METHODS
+        assert {key.split(".")[0] for key in grid} == {method}
+
+
+def test_no_value_is_listed_twice() -> None:
+    for _, grid in GRIDS:
+        for key, values in grid.items():
+            assert len(set(values)) == len(values), key
+
+
+def test_what_a_paper_picked_is_in_its_grid_and_is_the_default() -> None:
+    defaults = flatten(Experiment())
+    for paper in PAPERS:
+        tried = {key: values for grid in paper.GRIDS.values() for key, values in grid.items()}
+        assert paper.PICKED.keys() == tried.keys()
+        for key, value in paper.PICKED.items():
+            assert value in tried[key]
+            assert defaults[key] == value
+
+
+def test_no_file_with_grids_is_forgotten() -> None:
+    files = sorted(Path(tune_spaces.__file__).parent.glob("*.py"))
+    with_grids = {file.stem for file in files if "\nGRIDS" in file.read_text("utf-8")}
+    assert with_grids == {paper.__name__.rpartition(".")[2] for paper in PAPERS}
+
+
+def test_reading_a_grid_starts_no_ray() -> None:
+    script = "import sys, tune_spaces; print('ray' in sys.modules)"
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
