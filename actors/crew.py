@@ -17,7 +17,7 @@ from fedtailor.core.messages import SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.pool import OnEvent, StageInfo
 
 START_S = 120.0
-"""Seconds until an actor that Ray does not start is an event, and an error if no other one is up."""
+"""Seconds until an actor that Ray does not start is an event, or an error if the run cannot go on without."""
 STACK_S = 3.0
 _CHECK_S = 5.0
 
@@ -70,13 +70,19 @@ class Crew:
         deadline_s: seconds for one call.
         retries: deaths in a row that an actor's place may suffer before a stage is open.
         on_event: hears of every loss, replacement and hang.
+        all_needed: an actor that Ray does not start is an error even if others are up.
     """
 
     def __init__(
-        self, make_actor: Callable[[], Any], deadline_s: float, retries: int, on_event: OnEvent
+        self,
+        make_actor: Callable[[], Any],
+        deadline_s: float,
+        retries: int,
+        on_event: OnEvent,
+        all_needed: bool = False,
     ) -> None:
         self._make_actor, self._on_event = make_actor, on_event
-        self._deadline_s, self._retries = deadline_s, retries
+        self._deadline_s, self._retries, self._all_needed = deadline_s, retries, all_needed
         self._spec: StageSpec | None = None
         self._fingerprint: str | None = None
         self.members: list[Member] = []
@@ -233,9 +239,11 @@ class Crew:
     def _still_waiting(self, member: Member) -> None:
         everything = ray.available_resources()  # type: ignore[no-untyped-call]
         free = {name: everything.get(name, 0.0) for name in ("CPU", "GPU")}
-        if all(other.host is None for other in self.members):
+        missing = sum(other.host is None for other in self.members)
+        if self._all_needed or missing == len(self.members):
             raise PlacementError(
-                f"Ray started no actor within {START_S:g} s; free on the cluster now: {free}"
+                f"Ray did not start {missing} of {len(self.members)} actors within {START_S:g} s; "
+                f"free on the cluster now: {free}"
             )
         self._on_event({"event": "actor_waiting", "actor": member.number, "free": free})
         member.call = Call("start", math.inf)

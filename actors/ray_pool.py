@@ -58,7 +58,9 @@ class RayPool:
         try:
             self._nodes = cluster_nodes(gpu_memory=config.memory_gb is not None)
             self._plan: ActorPlan = plan_actors(config, self._nodes, 1 if self._per_client else None)
-            self._crew = Crew(self._make_actor, config.deadline_s, config.retries, on_event)
+            self._crew = Crew(
+                self._make_actor, config.deadline_s, config.retries, on_event, all_needed=self._per_client
+            )
             self._crew.hire(self._plan.count)
         except BaseException:
             self._session.close()

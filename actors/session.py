@@ -6,8 +6,9 @@ import logging
 import os
 import shutil
 import site
+import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from actors.placement import NodeResources
 from fedtailor.core.errors import PlacementError
 
 PROBE_S = 30.0
+KNOCK_S = 5.0
 _MIB = 2**20
 
 
@@ -58,10 +60,14 @@ def ensure_ray(address: str | None = None, threads: int = 1) -> RaySession:
         return RaySession(started=False)
     target = address or os.environ.get("RAY_ADDRESS")
     if target:
+        _knock(target)
         try:
             ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise PlacementError(f"cannot join a Ray cluster at engine.address={target}: {error}") from error
+            raise PlacementError(
+                f"cannot join a Ray cluster at engine.address={target}: {error} "
+                "(a cluster with RAY_AUTH_MODE=token wants its token here too)"
+            ) from error
         return RaySession(started=False)
     with _environment(_local_variables(threads)), _loopback():
         ray.init(
@@ -76,6 +82,17 @@ def ensure_ray(address: str | None = None, threads: int = 1) -> RaySession:
     return RaySession(started=True)
 
 
+def _knock(address: str) -> None:
+    """Fails at once where nobody listens; Ray itself would try for a minute or more."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # ``auto`` and other names that only Ray can resolve
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+    except OSError as error:
+        raise PlacementError(f"no Ray cluster listens at engine.address={address}: {error}") from error
+
+
 def cluster_nodes(gpu_memory: bool = False) -> list[NodeResources]:
     """What the cluster has in total; inside a placement group (a Tune trial) what its bundles have.
 
@@ -84,12 +101,10 @@ def cluster_nodes(gpu_memory: bool = False) -> list[NodeResources]:
     """
     group = ray.util.get_current_placement_group()
     if group is not None:
+        mine = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
         sizes = _gpu_memory(_alive()) if gpu_memory else {}
         smallest = min((size for size in sizes.values() if size is not None), default=None)
-        return [
-            NodeResources(f"bundle {i}", bundle.get("CPU", 0.0), bundle.get("GPU", 0.0), smallest)
-            for i, bundle in enumerate(group.bundle_specs)
-        ]
+        return _bundles(group.bundle_specs, mine, smallest)
     nodes = _alive()
     sizes = _gpu_memory(nodes) if gpu_memory else {}
     return [
@@ -100,6 +115,19 @@ def cluster_nodes(gpu_memory: bool = False) -> list[NodeResources]:
             sizes.get(node["NodeID"]),
         )
         for node in nodes
+    ]
+
+
+def _bundles(
+    specs: Sequence[Mapping[str, float]], mine: Mapping[str, float], gpu_memory_gb: float | None
+) -> list[NodeResources]:
+    """A group's bundles as nodes; what this process holds comes out of the first, where Tune puts a trial."""
+    left = [dict(spec) for spec in specs]
+    for name in ("CPU", "GPU"):
+        left[0][name] = max(0.0, left[0].get(name, 0.0) - mine.get(name, 0.0))
+    return [
+        NodeResources(f"bundle {i}", spec.get("CPU", 0.0), spec.get("GPU", 0.0), gpu_memory_gb)
+        for i, spec in enumerate(left)
     ]
 
 

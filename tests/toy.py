@@ -54,7 +54,12 @@ def toy_lanes(sizes: Sequence[int]) -> list[Lane]:
 def toy_net(dtype: torch.dtype = torch.float64, dropout: float = 0.1, **sizes: int) -> LaneNet:
     from fedtailor.models.families import adapted_linears
 
-    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24} | sizes
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    } | sizes
     config = BertConfig(
         vocab_size=VOCAB, max_position_embeddings=32, num_labels=CLASSES,
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **settings,
@@ -71,7 +76,11 @@ def toy_net(dtype: torch.dtype = torch.float64, dropout: float = 0.1, **sizes: i
 
 
 def toy_context(
-    net: LaneNet, lanes: Sequence[Lane], adapter: Adapter | None = None, modules: Sequence[Parameters] = (), **more: object
+    net: LaneNet,
+    lanes: Sequence[Lane],
+    adapter: Adapter | None = None,
+    modules: Sequence[Parameters] = (),
+    **more: object,
 ) -> ClientContext:
     warnings: list[tuple[str, str]] = []
     ctx = ClientContext(

@@ -235,9 +235,9 @@ def _open(run_id: str, storage: str) -> RunFolder:
 
 
 def _write_report(folder: RunFolder) -> Path:
-    from fedtailor.runs.report import write_report
+    from fedtailor.runs.reporting import report_of
 
-    return write_report(folder)
+    return report_of(folder)
 
 
 def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFolder], json_log: bool) -> None:
@@ -251,7 +251,7 @@ def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFold
 
     told = Console(stderr=json_log)
     backend = launch.resolve(BACKENDS[exp.engine.backend])
-    show = reporter(Console(), json_log)
+    show = reporter(Console() if json_log else told, json_log)
     with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
         folder = None
         try:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from actors.driver_actor import Reporter
+import ray
 
+from actors.driver_actor import Reporter
 from fedtailor.core.errors import ClientError, Interrupted
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec, metric_row
 from fedtailor.core.pool import StageInfo
@@ -26,9 +27,9 @@ WIDTH = 4
 def stage(folder: Path, **faults: Any) -> StageSpec:
     """A stage whose config names a fault, e.g. ``kill=[2]``: die once in segment 2."""
     return StageSpec(
-        key="strategy/fake/seed1", kind="rounds", method="fake", method_config={"folder": str(folder), **faults},
-        seed=1, model_dir="", data_dir="", targets="all-linear", base_dropout=0.0, budgets=(), r_max=8, threads=1,
-        token_budget=64, max_lanes=4, dtype="float32",
+        key="strategy/fake/seed1", kind="rounds", method="fake", seed=1,
+        method_config={"folder": str(folder), **faults}, model_dir="", data_dir="", targets="all-linear",
+        base_dropout=0.0, budgets=(), r_max=8, threads=1, token_budget=64, max_lanes=4, dtype="float32",
     )  # fmt: skip
 
 
@@ -55,9 +56,13 @@ class FakeWorker:
             log.write(f"{job.round} {job.index} {job.attempt}\n")
         time.sleep(config.get("sleep", 0.0))
         self._misbehave(job, config)
-        result = SegmentResult(job.stage, job.round, job.index, job.attempt, partial=np.zeros(WIDTH, np.float32))
+        result = SegmentResult(
+            job.stage, job.round, job.index, job.attempt, partial=np.zeros(WIDTH, np.float32)
+        )
         for client in job.clients:
-            rng = np.random.default_rng([job.round, *client.encode()])  # without torch, which takes seconds to import
+            rng = np.random.default_rng(
+                [job.round, *client.encode()]
+            )  # without torch, which takes seconds to import
             value = rng.normal(size=WIDTH).astype(np.float32)
             result.partial = result.partial + value + (0 if shared is None else shared)
             result.metrics.append(metric_row(client=client, value=float(value[0])))
@@ -116,17 +121,34 @@ def drive(payload: Mapping[str, Any], make_pool: Any, reporter: Reporter, stop: 
             reporter.event({"number": i})
         return payload["events"]
     if what == "wait for stop":
-        reporter.event({"event": "ready"})
+        reporter.event({"event": "ready", "driver": os.getpid()})
         if not stop.wait(30):
             return "nobody asked"
         raise Interrupted("stopped at a commit")
     if what == "fail":
         raise ClientError("seen/amh/00", "base/seed1", 3, "no examples")
     if what == "pool":
-        pool = make_pool(EngineConfig(actors=2, num_cpus=0.5), reporter.event, worker="fake_worker:FakeWorker")
+        pool = make_pool(
+            EngineConfig(actors=2, num_cpus=0.5), reporter.event, worker="fake_worker:FakeWorker"
+        )
         pool.open(stage(Path(payload["folder"])))
         while len(pool.hosts()) < 2:
             pool.run([SegmentJob("strategy/fake/seed1", 0, 0, ("a",))], None, lambda _: None)
         reporter.event({"driver": os.getpid(), "clients": [host.pid for host in pool.hosts()]})
         stop.wait(30)
     return None
+
+
+def play_in_bundles(folder: str) -> tuple[int, int, float]:
+    """What a Tune trial does: a pool inside its placement group. Pool size, rounds played, CPUs left."""
+    from actors.ray_pool import RayPool
+
+    pool = RayPool(EngineConfig(num_cpus=0.25), print, worker="fake_worker:FakeWorker")
+    pool.open(stage(Path(folder)))
+    rounds = 0
+    while len(pool.hosts()) < pool.size:
+        rounds += len(pool.run([SegmentJob("strategy/fake/seed1", 0, 0, ("a",))], None, lambda _: None))
+    left = ray.available_resources().get("CPU", 0.0)
+    size = pool.size
+    pool.close()
+    return size, rounds, left

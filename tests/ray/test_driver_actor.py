@@ -9,9 +9,10 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from actors.driver_actor import Reporter, run_on_driver
 
-from fedtailor.core.errors import ClientError, Interrupted, WorkerError
+from actors.driver_actor import Reporter, run_on_driver
+from actors.session import ensure_ray
+from fedtailor.core.errors import ClientError, Interrupted, PlacementError, WorkerError
 from fedtailor.core.settings import EngineConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
@@ -19,6 +20,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 def start(payload: dict[str, Any], on_event: Any = lambda _: None, should_stop: Any = lambda: False) -> Any:
     return run_on_driver("fake_worker:drive", payload, EngineConfig(), on_event, should_stop)
+
+
+def assert_gone(pids: list[int]) -> None:
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+
+
+def test_an_address_where_nobody_listens_is_refused_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
+        with pytest.raises(PlacementError, match=rf"no Ray cluster listens at engine.address={address}"):
+            ensure_ray(address)
 
 
 def test_every_event_arrives_once_in_order_and_the_result_comes_back() -> None:
@@ -53,19 +66,19 @@ def test_when_the_driver_dies_its_actors_die_with_it_and_the_error_says_how_to_g
     with pytest.raises(WorkerError, match=r"driver process was lost \(death\).*resume the run"):
         start({"do": "pool", "folder": str(tmp_path)}, kill_driver)
     assert len(pids) == 2
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    assert alive == []
+    assert_gone(pids)
 
 
 def test_the_watcher_s_error_ends_the_driver() -> None:
-    pid: list[int] = []
+    pids: list[int] = []
 
     def fail(event: dict[str, Any]) -> None:
+        pids.append(event["driver"])
         raise RuntimeError("the terminal is gone")
 
     with pytest.raises(RuntimeError, match="the terminal is gone"):
         start({"do": "wait for stop"}, fail)
-    assert pid == []
+    assert_gone(pids)
 
 
 def test_a_reporter_forgets_what_was_read() -> None:

@@ -25,7 +25,9 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest_of(run_tiny(tiny(tmp_path_factory.mktemp("serial"))))
 
 
-def on_ray(folder: Path, actors: int, *overrides: str, events: list[dict[str, Any]] | None = None) -> RunFolder:
+def on_ray(
+    folder: Path, actors: int, *overrides: str, events: list[dict[str, Any]] | None = None
+) -> RunFolder:
     from actors.ray_pool import RayPool
 
     exp = tiny(folder, "engine.backend=ray", f"engine.actors={actors}", "engine.num_cpus=0.5", *overrides)
@@ -58,7 +60,14 @@ def test_an_actor_killed_in_the_middle_changes_nothing(cluster: None, serial: st
 
 
 def test_one_actor_per_client_agrees_to_rounding(cluster: None, tmp_path: Path) -> None:
-    only = ("methods=[base]", "base.rounds=1", "task.clients_per_language=1", "base.cohort=3", "fedavg.adapter=lora")
+    only = (
+        "methods=[base]",
+        "base.rounds=1",
+        "task.clients_per_language=1",
+        "base.cohort=3",
+        "strategy.cohort=3",
+        "fedavg.adapter=lora",
+    )
     pooled = on_ray(tmp_path / "pool", 1, *only).metrics()
     single = on_ray(tmp_path / "single", 1, *only, "engine.mode=per_client", "engine.num_cpus=0.1").metrics()
     key = ["stage", "client", "metric"]

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from actors.faults import Loss, judge
-from actors.ledger import Costs, JobLedger
-from actors.parts import Parts, single_clients
 from ray import exceptions
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
+from actors.faults import Loss, judge
+from actors.ledger import Costs, JobLedger
+from actors.parts import Parts, single_clients
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import SegmentJob, SegmentResult
 
@@ -102,7 +102,10 @@ def test_a_lost_job_goes_first_and_alone() -> None:
 def test_a_segment_splits_into_clients_each_with_its_own_state() -> None:
     rows = {"a": np.ones(2, np.float32), "b": np.zeros(2, np.float32)}
     parts = single_clients(SegmentJob("s", 0, 5, ("a", "b"), private=rows))
-    assert [(part.index, part.clients, list(part.private)) for part in parts] == [(5, ("a",), ["a"]), (5, ("b",), ["b"])]
+    assert [(part.index, part.clients, list(part.private)) for part in parts] == [
+        (5, ("a",), ["a"]),
+        (5, ("b",), ["b"]),
+    ]
 
 
 def test_parts_are_joined_in_client_order_and_once() -> None:
@@ -110,7 +113,9 @@ def test_parts_are_joined_in_client_order_and_once() -> None:
 
     def merge(parts: object) -> SegmentResult:
         assert isinstance(parts, list)
-        return SegmentResult("s", 0, parts[0].index, 0, valid=tuple(name for part in parts for name in part.valid))
+        return SegmentResult(
+            "s", 0, parts[0].index, 0, valid=tuple(name for part in parts for name in part.valid)
+        )
 
     parts = Parts([SegmentJob("s", 0, 0, ("a", "b")), SegmentJob("s", 0, 1, ("c",))], merge, joined.append)
     for position in (2, 1, 0):
@@ -123,7 +128,10 @@ def test_parts_are_joined_in_client_order_and_once() -> None:
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."), "oom"),
+        (
+            exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."),
+            "oom",
+        ),
         (actor_died("The actor died because its node has died. Node Id: be32"), "node"),
         (exceptions.ActorUnavailableError("rpc timed out", None), "unreachable"),
         (exceptions.WorkerCrashedError(), "death"),

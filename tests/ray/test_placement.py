@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from actors.placement import NodeResources, plan_actors
 
+from actors.placement import NodeResources, plan_actors
 from fedtailor.core.errors import PlacementError
 from fedtailor.core.settings import EngineConfig
 
@@ -17,7 +17,9 @@ def test_without_gpu_there_is_one_actor_per_cpu_up_to_eight(cpus: int, count: in
     assert (plan.count, plan.capacity, plan.num_gpus, plan.memory_fraction) == (count, cpus, 0.0, None)
 
 
-@pytest.mark.parametrize(("num_gpus", "count", "fraction"), [(0.25, 12, 0.25), (0.5, 6, 0.5), (1, 3, None), (2, 1, None)])
+@pytest.mark.parametrize(
+    ("num_gpus", "count", "fraction"), [(0.25, 12, 0.25), (0.5, 6, 0.5), (1, 3, None), (2, 1, None)]
+)
 def test_with_gpus_there_is_one_actor_per_share_and_none_spans_two_cards(
     num_gpus: float, count: int, fraction: float | None
 ) -> None:
@@ -61,11 +63,23 @@ def test_fractional_cpus_let_three_actors_share_two() -> None:
 @pytest.mark.parametrize(
     ("config", "nodes", "words"),
     [
-        (EngineConfig(actors=3), LAPTOP, ["3 actors of 1 CPU", "at most 2", "laptop has 2 CPU", "engine.actors"]),
-        (EngineConfig(num_gpus=0.5), LAPTOP, ["0.5 GPU", "at most 0", "laptop has 2 CPU, 0 GPU", "engine.num_gpus"]),
+        (
+            EngineConfig(actors=3),
+            LAPTOP,
+            ["3 actors of 1 CPU", "at most 2", "laptop has 2 CPU", "engine.actors"],
+        ),
+        (
+            EngineConfig(num_gpus=0.5),
+            LAPTOP,
+            ["0.5 GPU", "at most 0", "laptop has 2 CPU, 0 GPU", "engine.num_gpus"],
+        ),
         (EngineConfig(num_gpus=3), [A100], ["3 GPU", "gpu-1 has 16 CPU, 2 GPU of 85.0 GB (0 fit)"]),
         (EngineConfig(actors=9, num_gpus=0.25), [A100], ["9 actors", "at most 8", "(8 fit)"]),
-        (EngineConfig(memory_gb=20), LAPTOP, ["engine.memory_gb=20", "needs a GPU", "laptop has 2 CPU, 0 GPU"]),
+        (
+            EngineConfig(memory_gb=20),
+            LAPTOP,
+            ["engine.memory_gb=20", "needs a GPU", "laptop has 2 CPU, 0 GPU"],
+        ),
         (EngineConfig(memory_gb=100), [A100], ["engine.memory_gb=100", "85.0 GB"]),
         (EngineConfig(memory_gb=20), [A100, T4], ["engine.memory_gb=20", "16.0 GB"]),
         (EngineConfig(memory_gb=20), [NodeResources("x", 8, 1)], ["GPU memory of x", "engine.num_gpus"]),
@@ -88,5 +102,7 @@ def test_a_long_list_of_nodes_is_cut() -> None:
 
 
 def test_per_client_mode_asks_for_the_cohort_and_says_so() -> None:
-    with pytest.raises(PlacementError, match=r"40 actors .* at most 2 .* Lower the cohort \(or use engine.mode=pool\)"):
+    with pytest.raises(
+        PlacementError, match=r"40 actors .* at most 2 .* Lower the cohort \(or use engine.mode=pool\)"
+    ):
         plan_actors(EngineConfig(mode="per_client"), LAPTOP, count=40)

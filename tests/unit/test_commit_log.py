@@ -364,6 +364,27 @@ def test_an_edited_pruning_note_is_detected(storage: Storage) -> None:
     assert "PRUNED.json" in str(log.damage())
 
 
+def test_another_rounds_pruning_note_is_detected(storage: Storage) -> None:
+    log = filled(storage, 3)
+    log.prune(1, HEAVY)
+    note = storage.read_bytes(f"{PATH}/{folder(0)}/PRUNED.json")
+    storage.write_bytes(f"{PATH}/{folder(2)}/PRUNED.json", note)
+    newest = log.newest()
+    assert newest is None
+    assert "PRUNED.json belongs to another commit" in log.events[-1]["reason"]
+
+
+def test_temporary_files_of_killed_writers_are_swept(storage: Storage) -> None:
+    log = filled(storage, 2)
+    left = [f"{PATH}/.LATEST.0123.tmp", f"{PATH}/{folder(1)}/.COMMIT.json.0123.tmp"]
+    for path in left:
+        storage.write_bytes(path, b"half")
+    assert log.newest(repair=False) is not None
+    assert all(storage.exists(path) for path in left)
+    assert log.newest() is not None
+    assert not any(storage.exists(path) for path in left)
+
+
 def test_a_lost_lock_forbids_the_commit(storage: Storage) -> None:
     def lost() -> None:
         raise StorageError("lock lost")

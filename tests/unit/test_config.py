@@ -35,6 +35,11 @@ def test_keys_after_a_name_join_it() -> None:
     assert (exp.model.name, exp.model.path) == ("mbert", "/models/mbert")
 
 
+def test_keys_before_a_name_join_it_too() -> None:
+    exp = compose(["demo"], ["task.languages=[swa]", "task=masakhanews"])
+    assert (exp.task.name, exp.task.languages) == ("masakhanews", ("swa",))
+
+
 def test_a_name_in_an_earlier_layer_is_kept_by_keys_in_a_later_one() -> None:
     assert merge_layers([{"model": "mbert"}, {"model": {"revision": "main"}}]) == {
         "model": {"name": "mbert", "revision": "main"}
@@ -43,13 +48,13 @@ def test_a_name_in_an_earlier_layer_is_kept_by_keys_in_a_later_one() -> None:
 
 @pytest.mark.parametrize("word", ["rounds", "=3", ""])
 def test_a_word_without_key_or_value_is_named(word: str) -> None:
-    with pytest.raises(ConfigError, match="is not an override; write key=value"):
+    with pytest.raises(ConfigError, match=r"is not an override; write key=value"):
         merge_layers([], [word])
 
 
 @pytest.mark.parametrize("word", ["methods=[a,", "task.path=${oc.env:NO_SUCH_VARIABLE}", "a=${b}"])
 def test_an_unreadable_value_names_the_override(word: str) -> None:
-    with pytest.raises(ConfigError, match="cannot read the override|interpolation"):
+    with pytest.raises(ConfigError, match=r"cannot read the override|interpolation"):
         merge_layers([], [word])
 
 
@@ -79,7 +84,14 @@ def test_a_scalar_for_a_list_and_for_a_section_is_explained() -> None:
 
 
 def test_no_message_speaks_of_python() -> None:
-    words = ["seeds=4", "engine=x", "base.rounds=x", "task.languages=3", "strategy.cohort=inf", "model.heads=3"]
+    words = [
+        "seeds=4",
+        "engine=x",
+        "base.rounds=x",
+        "task.languages=3",
+        "strategy.cohort=inf",
+        "model.heads=3",
+    ]
     for problem in problems_of(*words):
         assert not any(word in problem for word in ("tuple", "dict", "instance", "Value error", "pydantic"))
 
@@ -112,5 +124,5 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
     class Rates(Config):
         lr: float = 1.0
 
-    with pytest.raises(ConfigError, match="'lr'.*finite"):
+    with pytest.raises(ConfigError, match=r"'lr'.*finite"):
         validate(Rates, {"lr": float("nan")})

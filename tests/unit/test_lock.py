@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from fedtailor.core.errors import StorageError
-from fedtailor.runs.artifact_lock import LOCK, Owner, lock
+from fedtailor.runs.artifact_lock import LOCK, Owner, _Acquisition, lock
 from fedtailor.runs.storage import Storage
 
 PATH = "artifacts/base-0123"
@@ -79,8 +81,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
         f"with lock(Storage(sys.argv[1]), {PATH!r}, 'dead'):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=30)
-    assert done.returncode == -9
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+    # Not reaped: its pid still exists, as that of a worker whose parent is busy.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert (tmp_path / PATH / LOCK).exists()
     events: list[dict[str, Any]] = []
     started = time.monotonic()
@@ -90,6 +93,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     assert [event["event"] for event in events] == ["lock-taken-over"]
     assert "run 'dead'" in events[0]["from"]
     assert events[0]["reason"] == "its process is gone"
+    assert process.wait(10) == -signal.SIGKILL
 
 
 def test_a_reused_pid_does_not_keep_a_lock_alive(storage: Storage) -> None:
@@ -146,6 +150,14 @@ def test_a_crash_during_a_takeover_does_not_lock_everybody_out(storage: Storage)
     with lock(storage, PATH, "second", stale_s=0.1):
         pass
     assert storage.list(PATH) == []
+
+
+def test_a_slow_rival_does_not_delete_the_lock_that_a_faster_one_made(storage: Storage) -> None:
+    dead = replace(Owner.here("dead"), started="1")
+    slow = _Acquisition(storage, f"{PATH}/{LOCK}", Owner.here("slow"), None, None, 30.0)
+    with lock(storage, PATH, "fast") as held:
+        slow._take(dead)
+        held.check()
 
 
 def test_of_many_rivals_for_a_dead_lock_one_at_a_time_gets_in(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def test_one_lane_is_a_torch_mlp() -> None:
         for parameter, name in zip(mlp.parameters(), names, strict=True):
             parameter.copy_(ctx.params[name][0])
     features = torch.randn(1, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(psg(ctx.params, features).flatten(), mlp(features)[0].clamp(1e-4, 1e3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        psg(ctx.params, features).flatten(), mlp(features)[0].clamp(1e-4, 1e3), rtol=1e-12, atol=0
+    )
 
 
 def test_only_the_generator_travels() -> None:
@@ -85,5 +87,9 @@ def test_reference_switches_all_deviations_at_once_and_single_ones_win() -> None
     from fedtailor.methods.fedp2eft import FedP2EFTConfig
 
     cfg = FedP2EFTConfig.model_validate({"reference": True, "stage1": {"forward": "clamped"}})
-    assert (cfg.stage1.forward, cfg.stage1.target, cfg.stage1.accumulate_lambda_grad) == ("clamped", "raw", True)
+    assert (cfg.stage1.forward, cfg.stage1.target, cfg.stage1.accumulate_lambda_grad) == (
+        "clamped",
+        "raw",
+        True,
+    )
     assert (cfg.stage1.max_grad_norm, cfg.psg.weights) == (1.0, "bfloat16")

@@ -47,7 +47,7 @@ def test_what_a_paper_picked_is_in_its_grid_and_is_the_default() -> None:
     defaults = flatten(Experiment())
     for paper in PAPERS:
         tried = {key: values for grid in paper.GRIDS.values() for key, values in grid.items()}
-        assert paper.PICKED.keys() == tried.keys()
+        assert paper.PICKED.keys() <= tried.keys()
         for key, value in paper.PICKED.items():
             assert value in tried[key]
             assert defaults[key] == value

@@ -50,7 +50,7 @@ class LaneBatch:
 
     @property
     def lanes(self) -> int:
-        """k."""
+        """K."""
         return self.input_ids.shape[0]
 
 
@@ -75,7 +75,9 @@ def make_batch(
     return LaneBatch(*tensors, shapes=shapes)
 
 
-def training_picks(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:
+def training_picks(
+    size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]
+) -> list[IntArray]:
     """Row numbers of every step: each epoch a fresh permutation, its last batch possibly smaller.
 
     Args:
@@ -92,7 +94,10 @@ def training_picks(size: int, epochs: int, batch_size: int, rngs: Sequence[np.ra
 
 
 def lane_batches(
-    examples: Sequence[Examples], picks: Sequence[Sequence[IntArray]], pad_id: int, device: torch.device | str = "cpu"
+    examples: Sequence[Examples],
+    picks: Sequence[Sequence[IntArray]],
+    pad_id: int,
+    device: torch.device | str = "cpu",
 ) -> Iterator[LaneBatch]:
     """Runs all lanes side by side; a lane leaves when its steps are used up.
 

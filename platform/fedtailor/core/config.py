@@ -49,12 +49,15 @@ def merge_layers(layers: Sequence[Mapping[str, Any]], overrides: Sequence[str] =
     """
     bad = [word for word in overrides if "=" not in word or not word.split("=", 1)[0]]
     if bad:
-        raise ConfigError([f"'{word}' is not an override; write key=value, e.g. strategy.rounds=20" for word in bad])
+        raise ConfigError(
+            [f"'{word}' is not an override; write key=value, e.g. strategy.rounds=20" for word in bad]
+        )
     tree, at = OmegaConf.create({}), "the presets"
     try:
         for layer in layers:
             tree = _merge(tree, OmegaConf.create(dict(layer)))
-        for word in overrides:
+        # Sections before the keys in them, wherever they stand: `task.alpha=1 task=cldr` keeps alpha.
+        for word in sorted(overrides, key=lambda word: "." in word.split("=", 1)[0]):
             at = f"the override '{word}'"
             tree = _merge(tree, OmegaConf.from_dotlist([word]))
         plain = OmegaConf.to_container(tree, resolve=True)
@@ -100,7 +103,9 @@ def _sentence(kind: type[Config], problem: Any) -> str:
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         if not near:
             everywhere = {name.rsplit(".", 1)[-1]: name for name in dotted_keys(kind)}
-            near = [everywhere[m] for m in difflib.get_close_matches(str(path[-1]), list(everywhere), 1, 0.75)]
+            near = [
+                everywhere[m] for m in difflib.get_close_matches(str(path[-1]), list(everywhere), 1, 0.75)
+            ]
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"unknown key '{key}'{hint} (keys here: {', '.join(known)})"
     if problem["type"] == "missing":

@@ -75,7 +75,9 @@ class ClientContext:
     @property
     def sizes(self) -> Tensor:
         """N of each lane, (K,), in the base's type."""
-        return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
+        return torch.tensor(
+            [lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype
+        )
 
     def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
         """Rows of every step of every lane.
@@ -98,7 +100,8 @@ class ClientContext:
         """Gives every lane its own generator for adapter dropout."""
         self.net.state.dropout = probability
         self.net.state.generators = [
-            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}") for lane in self.lanes
+            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}")
+            for lane in self.lanes
         ]
 
     def fork(

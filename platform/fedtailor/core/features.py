@@ -104,8 +104,10 @@ class FeatureCache:
         key = f"{seed_for(client, pad_to or 0):016x}"
         if key not in self._known:
             path = self._folder / f"{key}.safetensors" if self._folder else None
-            self._known[key] = self._load(path, 2 * len(net.sites)) if path and path.exists() else (
-                self._store(path, client_features(net, examples, pad_id, pad_to))
+            self._known[key] = (
+                self._load(path, 2 * len(net.sites))
+                if path and path.exists()
+                else (self._store(path, client_features(net, examples, pad_id, pad_to)))
             )
         return self._known[key]
 

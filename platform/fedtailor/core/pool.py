@@ -45,7 +45,9 @@ class Pool(Protocol):
     def open(self, spec: StageSpec) -> StageInfo:
         """Prepares all workers for a stage; closes the one before it."""
 
-    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
+    def run(
+        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult
+    ) -> list[SegmentResult]:
         """Runs jobs and returns one result each, in job order.
 
         Args:
@@ -80,7 +82,9 @@ class SerialPool:
         """See `Pool.open`."""
         return self._worker.open(spec)
 
-    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
+    def run(
+        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult
+    ) -> list[SegmentResult]:
         """See `Pool.run`."""
         results = []
         for job in jobs:

@@ -98,7 +98,9 @@ def cohort_of(plan: RoundPlan, round: int) -> tuple[str, ...]:
     The stream is named (seed, stage kind, round): methods of the same stage kind meet the same cohorts.
     """
     kind = plan.stage.split("/")[0]
-    picks = numpy_rng(plan.seed, kind, round, "cohort").choice(len(plan.clients), size=plan.cohort, replace=False)
+    picks = numpy_rng(plan.seed, kind, round, "cohort").choice(
+        len(plan.clients), size=plan.cohort, replace=False
+    )
     return tuple(plan.clients[i] for i in picks)
 
 
@@ -140,7 +142,11 @@ def run_rounds(
 
 
 def close_round(
-    plan: RoundPlan, method: Method, state: RoundState, cohort: tuple[str, ...], results: Sequence[SegmentResult]
+    plan: RoundPlan,
+    method: Method,
+    state: RoundState,
+    cohort: tuple[str, ...],
+    results: Sequence[SegmentResult],
 ) -> RoundOutcome:
     """Merges segment sums in index order and lets the server step.
 

@@ -80,7 +80,9 @@ class ModelConfig(_Named):
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:
         if self.hidden_size % self.heads:
-            raise ValueError(f"'model.hidden_size' ({self.hidden_size}) must be a multiple of 'model.heads' ({self.heads})")
+            raise ValueError(
+                f"'model.hidden_size' ({self.hidden_size}) must be a multiple of 'model.heads' ({self.heads})"
+            )
         return self
 
 
@@ -150,7 +152,9 @@ class EngineConfig(Config):
         if self.memory_gb is not None and self.num_gpus:
             raise ValueError("'engine.memory_gb' and 'engine.num_gpus' exclude each other: give one")
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
-            raise ValueError(f"'engine.num_gpus': a fraction must be below 1, or a whole number, got {self.num_gpus}")
+            raise ValueError(
+                f"'engine.num_gpus': a fraction must be below 1, or a whole number, got {self.num_gpus}"
+            )
         return self
 
 

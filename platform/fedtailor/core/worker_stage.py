@@ -20,8 +20,8 @@ from fedtailor.core.net import LaneNet
 from fedtailor.core.pool import StageInfo
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.methods import build_method
-from fedtailor.models.families import adapted_linears
 from fedtailor.models.classifier import load_classifier
+from fedtailor.models.families import adapted_linears
 from fedtailor.tasks.tokens import TokenData
 
 
@@ -83,7 +83,9 @@ class OpenStage:
         self._reset(params, None, [None])
         initial = params.flat(Scope.SHARED)[0].detach().float().cpu().numpy().copy()
         r_init = getattr(self.method.adapter, "r_init", 0)
-        return StageInfo(self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init)
+        return StageInfo(
+            self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init
+        )
 
     def groups(self, clients: Sequence[str]) -> list[list[int]]:
         """Client indices that share a forward pass."""
@@ -92,11 +94,20 @@ class OpenStage:
         alone = not self.method.lanes or self.net.base_dropout > 0
         loads = [Load(self.data.client(c).n_train, self.data.longest(c)) for c in clients]
         return lane_groups(
-            loads, self.method.batch_size, each, self.spec.token_budget, each if alone else self.spec.max_lanes
+            loads,
+            self.method.batch_size,
+            each,
+            self.spec.token_budget,
+            each if alone else self.spec.max_lanes,
         )
 
     def context(
-        self, clients: Sequence[str], job_round: int, shared: Tensor | None, private: Mapping[str, FloatArray], warn: Any
+        self,
+        clients: Sequence[str],
+        job_round: int,
+        shared: Tensor | None,
+        private: Mapping[str, FloatArray],
+        warn: Any,
     ) -> ClientContext:
         """Lanes of ``clients`` with their parameters in place.
 
@@ -133,7 +144,9 @@ class OpenStage:
 
     def _lanes(self, count: int) -> LaneParams:
         if count not in self.params:
-            self.params[count] = open_params(self.net, count, self.method.adapter, self.method.modules, self.spec.seed)
+            self.params[count] = open_params(
+                self.net, count, self.method.adapter, self.method.modules, self.spec.seed
+            )
         params = self.params[count]
         self.net.unbind()
         if self.method.adapter:
@@ -142,7 +155,11 @@ class OpenStage:
 
     @torch.no_grad()
     def _reset(
-        self, params: LaneParams, shared: Tensor | None, private: Sequence[FloatArray | None], clients: Sequence[str] = ()
+        self,
+        params: LaneParams,
+        shared: Tensor | None,
+        private: Sequence[FloatArray | None],
+        clients: Sequence[str] = (),
     ) -> None:
         """Received SHARED, stored PRIVATE, initial EPHEMERAL values; copies, never references."""
         for scope in (Scope.SHARED, Scope.PRIVATE, Scope.EPHEMERAL):
@@ -154,9 +171,13 @@ class OpenStage:
         if shared is not None:
             size = params.flat(Scope.SHARED).shape[1]
             if shared.shape != (size,):
-                raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
+                raise ValueError(
+                    f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}"
+                )
             for lane in range(params.lanes):
-                sent = self.method.downlink(shared.cpu().numpy(), clients[lane]) if self._truncates() else shared
+                sent = (
+                    self.method.downlink(shared.cpu().numpy(), clients[lane]) if self._truncates() else shared
+                )
                 params.flat(Scope.SHARED)[lane].copy_(torch.as_tensor(sent))
         for lane, row in enumerate(private):
             if row is not None:

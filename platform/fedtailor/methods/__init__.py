@@ -27,15 +27,23 @@ class MethodEntry:
 
 
 METHODS: Final[Mapping[str, MethodEntry]] = {
-    "majority": MethodEntry(majority.MajorityConfig, majority.build, "each client's most frequent training class"),
+    "majority": MethodEntry(
+        majority.MajorityConfig, majority.build, "each client's most frequent training class"
+    ),
     "base": MethodEntry(base.BaseConfig, base.build, "the base model as it is"),
-    "fedavg": MethodEntry(fedavg.FedAvgConfig, fedavg.build, "FedAvg, full fine-tuning or LoRA (McMahan et al. 2017)"),
+    "fedavg": MethodEntry(
+        fedavg.FedAvgConfig, fedavg.build, "FedAvg, full fine-tuning or LoRA (McMahan et al. 2017)"
+    ),
     "lora": MethodEntry(lora.LoraConfig, lora.build, "LoRA per client, rank r everywhere (Hu et al. 2022)"),
     "bayestune_lora": MethodEntry(
-        bayestune_lora.BayesTuneLoraConfig, bayestune_lora.build, "per-client Bayesian rank search (FedP2EFT 3.2)"
+        bayestune_lora.BayesTuneLoraConfig,
+        bayestune_lora.build,
+        "per-client Bayesian rank search (FedP2EFT 3.2)",
     ),
     "fedp2eft": MethodEntry(
-        fedp2eft.FedP2EFTConfig, fedp2eft.build, "federated strategy generator for LoRA ranks (Lee et al. 2025)"
+        fedp2eft.FedP2EFTConfig,
+        fedp2eft.build,
+        "federated strategy generator for LoRA ranks (Lee et al. 2025)",
     ),
 }
 

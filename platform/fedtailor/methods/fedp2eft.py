@@ -95,7 +95,13 @@ class StrategyGenerator:
         """Two linear layers and PReLU's slope, all SHARED."""
         i = 2 * len(net.sites)
         h, o = self.cfg.hidden_mul * i, len(net.sites) * self.r_init
-        shapes = {"hidden.weight": (h, i), "hidden.bias": (h,), "prelu": (1,), "out.weight": (o, h), "out.bias": (o,)}
+        shapes = {
+            "hidden.weight": (h, i),
+            "hidden.bias": (h,),
+            "prelu": (1,),
+            "out.weight": (o, h),
+            "out.bias": (o,),
+        }
         return [ParamSpec(f"psg.{name}", shape, Scope.SHARED) for name, shape in shapes.items()]
 
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
@@ -106,7 +112,9 @@ class StrategyGenerator:
                 sd = self.cfg.gain * math.sqrt(2 / sum(spec.shape))
                 values[spec.name] = torch.randn(spec.shape, generator=torch_rng(seed, spec.name)) * sd
             else:
-                values[spec.name] = torch.full(spec.shape, 0.25 if spec.name == "psg.prelu" else self.cfg.bias)
+                values[spec.name] = torch.full(
+                    spec.shape, 0.25 if spec.name == "psg.prelu" else self.cfg.bias
+                )
         return values
 
     def __call__(self, params: LaneParams, features: Tensor) -> Tensor:
@@ -138,7 +146,9 @@ class TwoStages:
             start = self.psg(ctx.params, features)
         target, metrics = search_ranks(ctx, start, self.cfg.stage1)
         before, after = self._regress(ctx, features, target)
-        found = {f"lambda_target_{key[7:]}" if key.startswith("lambda_") else key: v for key, v in metrics.items()}
+        found = {
+            f"lambda_target_{key[7:]}" if key.startswith("lambda_") else key: v for key, v in metrics.items()
+        }
         moved = (target - start).abs().mean((1, 2))
         return Report({**found, "lambda_moved": moved, "psg_loss": before, "psg_loss_after": after})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from fedtailor.core.errors import ClientError, Interrupted, RoundError
@@ -93,16 +92,33 @@ class Execution:
 
     def _stage(self, stage: Stage, stages: Sequence[Stage], inputs: Inputs, number: int, total: int) -> None:
         folder = f"artifacts/{stage.artifact}"
-        event = {"kind": "stage", "stage": stage.key, "artifact": stage.artifact, "number": number, "of": total}
+        event = {
+            "kind": "stage",
+            "stage": stage.key,
+            "artifact": stage.artifact,
+            "number": number,
+            "of": total,
+        }
         if self.storage.exists(f"{folder}/{DONE}"):
             self.emit({**event, "state": "reused"})
             return
-        with lock(self.storage, folder, self.run.run_id, on_wait=lambda text: self.emit({"kind": "waiting", "text": text})):
+        with lock(
+            self.storage,
+            folder,
+            self.run.run_id,
+            on_wait=lambda text: self.emit({"kind": "waiting", "text": text}),
+        ):
             self.emit({**event, "state": "running"})
             log = CommitLog(self.storage, folder, on_event=lambda e: self.emit({"kind": "storage", **e}))
             data = TokenData.open(self.artifacts / inputs.tokens)
             cache = self.artifacts / "features" / short_hash([stage.parent, inputs.tokens])
-            spec = stage_spec(self.exp, stage, self._model_dir(stage.parent), str(self.artifacts / inputs.tokens), str(cache))
+            spec = stage_spec(
+                self.exp,
+                stage,
+                self._model_dir(stage.parent),
+                str(self.artifacts / inputs.tokens),
+                str(cache),
+            )
             method = build_method(stage.method, method_section(self.exp, stage.method), self.exp.r_max)
             if stage.kind == "personalise":
                 modules, r_init = self._personalise(stage, stages, method, spec, data, log)
@@ -159,7 +175,9 @@ class Execution:
             self.emit({"kind": "warning", "stage": stage.key, "round": index, "what": warning})
         self.run.timing(stage.key, index, seconds)
 
-    def _export(self, stage: Stage, method: Method, spec: Any, data: TokenData, log: CommitLog, info: StageInfo) -> None:
+    def _export(
+        self, stage: Stage, method: Method, spec: Any, data: TokenData, log: CommitLog, info: StageInfo
+    ) -> None:
         out = self.artifacts / stage.artifact / "model"
         commit = log.newest()
         if commit is None:
@@ -177,7 +195,13 @@ class Execution:
         return info.initial if commit is None else flatten(info.shared, commit.tensors(SHARED))
 
     def _personalise(
-        self, stage: Stage, stages: Sequence[Stage], method: Method, spec: Any, data: TokenData, log: CommitLog
+        self,
+        stage: Stage,
+        stages: Sequence[Stage],
+        method: Method,
+        spec: Any,
+        data: TokenData,
+        log: CommitLog,
     ) -> tuple[tuple[str, ...], int]:
         clients = [c.id for c in data.clients if c.pool in self.exp.personalise.pools]
         size, engine = self.exp.personalise.chunk, self.exp.engine
@@ -197,7 +221,12 @@ class Execution:
         return info.modules, info.r_init
 
     def _commit_chunk(
-        self, stage: Stage, index: int, clients: Sequence[str], results: Sequence[SegmentResult], log: CommitLog
+        self,
+        stage: Stage,
+        index: int,
+        clients: Sequence[str],
+        results: Sequence[SegmentResult],
+        log: CommitLog,
     ) -> None:
         failures = [failure for result in results for failure in result.failures]
         if failures and self.exp.engine.on_client_failure == "fail":
@@ -211,7 +240,11 @@ class Execution:
         for result in results:
             for lane, files in result.adapters.items():
                 objects |= {f"adapters/{lane}/{name}": content for name, content in files.items()}
-        record = {"kind": "chunk", "cohort": list(clients), "rejected": [asdict(failure) for failure in failures]}
+        record = {
+            "kind": "chunk",
+            "cohort": list(clients),
+            "rejected": [asdict(failure) for failure in failures],
+        }
         log.commit(index, objects, record)
         seconds = {client: s for result in results for client, s in result.seconds.items()}
         self._note(stage, index, failures, [w for r in results for w in r.warnings], seconds)

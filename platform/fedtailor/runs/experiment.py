@@ -62,7 +62,9 @@ class ExperimentBase(Config):
     def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in METHODS:
-                raise ValueError(f"'methods': unknown method '{name}'{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
+                raise ValueError(
+                    f"'methods': unknown method '{name}'{nearest(name, METHODS)} (known: {', '.join(METHODS)})"
+                )
         return value
 
     @field_validator("budgets")
@@ -74,7 +76,9 @@ class ExperimentBase(Config):
     @classmethod
     def _known_task(cls, value: TaskConfig) -> TaskConfig:
         if value.name not in TASKS:
-            raise ValueError(f"'task.name': unknown task '{value.name}'{nearest(value.name, TASKS)} (known: {', '.join(TASKS)})")
+            raise ValueError(
+                f"'task.name': unknown task '{value.name}'{nearest(value.name, TASKS)} (known: {', '.join(TASKS)})"
+            )
         return value
 
 
@@ -111,7 +115,9 @@ def load_preset(name: str) -> dict[str, Any]:
         ConfigError: no preset of this name.
     """
     if name not in preset_names():
-        raise ConfigError(f"unknown preset '{name}'{nearest(name, preset_names())} (known: {', '.join(preset_names())})")
+        raise ConfigError(
+            f"unknown preset '{name}'{nearest(name, preset_names())} (known: {', '.join(preset_names())})"
+        )
     text = (resources.files("fedtailor.presets") / f"{name}.yaml").read_text("utf-8")
     tree = yaml.safe_load(text)
     if not isinstance(tree, dict):
@@ -146,9 +152,13 @@ def check(experiment: ExperimentBase) -> None:
     for name in ("base", "strategy"):
         cohort = cohort_size(getattr(experiment, name).cohort, seen)
         if cohort > seen:
-            problems.append(f"'{name}.cohort': {cohort} clients asked, the seen pool has {seen} (allowed: 1 ... {seen})")
+            problems.append(
+                f"'{name}.cohort': {cohort} clients asked, the seen pool has {seen} (allowed: 1 ... {seen})"
+            )
         if cohort < 1:
-            problems.append(f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody")
+            problems.append(
+                f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody"
+            )
     if problems:
         raise ConfigError(problems)
 

@@ -89,7 +89,7 @@ def prepare_data(exp: ExperimentBase, emit: OnEvent) -> None:
     new = [folder for folder in (artifacts, *artifacts.parents) if not folder.exists()]
     try:
         for seed in exp.seeds:
-            emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "preparing"})
+            emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "checking"})
             make_inputs(exp, seed, artifacts)
     except BaseException:
         for folder in new:

@@ -206,7 +206,7 @@ class Bar:
             self._console.print(f"[green]✓[/] {escape(title)}  [dim]{text}[/]")
         elif state == "reused":
             self._console.print(f"[green]✓[/] {escape(title)}  [dim]already there[/]")
-        elif state in ("running", "preparing"):
+        elif state in ("running", "checking", "preparing"):
             self._pace = Pace(_unit(event), now)
             unit = self._pace.unit if state == "running" else ""
             self._task = self._bar.add_task(escape(title), total=None, unit=unit, rate="", eta="")

@@ -24,7 +24,13 @@ SHARED, SERVER, PRIVATE, METRICS = (
 )
 HEAVY = ("global/", "server/")
 
-_TYPES = {"seed": pa.int64(), "round": pa.int64(), "budget": pa.int64(), "value": pa.float64(), "weight": pa.float64()}
+_TYPES = {
+    "seed": pa.int64(),
+    "round": pa.int64(),
+    "budget": pa.int64(),
+    "value": pa.float64(),
+    "weight": pa.float64(),
+}
 SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in METRIC_COLUMNS])
 
 
@@ -49,7 +55,9 @@ def flatten(specs: Sequence[ParamSpec], tensors: Mapping[str, FloatArray]) -> Ro
         StorageError: names or shapes differ from the specs.
     """
     if set(tensors) != {spec.name for spec in specs}:
-        raise StorageError(f"saved parameters {sorted(tensors)} are not those declared {[s.name for s in specs]}")
+        raise StorageError(
+            f"saved parameters {sorted(tensors)} are not those declared {[s.name for s in specs]}"
+        )
     for spec in specs:
         if tensors[spec.name].shape != spec.shape:
             raise StorageError(f"{spec.name}: saved shape {tensors[spec.name].shape}, declared {spec.shape}")
@@ -86,7 +94,10 @@ class CommittedRounds:
     def private(self, client: str, round: int) -> FloatArray:
         """A client's PRIVATE row as committed in ``round``."""
         if round not in self._cache:
-            self._cache = {round: self._log.read(round).tensors(PRIVATE), **dict(list(self._cache.items())[:32])}
+            self._cache = {
+                round: self._log.read(round).tensors(PRIVATE),
+                **dict(list(self._cache.items())[:32]),
+            }
         return self._cache[round][client]
 
     def commit(self, outcome: RoundOutcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
@@ -12,6 +13,8 @@ from fedtailor.core.errors import Interrupted
 
 GRACE_S = 20.0
 """Seconds between the wish to stop and the moment when the segment under way is given up."""
+
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 @dataclass
@@ -35,8 +38,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         """Takes over the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-            self._before[number] = signal.signal(number, self._received)
+        for number in WATCHED:
+            self._before[number] = signal.getsignal(number)
+        self._take_over()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,12 +51,21 @@ class StopSignals:
 
     def __call__(self) -> bool:
         """Whether to stop."""
+        self._take_over()
         return self.number is not None
 
     @property
     def exit_code(self) -> int:
         """128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + (self.number or signal.SIGINT)
+
+    def _take_over(self) -> None:
+        """Installs the handlers; again, since starting Ray in this process puts its own in their place."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in WATCHED:
+            if signal.getsignal(number) != self._received:
+                signal.signal(number, self._received)
 
     def _received(self, number: int, _: FrameType | None) -> None:
         first, self.number = self.number is None, self.number or number

@@ -41,7 +41,7 @@ class AdaptiveServer:
     tau: float = 1e-3
 
     def init(self, params: Row) -> dict[str, Row]:
-        """m = 0, v = tau^2."""
+        """M = 0, v = tau^2."""
         return {"m": np.zeros_like(params), "v": np.full_like(params, self.tau**2)}
 
     def step(self, params: Row, delta: Row, state: dict[str, Row]) -> tuple[Row, dict[str, Row]]:

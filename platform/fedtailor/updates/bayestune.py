@@ -80,7 +80,9 @@ def hyper_prior(lam: Tensor) -> Tensor:
     return (lam.log() + 100 * lam).sum((1, 2))
 
 
-def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def search_ranks(
+    ctx: ClientContext, start: Tensor, cfg: RankSearchConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Optimises (lambda, A, B) on Eq. 1 from lambda = ``start`` and hands lambda on.
 
     Args:
@@ -122,7 +124,9 @@ def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tu
     trace = train(ctx, groups, how, loss, log_share)
     for lane, steps in zip(ctx.lanes, trace.steps.tolist(), strict=True):
         if steps < FEW_STEPS:
-            ctx.warn(lane, f"the rank search has only {steps} step(s) on {lane.size} examples: lambda hardly moves")
+            ctx.warn(
+                lane, f"the rank search has only {steps} step(s) on {lane.size} examples: lambda hardly moves"
+            )
     lam = params[LAMBDA].detach().clone()
     if cfg.target == "clamped":
         lam = lam.clamp(LAMBDA_MIN, LAMBDA_MAX)

@@ -1,4 +1,4 @@
-"""What ``run.json`` says about a run, read leniently: whatever is absent is shown as absent, never invented."""
+"""What ``run.json`` says about a run, read leniently: what is absent is shown as absent, never invented."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def read_facts(run: Mapping[str, Any], n_modules: int) -> Facts:
         strategy_rounds=text(at(config, "strategy.rounds")),
         n_modules=n_modules,
         overrides=tuple(
-            Override(str(o["key"]), _value(o.get("default")), _value(o.get("value"))) for o in run.get("overrides") or ()
+            Override(str(o["key"]), _value(o.get("default")), _value(o.get("value")))
+            for o in run.get("overrides") or ()
         ),
         versions=tuple((str(name), text(v)) for name, v in sorted((run.get("versions") or {}).items())),
         failures=_count(run, status, "failures"),
@@ -92,10 +93,24 @@ def text(value: Any) -> str:
     return NOT_RECORDED if value is None or value == "" else _value(value)
 
 
+def counted(n: int, noun: str) -> str:
+    """``1 client``, ``2 clients``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def rounds(number: str) -> str:
+    """``20 rounds``, ``1 round``, or that it is not recorded."""
+    return counted(int(number), "round") if number.isdigit() else f"rounds {number}"
+
+
 def leaves(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Dotted key and text of every leaf of a nested mapping, in order; long lists are numbered by index."""
     if isinstance(tree, Mapping) and tree:
-        return [leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            leaf
+            for key, value in tree.items()
+            for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
     if _is_list(tree) and any(isinstance(item, Mapping) for item in tree):
         return [leaf for k, value in enumerate(tree) for leaf in leaves(value, f"{prefix}[{k}]")]
     return [(prefix, _value(tree))]

@@ -1,4 +1,4 @@
-"""Two maps of what a strategy learned: ranks kept per layer, and how far apart the strategies of languages are."""
+"""Two maps of what a strategy learned: ranks kept per layer, and how far apart languages' strategies are."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from fedtailor.runs.report.names import (
     in_method_order,
     in_part_order,
     in_pool_order,
-    language_name,
+    language_label,
     locate_module,
     method_name,
     pool_name,
+    shortened,
 )
 from fedtailor.runs.report.style import SEQUENTIAL, Drawing, Missing, plain
 
@@ -34,13 +35,15 @@ _COLUMNS = 2
 
 
 def rank_structure(frame: pd.DataFrame, modules: Sequence[str]) -> list[Drawing | Missing]:
-    """One figure per rank-selecting method, a panel per budget: ranks kept in each module, mean over clients and seeds.
+    """One figure per rank-selecting method, a panel per budget: mean ranks kept in each module.
 
     Args:
         frame: checked metric rows.
         modules: names of the L adapted modules.
     """
-    rows = frame[(frame["stage"] == "personalise") & (frame["metric"] == "kept_rank") & (frame["module"] != "")]
+    rows = frame[
+        (frame["stage"] == "personalise") & (frame["metric"] == "kept_rank") & (frame["module"] != "")
+    ]
     rows = rows[rows["module"].isin(list(modules))] if modules else rows
     if not len(rows):
         return [Missing(RANKS, "no method of this run selects ranks")]
@@ -61,14 +64,21 @@ def _rank_figure(method: str, means: pd.Series[float], modules: Sequence[str]) -
     for axis in axes.flat[len(budgets) :]:
         axis.remove()
     for axis, budget in zip(axes.flat, budgets, strict=False):
-        _rank_panel(axis, means.loc[budget].to_dict(), places, layers, parts, heads)
+        _rank_panel(
+            axis,
+            {str(m): float(v) for m, v in means.xs(budget, level="budget").items()},
+            places,
+            layers,
+            parts,
+            heads,
+        )
         axis.set_title(f"r = {budget}")
     return Drawing(
         f"rank_structure_{method}",
         f"{RANKS}: {method_name(method)}",
-        f"Ranks that {method_name(method)} keeps in each adapted module, mean over clients and seeds. Layer 0 is next to the "
-        "embeddings; modules outside the layers are on top. Each panel has its own colour scale: the budget r is the mean "
-        "over all modules.",
+        f"Ranks that {method_name(method)} keeps in each adapted module, mean over clients and seeds. "
+        "Layer 0 is next to the embeddings; modules outside the layers are on top. Each panel has its own "
+        "colour scale: the budget r is the mean over all modules.",
         figure,
     )
 
@@ -101,7 +111,7 @@ def _rank_panel(
 
 
 def lambda_distance(frame: pd.DataFrame, strategies: Strategies) -> list[Drawing | Missing]:
-    """One figure per method with strategies, a panel per pool: distance of the lambdas of two languages' clients.
+    """One figure per method with strategies, a panel per pool: how far languages' lambdas are apart.
 
     Args:
         frame: checked metric rows; they tell the pool and language of a client.
@@ -115,7 +125,9 @@ def lambda_distance(frame: pd.DataFrame, strategies: Strategies) -> list[Drawing
         maps = {}
         for pool in in_pool_order(pool for pool, _ in homes.values()):
             per_seed = [
-                language_distances(strategies[method, seed], {c: at[1] for c, at in homes.items() if at[0] == pool})
+                language_distances(
+                    strategies[method, seed], {c: at[1] for c, at in homes.items() if at[0] == pool}
+                )
                 for seed in sorted(seed for name, seed in strategies if name == method)
             ]
             mean = pd.concat(per_seed).groupby(level=0).mean() if per_seed else pd.DataFrame()
@@ -131,16 +143,21 @@ def lambda_distance(frame: pd.DataFrame, strategies: Strategies) -> list[Drawing
 
 def client_homes(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """Client to (pool, language); a client of several languages belongs to the one with most examples."""
-    rows = frame[frame["client"] != ""].drop_duplicates(["pool", "language", "client", "stage", "seed", "metric"])
-    sizes = rows.groupby(["client", "pool", "language"], as_index=False)["weight"].max()
-    sizes = sizes.sort_values(["client", "weight", "language"], ascending=[True, False, True]).drop_duplicates("client")
-    return {row.client: (row.pool, row.language) for row in sizes.itertuples()}
+    rows = frame[frame["client"] != ""].drop_duplicates(
+        ["pool", "language", "client", "stage", "seed", "metric"]
+    )
+    sizes = rows.groupby(["client", "pool", "language"])["weight"].max().reset_index()
+    sizes = sizes.sort_values(
+        ["client", "weight", "language"], ascending=[True, False, True]
+    ).drop_duplicates("client")
+    homes = zip(sizes["client"], sizes["pool"], sizes["language"], strict=True)
+    return {str(client): (str(pool), str(language)) for client, pool, language in homes}
 
 
 def language_distances(strategies: Mapping[str, FloatArray], languages: Mapping[str, str]) -> pd.DataFrame:
-    """Mean Euclidean distance between a client of one language and a different client of another, (languages, languages).
+    """Mean Euclidean distance between a client of one language and a different client of another.
 
-    FedP2EFT Fig. 4 and 5. NaN on the diagonal of a language with one client.
+    (languages, languages), FedP2EFT Fig. 4 and 5. NaN on the diagonal of a language with one client.
 
     Args:
         strategies: client to lambda, (L, r_init).
@@ -150,7 +167,9 @@ def language_distances(strategies: Mapping[str, FloatArray], languages: Mapping[
     >>> float(language_distances(two, {"a": "x", "b": "y"}).loc["x", "y"])
     5.0
     """
-    clients = sorted((name for name in languages if name in strategies), key=lambda name: (languages[name], name))
+    clients = sorted(
+        (name for name in languages if name in strategies), key=lambda name: (languages[name], name)
+    )
     codes = np.array([languages[name] for name in clients])
     names = sorted(set(codes.tolist()))
     table = pd.DataFrame(np.nan, index=names, columns=names)
@@ -172,13 +191,14 @@ def _distance_figure(method: str, maps: Mapping[str, pd.DataFrame]) -> Drawing:
     low, high = float(values.min()), float(values.max())
     # One scale for all pools; a scale of no extent would have no colours.
     norm = LogNorm(low, high if high > low else low * 1.001)
-    n = max(len(table) for table in maps.values())
+    n = max(6, *(len(table) for table in maps.values()))
     figure = Figure(figsize=((2.1 + 0.26 * n) * len(maps) + 0.6, 1.3 + 0.26 * n))
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for axis, (pool, table) in zip(axes, maps.items(), strict=True):
         sns.heatmap(
-            table.mask(table <= 0), ax=axis, norm=norm, cmap=SEQUENTIAL, square=True, cbar=False, linewidths=0.6,
-            xticklabels=list(table), yticklabels=[_with_code(code) for code in table],
+            table.mask(table <= 0), ax=axis, norm=norm, cmap=SEQUENTIAL, square=True, cbar=False,
+            linewidths=0.6, xticklabels=[shortened(str(code), 8) for code in table],
+            yticklabels=[language_label(str(code)) for code in table],
         )  # fmt: skip
         axis.set_title(pool_name(pool))
         axis.set(xlabel="", ylabel="")
@@ -194,12 +214,7 @@ def _distance_figure(method: str, maps: Mapping[str, pd.DataFrame]) -> Drawing:
     return Drawing(
         f"lambda_distance_{method}",
         f"{DISTANCE}: {method_name(method)}",
-        "Mean Euclidean distance between the λ of a client of one language and a different client of the other, averaged over "
-        "pairs and seeds; colours on a log scale. Darker: more alike.",
+        "Mean Euclidean distance between the λ of a client of one language and a different client of the "
+        "other, averaged over pairs and seeds; colours on a log scale. Darker: more alike.",
         figure,
     )
-
-
-def _with_code(code: str) -> str:
-    name = language_name(code)
-    return code if name == code else f"{name} ({code})"

@@ -1,4 +1,4 @@
-"""One self-contained page: styles inline, figures as inline SVG that follow light and dark, no scripts, no requests."""
+"""One self-contained page: inline styles, SVG figures that follow light and dark, no scripts or requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtailor.runs.report import names, tables
-from fedtailor.runs.report.facts import Facts, at, leaves, text
+from fedtailor.runs.report.facts import Facts, at, counted, leaves, rounds, text
 from fedtailor.runs.report.results import COMPARISON_RULE, REFERENCE, TIE_RULE, Block
 from fedtailor.runs.report.style import GRID, INK, MUTED, Drawing, Missing
 
@@ -50,34 +50,58 @@ def render(
         notes: sentences on incomplete data.
         ties: (method, budget) to share of ranks tied at the threshold.
     """
-    loader = PackageLoader("fedtailor.runs.report", ".")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": tables.percent, "text": text, "versus": tables.versus_text}
-    environment.filters |= {"language": names.language_name, "method": names.method_name, "pool": names.pool_name}
-    pools = {pool: [b for b in found if b.pool == pool] for pool in names.in_pool_order(b.pool for b in found)}
-    page: str = environment.get_template("report.html.jinja").render(
-        facts=facts,
-        tiles=_tiles(facts, run, pools),
-        headlines=[_headline(blocks) for blocks in pools.values()],
-        pools=pools,
-        methods={pool: names.in_method_order(m for b in blocks for m in b.methods) for pool, blocks in pools.items()},
-        block_title=tables.block_title,
-        reference=names.method_name(REFERENCE),
-        absent=tables.ABSENT,
-        captions={pool: tables.caption(facts, blocks) for pool, blocks in pools.items()},
-        figures=[_figure(entry, files) for entry, files in drawn],
-        notes=notes,
-        ties=[(names.method_name(m), r, value) for (m, r), value in sorted(ties.items())],
-        config=leaves(run.get("config") or {}),
-        stages=_stages(run.get("stages")),
-        provenance=[(key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)],
-        tie_rule=TIE_RULE,
-        comparison_rule=COMPARISON_RULE,
+    pools = {
+        pool: [b for b in found if b.pool == pool] for pool in names.in_pool_order(b.pool for b in found)
+    }
+    page: str = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            facts=facts,
+            tiles=_tiles(facts, run, pools),
+            headlines=[_headline(blocks) for blocks in pools.values()],
+            pools=pools,
+            methods={
+                pool: names.in_method_order(m for b in blocks for m in b.methods)
+                for pool, blocks in pools.items()
+            },
+            block_title=tables.block_title,
+            reference=names.method_name(REFERENCE),
+            absent=tables.ABSENT,
+            marks=tables.VERDICTS,
+            captions={pool: tables.caption(facts, blocks) for pool, blocks in pools.items()},
+            figures=[_figure(k, entry, files) for k, (entry, files) in enumerate(drawn)],
+            notes=notes,
+            ties=[(names.method_name(m), r, value) for (m, r), value in sorted(ties.items())],
+            config=leaves(run["config"]) if run.get("config") else [],
+            stages=_stages(run.get("stages")),
+            provenance=[
+                (key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)
+            ],
+            tie_rule=TIE_RULE,
+            comparison_rule=COMPARISON_RULE,
+        )
     )
     return page
 
 
-def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]) -> list[tuple[str, str]]:
+def _environment() -> Environment:
+    loader = PackageLoader("fedtailor.runs.report", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": tables.percent, "points": tables.points, "versus": tables.versus_text}
+    environment.filters |= {
+        "language": names.language_name,
+        "method": names.method_name,
+        "pool": names.pool_name,
+    }
+    return environment
+
+
+def _tiles(
+    facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]
+) -> list[tuple[str, str]]:
     seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
     languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
@@ -90,8 +114,8 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
         ("Languages", str(len(languages)) if languages else ""),
         ("Budgets r", ", ".join(map(str, budgets))),
         ("Seeds", ", ".join(map(str, seeds))),
-        ("Base", f"{facts.base}, {facts.base_rounds} rounds"),
-        ("Strategy", f"{facts.strategy_rounds} rounds"),
+        ("Base", f"{facts.base}, {rounds(facts.base_rounds)}"),
+        ("Strategy", rounds(facts.strategy_rounds)),
         ("Alpha (label skew)", text(at(run.get("config"), "task.alpha"))),
         ("Status", facts.status),
         ("Failures", text(facts.failures)),
@@ -102,41 +126,62 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
 
 def _headline(blocks: Sequence[Block]) -> str:
     """The best method of a pool in one sentence."""
-    block, method = max(((b, m) for b in blocks for m in b.methods), key=lambda pair: pair[0].average[pair[1]].mean)
-    where = "" if block.budget is None or method not in block.versus else f" at r = {block.budget}"
-    best = f"{names.method_name(method)}{where} has the highest mean over languages, {tables.percent(block.average[method].mean)} %"
+    block, method = max(
+        ((b, m) for b in blocks for m in b.methods), key=lambda pair: pair[0].average[pair[1]].mean
+    )
+    where = "" if block.budget is None or method in block.without_budget else f" at r = {block.budget}"
+    ties = [names.method_name(m) for m in block.methods if block.average[m].best and m != method]
+    shared = f" (shared with {', '.join(ties)})" if ties else ""
+    pool, top = names.pool_name(block.pool), tables.percent(block.average[method].mean)
+    best = f"{pool}: {names.method_name(method)}{where} has the highest mean over languages, {top} %{shared}"
     versus = block.versus.get(method)
     if versus is None:
-        return f"{names.pool_name(block.pool)}: {best}."
-    base = names.method_name(REFERENCE)
-    verdict = {1: f"better than {base}", -1: f"worse than {base}", 0: f"not clearly different from {base}"}[versus.verdict]
-    error = "" if versus.standard_error is None else f" ± {100 * versus.standard_error:.2f}"
-    return (
-        f"{names.pool_name(block.pool)}: {best}; per client {tables.points(versus.difference)}{error} points, {verdict} "
-        f"(2 standard errors, {versus.n_clients} clients)."
+        return f"{best}."
+    base, gain, of = (
+        names.method_name(REFERENCE),
+        tables.points(versus.difference),
+        counted(versus.n_clients, "client"),
     )
+    if versus.standard_error is None:
+        return f"{best}; {gain} points over {base} ({of}, so no standard error)."
+    verdict = {1: f"better than {base}", -1: f"worse than {base}", 0: f"not clearly different from {base}"}[
+        versus.verdict
+    ]
+    error = f"{100 * versus.standard_error:.2f}"
+    return f"{best}; per client {gain} ± {error} points, {verdict} (2 standard errors, {of})."
 
 
-def _figure(entry: Drawing | Missing, files: tuple[Path, ...]) -> Figure:
+def _figure(number: int, entry: Drawing | Missing, files: tuple[Path, ...]) -> Figure:
     anchor = re.sub(r"[^a-z0-9]+", "-", entry.title.lower()).strip("-")
     if isinstance(entry, Missing):
         return Figure(anchor, entry.title, f"Left out: {entry.reason}.", None)
-    return Figure(anchor, entry.title, entry.caption, inline_svg(files[1].read_text("utf-8"), entry.title))
+    return Figure(
+        anchor,
+        entry.title,
+        entry.caption,
+        inline_svg(files[1].read_text("utf-8"), f"f{number}", entry.title),
+    )
 
 
-def inline_svg(svg: str, title: str) -> Markup:
-    """An SVG file as part of a page: no prolog, comments or metadata; ink, grid and paper become CSS variables.
+def inline_svg(svg: str, name: str, title: str) -> Markup:
+    """An SVG file as part of a page: no prolog, comments or metadata; its greys become CSS variables.
 
     Args:
-        svg: a file that `style.save` wrote; its texts are paths, so no run data is left in it once comments are gone.
+        svg: a file that `style.save` wrote; its texts are paths, so without comments it holds no run data.
+        name: prefix of its ids, which must differ between the figures of a page.
         title: accessible name.
     """
     svg = re.sub(r"<!--.*?-->|<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for colour, variable in _PAINT.items():
         svg = svg.replace(colour, variable)
     width = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
-    size = f'style="width:{float(width[1]) * 4 / 3:.0f}px" ' if width else ""
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*pt"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*pt"', r"\1", svg))
+    # Points to CSS pixels; on a narrow page a figure scrolls rather than becoming too small to read.
+    natural = float(width[1]) * 4 / 3 if width else 900.0
+    size = f'style="width:{natural:.0f}px;min-width:{min(natural, 820):.0f}px" '
+    svg = re.sub(
+        r'<svg ([^>]*?)width="[^"]*pt"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*pt"', r"\1", svg)
+    )
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
     label = Markup('role="img" aria-label="{}" ').format(title)
     return Markup(re.sub(r"\n\s*", "\n", svg).strip().replace("<svg ", f"<svg {size}{label}", 1))
 
@@ -144,7 +189,10 @@ def inline_svg(svg: str, title: str) -> Markup:
 def _stages(stages: Any) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the stages: one column per key where they are records, else one column."""
     if isinstance(stages, Mapping):
-        stages = [{"key": key, **(value if isinstance(value, Mapping) else {"value": value})} for key, value in stages.items()]
+        stages = [
+            {"key": key, **(value if isinstance(value, Mapping) else {"value": value})}
+            for key, value in stages.items()
+        ]
     records = [stage if isinstance(stage, Mapping) else {"key": stage} for stage in stages or ()]
     columns = list(dict.fromkeys(str(key) for record in records for key in record))
     return columns, [[text(record.get(column)) for column in columns] for record in records]

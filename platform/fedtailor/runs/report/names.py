@@ -1,4 +1,4 @@
-"""What a reader sees in place of an identifier, and in which order: methods, pools, languages, modules, metrics."""
+"""What a reader sees in place of an identifier, and in which order: methods, pools, languages, modules."""
 
 from __future__ import annotations
 
@@ -10,25 +10,36 @@ from babel import Locale
 from babel.core import get_global
 
 METHOD_NAMES: dict[str, str] = {
-    "majority": "Majority", "base": "Base", "lora": "LoRA", "adalora": "AdaLoRA", "bayestune_lora": "BayesTune-LoRA",
-    "fedl2p": "FedL2P", "fedp2eft": "FedP²EFT", "fedavg": "FedAvg", "fedprox": "FedProx", "fedadam": "FedAdam",
-    "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad", "fedavgm": "FedAvgM", "hetlora": "HETLoRA", "pf2lora": "PF2LoRA",
-    "pfedgpt": "pFedGPT", "perfit": "PerFIT", "feddpa": "FedDPA-T", "dept": "DEPT",
+    "majority": "Majority", "base": "Base", "lora": "LoRA", "adalora": "AdaLoRA",
+    "bayestune_lora": "BayesTune-LoRA", "fedl2p": "FedL2P", "fedp2eft": "FedP²EFT", "fedavg": "FedAvg",
+    "fedprox": "FedProx", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
+    "fedavgm": "FedAvgM", "hetlora": "HETLoRA", "pf2lora": "PF2LoRA", "pfedgpt": "pFedGPT",
+    "perfit": "PerFIT", "feddpa": "FedDPA-T", "dept": "DEPT",
 }  # fmt: skip
-METHOD_ORDER: tuple[str, ...] = ("majority", "base", "lora", "adalora", "bayestune_lora", "fedl2p", "fedp2eft")
+METHOD_ORDER: tuple[str, ...] = (
+    "majority",
+    "base",
+    "lora",
+    "adalora",
+    "bayestune_lora",
+    "fedl2p",
+    "fedp2eft",
+)
 """As in the columns of FedP2EFT's tables, floor and base first; other methods follow alphabetically."""
 
 _METRICS = {
     "train_loss": "Training loss", "psg_loss": "PSG loss (L1)", "psg_loss_after": "PSG loss after the step",
-    "lambda_target_median": "Median of the λ targets", "lambda_target_sd": "SD of the λ targets",
+    "lambda_target_median": "Median of the λ targets", "lambda_target_min": "Minimum of the λ targets",
+    "lambda_target_max": "Maximum of the λ targets", "lambda_target_sd": "SD of the λ targets",
     "lambda_moved": "Distance moved by λ", "ce_gradient_share": "Gradient share of the cross-entropy",
 }  # fmt: skip
 _PARTS = {
     "attention.self.query": "Query", "attention.self.key": "Key", "attention.self.value": "Value",
     "attention.output.dense": "Attn\nout", "intermediate.dense": "FFN\nin", "output.dense": "FFN\nout",
-    "attention.q_lin": "Query", "attention.k_lin": "Key", "attention.v_lin": "Value", "attention.out_lin": "Attn\nout",
-    "ffn.lin1": "FFN\nin", "ffn.lin2": "FFN\nout", "self_attn.q_proj": "Query", "self_attn.k_proj": "Key",
-    "self_attn.v_proj": "Value", "self_attn.o_proj": "Attn\nout", "mlp.gate_proj": "FFN\ngate", "mlp.up_proj": "FFN\nup",
+    "attention.q_lin": "Query", "attention.k_lin": "Key", "attention.v_lin": "Value",
+    "attention.out_lin": "Attn\nout", "ffn.lin1": "FFN\nin", "ffn.lin2": "FFN\nout",
+    "self_attn.q_proj": "Query", "self_attn.k_proj": "Key", "self_attn.v_proj": "Value",
+    "self_attn.o_proj": "Attn\nout", "mlp.gate_proj": "FFN\ngate", "mlp.up_proj": "FFN\nup",
     "mlp.down_proj": "FFN\ndown", "attn.c_attn": "QKV", "attn.c_proj": "Attn\nout", "mlp.c_fc": "FFN\nin",
     "mlp.c_proj": "FFN\nout",
 }  # fmt: skip
@@ -74,6 +85,17 @@ def language_name(code: str) -> str:
     names = Locale("en").languages
     short = get_global("language_aliases").get(code, code)
     return str(names.get(short, names.get(code, code)))
+
+
+def language_label(code: str) -> str:
+    """``Amharic (amh)``, short enough for an axis."""
+    name = language_name(code)
+    return shortened(code if name == code else f"{name} ({code})", 28)
+
+
+def shortened(word: str, limit: int) -> str:
+    """At most ``limit`` characters, with an ellipsis where some were cut."""
+    return word if len(word) <= limit else f"{word[: limit - 1]}…"
 
 
 def metric_name(metric: str) -> str:

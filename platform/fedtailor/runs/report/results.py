@@ -1,22 +1,21 @@
-"""From metric rows to the numbers of a table: pooled per language, mean and SD over seeds, wins, distance to base.
+"""From metric rows to the numbers of a table: pooled languages, mean and SD over seeds, wins, gain on base.
 
-A language's accuracy is pooled, sum(correct) / sum(n) over its clients, once per seed; mean and sample SD are over
-seeds (one seed: no SD). The average weighs languages equally. All sums run in sorted order, so the order of the
-rows does not change a byte.
+A language's accuracy is pooled, sum(correct) / sum(n) over its clients, once per seed; mean and sample SD are
+over seeds (one seed: no SD). The average weighs languages equally. All sums run in sorted order, so the order
+of the rows does not change a byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS
-from fedtailor.runs.report.names import in_method_order, in_pool_order, method_name, pool_name
+from fedtailor.runs.report.names import in_method_order, in_pool_order
 
 AVERAGE = "average"
 REFERENCE = "base"
@@ -25,12 +24,12 @@ RESULT_COLUMNS = (
     "pool", "language", "method", "budget", "metric", "mean", "sd", "n_clients", "n_examples", "n_seeds",
 )  # fmt: skip
 TIE_RULE = (
-    "A win is a language where the method's mean over seeds is the highest of all methods shown at that budget "
-    "(base and majority compete); equal means (to 1e-9) count for each tied method."
+    "A win is a language where the method's mean over seeds is the highest of all methods shown at that "
+    "budget (base and majority compete); equal means (to 1e-9) count for each tied method."
 )
 COMPARISON_RULE = (
-    "Per client: accuracy minus that of base, averaged over seeds; then mean and standard error (sample SD / sqrt n) "
-    "over clients. 'beats' means a mean difference above 2 standard errors."
+    "Per client: accuracy minus that of base, averaged over seeds; then mean and standard error (sample SD / "
+    "sqrt n) over clients. 'beats' means a mean difference above 2 standard errors."
 )
 _GROUP = ["pool", "language", "method", "budget", "metric", "seed"]
 _TIE = 1e-9
@@ -68,6 +67,7 @@ class Block:
     Args:
         budget: r, or None where no method of the run has budgets.
         cells: (language, method) to cell; absent pairs were not measured.
+        without_budget: methods that are the same in every block.
     """
 
     pool: str
@@ -82,6 +82,7 @@ class Block:
     n_examples: float
     seeds: tuple[int, ...]
     loss: Mapping[str, Cell] = field(default_factory=dict)
+    without_budget: frozenset[str] = frozenset()
 
 
 def checked(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -93,7 +94,7 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
     missing = [name for name in METRIC_COLUMNS if name not in metrics.columns]
     if missing:
         raise DataError(f"metrics lack the columns {missing} (needed: {', '.join(METRIC_COLUMNS)})")
-    texts = {name: "str" for name in ("stage", "method", "pool", "language", "client", "module", "metric")}
+    texts = dict.fromkeys(("stage", "method", "pool", "language", "client", "module", "metric"), "str")
     frame = metrics[list(METRIC_COLUMNS)].astype({**texts, "seed": int, "round": int, "budget": int})
     frame = frame.astype({"value": float, "weight": float})
     keys = [name for name in METRIC_COLUMNS if name not in ("value", "weight")]
@@ -102,11 +103,16 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
     twice = scored[scored.duplicated([*_GROUP, "client"])]
     if len(twice):
         row = twice.iloc[0]
-        raise DataError(f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: {row.metric} is given twice")
+        raise DataError(
+            f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: "
+            f"{row.metric} is given twice"
+        )
     wrong = scored[(scored["metric"] == "accuracy") & ~scored["value"].between(0, 1)]
     if len(wrong):
         row = wrong.iloc[0]
-        raise DataError(f"client {row.client}, {row.method}, budget {row.budget}: accuracy {row.value} is not in [0, 1]")
+        raise DataError(
+            f"client {row.client}, {row.method}, budget {row.budget}: accuracy {row.value} is not in [0, 1]"
+        )
     return frame
 
 
@@ -116,8 +122,10 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_language(scored: pd.DataFrame) -> pd.DataFrame:
-    """One row per (pool, language, method, budget, metric, seed): ``value`` pooled over clients, ``n_clients``,
-    ``n_examples``."""
+    """One row per (pool, language, method, budget, metric, seed).
+
+    Columns: ``value`` pooled over clients, ``n_clients``, ``n_examples``.
+    """
     rows = scored.assign(total=scored["value"] * scored["weight"])
     table = rows.groupby(_GROUP, as_index=False).agg(
         total=("total", "sum"), n_examples=("weight", "sum"), n_clients=("client", "nunique")
@@ -135,8 +143,11 @@ def averages(pooled: pd.DataFrame) -> pd.DataFrame:
 
 
 def results_table(scored: pd.DataFrame) -> pd.DataFrame:
-    """``results.csv``: RESULT_COLUMNS, fractions (loss: nats), NaN SD with one seed; methods without budgets have
-    budget -1. ``n_clients`` and ``n_examples`` are per seed (their mean, should seeds differ)."""
+    """``results.csv``: RESULT_COLUMNS, fractions (loss: nats), NaN SD with one seed.
+
+    Methods without budgets have budget -1. ``n_clients`` and ``n_examples`` are per seed (their mean, should
+    seeds differ).
+    """
     pooled = by_language(scored)
     table = pd.concat([pooled, averages(pooled)], ignore_index=True)
     table = table.groupby([name for name in _GROUP if name != "seed"], as_index=False).agg(
@@ -153,7 +164,9 @@ def results_table(scored: pd.DataFrame) -> pd.DataFrame:
         "language": lambda column: (column == AVERAGE).astype(int).astype(str) + column,
     }
     order = ["pool", "metric", "method", "budget", "language"]
-    table = table.sort_values(order, key=lambda c: keys.get(str(c.name), lambda column: column)(c), ignore_index=True)
+    table = table.sort_values(
+        order, key=lambda c: keys.get(str(c.name), lambda column: column)(c), ignore_index=True
+    )
     return table[list(RESULT_COLUMNS)]
 
 
@@ -178,7 +191,9 @@ def _block(
     pool = str(scored["pool"].iloc[0])
     here = table[table["budget"].isin([budget, -1])]
     # A method with budgets and a stray row without is shown at its budget.
-    here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["language", "method", "metric"])
+    here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(
+        ["language", "method", "metric"]
+    )
     accuracy = here[here["metric"] == "accuracy"]
     methods = in_method_order(accuracy["method"])
     languages = tuple(sorted(set(accuracy["language"]) - {AVERAGE}))
@@ -201,6 +216,7 @@ def _block(
         n_examples=float(total["n_examples"].max()),
         seeds=tuple(sorted({int(seed) for seed in scored["seed"]})),
         loss=_cells(here[here["metric"] == "loss"], AVERAGE),
+        without_budget=frozenset(method for method in methods if at[method] == -1),
     )
 
 
@@ -230,77 +246,18 @@ def _differences(accuracy: pd.DataFrame) -> dict[tuple[str, str, int], Versus]:
     both = others.merge(base[[*keys, "value"]], on=keys, suffixes=("", "_base"))
     both = both.assign(difference=both["value"] - both["value_base"])
     per_client = both.groupby(["pool", "method", "budget", "client"], as_index=False)["difference"].mean()
+    grouped = per_client.groupby(["pool", "method", "budget"])["difference"]
+    table = grouped.agg(["mean", "sem", "count"]).reset_index()
+    rows = zip(*(table[name] for name in ("pool", "method", "budget", "mean", "sem", "count")), strict=True)
     return {
-        (str(pool), str(method), int(budget)): _versus(rows["difference"].to_numpy())
-        for (pool, method, budget), rows in per_client.groupby(["pool", "method", "budget"])
+        (str(pool), str(method), int(budget)): Versus(float(mean), float(error) if n > 1 else None, int(n))
+        for pool, method, budget, mean, error, n in rows
     }
 
 
 def client_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy per (pool, method, budget, seed, client), column ``value``, pooled over the client's languages."""
+    """Accuracy per (pool, method, budget, seed, client), ``value``, pooled over the client's languages."""
     rows = accuracy.assign(total=accuracy["value"] * accuracy["weight"])
     keys = ["pool", "method", "budget", "seed", "client"]
     table = rows.groupby(keys, as_index=False)[["total", "weight"]].sum()
     return table.assign(value=table["total"] / table["weight"]).drop(columns="total")
-
-
-def _versus(differences: np.ndarray[Any, np.dtype[np.float64]]) -> Versus:
-    n = len(differences)
-    error = float(np.std(differences, ddof=1) / np.sqrt(n)) if n > 1 else None
-    return Versus(float(np.mean(differences)), error, n)
-
-
-def summary_records(found: list[Block]) -> list[dict[str, Any]]:
-    """``summary.json``: one record per (pool, budget, method), in fractions; null where there is no number."""
-    records = []
-    for block in found:
-        for method in block.methods:
-            cell, versus, loss = block.average[method], block.versus.get(method), block.loss.get(method)
-            comparison = versus and {
-                "mean_difference": versus.difference,
-                "standard_error": versus.standard_error,
-                "n_clients": versus.n_clients,
-                "beats_base": versus.verdict > 0,
-                "worse_than_base": versus.verdict < 0,
-            }
-            records.append(
-                {
-                    "pool": block.pool,
-                    "budget": block.budget,
-                    "method": method,
-                    "mean": cell.mean,
-                    "sd": cell.sd,
-                    "wins": block.wins[method],
-                    "n_languages": sum((language, method) in block.cells for language in block.languages),
-                    "versus_base": comparison,
-                    "loss_mean": loss.mean if loss else None,
-                    "loss_sd": loss.sd if loss else None,
-                }
-            )
-    return records
-
-
-def gaps(scored: pd.DataFrame) -> list[str]:
-    """A sentence for each (pool, method, budget) that lacks clients or seeds which other methods have: its means
-    are over less than theirs."""
-    accuracy, sentences = scored[scored["metric"] == "accuracy"], []
-    for pool in in_pool_order(accuracy["pool"]):
-        rows = accuracy[accuracy["pool"] == pool]
-        full = rows[["seed", "client", "language"]].drop_duplicates()
-        for method in in_method_order(rows["method"]):
-            for budget, own in rows[rows["method"] == method].groupby("budget"):
-                lost = len(full) - len(own)
-                if lost:
-                    at = "" if budget == -1 else f", r = {budget}"
-                    sentences.append(
-                        f"{pool_name(pool)}, {method_name(method)}{at}: {lost} of {len(full)} client results are missing; "
-                        "its means are over the others."
-                    )
-    return sentences
-
-
-def tied_shares(frame: pd.DataFrame) -> dict[tuple[str, int], float]:
-    """(method, budget) to the share of ranks that tie with the last one kept, mean over clients and seeds."""
-    rows = frame[(frame["stage"] == "personalise") & (frame["metric"] == "tied_at_threshold")]
-    means = rows.groupby(["method", "budget"])["value"].mean()
-    return {(str(method), int(budget)): float(value) for (method, budget), value in means.items()}

@@ -1,4 +1,4 @@
-"""How figures look: one colour-blind-safe colour and marker per method, one set of fonts, byte-stable files."""
+"""How figures look: one colour-blind-safe colour and marker per method, one font, byte-stable files."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from fedtailor.runs.report.names import in_method_order, method_name
 INK, MUTED, GRID = "#1f2328", "#6a717c", "#dfe2e8"
 SEQUENTIAL = "viridis"
 _LOOK: dict[str, tuple[str, str]] = {
-    "majority": ("#9aa0a8", "x"), "base": ("#4a4f57", "|"), "lora": ("#0072b2", "o"), "adalora": ("#56b4e9", "s"),
-    "bayestune_lora": ("#e69f00", "^"), "fedl2p": ("#009e73", "v"), "fedp2eft": ("#d55e00", "D"),
+    "majority": ("#9aa0a8", "x"), "base": ("#4a4f57", "|"), "lora": ("#0072b2", "o"),
+    "adalora": ("#56b4e9", "s"), "bayestune_lora": ("#e69f00", "^"), "fedl2p": ("#009e73", "v"),
+    "fedp2eft": ("#d55e00", "D"),
 }  # fmt: skip
 _SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d")
 _RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.labelsize": 9,
-    "axes.titlelocation": "left", "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 9, "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK,
-    "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7,
-    "lines.linewidth": 1.8, "figure.facecolor": "white", "axes.facecolor": "none", "savefig.facecolor": "white",
-    "svg.fonttype": "path", "axes.unicode_minus": True, "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.labelsize": 9, "axes.titlelocation": "left", "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
+    "grid.linewidth": 0.7, "lines.linewidth": 1.8, "figure.facecolor": "white", "axes.facecolor": "none",
+    "savefig.facecolor": "white", "svg.fonttype": "path", "axes.unicode_minus": True,
+    "figure.constrained_layout.use": True,
     # Names of languages and modules are data: a dollar sign in one is no formula.
     "text.parse_math": False,
 }  # fmt: skip
@@ -62,7 +65,9 @@ class Look:
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """A look for each method, in method order; the same for a known method in every figure."""
-    spare = iter(list(zip(sns.color_palette("colorblind").as_hex()[4:] * 2, _SPARE_MARKERS * 2, strict=False)))
+    spare = iter(
+        list(zip(sns.color_palette("colorblind").as_hex()[4:] * 2, _SPARE_MARKERS * 2, strict=False))
+    )
     found = {}
     for method in in_method_order(methods):
         colour, marker = _LOOK.get(method) or next(spare, ("#000000", "."))
@@ -77,7 +82,8 @@ def plain(value: float, position: int | None = None) -> str:
 
 def styled() -> Any:
     """Context in which figures are drawn and saved; leaves the caller's matplotlib settings alone."""
-    return mpl.rc_context({**mpl.rcParamsDefault, **_RC, "backend": mpl.rcParams["backend"]})
+    defaults: dict[Any, Any] = dict(mpl.rcParamsDefault)
+    return mpl.rc_context(defaults | _RC | {"backend": mpl.rcParams["backend"]})
 
 
 def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:

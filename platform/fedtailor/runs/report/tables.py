@@ -1,10 +1,10 @@
-"""The paper's table (FedP2EFT Tables 1 and 2) for one pool, in Markdown and LaTeX: languages x budgets x methods."""
+"""The paper's table (FedP2EFT Tables 1, 2) of one pool in Markdown and LaTeX: languages, budgets, methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedtailor.runs.report.facts import NOT_RECORDED, Facts
+from fedtailor.runs.report.facts import NOT_RECORDED, Facts, counted, rounds
 from fedtailor.runs.report.names import language_name, method_name, pool_name
 from fedtailor.runs.report.results import REFERENCE, Block, Cell, Versus
 
@@ -12,10 +12,11 @@ ABSENT = "–"
 _UPRIGHT_COLUMNS, _SIDEWAYS_COLUMNS = 10, 14
 _PACKAGES = "amssymb, booktabs, graphicx, rotating"
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "·": r"$\cdot$", "²": "$^2$", "λ": r"$\lambda$", "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--",
-    "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$", "\n": " ",
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "·": r"$\cdot$", "²": "$^2$", "λ": r"$\lambda$",
+    "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "▲": r"$\blacktriangle$",
+    "▼": r"$\blacktriangledown$", "\n": " ",
 }  # fmt: skip
 _MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]<>|#$~"} | {"\n": " ", "\r": " ", "&": "&amp;"}
 
@@ -23,7 +24,7 @@ _MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]<>|#$~"} | {"\n": " ", "\r": " ", "&":
 def percent(value: float | None) -> str:
     """A fraction in percent with two decimals; `ABSENT` for None.
 
-    >>> percent(0.84215), percent(None)
+    >>> percent(0.84216), percent(None)
     ('84.22', '–')
     """
     return ABSENT if value is None else f"{100 * value:.2f}"
@@ -47,30 +48,35 @@ VERDICTS = {1: " ▲", 0: "", -1: " ▼"}
 
 def block_title(block: Block) -> str:
     """``r = 8``, or a phrase where no method has budgets."""
-    return "no budget" if block.budget is None else f"r = {block.budget}"
+    return "No budget" if block.budget is None else f"r = {block.budget}"
 
 
 def caption(facts: Facts, found: Sequence[Block]) -> list[str]:
-    """Sentences that make a table readable on its own: task, model, L, clients, seeds, rounds, base, overrides, run.
+    """Sentences that let a table stand alone: task, model, L, clients, seeds, rounds, base, overrides, run.
 
     Args:
         facts: facts of the run.
         found: the blocks of one pool, at least one.
     """
     block = found[0]
+    clients = counted(block.n_clients, "client")
     seeds = ", ".join(str(seed) for seed in block.seeds)
     spread = "mean (SD) over seeds" if len(block.seeds) > 1 else "one seed, so no SD (–)"
     changed = "; ".join(f"{o.key}: {o.default} → {o.value}" for o in facts.overrides)
     return [
         f"Accuracy in percent on {pool_name(block.pool).lower()}: {spread}; best in bold.",
-        f"Task {facts.task}, model {facts.model} with L = {facts.n_modules} adapted layers, budget r·L ranks; "
-        f"{block.n_clients} clients in {len(block.languages)} languages; seeds {seeds}.",
-        f"Base model: {facts.base}, {facts.base_rounds} rounds; strategies: {facts.strategy_rounds} rounds.",
-        "A language is pooled over its clients; Average weighs languages equally; Wins counts languages, ties for each.",
-        f"Δ {method_name(REFERENCE)}: paired difference per client in points, mean ± standard error over clients; "
-        "▲ / ▼ beyond 2 standard errors.",
+        f"Task {facts.task}, model {facts.model} with L = {facts.n_modules} adapted layers, budget rL ranks; "
+        f"{clients} in {counted(len(block.languages), 'language')}; seeds {seeds}.",
+        f"Base model: {facts.base}, {rounds(facts.base_rounds)}; "
+        f"strategies: {rounds(facts.strategy_rounds)}.",
+        "A language is pooled over its clients; Average weighs languages equally; Wins counts languages, "
+        "ties for each.",
+        f"Δ {method_name(REFERENCE)}: paired difference per client in points, mean ± standard error over "
+        "clients; ▲ / ▼ beyond 2 standard errors.",
         f"Departures from the defaults (default → used): {changed or 'none'}.",
-        f"Run {facts.run_id}" + ("" if facts.status == NOT_RECORDED else f" ({facts.status})") + f"; {facts.version_line}.",
+        f"Run {facts.run_id}"
+        + ("" if facts.status == NOT_RECORDED else f" ({facts.status})")
+        + f"; {facts.version_line}.",
     ]
 
 
@@ -85,20 +91,26 @@ def markdown_table(facts: Facts, found: Sequence[Block]) -> str:
 
 
 def latex_table(facts: Facts, found: Sequence[Block]) -> str:
-    """One pool in LaTeX (booktabs): two budgets side by side where they fit, upright or sideways, as many floats as
-    pages are needed, never wider than the text."""
+    """One pool in LaTeX (booktabs), never wider than the text.
+
+    Two budgets stand side by side where they fit, upright or sideways; long tables take several floats.
+    """
     sentences = " ".join(_escape(sentence, _LATEX) for sentence in caption(facts, found))
     columns = 2 * max(len(block.methods) for block in found)
     side_by_side = 2 if columns <= _SIDEWAYS_COLUMNS else 1
     sideways = side_by_side == 2 and columns > _UPRIGHT_COLUMNS and len(found) > 1
-    panels = [panel for k in range(0, len(found), side_by_side) for panel in _panels(found[k : k + side_by_side])]
+    panels = [
+        panel for k in range(0, len(found), side_by_side) for panel in _panels(found[k : k + side_by_side])
+    ]
     per_page, kind = (2, "sidewaystable*") if sideways else (3, "table*")
     label = f"tab:{file_label(found[0].pool)}"
     floats = [
         _float(kind, panels[k : k + per_page], rf"{sentences}}}\label{{{label}" if not k else "Continued.")
         for k in range(0, len(panels), per_page)
     ]
-    return "\n\n".join([rf"% needs \usepackage[utf8]{{inputenc}} and the packages {_PACKAGES}", *floats]) + "\n"
+    return (
+        "\n\n".join([rf"% needs \usepackage[utf8]{{inputenc}} and the packages {_PACKAGES}", *floats]) + "\n"
+    )
 
 
 def _float(kind: str, panels: Sequence[str], words: str) -> str:
@@ -119,14 +131,22 @@ def _panels(found: Sequence[Block]) -> list[str]:
 
 
 def _panel(found: Sequence[Block]) -> str:
-    columns = [_rows(block, lambda word: _escape(word, _LATEX), lambda word: rf"\textbf{{{word}}}", r"\,") for block in found]
+    columns = [
+        _rows(block, lambda word: _escape(word, _LATEX), lambda word: rf"\textbf{{{word}}}", r"\,")
+        for block in found
+    ]
     names, titles, rules, at = columns[0], [], [], 2
     for block, rows in zip(found, columns, strict=True):
         n = len(rows[0]) - 1
-        titles.append(rf"\multicolumn{{{n}}}{{c}}{{{_escape(block_title(block), _LATEX).replace('r =', '$r$ =')}}}")
+        titles.append(
+            rf"\multicolumn{{{n}}}{{c}}{{{_escape(block_title(block), _LATEX).replace('r =', '$r$ =')}}}"
+        )
         rules.append(rf"\cmidrule(lr){{{at}-{at + n - 1}}}")
         at += n
-    body = [" & ".join([names[k][0], *(cell for rows in columns for cell in rows[k][1:])]) + r" \\" for k in range(len(names))]
+    body = [
+        " & ".join([names[k][0], *(cell for rows in columns for cell in rows[k][1:])]) + r" \\"
+        for k in range(len(names))
+    ]
     last = len(body) - len(_summary_rows(found[0]))
     lines = [
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
@@ -145,7 +165,9 @@ def _panel(found: Sequence[Block]) -> str:
     return "\n".join(lines)
 
 
-def _rows(block: Block, escape: Callable[[str], str], bold: Callable[[str], str], gap: str) -> list[list[str]]:
+def _rows(
+    block: Block, escape: Callable[[str], str], bold: Callable[[str], str], gap: str
+) -> list[list[str]]:
     """Header, a row per language, then `_summary_rows`; all cells escaped."""
 
     def show(cell: Cell | None) -> str:
@@ -162,7 +184,11 @@ def _rows(block: Block, escape: Callable[[str], str], bold: Callable[[str], str]
     for label, values in _summary_rows(block):
         top = [value for value in values if isinstance(value, int)]
         cells = [
-            bold(str(v)) if isinstance(v, int) and v == max(top) else show(v) if isinstance(v, Cell) else escape(str(v))
+            bold(str(v))
+            if isinstance(v, int) and v == max(top)
+            else show(v)
+            if isinstance(v, Cell)
+            else escape(str(v))
             for v in values
         ]
         rows.append([escape(label), *cells])
@@ -175,7 +201,9 @@ def _summary_rows(block: Block) -> list[tuple[str, list[Cell | int | str]]]:
         ("Wins", [block.wins[m] for m in block.methods]),
     ]
     if block.versus:
-        rows.append((f"Δ {method_name(REFERENCE)}", [versus_text(block.versus.get(m)) for m in block.methods]))
+        rows.append(
+            (f"Δ {method_name(REFERENCE)}", [versus_text(block.versus.get(m)) for m in block.methods])
+        )
     return rows
 
 
@@ -183,7 +211,10 @@ def _pipes(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(3, *(len(row[k]) for row in rows)) for k in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        padded = [
+            cells[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
+        ]
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]

@@ -1,0 +1,68 @@
+"""What a run amounts to: a record per pool, budget and method, what is missing, how many ranks tie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from fedtailor.runs.report.names import in_method_order, in_pool_order, method_name, pool_name
+from fedtailor.runs.report.results import Block
+
+
+def summary_records(found: Sequence[Block]) -> list[dict[str, Any]]:
+    """``summary.json``: a record per (pool, budget, method), in fractions; null where there is no number."""
+    records = []
+    for block in found:
+        for method in block.methods:
+            cell, versus, loss = block.average[method], block.versus.get(method), block.loss.get(method)
+            comparison = versus and {
+                "mean_difference": versus.difference,
+                "standard_error": versus.standard_error,
+                "n_clients": versus.n_clients,
+                "beats_base": versus.verdict > 0,
+                "worse_than_base": versus.verdict < 0,
+            }
+            records.append(
+                {
+                    "pool": block.pool,
+                    "budget": block.budget,
+                    "method": method,
+                    "mean": cell.mean,
+                    "sd": cell.sd,
+                    "wins": block.wins[method],
+                    "n_languages": sum((language, method) in block.cells for language in block.languages),
+                    "versus_base": comparison,
+                    "loss_mean": loss.mean if loss else None,
+                    "loss_sd": loss.sd if loss else None,
+                }
+            )
+    return records
+
+
+def gaps(scored: pd.DataFrame) -> list[str]:
+    """A sentence for each (pool, method, budget) that lacks clients or seeds which other methods have."""
+    accuracy, sentences = scored[scored["metric"] == "accuracy"], []
+    for pool in in_pool_order(accuracy["pool"]):
+        rows = accuracy[accuracy["pool"] == pool]
+        full = rows[["seed", "client", "language"]].drop_duplicates()
+        for method in in_method_order(rows["method"]):
+            for budget, own in rows[rows["method"] == method].groupby("budget"):
+                lost = len(full) - len(own)
+                if lost:
+                    at = "" if budget == -1 else f", r = {budget}"
+                    sentences.append(
+                        f"{pool_name(pool)}, {method_name(method)}{at}: {lost} of {len(full)} client results "
+                        "are missing; its means are over the others."
+                    )
+    return sentences
+
+
+def tied_shares(frame: pd.DataFrame) -> dict[tuple[str, int], float]:
+    """(method, budget) to the share of ranks that tie with the last one kept, mean over clients and seeds."""
+    rows = frame[(frame["stage"] == "personalise") & (frame["metric"] == "tied_at_threshold")]
+    means = rows.groupby(["method", "budget"])["value"].mean()
+    table = means.reset_index()
+    rows_of = zip(table["method"], table["budget"], table["value"], strict=True)
+    return {(str(method), int(budget)): float(value) for method, budget, value in rows_of}
