@@ -113,9 +113,7 @@ class Crew:
             assert isinstance(info, StageInfo)
             return info
 
-    def submit(
-        self, member: Member, jobs: Sequence[SegmentJob], shared: Any, round: int, at: Sequence[int]
-    ) -> None:
+    def submit(self, member: Member, jobs: Sequence[SegmentJob], shared: Any, round: int, at: Sequence[int]) -> None:
         """Sends a call; ``shared`` is a reference to the round's array, or None."""
         call = Call("run", time.monotonic() + self._deadline_s, round, tuple(at))
         self._call(member, call, (list(jobs), shared))

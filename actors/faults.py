@@ -53,9 +53,7 @@ def judge(error: BaseException) -> Loss | TailorError:
     if isinstance(error, exceptions.ActorUnschedulableError):
         return PlacementError(f"Ray cannot place an actor: {_line(error)}")
     if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
-        return WorkerError(
-            f"an actor cannot start; are fedtailor and actors installed on all nodes?\n{error}"
-        )
+        return WorkerError(f"an actor cannot start; are fedtailor and actors installed on all nodes?\n{error}")
     if isinstance(error, _LOST):
         return Loss(_kind(error), _line(error))
     return WorkerError(f"Ray failed with {type(error).__name__}: {error}")

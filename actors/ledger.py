@@ -76,9 +76,7 @@ class JobLedger:
 
     def job(self, position: int) -> SegmentJob:
         """The job with the number of its current attempt."""
-        return replace(
-            self._jobs[position], attempt=self._jobs[position].attempt + len(self._losses[position])
-        )
+        return replace(self._jobs[position], attempt=self._jobs[position].attempt + len(self._losses[position]))
 
     def take(self, actors: int, single: bool = False) -> list[int]:
         """Hands out the next call's jobs: one, or as many as are expected to be short.

@@ -94,9 +94,7 @@ def _gpu_share(config: EngineConfig, nodes: Sequence[NodeResources]) -> tuple[fl
     smallest = min(node.gpu_memory_gb or 0.0 for node in with_gpu)
     k = math.floor(smallest / config.memory_gb)
     if k < 1:
-        raise PlacementError(
-            f"engine.memory_gb={config.memory_gb:g} is more than a GPU has: {_table(with_gpu)}"
-        )
+        raise PlacementError(f"engine.memory_gb={config.memory_gb:g} is more than a GPU has: {_table(with_gpu)}")
     return (1.0, None) if k == 1 else (math.floor(_STEP / k) / _STEP, 1 / k)
 
 

@@ -45,9 +45,7 @@ class RayPool:
         PlacementError: the actors can never fit, or the cluster cannot be joined.
     """
 
-    def __init__(
-        self, config: EngineConfig, on_event: OnEvent, *, worker: str = WORKER, merge: str = MERGE
-    ) -> None:
+    def __init__(self, config: EngineConfig, on_event: OnEvent, *, worker: str = WORKER, merge: str = MERGE) -> None:
         # Calls that are given up on purpose are no news; losses are reported as events.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         self._config, self._on_event = config, on_event
@@ -87,9 +85,7 @@ class RayPool:
             self._crew.hire(self._plan.count)
         return self._crew.open(spec)
 
-    def run(
-        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult
-    ) -> list[SegmentResult]:
+    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
         """See `Pool.run`."""
         if not self._per_client:
             return self._play(jobs, shared, lambda _, result: on_result(result))
@@ -121,9 +117,7 @@ class RayPool:
             self._worker, self._config.threads, self._plan.memory_fraction, forwarded_environment()
         )
 
-    def _play(
-        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, accepted: Accepted
-    ) -> list[SegmentResult]:
+    def _play(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, accepted: Accepted) -> list[SegmentResult]:
         """Runs jobs to the end; on an error calls under way are left to finish unheard."""
         self._round += 1
         ledger = JobLedger(jobs, self._costs, self._config.retries)
@@ -158,9 +152,7 @@ class RayPool:
             return
         results = answer.results or []
         if len(results) != len(call.positions):
-            raise WorkerError(
-                f"actor {member.number} answered {len(results)} of {len(call.positions)} segments"
-            )
+            raise WorkerError(f"actor {member.number} answered {len(results)} of {len(call.positions)} segments")
         for position, result in zip(call.positions, results, strict=True):
             if ledger.accept(position, result):
                 accepted(position, result)

@@ -173,9 +173,7 @@ def _object_store_bytes() -> int:
 def _local_variables(threads: int) -> dict[str, str]:
     roots = [str(Path(package.__path__[0]).resolve().parent) for package in (fedtailor, actors)]
     installed = set(site.getsitepackages())
-    path = [root for root in roots if root not in installed] + os.environ.get("PYTHONPATH", "").split(
-        os.pathsep
-    )
+    path = [root for root in roots if root not in installed] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return {
         **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),

@@ -68,9 +68,7 @@ def in_process(storage: Path, fault: str | None) -> int:
 
 
 @pytest.mark.parametrize(("name", "hit"), MOMENTS)
-def test_driver_killed_at_any_point_of_the_commit_protocol(
-    clean: str, tmp_path: Path, name: str, hit: int
-) -> None:
+def test_driver_killed_at_any_point_of_the_commit_protocol(clean: str, tmp_path: Path, name: str, hit: int) -> None:
     assert in_process(tmp_path, f"{name}@{hit}") == -signal.SIGKILL
     assert in_process(tmp_path, None) == 0
     assert digest(Storage(str(tmp_path)), "run") == clean

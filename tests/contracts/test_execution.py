@@ -47,9 +47,7 @@ def test_a_second_run_reuses_every_stage_and_needs_no_pool(clean: RunFolder) -> 
 def test_a_new_method_reuses_the_base(clean: RunFolder) -> None:
     events: list[dict[str, Any]] = []
     run_tiny(tiny(Path(clean.storage.url), "methods=[lora]", "lora.lr=1e-3"), "third", events=events)
-    states = {
-        e["stage"]: e["state"] for e in events if e["kind"] == "stage" and e["state"] in ("reused", "done")
-    }
+    states = {e["stage"]: e["state"] for e in events if e["kind"] == "stage" and e["state"] in ("reused", "done")}
     assert states == {"base/seed42": "reused", "personalise/lora/seed42": "done"}
 
 
@@ -74,9 +72,7 @@ def test_every_client_and_budget_is_evaluated_exactly_once(clean: RunFolder) -> 
 def test_kept_ranks_add_up_to_the_budget_times_the_layers(clean: RunFolder) -> None:
     frame = clean.metrics()
     kept = frame[frame.metric == "kept_rank"]
-    sums = kept.groupby(["method", "client", "budget"]).agg(
-        total=("value", "sum"), layers=("module", "nunique")
-    )
+    sums = kept.groupby(["method", "client", "budget"]).agg(total=("value", "sum"), layers=("module", "nunique"))
     assert (sums.total == sums.index.get_level_values("budget") * sums.layers).all()
     assert set(sums.layers) == {8}
 
@@ -99,9 +95,7 @@ class Saboteur(SerialPool):
         super().__init__(config, on_event)
         self.spoil, self.how = spoil, how
 
-    def run(
-        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult
-    ) -> list[SegmentResult]:
+    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
         stage = self._worker._stage
         assert stage is not None
         original, spoil, how = type(stage).context, self.spoil, self.how
@@ -153,9 +147,7 @@ def test_a_failing_client_is_named_although_it_ran_in_a_group(tmp_path: Path) ->
 
 def test_with_drop_the_round_goes_on_without_it(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
-    run = sabotaged(
-        tiny(tmp_path, *ONLY_ROUNDS, "engine.on_client_failure=drop"), "seen/amh/01", "raise", events
-    )
+    run = sabotaged(tiny(tmp_path, *ONLY_ROUNDS, "engine.on_client_failure=drop"), "seen/amh/01", "raise", events)
     assert {e["client"] for e in events if e["kind"] == "failure"} == {"seen/amh/01"}
     frame = run.metrics()
     assert len(frame[(frame.stage == "base") & (frame.metric == "train_loss")]) == 8

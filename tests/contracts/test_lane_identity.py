@@ -95,16 +95,12 @@ def test_one_step_in_float32_agrees_to_rounding() -> None:
         net = toy_net(torch.float32)
         ctx = context(net, "fedavg", group)
         for name in ("lora_B.classifier", "lora_B.bert.encoder.layer.0.output.dense"):
-            ctx.params.set(
-                name, torch.linspace(-1, 1, ctx.params[name][0].numel()).view(ctx.params[name][0].shape)
-            )
+            ctx.params.set(name, torch.linspace(-1, 1, ctx.params[name][0].numel()).view(ctx.params[name][0].shape))
         batch = next(iter(ctx.batches(ctx.training_batches(1, 4, "train"))))
         loss = lane_cross_entropy(net.logits(batch), batch)
         loss.sum().backward()
         losses.append(loss.detach())
-        grads.append(
-            torch.stack([ctx.params["lora_A.classifier"].grad[k].clone() for k in range(len(group))])
-        )
+        grads.append(torch.stack([ctx.params["lora_A.classifier"].grad[k].clone() for k in range(len(group))]))
     torch.testing.assert_close(losses[0], torch.cat(losses[1:]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grads[0], torch.cat(grads[1:]), rtol=1e-5, atol=1e-6)
 

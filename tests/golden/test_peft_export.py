@@ -111,9 +111,7 @@ def test_every_module_gets_its_own_rank_and_the_same_scale(base: Path, tmp_path:
     adapted = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
     layers = {n: m for n, m in adapted.base_model.model.named_modules() if isinstance(m, LoraLayer)}
     kept = {name: int((lam[name] != 0).sum()) for name in names}
-    assert {name: layer.r["default"] for name, layer in layers.items()} == {
-        n: r for n, r in kept.items() if r
-    }
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {n: r for n, r in kept.items() if r}
     assert {round(layer.scaling["default"], 12) for layer in layers.values()} == {SCALE}
     ranks = [kept[f"bert.encoder.layer.{i}.output.dense"] for i in (1, 11)]
     assert ranks[0] != ranks[1]
@@ -168,9 +166,7 @@ def test_a_path_that_ends_other_paths_adapts_neither_them_nor_takes_their_rank(t
         y = layer(y) + SCALE * ((y @ a[name].T) * lam[name]) @ b[name].T
     write_adapter(exported((names, a, b, lam)), tmp_path / "adapter")
     adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
-    layers = {
-        n: m.r["default"] for n, m in adapted.base_model.model.named_modules() if isinstance(m, LoraLayer)
-    }
+    layers = {n: m.r["default"] for n, m in adapted.base_model.model.named_modules() if isinstance(m, LoraLayer)}
     assert layers == {"tail.classifier": 3, "classifier": 2}
     torch.testing.assert_close(adapted(x), y, atol=1e-5, rtol=0)
 

@@ -24,11 +24,7 @@ def test_forward_and_gradients_equal_peft() -> None:
     ctx = toy_context(net, toy_lanes([6]), LoraAdapter(4, scale=1.7))
     config = LoraConfig(r=4, lora_alpha=1.7 * 4, target_modules=list(net.modules), lora_dropout=0.0)
     theirs = get_peft_model(plain, config, autocast_adapter_dtype=False).eval().double()
-    layers = {
-        name.removeprefix("base_model.model."): m
-        for name, m in theirs.named_modules()
-        if hasattr(m, "lora_A")
-    }
+    layers = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert set(layers) == set(net.modules)
     rng = torch.Generator().manual_seed(0)
     for name, layer in layers.items():
@@ -47,6 +43,4 @@ def test_forward_and_gradients_equal_peft() -> None:
     for name, layer in layers.items():
         for matrix in "AB":
             grad = getattr(layer, f"lora_{matrix}")["default"].weight.grad
-            torch.testing.assert_close(
-                ctx.params[f"lora_{matrix}.{name}"].grad[0], grad, rtol=1e-8, atol=1e-12
-            )
+            torch.testing.assert_close(ctx.params[f"lora_{matrix}.{name}"].grad[0], grad, rtol=1e-8, atol=1e-12)

@@ -56,13 +56,9 @@ class FakeWorker:
             log.write(f"{job.round} {job.index} {job.attempt}\n")
         time.sleep(config.get("sleep", 0.0))
         self._misbehave(job, config)
-        result = SegmentResult(
-            job.stage, job.round, job.index, job.attempt, partial=np.zeros(WIDTH, np.float32)
-        )
+        result = SegmentResult(job.stage, job.round, job.index, job.attempt, partial=np.zeros(WIDTH, np.float32))
         for client in job.clients:
-            rng = np.random.default_rng(
-                [job.round, *client.encode()]
-            )  # without torch, which takes seconds to import
+            rng = np.random.default_rng([job.round, *client.encode()])  # without torch, which takes seconds to import
             value = rng.normal(size=WIDTH).astype(np.float32)
             result.partial = result.partial + value + (0 if shared is None else shared)
             result.metrics.append(metric_row(client=client, value=float(value[0])))
@@ -128,9 +124,7 @@ def drive(payload: Mapping[str, Any], make_pool: Any, reporter: Reporter, stop: 
     if what == "fail":
         raise ClientError("seen/amh/00", "base/seed1", 3, "no examples")
     if what == "pool":
-        pool = make_pool(
-            EngineConfig(actors=2, num_cpus=0.5), reporter.event, worker="fake_worker:FakeWorker"
-        )
+        pool = make_pool(EngineConfig(actors=2, num_cpus=0.5), reporter.event, worker="fake_worker:FakeWorker")
         pool.open(stage(Path(payload["folder"])))
         while len(pool.hosts()) < 2:
             pool.run([SegmentJob("strategy/fake/seed1", 0, 0, ("a",))], None, lambda _: None)

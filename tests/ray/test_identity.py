@@ -25,9 +25,7 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest_of(run_tiny(tiny(tmp_path_factory.mktemp("serial"))))
 
 
-def on_ray(
-    folder: Path, actors: int, *overrides: str, events: list[dict[str, Any]] | None = None
-) -> RunFolder:
+def on_ray(folder: Path, actors: int, *overrides: str, events: list[dict[str, Any]] | None = None) -> RunFolder:
     from actors.ray_pool import RayPool
 
     exp = tiny(folder, "engine.backend=ray", f"engine.actors={actors}", "engine.num_cpus=0.5", *overrides)

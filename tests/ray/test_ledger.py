@@ -113,9 +113,7 @@ def test_parts_are_joined_in_client_order_and_once() -> None:
 
     def merge(parts: object) -> SegmentResult:
         assert isinstance(parts, list)
-        return SegmentResult(
-            "s", 0, parts[0].index, 0, valid=tuple(name for part in parts for name in part.valid)
-        )
+        return SegmentResult("s", 0, parts[0].index, 0, valid=tuple(name for part in parts for name in part.valid))
 
     parts = Parts([SegmentJob("s", 0, 0, ("a", "b")), SegmentJob("s", 0, 1, ("c",))], merge, joined.append)
     for position in (2, 1, 0):

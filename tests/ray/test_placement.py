@@ -102,7 +102,5 @@ def test_a_long_list_of_nodes_is_cut() -> None:
 
 
 def test_per_client_mode_asks_for_the_cohort_and_says_so() -> None:
-    with pytest.raises(
-        PlacementError, match=r"40 actors .* at most 2 .* Lower the cohort \(or use engine.mode=pool\)"
-    ):
+    with pytest.raises(PlacementError, match=r"40 actors .* at most 2 .* Lower the cohort \(or use engine.mode=pool\)"):
         plan_actors(EngineConfig(mode="per_client"), LAPTOP, count=40)

@@ -59,8 +59,7 @@ def shared_pool() -> Iterator[tuple[RayPool, list[dict[str, Any]]]]:
 def jobs(round: int = 0, segments: int = 4) -> list[SegmentJob]:
     """Segments of different size, so that the largest is not the first."""
     return [
-        SegmentJob("strategy/fake/seed1", round, i, tuple(f"c{i}-{k}" for k in range(i + 2)))
-        for i in range(segments)
+        SegmentJob("strategy/fake/seed1", round, i, tuple(f"c{i}-{k}" for k in range(i + 2))) for i in range(segments)
     ]
 
 
@@ -77,9 +76,7 @@ def assert_same(found: list[SegmentResult], expected: list[SegmentResult]) -> No
     for one, two in zip(found, expected, strict=True):
         assert one.partial.tobytes() == two.partial.tobytes()
         assert (one.metrics, one.valid) == (two.metrics, two.valid)
-        assert {k: v.tolist() for k, v in one.private.items()} == {
-            k: v.tolist() for k, v in two.private.items()
-        }
+        assert {k: v.tolist() for k, v in one.private.items()} == {k: v.tolist() for k, v in two.private.items()}
 
 
 def kinds(events: list[dict[str, Any]]) -> list[str]:
@@ -155,9 +152,7 @@ def test_actors_killed_between_rounds_are_replaced(
     assert_same(pool.run(jobs(1), SHARED, lambda _: None), serial(jobs(1), tmp_path / "serial"))
 
 
-@pytest.mark.parametrize(
-    ("fault", "stack"), [("hang", "_wait_for_godot"), ("freeze", "no stack: GetTimeoutError")]
-)
+@pytest.mark.parametrize(("fault", "stack"), [("hang", "_wait_for_godot"), ("freeze", "no stack: GetTimeoutError")])
 def test_a_hung_actor_meets_the_deadline_shows_its_stack_and_is_replaced(
     shared_pool: tuple[RayPool, list[dict[str, Any]]], fault: str, stack: str, tmp_path: Path
 ) -> None:
@@ -171,14 +166,10 @@ def test_a_hung_actor_meets_the_deadline_shows_its_stack_and_is_replaced(
     assert stack in lost["stack"]
 
 
-def test_a_segment_that_kills_every_actor_is_named_and_the_pool_lives_on(
-    make_pool: MakePool, tmp_path: Path
-) -> None:
+def test_a_segment_that_kills_every_actor_is_named_and_the_pool_lives_on(make_pool: MakePool, tmp_path: Path) -> None:
     pool, events = make_pool(retries=1)
     pool.open(stage(tmp_path, always_kill=[1]))
-    with pytest.raises(
-        WorkerError, match=r"segment 1 of strategy/fake/seed1, round 0 \(clients c1-0, c1-1, c1-2\)"
-    ):
+    with pytest.raises(WorkerError, match=r"segment 1 of strategy/fake/seed1, round 0 \(clients c1-0, c1-1, c1-2\)"):
         pool.run(jobs(), SHARED, lambda _: None)
     assert kinds(events) == ["death", "death"]
     pool.open(stage(tmp_path))
@@ -291,9 +282,7 @@ def test_per_client_mode_refuses_a_cohort_that_does_not_fit(make_pool: MakePool,
     pool, _ = make_pool(mode="per_client", num_cpus=1)
     pool.open(stage(tmp_path))
     clients = tuple(f"c{i}" for i in range(4 * (os.cpu_count() or 1)))
-    with pytest.raises(
-        PlacementError, match=rf"{len(clients)} actors of 1 CPU each do not fit.*Lower the cohort"
-    ):
+    with pytest.raises(PlacementError, match=rf"{len(clients)} actors of 1 CPU each do not fit.*Lower the cohort"):
         pool.run([SegmentJob("strategy/fake/seed1", 0, 0, clients)], SHARED, lambda _: None)
 
 
@@ -305,9 +294,7 @@ def test_what_cannot_be_placed_is_refused_in_seconds(make_pool: MakePool, engine
     assert time.monotonic() - started < 5
 
 
-def test_closing_ends_the_actors_but_not_a_cluster_that_others_started(
-    make_pool: MakePool, tmp_path: Path
-) -> None:
+def test_closing_ends_the_actors_but_not_a_cluster_that_others_started(make_pool: MakePool, tmp_path: Path) -> None:
     pool, _ = make_pool()
     pool.open(stage(tmp_path))
     pids = wait_for_actors(pool, 2)

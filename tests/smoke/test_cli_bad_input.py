@@ -249,9 +249,7 @@ def write_task(folder: Path, rows: int = 60, labels: tuple[str, ...] = ("sports"
     language = folder / "swa"
     language.mkdir(parents=True)
     for split in ("train", "dev", "test"):
-        lines = [
-            f"{labels[i % len(labels)]}\t{split} {i}\tmaandishi {i}\thttp://x/{i}\n" for i in range(rows)
-        ]
+        lines = [f"{labels[i % len(labels)]}\t{split} {i}\tmaandishi {i}\thttp://x/{i}\n" for i in range(rows)]
         (language / f"{split}.tsv").write_text(HEADER + "".join(lines), "utf-8")
     return folder
 
@@ -267,10 +265,7 @@ pytestmark_data = pytest.mark.usefixtures("no_build")
 
 @pytestmark_data
 def test_a_missing_data_folder_is_named(refuse: Callable[..., Refusal], tmp_path: Path) -> None:
-    assert (
-        f"task.path: {tmp_path / 'none'} is not a folder"
-        in refusal_of_data(refuse, tmp_path / "none").message
-    )
+    assert f"task.path: {tmp_path / 'none'} is not a folder" in refusal_of_data(refuse, tmp_path / "none").message
 
 
 @pytestmark_data
@@ -310,9 +305,7 @@ def test_a_truncated_gzip_file_is_named_with_its_line(refuse: Callable[..., Refu
 
 
 @pytestmark_data
-def test_bytes_that_are_not_utf8_are_named_with_file_and_line(
-    refuse: Callable[..., Refusal], tmp_path: Path
-) -> None:
+def test_bytes_that_are_not_utf8_are_named_with_file_and_line(refuse: Callable[..., Refusal], tmp_path: Path) -> None:
     file = write_task(tmp_path / "data") / "swa" / "test.tsv"
     file.write_bytes(HEADER.encode() + b"sports\ta\tb\tc\nsports\t\xff\xfe\tb\tc\n")
     assert f"{file}, line 3: not UTF-8" in refusal_of_data(refuse, tmp_path / "data").message
@@ -329,9 +322,7 @@ def test_more_clients_than_texts_is_an_empty_client(refuse: Callable[..., Refusa
 
 
 @pytestmark_data
-@pytest.mark.parametrize(
-    ("rows", "clients", "told"), [(6, 4, "1 train text and needs 2"), (2, 3, "would be empty")]
-)
+@pytest.mark.parametrize(("rows", "clients", "told"), [(6, 4, "1 train text and needs 2"), (2, 3, "would be empty")])
 def test_a_client_with_too_few_texts_is_named(
     refuse: Callable[..., Refusal], tmp_path: Path, rows: int, clients: int, told: str
 ) -> None:
@@ -348,9 +339,7 @@ def test_a_task_with_one_class_is_refused(refuse: Callable[..., Refusal], tmp_pa
 
 
 @pytestmark_data
-def test_an_unknown_language_is_refused_with_the_known_ones(
-    refuse: Callable[..., Refusal], tmp_path: Path
-) -> None:
+def test_an_unknown_language_is_refused_with_the_known_ones(refuse: Callable[..., Refusal], tmp_path: Path) -> None:
     message = refusal_of_data(refuse, write_task(tmp_path / "data"), "task.languages=[xyz]").message
     assert "xyz" in message
     assert "swa" in message

@@ -48,9 +48,7 @@ def test_the_norm_of_eq_4_runs_over_columns_of_b_not_rows() -> None:
     name = ctx.net.sites[0].name
     b = torch.arange(16 * RANK, dtype=torch.float64).view(16, RANK) - 20
     ctx.params.set(f"lora_B.{name}", b)
-    np.testing.assert_allclose(
-        column_norms(ctx.net, ctx.params, 1)[0, 0].detach().numpy(), np.abs(b.numpy()).sum(0)
-    )
+    np.testing.assert_allclose(column_norms(ctx.net, ctx.params, 1)[0, 0].detach().numpy(), np.abs(b.numpy()).sum(0))
 
 
 def test_the_clamp_stops_values_and_lets_gradients_through() -> None:
@@ -107,9 +105,7 @@ def test_first_step_of_the_search_is_the_gradient_of_eq_1() -> None:
     np.testing.assert_allclose(lam.numpy(), 0.5 - 1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "config", [QUICK, QUICK.model_copy(update={"max_grad_norm": 1.0})], ids=["plain", "clipped"]
-)
+@pytest.mark.parametrize("config", [QUICK, QUICK.model_copy(update={"max_grad_norm": 1.0})], ids=["plain", "clipped"])
 def test_search_equals_a_plain_float64_loop_with_torch_adam(config: RankSearchConfig) -> None:
     ctx = searching([7])
     picks = ctx.training_batches(config.epochs, config.batch_size, "train")[0]

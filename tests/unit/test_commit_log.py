@@ -258,9 +258,7 @@ def test_two_hundred_corruptions_of_the_newest_round_are_all_detected(tmp_path: 
         found = log.newest()
         assert found is not None
         assert found.index == 1, seed
-        np.testing.assert_array_equal(
-            found.tensors("server/state.safetensors")["momentum"].ravel()[:2], [-1, -2]
-        )
+        np.testing.assert_array_equal(found.tensors("server/state.safetensors")["momentum"].ravel()[:2], [-1, -2])
         assert [event["event"] for event in log.events] == ["quarantined"], seed
         place = Path(log.events[0]["place"])
         assert json.loads((place / "REASON.json").read_text())["reason"] == log.events[0]["reason"]
@@ -453,9 +451,7 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_round(
     assert newest is not None
     committed = faults.POINTS.index(point) >= faults.POINTS.index("commit:after-record")
     assert newest.index == (3 if committed else 2)
-    np.testing.assert_array_equal(
-        newest.tensors("global/shared.safetensors")["a"].ravel()[0], np.float32(newest.index)
-    )
+    np.testing.assert_array_equal(newest.tensors("global/shared.safetensors")["a"].ravel()[0], np.float32(newest.index))
     assert log.storage.list(f"{PATH}/quarantine") == [], "an attempt that never committed is no damage"
     if not committed:
         log.commit(3, objects(3), record(3))
@@ -476,9 +472,7 @@ def test_a_full_disk_leaves_the_last_commit_and_a_clear_sentence(
     log = filled(storage, 2)
     faults._hits.clear()
     monkeypatch.setenv(faults.VARIABLE, f"enospc:{point}@1")
-    with pytest.raises(
-        StorageError, match=r"rounds/000002\S*: no space left on the device.*free space and resume"
-    ):
+    with pytest.raises(StorageError, match=r"rounds/000002\S*: no space left on the device.*free space and resume"):
         log.commit(2, objects(2), record(2))
     monkeypatch.delenv(faults.VARIABLE)
     visible = faults.POINTS.index(point) >= faults.POINTS.index("commit:after-record")
@@ -511,9 +505,7 @@ def _fail(code: int) -> None:
     raise OSError(code, os.strerror(code))
 
 
-def test_a_rename_that_fails_in_passing_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rename_that_fails_in_passing_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = iter([errno.EIO, errno.ESTALE])
     link = os.link
 
@@ -528,9 +520,7 @@ def test_a_rename_that_fails_in_passing_is_tried_again(
 
 
 @pytest.mark.parametrize("text", ["commit:start", "nowhere@1", "commit:start@0", "commit:start@x"])
-def test_a_fault_that_names_no_point_is_a_configuration_error(
-    text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_that_names_no_point_is_a_configuration_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(faults.VARIABLE, text)
     with pytest.raises(ConfigError, match="points: commit:start"):
         faults.point("commit:start")

@@ -55,13 +55,9 @@ def make(storage: Storage, run_id: str = "r", edit: Edit = lambda index, objects
                 "global/shared": {"w": np.arange(4, dtype=np.float32) + index},
                 "server/state": {"m": np.ones(2) * index},
                 "clients/private": {"a": np.full(3, index, np.float32)},
-                "adapters/r2/a/adapter_model.safetensors": payloads.encode("x", {"lora_A": np.ones((2, 2))})[
-                    1
-                ],
+                "adapters/r2/a/adapter_model.safetensors": payloads.encode("x", {"lora_A": np.ones((2, 2))})[1],
                 "adapters/r2/a/adapter_config.json": b"{}",
-                "metrics": pa.Table.from_pylist(
-                    [metric_row(client="a", metric="acc", value=0.5, weight=3.0)]
-                ),
+                "metrics": pa.Table.from_pylist([metric_row(client="a", metric="acc", value=0.5, weight=3.0)]),
             }
             record = {"cohort": ["a"], "weights": {"a": 3.0}}
             if entry is STAGES[0]:
@@ -163,9 +159,7 @@ def test_a_stage_with_fewer_rounds_than_asked_has_no_digest(storage: Storage) ->
         digest(storage, "r")
 
 
-@pytest.mark.parametrize(
-    "name", ["global/shared.safetensors", "metrics.parquet", "clients/private.safetensors"]
-)
+@pytest.mark.parametrize("name", ["global/shared.safetensors", "metrics.parquet", "clients/private.safetensors"])
 def test_a_damaged_file_has_no_digest(storage: Storage, name: str) -> None:
     log: CommitLog = make(storage).log(STAGES[0])
     path = f"{log.path}/{log.read(1).objects[name].path}"

@@ -20,9 +20,7 @@ STEPS = [7, 7, 5, 2]
 def noisy_gradients(step: int, lane: int) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(100 * step + lane)
     # Mixed magnitudes and signs: a sign or epsilon error must show.
-    return {
-        s.name: torch.randn(s.shape, generator=rng, dtype=torch.float64) * 10.0 ** (lane - 2) for s in SPECS
-    }
+    return {s.name: torch.randn(s.shape, generator=rng, dtype=torch.float64) * 10.0 ** (lane - 2) for s in SPECS}
 
 
 def test_lanes_that_stop_early_equal_separate_adams() -> None:
@@ -43,9 +41,7 @@ def test_lanes_that_stop_early_equal_separate_adams() -> None:
         lanes.step(k)
     for lane, steps in enumerate(STEPS):
         own = {name: value[lane].clone().requires_grad_() for name, value in start.items()}
-        adam = torch.optim.Adam(
-            [{"params": [own["a"], own["c"]], "lr": 1e-2}, {"params": [own["b"]], "lr": 3e-1}]
-        )
+        adam = torch.optim.Adam([{"params": [own["a"], own["c"]], "lr": 1e-2}, {"params": [own["b"]], "lr": 3e-1}])
         for step in range(steps):
             for name, grad in noisy_gradients(step, lane).items():
                 own[name].grad = grad.clone()
@@ -66,9 +62,7 @@ def test_clipping_a_lane_is_torch_clipping_of_that_lane() -> None:
         for leaf, spec in zip(leaves, SPECS, strict=True):
             leaf.grad = before[lane][spec.name].clone()
         if lane < 2:
-            assert float(torch.nn.utils.clip_grad_norm_(leaves, 0.5)) == pytest.approx(
-                float(norms[lane]), rel=1e-12
-            )
+            assert float(torch.nn.utils.clip_grad_norm_(leaves, 0.5)) == pytest.approx(float(norms[lane]), rel=1e-12)
         for leaf, spec in zip(leaves, SPECS, strict=True):
             torch.testing.assert_close(params[spec.name].grad[lane], leaf.grad, rtol=1e-12, atol=0)
 

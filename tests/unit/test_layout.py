@@ -79,9 +79,9 @@ def test_setup_lists_the_packages_that_exist() -> None:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     listed = set(parser["options"]["packages"].split())
-    found = {
-        ".".join(["fedtailor", *p.parent.relative_to(LIBRARY).parts]) for p in LIBRARY.rglob("__init__.py")
-    } | {name for name in ("actors", "tune_spaces") if (ROOT / name / "__init__.py").exists()}
+    found = {".".join(["fedtailor", *p.parent.relative_to(LIBRARY).parts]) for p in LIBRARY.rglob("__init__.py")} | {
+        name for name in ("actors", "tune_spaces") if (ROOT / name / "__init__.py").exists()
+    }
     assert listed == found
 
 

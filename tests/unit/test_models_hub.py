@@ -166,9 +166,7 @@ def cache(folder: Path, into: Path, repository: str, commit: str) -> None:
 
 def test_a_hub_model_that_is_not_cached_offline_comes_with_advice(offline: Path) -> None:
     for ask in (hub.check_available, lambda cfg: hub.fingerprint(hub.resolve(cfg))):
-        with pytest.raises(
-            ModelError, match=r"not in the local cache and HF_HUB_OFFLINE is set.*model.path=FOLDER"
-        ):
+        with pytest.raises(ModelError, match=r"not in the local cache and HF_HUB_OFFLINE is set.*model.path=FOLDER"):
             ask(ModelConfig(name="mbert"))
     with pytest.raises(ModelError, match="did you mean 'mbert'"):
         hub.check_available(ModelConfig(name="mbrt"))
@@ -250,9 +248,7 @@ def test_a_head_for_other_labels_is_refused_unless_it_may_be_replaced(tiny: Path
 def test_a_body_that_lacks_weights_is_refused(folder: Path) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
-    with pytest.raises(
-        ModelError, match=r"16 weights of BertForSequenceClassification are missing.*layer\.1"
-    ):
+    with pytest.raises(ModelError, match=r"16 weights of BertForSequenceClassification are missing.*layer\.1"):
         hub.load_classifier(folder, 3, LABELS)
 
 
@@ -266,9 +262,7 @@ def test_the_attention_implementation_can_be_chosen(tiny: Path) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_materialise_writes_a_classifier_in_fp32_and_the_same_bytes_again(
-    headless: Path, tmp_path: Path
-) -> None:
+def test_materialise_writes_a_classifier_in_fp32_and_the_same_bytes_again(headless: Path, tmp_path: Path) -> None:
     half = AutoModelForSequenceClassification.from_pretrained(headless, dtype=torch.bfloat16)
     half.bert.save_pretrained(headless)
     first, second = (hub.materialise(at(headless), LABELS, 3, tmp_path / name) for name in "xy")
@@ -276,9 +270,7 @@ def test_materialise_writes_a_classifier_in_fp32_and_the_same_bytes_again(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.classifier.weight, hub.load_classifier(second, 3, LABELS).classifier.weight)
     assert hub.load_tokenizer(first)("one two")["input_ids"]
-    assert {p.name: p.read_bytes() for p in first.iterdir()} == {
-        p.name: p.read_bytes() for p in second.iterdir()
-    }
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
 
 
 def test_the_embedded_model_is_built_not_fetched(tmp_path: Path) -> None:

@@ -52,9 +52,7 @@ def test_the_folder_is_an_ordinary_hugging_face_folder(built: Path) -> None:
     assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.1
 
 
-def test_the_bytes_are_the_same_in_another_process_whatever_the_order_of_the_texts(
-    built: Path, tmp_path: Path
-) -> None:
+def test_the_bytes_are_the_same_in_another_process_whatever_the_order_of_the_texts(built: Path, tmp_path: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
@@ -127,12 +125,8 @@ def test_the_model_has_as_many_embeddings_as_the_tokenizer_has_tokens(built: Pat
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(built)) <= CFG.vocab_size
 
 
-@pytest.mark.parametrize(
-    ("texts", "labels", "blame"), [(["  ", ""], LABELS, "characters"), (TEXTS, [], "labels")]
-)
-def test_nothing_to_learn_from_is_an_error(
-    texts: list[str], labels: list[str], blame: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("texts", "labels", "blame"), [(["  ", ""], LABELS, "characters"), (TEXTS, [], "labels")])
+def test_nothing_to_learn_from_is_an_error(texts: list[str], labels: list[str], blame: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=blame):
         tiny_bert.build(texts, labels, CFG, 32, 42, tmp_path / "none")
     assert not (tmp_path / "none").exists()

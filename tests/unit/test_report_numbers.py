@@ -34,9 +34,7 @@ def only(frame: pd.DataFrame, **where: Any) -> Any:
 
 
 def test_a_language_is_pooled_over_clients_not_averaged() -> None:
-    table = results.results_table(
-        scored(score("lora", "seen/amh/0", 1, 1), score("lora", "seen/amh/1", 0, 9))
-    )
+    table = results.results_table(scored(score("lora", "seen/amh/0", 1, 1), score("lora", "seen/amh/1", 0, 9)))
     row = only(table, language="amh")
     assert (row["mean"], row["n_clients"], row["n_examples"], row["n_seeds"]) == (0.1, 2, 10, 1)
 
@@ -117,16 +115,12 @@ def test_base_comparison_is_paired_per_client_after_averaging_seeds() -> None:
 @pytest.mark.parametrize(("difference", "error", "verdict"), [
     (0.21, 0.1, 1), (0.2, 0.1, 0), (-0.21, 0.1, -1), (0.5, None, 0), (0.0, 0.0, 0),
 ])  # fmt: skip
-def test_beating_base_takes_more_than_two_standard_errors(
-    difference: float, error: float | None, verdict: int
-) -> None:
+def test_beating_base_takes_more_than_two_standard_errors(difference: float, error: float | None, verdict: int) -> None:
     assert results.Versus(difference, error, 5).verdict == verdict
 
 
 def test_one_client_gives_a_difference_without_standard_error() -> None:
-    (block,) = results.blocks(
-        scored(score("base", "seen/amh/0", 1, 4, budget=-1), score("lora", "seen/amh/0", 2, 4))
-    )
+    (block,) = results.blocks(scored(score("base", "seen/amh/0", 1, 4, budget=-1), score("lora", "seen/amh/0", 2, 4)))
     assert (block.versus["lora"].difference, block.versus["lora"].standard_error) == (0.25, None)
 
 
@@ -141,9 +135,7 @@ def test_results_do_not_depend_on_the_order_of_rows() -> None:
 
 
 def test_a_number_given_twice_is_an_error_naming_the_client() -> None:
-    with pytest.raises(
-        DataError, match=r"client seen/amh/0, lora, budget 8, seed 1: accuracy is given twice"
-    ):
+    with pytest.raises(DataError, match=r"client seen/amh/0, lora, budget 8, seed 1: accuracy is given twice"):
         scored(score("lora", "seen/amh/0", 1, 2), score("lora", "seen/amh/0", 2, 2))
 
 
@@ -227,9 +219,7 @@ def test_markdown_has_a_block_per_budget_with_the_best_in_bold() -> None:
 
 
 def test_latex_escapes_data_and_groups_columns_by_budget() -> None:
-    frame = scored(
-        score("my_method", "seen/50%/0", 1, 4, budget=2), score("my_method", "seen/50%/0", 1, 4, budget=4)
-    )
+    frame = scored(score("my_method", "seen/50%/0", 1, 4, budget=2), score("my_method", "seen/50%/0", 1, 4, budget=4))
     tex = tables.latex_table(read_facts(RUN | {"run_id": "a_b&c"}, 2), results.blocks(frame))
     for part in (r"a\_b\&c", r"my\_method", r"50\%", r"\toprule", r"$r$ = 2",
                  r"\cmidrule(lr){2-2} \cmidrule(lr){3-3}", r"\label{tab:seen}"):  # fmt: skip

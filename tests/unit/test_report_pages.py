@@ -17,9 +17,7 @@ import pytest
 from fedtailor.core.messages import metric_row
 from fedtailor.runs.report import write_report
 
-MODULES = [f"bert.encoder.layer.0.{part}" for part in ("attention.self.query", "output.dense")] + [
-    "classifier"
-]
+MODULES = [f"bert.encoder.layer.0.{part}" for part in ("attention.self.query", "output.dense")] + ["classifier"]
 EVIL = "<script>alert('x')</script> & $x_1$ --> |"
 RUN: dict[str, Any] = {
     "run_id": EVIL, "status": "complete", "failures": 0, "warnings": [EVIL], "versions": {"torch": EVIL},
@@ -30,9 +28,7 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def rows(
-    languages: tuple[str, ...] = ("amh", EVIL), pools: tuple[str, ...] = ("seen", "unseen")
-) -> Iterator[Any]:
+def rows(languages: tuple[str, ...] = ("amh", EVIL), pools: tuple[str, ...] = ("seen", "unseen")) -> Iterator[Any]:
     rng = np.random.default_rng(3)
     for pool in pools:
         for language in languages:
@@ -51,9 +47,7 @@ def rows(
                         if method == "fedp2eft":
                             yield metric_row(**here, metric="tied_at_threshold", value=0.5)
                             for module in MODULES:
-                                yield metric_row(
-                                    **here, metric="kept_rank", module=module, value=float(budget)
-                                )
+                                yield metric_row(**here, metric="kept_rank", module=module, value=float(budget))
                 for number in range(3):
                     for stage, method in (("base", "fedavg"), ("strategy", "fedp2eft")):
                         here = client | {"stage": stage, "method": method, "round": number, "weight": 5.0}

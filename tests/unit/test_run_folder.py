@@ -44,9 +44,7 @@ def stage(kind: str, method: str, seed: int = 42) -> dict[str, Any]:
 
 def rows(kind: str, method: str, index: int, clients: tuple[str, ...] = ("a", "b")) -> pa.Table:
     made = [
-        metric_row(
-            stage=kind, method=method, seed=42, round=index, client=c, metric="acc", value=0.1 * n, weight=3.0
-        )
+        metric_row(stage=kind, method=method, seed=42, round=index, client=c, metric="acc", value=0.1 * n, weight=3.0)
         for n, c in enumerate(clients)
     ]
     return pa.Table.from_pylist(made)
@@ -75,17 +73,13 @@ def test_a_run_id_of_other_characters_is_refused(storage: Storage, run_id: str) 
 
 def test_the_same_configuration_finds_its_run_again(storage: Storage) -> None:
     RunFolder.create(storage, "r", CONFIG).set_stages([stage("base", "fedavg")])
-    assert RunFolder.create(storage, "r", json.loads(json.dumps(CONFIG))).stages() == [
-        stage("base", "fedavg")
-    ]
+    assert RunFolder.create(storage, "r", json.loads(json.dumps(CONFIG))).stages() == [stage("base", "fedavg")]
 
 
 def test_another_configuration_is_refused_and_the_keys_are_named(storage: Storage) -> None:
     RunFolder.create(storage, "r", CONFIG)
     other = {**CONFIG, "seeds": [52], "task": {"name": "cldr", "alpha": 0.5}}
-    with pytest.raises(
-        StorageError, match=r"seeds: \[42\] there, \[52\] now; task.alpha: not set there, 0.5 now"
-    ):
+    with pytest.raises(StorageError, match=r"seeds: \[42\] there, \[52\] now; task.alpha: not set there, 0.5 now"):
         RunFolder.create(storage, "r", other)
     assert RunFolder.open(storage, "r").info()["config"] == CONFIG
 
@@ -242,9 +236,7 @@ def test_strategies_are_found_by_method_seed_and_client(storage: Storage) -> Non
         log = CommitLog(storage, f"artifacts/{entry['artifact']}")
         for index, client in enumerate(["seen/amh/00", "unseen/eng/01"]):
             lam = np.full((3, 2), index + entry["seed"], np.float32)
-            strategies = (
-                {"strategies.safetensors": {f"lambda/{client}": lam}} if entry["method"] != "lora" else {}
-            )
+            strategies = {"strategies.safetensors": {f"lambda/{client}": lam}} if entry["method"] != "lora" else {}
             log.commit(index, {"metrics": rows("personalise", entry["method"], index), **strategies}, {})
     found = run.strategies()
     assert set(found) == {("fedp2eft", 42), ("fedp2eft", 52)}

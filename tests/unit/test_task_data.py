@@ -35,9 +35,7 @@ def custom(monkeypatch: pytest.MonkeyPatch, source: Source) -> TaskConfig:
 
 
 def toy(part: LanguagePool, *, labels: tuple[str, ...] = ("a", "b"), disjoint: bool = False) -> Source:
-    other = LanguagePool(
-        *([Example("other " + e.text, e.label) for e in part.split(s)] for s in ("train", "test"))
-    )
+    other = LanguagePool(*([Example("other " + e.text, e.label) for e in part.split(s)] for s in ("train", "test")))
     return Source(labels, {"seen": {"x": part}, "unseen": {"x": other}}, {}, disjoint)
 
 
@@ -75,9 +73,7 @@ def test_labels_belong_to_their_texts(data: TaskData) -> None:
             assert set(zip(texts, labels.tolist(), strict=True)) <= set(part.split(split))  # type: ignore[arg-type]
 
 
-def test_equal_seeds_give_equal_bytes_and_another_seed_another_partition(
-    data: TaskData, tmp_path: Path
-) -> None:
+def test_equal_seeds_give_equal_bytes_and_another_seed_another_partition(data: TaskData, tmp_path: Path) -> None:
     again, other = prepare(CFG, 42, tmp_path / "again"), prepare(CFG, 43, tmp_path / "other")
     assert all((data.path / name).read_bytes() == (again.path / name).read_bytes() for name in FILES)
     assert other.hash != data.hash
@@ -85,9 +81,7 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_another_partition(
 
 
 def test_the_order_of_the_languages_in_the_config_does_not_matter() -> None:
-    assert fingerprint(CFG, 42) == fingerprint(
-        TaskConfig(languages=("sna", "amh", "yor"), clients_per_language=4), 42
-    )
+    assert fingerprint(CFG, 42) == fingerprint(TaskConfig(languages=("sna", "amh", "yor"), clients_per_language=4), 42)
 
 
 def test_the_fingerprint_is_the_manifests_hash_and_depends_on_the_partition(data: TaskData) -> None:
@@ -97,10 +91,7 @@ def test_the_fingerprint_is_the_manifests_hash_and_depends_on_the_partition(data
         for k, v in (("alpha", 5.0), ("resample", 9))
     ]
     assert len({data.hash, *(fingerprint(cfg, 42) for cfg in different)}) == 3
-    assert (
-        fingerprint(TaskConfig(languages=CFG.languages, clients_per_language=4, max_length=9), 42)
-        == data.hash
-    )
+    assert fingerprint(TaskConfig(languages=CFG.languages, clients_per_language=4, max_length=9), 42) == data.hash
 
 
 def test_clients_with_different_texts_have_different_hashes(data: TaskData) -> None:
@@ -113,9 +104,7 @@ def test_unseen_clients_are_skewed_by_their_own_labels(tmp_path: Path) -> None:
     cfg = TaskConfig(languages=("fra", "amh"), clients_per_language=8)
     manifest = prepare(cfg, 42, tmp_path).manifest
     for pool in ("seen", "unseen"):
-        counts = np.array(
-            [c["train_classes"] for c in manifest["clients"] if c["id"].startswith(f"{pool}/amh")]
-        )
+        counts = np.array([c["train_classes"] for c in manifest["clients"] if c["id"].startswith(f"{pool}/amh")])
         shares = counts / counts.sum(axis=1, keepdims=True)
         overall = counts.sum(axis=0) / counts.sum()
         # Expected distance of an IID client: half the sum of the mean absolute deviations of its shares.
@@ -185,9 +174,7 @@ def test_one_class_in_the_whole_task_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_language_with_too_little_text_says_how_many_clients_fit() -> None:
-    with pytest.raises(
-        DataError, match=r"client seen/sna/\d\d would .*'sna' has \d+ train .*at most \d+ would fit"
-    ):
+    with pytest.raises(DataError, match=r"client seen/sna/\d\d would .*'sna' has \d+ train .*at most \d+ would fit"):
         fingerprint(TaskConfig(languages=("fra", "sna"), clients_per_language=60), 42)
 
 

@@ -67,9 +67,7 @@ def test_a_partial_train_file_stands_in_for_a_missing_one_only(tmp_path: Path) -
 
 def test_quoted_fields_may_hold_line_breaks_tabs_and_very_long_text(tmp_path: Path) -> None:
     path = tmp_path / "f.tsv"
-    path.write_text(
-        f'{HEADER}health\t"a ""b"""\t"line 1\nline 2\tend"\tu\nhealth\tlong\t{"x" * 200_000}\tu\n'
-    )
+    path.write_text(f'{HEADER}health\t"a ""b"""\t"line 1\nline 2\tend"\tu\nhealth\tlong\t{"x" * 200_000}\tu\n')
     first, second = read_tsv(path)
     assert first.text == 'a "b" line 1\nline 2\tend'
     assert len(second.text) == 200_005
@@ -123,9 +121,7 @@ def test_a_damaged_tsv_names_file_and_line(tmp_path: Path, text: str, message: s
 
 
 def test_a_truncated_or_damaged_gzip_names_file_and_line(tmp_path: Path) -> None:
-    cfg = write(
-        tmp_path, train_gz=rows(*(f"{i * 7919} text" for i in range(9000))), dev=rows("b"), test=rows("c")
-    )
+    cfg = write(tmp_path, train_gz=rows(*(f"{i * 7919} text" for i in range(9000))), dev=rows("b"), test=rows("c"))
     path = tmp_path / "lin" / "train.tsv.gz"
     whole = path.read_bytes()
     for damaged, reason in (
@@ -134,9 +130,7 @@ def test_a_truncated_or_damaged_gzip_names_file_and_line(tmp_path: Path) -> None
         (b"x", ""),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(
-            DataError, match=rf"train.tsv.gz, line \d+: damaged or truncated gzip: .*{reason}"
-        ):
+        with pytest.raises(DataError, match=rf"train.tsv.gz, line \d+: damaged or truncated gzip: .*{reason}"):
             load(cfg, 0)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError) as caught:
@@ -173,9 +167,7 @@ def test_without_folder_or_hub_the_error_says_what_to_set(monkeypatch: pytest.Mo
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        DataError, match=r"\(lin, train\) .*ConnectionError: no network.*task.path.*FEDTAILOR_DATA"
-    ):
+    with pytest.raises(DataError, match=r"\(lin, train\) .*ConnectionError: no network.*task.path.*FEDTAILOR_DATA"):
         load(TaskConfig(name="masakhanews", languages=("lin",)), 0)
 
 

@@ -19,9 +19,7 @@ def pool(train: Sequence[int], test: Sequence[int]) -> LanguagePool:
     return LanguagePool(split("train", train), split("test", test))
 
 
-def deal(
-    part: LanguagePool, clients: int, alpha: float = 0.5, seed: int = 42, where: str = "seen"
-) -> list[Shard]:
+def deal(part: LanguagePool, clients: int, alpha: float = 0.5, seed: int = 42, where: str = "seen") -> list[Shard]:
     return list(partition(part, where, "amh", clients, alpha, seed))  # type: ignore[arg-type]
 
 
@@ -31,9 +29,7 @@ def shares(part: LanguagePool, shards: Sequence[Shard], split: str, classes: int
     return counts / counts.sum(axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize(
-    ("train", "clients"), [((50, 30, 21), 10), ((7, 0, 40), 4), ((3, 3, 3), 4), ((100,), 7)]
-)
+@pytest.mark.parametrize(("train", "clients"), [((50, 30, 21), 10), ((7, 0, 40), 4), ((3, 3, 3), 4), ((100,), 7)])
 def test_shard_sizes_differ_by_at_most_one(train: tuple[int, ...], clients: int) -> None:
     shards = deal(pool(train, train), clients)
     for sizes in ([len(s.train) for s in shards], [len(s.test) for s in shards]):
@@ -159,16 +155,12 @@ def test_resampled_classes_follow_the_clients_prior_in_train_and_test() -> None:
 def test_a_resampled_client_does_not_depend_on_the_number_of_clients() -> None:
     part = pool((50, 30), (20, 10))
     few, many = redraw(part, 3), redraw(part, 300)
-    assert all(
-        (a.train == b.train).all() and (a.test == b.test).all() for a, b in zip(few, many, strict=False)
-    )
+    assert all((a.train == b.train).all() and (a.test == b.test).all() for a, b in zip(few, many, strict=False))
 
 
 @pytest.mark.parametrize(
     ("train", "test", "n"), [((5, 0), (0, 5), 10), ((0,), (5,), 10), ((5,), (0,), 10), ((5,), (5,), 1)]
 )
-def test_resampling_from_nothing_or_one_text_is_an_error(
-    train: tuple[int, ...], test: tuple[int, ...], n: int
-) -> None:
+def test_resampling_from_nothing_or_one_text_is_an_error(train: tuple[int, ...], test: tuple[int, ...], n: int) -> None:
     with pytest.raises(DataError, match=r"client seen/amh/00 would be empty|task\.resample"):
         redraw(pool(train, test), clients=2, n=n)

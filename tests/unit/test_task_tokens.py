@@ -44,9 +44,7 @@ def tokenizer(data: TaskData) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def tokens(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> TokenData:
+def tokens(data: TaskData, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> TokenData:
     return tokenise(data, tokenizer, MAX_LENGTH, tmp_path_factory.mktemp("tokens"))
 
 
@@ -59,10 +57,7 @@ def test_every_example_is_the_tokenizers_own_encoding(
             examples = tokens.examples(client.id, split)  # type: ignore[arg-type]
             assert (examples.labels == labels).all()
             for text, row, length in zip(texts, examples.input_ids, examples.lengths, strict=True):
-                assert (
-                    row[:length].tolist()
-                    == tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"]
-                )
+                assert row[:length].tolist() == tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"]
                 assert (row[length:] == tokens.pad_id).all()
 
 
@@ -116,9 +111,7 @@ def test_max_length_must_leave_room_for_text(
         tokenise(data, tokenizer, 2, tmp_path)
 
 
-def test_long_and_unreadable_texts_give_at_least_one_token(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_long_and_unreadable_texts_give_at_least_one_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     odd = ["x" * 100_000, "x y " * 25_000, "\u200b", " ", "ordinary text"]
     part = LanguagePool([Example(text, i % 2) for i, text in enumerate(odd)], [Example("t", 0)])
     other = LanguagePool([Example("a", 0), Example("b", 1)], [Example("c", 0)])
@@ -137,9 +130,7 @@ def test_long_and_unreadable_texts_give_at_least_one_token(
     assert blank[0] == tokenizer.unk_token_id
 
 
-def test_opening_three_hundred_clients_takes_milliseconds(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_opening_three_hundred_clients_takes_milliseconds(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     cfg = TaskConfig(languages=("amh", "fra"), clients_per_language=80)
     tokenise(prepare(cfg, 0, tmp_path / "data"), tokenizer, 32, tmp_path / "tokens")
     start = time.process_time()
@@ -155,9 +146,7 @@ def test_an_unknown_client_is_an_error(tokens: TokenData) -> None:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokens.arrow", "examples.arrow"])
-def test_a_damaged_file_is_named(
-    data: TaskData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str
-) -> None:
+def test_a_damaged_file_is_named(data: TaskData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, name: str) -> None:
     tokenise(data, tokenizer, MAX_LENGTH, tmp_path)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])

@@ -42,9 +42,7 @@ def _canary(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     """A run with two rounds of a base stage and one chunk of personalised clients."""
-    folder = RunFolder.create(
-        Storage(tmp_path), "mine", to_json(compose([], [*WORDS, f"storage={tmp_path}"]))
-    )
+    folder = RunFolder.create(Storage(tmp_path), "mine", to_json(compose([], [*WORDS, f"storage={tmp_path}"])))
     folder.set_stages(STAGES)
     for number, losses in enumerate(([1.0, 3.0], [0.5, 2.0])):
         rows = [
@@ -144,11 +142,7 @@ def test_results_per_language_are_a_table(run: RunFolder) -> None:
 
 def test_a_second_sync_replaces_the_first(run: RunFolder) -> None:
     first = wandb_sink.sync(run, "offline")
-    rows = [
-        metric_row(
-            stage="base", method="fedavg", seed=42, round=2, metric="train_loss", value=4.0, weight=1.0
-        )
-    ]
+    rows = [metric_row(stage="base", method="fedavg", seed=42, round=2, metric="train_loss", value=4.0, weight=1.0)]
     run.log(STAGES[0]).commit(2, {METRICS: metrics_table(rows)}, {"kind": "round"})
     wandb_sink.sync(run, "offline")
     (folder,) = offline_runs(run)
@@ -177,9 +171,7 @@ def test_a_failing_wandb_is_told_and_kept_as_an_event_and_fails_nothing(
     assert not (run.storage.local_path(run.run_id) / "wandb").exists()
 
 
-def test_a_failing_sync_keeps_the_offline_run_before_it(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_sync_keeps_the_offline_run_before_it(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb_sink.sync(run, "offline")
     before = offline_runs(run)
     monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(OSError("no")))

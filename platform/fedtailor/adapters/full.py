@@ -25,9 +25,7 @@ class FullModel:
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Every parameter once, tied ones under their first name."""
-        return [
-            ParamSpec(plain_name(n), tuple(p.shape), Scope.SHARED) for n, p in net.model.named_parameters()
-        ]
+        return [ParamSpec(plain_name(n), tuple(p.shape), Scope.SHARED) for n, p in net.model.named_parameters()]
 
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
         """The weights as loaded."""

@@ -67,9 +67,7 @@ class LaneLinear(nn.Module):
         z = torch.bmm(h, a.transpose(1, 2))
         if lam is not None:
             z = z * lam.unsqueeze(1).to(z.dtype)
-        delta = torch.baddbmm(
-            y.reshape(lanes, -1, y.shape[-1]), z, b.transpose(1, 2).to(z.dtype), alpha=self.scale
-        )
+        delta = torch.baddbmm(y.reshape(lanes, -1, y.shape[-1]), z, b.transpose(1, 2).to(z.dtype), alpha=self.scale)
         return delta.view(y.shape)
 
     def _dropout(self, x: Tensor, lanes: int) -> Tensor:

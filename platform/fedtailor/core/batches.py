@@ -71,13 +71,11 @@ def make_batch(
         labels[lane, :n] = e.labels[pick]
         rows[lane, :n] = True
     mask = (np.arange(t) < lengths[..., None]).astype(np.int64)
-    tensors = (torch.from_numpy(array).to(device) for array in (ids, mask, labels, rows))
-    return LaneBatch(*tensors, shapes=shapes)
+    tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, rows)]
+    return LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes)
 
 
-def training_picks(
-    size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]
-) -> list[IntArray]:
+def training_picks(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:
     """Row numbers of every step: each epoch a fresh permutation, its last batch possibly smaller.
 
     Args:

@@ -49,9 +49,7 @@ def merge_layers(layers: Sequence[Mapping[str, Any]], overrides: Sequence[str] =
     """
     bad = [word for word in overrides if "=" not in word or not word.split("=", 1)[0]]
     if bad:
-        raise ConfigError(
-            [f"'{word}' is not an override; write key=value, e.g. strategy.rounds=20" for word in bad]
-        )
+        raise ConfigError([f"'{word}' is not an override; write key=value, e.g. strategy.rounds=20" for word in bad])
     tree, at = OmegaConf.create({}), "the presets"
     try:
         for layer in layers:
@@ -103,9 +101,7 @@ def _sentence(kind: type[Config], problem: Any) -> str:
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         if not near:
             everywhere = {name.rsplit(".", 1)[-1]: name for name in dotted_keys(kind)}
-            near = [
-                everywhere[m] for m in difflib.get_close_matches(str(path[-1]), list(everywhere), 1, 0.75)
-            ]
+            near = [everywhere[m] for m in difflib.get_close_matches(str(path[-1]), list(everywhere), 1, 0.75)]
         hint = f"; did you mean '{near[0]}'?" if near else ""
         return f"unknown key '{key}'{hint} (keys here: {', '.join(known)})"
     if problem["type"] == "missing":

@@ -64,7 +64,7 @@ class ClientContext:
     round: int
     num_labels: int
     pad_id: int
-    features: Callable[[Sequence[Lane], bool], Tensor]
+    features: Callable[[Sequence[Lane], int | None], Sequence[Tensor]]
     warn: Callable[[Lane, str], None]
     budgets: tuple[int, ...] = ()
     r_max: int = 0
@@ -75,9 +75,7 @@ class ClientContext:
     @property
     def sizes(self) -> Tensor:
         """N of each lane, (K,), in the base's type."""
-        return torch.tensor(
-            [lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype
-        )
+        return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
 
     def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
         """Rows of every step of every lane.
@@ -100,13 +98,10 @@ class ClientContext:
         """Gives every lane its own generator for adapter dropout."""
         self.net.state.dropout = probability
         self.net.state.generators = [
-            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}")
-            for lane in self.lanes
+            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}") for lane in self.lanes
         ]
 
-    def fork(
-        self, lanes: Sequence[Lane], adapter: Adapter | None, modules: Sequence[Parameters] = ()
-    ) -> ClientContext:
+    def fork(self, lanes: Sequence[Lane], adapter: Adapter | None, modules: Sequence[Parameters] = ()) -> ClientContext:
         """The same surroundings with other lanes and fresh parameters, bound to the model."""
         params = open_params(self.net, len(lanes), adapter, modules, self.seed)
         return replace(self, lanes=tuple(lanes), params=params)

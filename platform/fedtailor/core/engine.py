@@ -67,10 +67,12 @@ class Worker:
         """
         stage = self._stage
         if stage is None or stage.spec.key != job.stage:
-            raise TailorError(
-                f"segment of stage {job.stage} sent to a worker of {stage.spec.key if stage else 'none'}"
-            )
+            raise TailorError(f"segment of stage {job.stage} sent to a worker of {stage.spec.key if stage else 'none'}")
         return _Segment(stage, job, shared).play()
+
+
+BASE_REF = "base"
+"""What an exported adapter calls its base model; a path of this machine would enter committed bytes."""
 
 
 class _Segment:
@@ -79,9 +81,7 @@ class _Segment:
     def __init__(self, stage: OpenStage, job: SegmentJob, shared: FloatArray | None) -> None:
         self.stage, self.job = stage, job
         self.shared = (
-            None
-            if shared is None
-            else torch.from_numpy(np.array(shared, dtype=np.float32)).to(stage.net.device)
+            None if shared is None else torch.from_numpy(np.array(shared, dtype=np.float32)).to(stage.net.device)
         )
         self.result = SegmentResult(job.stage, job.round, job.index, job.attempt)
         self.rows: dict[str, FloatArray] = {}
@@ -121,9 +121,7 @@ class _Segment:
     def _one_by_one(self, clients: Sequence[str], error: Exception) -> None:
         """Names the client that broke the group: runs it again lane by lane."""
         if len(clients) > 1:
-            self.result.warnings.append(
-                {"kind": "group-rerun", "clients": list(clients), "reason": _reason(error)}
-            )
+            self.result.warnings.append({"kind": "group-rerun", "clients": list(clients), "reason": _reason(error)})
         for client in clients:
             for record in (self.rows, self.metrics, self.failed, self.result.private, self.result.tensors):
                 record.pop(client, None)
@@ -134,9 +132,7 @@ class _Segment:
             except TailorError:
                 raise
             except Exception as own:
-                self.failed[client] = Failure(
-                    client, self.job.stage, self.job.round, "exception", _reason(own)
-                )
+                self.failed[client] = Failure(client, self.job.stage, self.job.round, "exception", _reason(own))
 
     def _group(self, clients: Sequence[str]) -> None:
         ctx = self.stage.context(clients, self.job.round, self.shared, self.job.private, self._warn)
@@ -149,9 +145,7 @@ class _Segment:
     def _update(self, ctx: ClientContext) -> None:
         update = self.stage.method.local_update
         if update is None:
-            raise TailorError(
-                f"method {self.stage.method.name} has no local update: it cannot take part in rounds"
-            )
+            raise TailorError(f"method {self.stage.method.name} has no local update: it cannot take part in rounds")
         report = update(ctx)
         shared, private = ctx.params.flat(Scope.SHARED), ctx.params.flat(Scope.PRIVATE)
         for k, lane in enumerate(ctx.lanes):
@@ -203,7 +197,7 @@ class _Segment:
             ]
             rows += self._rank_rows(made, k, lane)
             if spec.save_adapters and made.export is not None:
-                self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, spec.model_dir)
+                self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, BASE_REF)
 
     def _rank_rows(self, made: Personalised, k: int, lane: Lane) -> list[dict[str, Any]]:
         if made.ranks is None or not made.selects_ranks:

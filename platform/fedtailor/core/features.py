@@ -81,8 +81,7 @@ def client_features(net: LaneNet, examples: Examples, pad_id: int, pad_to: int |
 
 
 def _widen(batch: LaneBatch, width: int, pad_id: int) -> LaneBatch:
-    k, b, t = batch.input_ids.shape
-    extra = max(0, width - t)
+    extra = max(0, width - batch.input_ids.shape[2])
     ids = torch.nn.functional.pad(batch.input_ids, (0, extra), value=pad_id)
     mask = torch.nn.functional.pad(batch.attention_mask, (0, extra), value=0)
     return LaneBatch(ids, mask, batch.labels, batch.rows, batch.shapes)

@@ -80,9 +80,7 @@ class LaneAdam:
                 if group.rounded is not None:
                     value.copy_(value.to(group.rounded))
 
-    def _update(
-        self, value: Tensor, grad: Tensor, m: Tensor, v: Tensor, step_size: Tensor, root: Tensor
-    ) -> None:
+    def _update(self, value: Tensor, grad: Tensor, m: Tensor, v: Tensor, step_size: Tensor, root: Tensor) -> None:
         b1, b2 = self._betas
         m.lerp_(grad, 1 - b1)
         v.mul_(b2).addcmul_(grad, grad, value=1 - b2)

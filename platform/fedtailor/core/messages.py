@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ class StageSpec:
     seed: int
     model_dir: str
     data_dir: str
-    targets: str | tuple[str, ...]
+    targets: Literal["all-linear"] | tuple[str, ...]
     base_dropout: float
     budgets: tuple[int, ...]
     r_max: int

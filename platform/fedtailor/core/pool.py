@@ -45,9 +45,7 @@ class Pool(Protocol):
     def open(self, spec: StageSpec) -> StageInfo:
         """Prepares all workers for a stage; closes the one before it."""
 
-    def run(
-        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult
-    ) -> list[SegmentResult]:
+    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
         """Runs jobs and returns one result each, in job order.
 
         Args:
@@ -82,9 +80,7 @@ class SerialPool:
         """See `Pool.open`."""
         return self._worker.open(spec)
 
-    def run(
-        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult
-    ) -> list[SegmentResult]:
+    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
         """See `Pool.run`."""
         results = []
         for job in jobs:

@@ -98,9 +98,7 @@ def cohort_of(plan: RoundPlan, round: int) -> tuple[str, ...]:
     The stream is named (seed, stage kind, round): methods of the same stage kind meet the same cohorts.
     """
     kind = plan.stage.split("/")[0]
-    picks = numpy_rng(plan.seed, kind, round, "cohort").choice(
-        len(plan.clients), size=plan.cohort, replace=False
-    )
+    picks = numpy_rng(plan.seed, kind, round, "cohort").choice(len(plan.clients), size=plan.cohort, replace=False)
     return tuple(plan.clients[i] for i in picks)
 
 
@@ -163,7 +161,8 @@ def close_round(
     if len(valid) < needed:
         told = "; ".join(f"{f.client}: {f.reason}" for f in failures[:5])
         raise RoundError(
-            f"{plan.stage}, round {state.round}: {len(valid)} of {len(cohort)} updates are valid, {needed} needed ({told})"
+            f"{plan.stage}, round {state.round}: {len(valid)} of {len(cohort)} updates are valid, "
+            f"{needed} needed ({told})"
         )
     total = _merge(method, results)
     consensus = method.aggregator.result(total)

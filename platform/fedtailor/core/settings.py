@@ -152,9 +152,7 @@ class EngineConfig(Config):
         if self.memory_gb is not None and self.num_gpus:
             raise ValueError("'engine.memory_gb' and 'engine.num_gpus' exclude each other: give one")
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
-            raise ValueError(
-                f"'engine.num_gpus': a fraction must be below 1, or a whole number, got {self.num_gpus}"
-            )
+            raise ValueError(f"'engine.num_gpus': a fraction must be below 1, or a whole number, got {self.num_gpus}")
         return self
 
 

@@ -27,7 +27,8 @@ from fedtailor.tasks.tokens import TokenData
 
 def load_net(spec: StageSpec, labels: Sequence[str]) -> LaneNet:
     """The frozen model of a stage, with its adapted layers wrapped."""
-    model = load_classifier(Path(spec.model_dir), len(labels), labels).to(spec.device)
+    model = load_classifier(Path(spec.model_dir), len(labels), labels)
+    model.to(torch.device(spec.device))  # type: ignore[arg-type]
     return LaneNet(model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout)
 
 
@@ -83,9 +84,7 @@ class OpenStage:
         self._reset(params, None, [None])
         initial = params.flat(Scope.SHARED)[0].detach().float().cpu().numpy().copy()
         r_init = getattr(self.method.adapter, "r_init", 0)
-        return StageInfo(
-            self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init
-        )
+        return StageInfo(self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init)
 
     def groups(self, clients: Sequence[str]) -> list[list[int]]:
         """Client indices that share a forward pass."""
@@ -144,9 +143,7 @@ class OpenStage:
 
     def _lanes(self, count: int) -> LaneParams:
         if count not in self.params:
-            self.params[count] = open_params(
-                self.net, count, self.method.adapter, self.method.modules, self.spec.seed
-            )
+            self.params[count] = open_params(self.net, count, self.method.adapter, self.method.modules, self.spec.seed)
         params = self.params[count]
         self.net.unbind()
         if self.method.adapter:
@@ -171,13 +168,9 @@ class OpenStage:
         if shared is not None:
             size = params.flat(Scope.SHARED).shape[1]
             if shared.shape != (size,):
-                raise ValueError(
-                    f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}"
-                )
+                raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
             for lane in range(params.lanes):
-                sent = (
-                    self.method.downlink(shared.cpu().numpy(), clients[lane]) if self._truncates() else shared
-                )
+                sent = self.method.downlink(shared.cpu().numpy(), clients[lane]) if self._truncates() else shared
                 params.flat(Scope.SHARED)[lane].copy_(torch.as_tensor(sent))
         for lane, row in enumerate(private):
             if row is not None:

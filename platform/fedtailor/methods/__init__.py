@@ -27,13 +27,9 @@ class MethodEntry:
 
 
 METHODS: Final[Mapping[str, MethodEntry]] = {
-    "majority": MethodEntry(
-        majority.MajorityConfig, majority.build, "each client's most frequent training class"
-    ),
+    "majority": MethodEntry(majority.MajorityConfig, majority.build, "each client's most frequent training class"),
     "base": MethodEntry(base.BaseConfig, base.build, "the base model as it is"),
-    "fedavg": MethodEntry(
-        fedavg.FedAvgConfig, fedavg.build, "FedAvg, full fine-tuning or LoRA (McMahan et al. 2017)"
-    ),
+    "fedavg": MethodEntry(fedavg.FedAvgConfig, fedavg.build, "FedAvg, full fine-tuning or LoRA (McMahan et al. 2017)"),
     "lora": MethodEntry(lora.LoraConfig, lora.build, "LoRA per client, rank r everywhere (Hu et al. 2022)"),
     "bayestune_lora": MethodEntry(
         bayestune_lora.BayesTuneLoraConfig,

@@ -112,9 +112,7 @@ class StrategyGenerator:
                 sd = self.cfg.gain * math.sqrt(2 / sum(spec.shape))
                 values[spec.name] = torch.randn(spec.shape, generator=torch_rng(seed, spec.name)) * sd
             else:
-                values[spec.name] = torch.full(
-                    spec.shape, 0.25 if spec.name == "psg.prelu" else self.cfg.bias
-                )
+                values[spec.name] = torch.full(spec.shape, 0.25 if spec.name == "psg.prelu" else self.cfg.bias)
         return values
 
     def __call__(self, params: LaneParams, features: Tensor) -> Tensor:
@@ -146,9 +144,7 @@ class TwoStages:
             start = self.psg(ctx.params, features)
         target, metrics = search_ranks(ctx, start, self.cfg.stage1)
         before, after = self._regress(ctx, features, target)
-        found = {
-            f"lambda_target_{key[7:]}" if key.startswith("lambda_") else key: v for key, v in metrics.items()
-        }
+        found = {f"lambda_target_{key[7:]}" if key.startswith("lambda_") else key: v for key, v in metrics.items()}
         moved = (target - start).abs().mean((1, 2))
         return Report({**found, "lambda_moved": moved, "psg_loss": before, "psg_loss_after": after})
 

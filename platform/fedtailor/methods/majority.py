@@ -32,10 +32,7 @@ class MajorityClass:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """Counts the training labels."""
         counts = torch.stack(
-            [
-                torch.bincount(torch.from_numpy(lane.train.labels), minlength=ctx.num_labels)
-                for lane in ctx.lanes
-            ]
+            [torch.bincount(torch.from_numpy(lane.train.labels), minlength=ctx.num_labels) for lane in ctx.lanes]
         )
         scores = ((counts + 1) / (counts + 1).sum(1, keepdim=True)).log().to(ctx.sizes)
 

@@ -81,8 +81,7 @@ def load_classifier(
         had_head = any(name not in missing for name in _head_names(model))
         if had_head and not replace_head:
             raise ModelError(
-                f"{source}: the classification head was made for the labels {stored}, "
-                f"the task has {list(label_names)}"
+                f"{source}: the classification head was made for the labels {stored}, the task has {list(label_names)}"
             )
         fresh = set(_head_names(model)) | missing
         _initialise(model, fresh, float(getattr(config, "initializer_range", 0.02)), seed)
@@ -96,9 +95,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTra
         ModelError: there is none, or it has no padding token.
     """
     with _explained(source, "a tokenizer"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(source), revision=revision or "main", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"{source}: its tokenizer has no padding token, which batches need; set 'pad_token' in its "
@@ -145,9 +142,7 @@ def _initialise(model: nn.Module, names: set[str], spread: float, seed: int) -> 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in names and weight.dim() > 1:
-                drawn = torch.empty(weight.shape).normal_(
-                    0.0, spread, generator=torch_rng(seed, "model", "head", name)
-                )
+                drawn = torch.empty(weight.shape).normal_(0.0, spread, generator=torch_rng(seed, "model", "head", name))
                 weight.copy_(drawn)
             elif name in names and name.endswith("bias"):
                 weight.zero_()

@@ -100,11 +100,8 @@ def _check_kind(folder: Path, max_length: int | None) -> None:
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} "
-            f"embeddings"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} embeddings"
         )
     positions = min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", 10**9))
     if max_length is not None and max_length > positions:
-        raise ModelError(
-            f"'task.max_length' ({max_length}) is above what {folder} can read: {positions} tokens"
-        )
+        raise ModelError(f"'task.max_length' ({max_length}) is above what {folder} can read: {positions} tokens")

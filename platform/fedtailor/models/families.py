@@ -33,9 +33,7 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
         ModelError: a target matches no linear layer (the message lists the endings that exist), the model
             has none, or a chosen layer is a transformers ``Conv1D`` (GPT-2), whose weight is transposed.
     """
-    candidates = [
-        (name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)
-    ]
+    candidates = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
     if targets == "all-linear":
         output = _output_embedding(model)
         chosen = [(name, layer) for name, layer in candidates if layer is not output]

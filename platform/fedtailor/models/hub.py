@@ -61,9 +61,7 @@ def check_available(cfg: ModelConfig, max_length: int | None = None) -> None:
         check_folder(cached, max_length)
         return
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source)}"
-        )
+        raise ModelError(f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source)}")
     check_listing(_title(source), _remote_files(source))
 
 
@@ -88,9 +86,7 @@ def fetch(source: ModelSource) -> Path:
             ignore_patterns=["*/*"],
         )
     except Exception as error:
-        raise ModelError(
-            f"cannot download {_title(source)}: {_first_line(error)}; {_advice(source)}"
-        ) from error
+        raise ModelError(f"cannot download {_title(source)}: {_first_line(error)}; {_advice(source)}") from error
     return Path(folder)
 
 
@@ -165,9 +161,7 @@ def _commit(source: ModelSource) -> str:
     if cached is not None:
         return cached.name
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source)}"
-        )
+        raise ModelError(f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source)}")
     return _remote(source)[0]
 
 

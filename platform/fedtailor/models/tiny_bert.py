@@ -24,9 +24,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PRIVATE_USE = 0xF0000
 
 
-def build(
-    texts: Iterable[str], labels: Sequence[str], cfg: ModelConfig, max_length: int, seed: int, out: Path
-) -> Path:
+def build(texts: Iterable[str], labels: Sequence[str], cfg: ModelConfig, max_length: int, seed: int, out: Path) -> Path:
     """Writes config, fp32 ``model.safetensors`` and tokenizer to the folder ``out``, as a whole.
 
     Args:
@@ -85,9 +83,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         raise ModelError("tiny-bert: the task's train texts hold no characters to learn a vocabulary from")
     vocabulary = _learn(words, vocab_size)
     tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
-    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=max_length,
@@ -110,9 +106,7 @@ def _learn(words: Counter[str], vocab_size: int) -> dict[str, int]:
     inside = {char: chr(_PRIVATE_USE + 2 * i + 1) for i, char in enumerate(alphabet) if char in inner}
 
     # A word with a character outside the alphabet is [UNK] whatever is learned: it teaches nothing.
-    coded = {
-        w: start[w[0]] + "".join(inside[c] for c in w[1:]) for w in sorted(words) if start.keys() >= set(w)
-    }
+    coded = {w: start[w[0]] + "".join(inside[c] for c in w[1:]) for w in sorted(words) if start.keys() >= set(w)}
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -129,9 +123,7 @@ def _learn(words: Counter[str], vocab_size: int) -> dict[str, int]:
         return ("##" if numbers[0] % 2 else "") + "".join(alphabet[n // 2] for n in numbers)
 
     ids = learner.get_vocab()
-    return {
-        token if token in SPECIAL else piece(token): ids[token] for token in sorted(ids, key=ids.__getitem__)
-    }
+    return {token if token in SPECIAL else piece(token): ids[token] for token in sorted(ids, key=ids.__getitem__)}
 
 
 def _alphabet(words: Counter[str], inner: set[str], most: int) -> list[str]:

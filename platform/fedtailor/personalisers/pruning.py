@@ -34,8 +34,9 @@ def prune(
 ) -> RankSelection:
     """Keeps exactly ``budget * L`` entries of every lane.
 
-    Values equal at the resolution of ``bits`` are taken by (rank index, layer index): an uninformative, all-equal lambda then keeps ranks
-    0 .. r-1 of every layer, which is plain LoRA. By (layer, rank) it would give the first layers everything.
+    Values equal at the resolution of ``bits`` are taken by (rank index, layer index): an uninformative,
+    all-equal lambda then keeps ranks 0 .. r-1 of every layer, which is plain LoRA. By (layer, rank) it would
+    give the first layers everything.
 
     Args:
         lam: (K, L, r_init).

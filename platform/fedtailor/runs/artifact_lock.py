@@ -163,9 +163,7 @@ class _Acquisition:
                 continue
             if alive and self.on_wait is None:
                 where = self.storage.full(self.path)
-                raise StorageError(
-                    f"{where} is held by {found}; wait for it, stop it, or use another 'storage'"
-                )
+                raise StorageError(f"{where} is held by {found}; wait for it, stop it, or use another 'storage'")
             self._remind(found)
             time.sleep(_POLL_S)
         return HeldLock(self.storage, self.path, self.me)

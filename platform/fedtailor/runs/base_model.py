@@ -18,9 +18,7 @@ from fedtailor.models.classifier import load_classifier, load_tokenizer
 from fedtailor.models.folder import save_folder
 
 
-def write_base(
-    spec: StageSpec, method: Method, tensors: Mapping[str, Row], labels: Sequence[str], out: Path
-) -> None:
+def write_base(spec: StageSpec, method: Method, tensors: Mapping[str, Row], labels: Sequence[str], out: Path) -> None:
     """Writes initial model + SHARED parameters as one model; LoRA is merged in float32.
 
     Raises:

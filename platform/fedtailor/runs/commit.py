@@ -143,14 +143,10 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     return dict(content)
 
 
-def compose(
-    index: int, previous: str | None, record: Mapping[str, Any], objects: Mapping[str, ObjectRef]
-) -> Bytes:
+def compose(index: int, previous: str | None, record: Mapping[str, Any], objects: Mapping[str, ObjectRef]) -> Bytes:
     """Content of a COMMIT.json."""
     refs = {name: vars(ref) for name, ref in objects.items()}
-    return seal(
-        {"schema": SCHEMA, "index": index, "previous": previous, "record": dict(record), "objects": refs}
-    )
+    return seal({"schema": SCHEMA, "index": index, "previous": previous, "record": dict(record), "objects": refs})
 
 
 def load(storage: Storage, path: str, index: int) -> Commit:
@@ -176,9 +172,7 @@ def load(storage: Storage, path: str, index: int) -> Commit:
 
 def _parse(storage: Storage, path: str, index: int, content: Mapping[str, Any], digest: str) -> Commit:
     if content["schema"] != SCHEMA or content["index"] != index:
-        raise DamagedError(
-            f"schema {content['schema']}, round {content['index']}; expected {SCHEMA} and {index}"
-        )
+        raise DamagedError(f"schema {content['schema']}, round {content['index']}; expected {SCHEMA} and {index}")
     refs = {safe_path(key): ObjectRef(**ref) for key, ref in sorted(content["objects"].items())}
     for ref in refs.values():
         if not safe_path(ref.path).startswith("rounds/"):

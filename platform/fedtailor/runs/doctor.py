@@ -139,9 +139,7 @@ def _nearest(path: Path) -> Path:
 def _data() -> list[Finding]:
     folder = os.environ.get("FEDTAILOR_DATA")
     if not folder:
-        return [
-            Finding("data", "note", "FEDTAILOR_DATA is not set: all tasks but cldr need task.path or the hub")
-        ]
+        return [Finding("data", "note", "FEDTAILOR_DATA is not set: all tasks but cldr need task.path or the hub")]
     if not Path(folder).is_dir():
         return [Finding("data", "fail", f"FEDTAILOR_DATA={folder} is not a folder")]
     held = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
@@ -165,18 +163,14 @@ def _ray(address: str | None) -> list[Finding]:
         host = address.removeprefix("ray://").rsplit(":", 1)[0]
         findings.append(_joined(address, host, token))
     if not findings:
-        findings = [
-            Finding("ray exposure", "ok", "no Ray port listens beyond loopback; local runs bind to 127.0.0.1")
-        ]
+        findings = [Finding("ray exposure", "ok", "no Ray port listens beyond loopback; local runs bind to 127.0.0.1")]
     return findings
 
 
 def _listening(port: int, token: bool) -> Finding:
     name = {8265: "dashboard and jobs", 10001: "client", 6379: "head"}[port]
     if token:
-        return Finding(
-            "ray exposure", "note", f"{name} port {port} listens beyond loopback, with unencrypted tokens"
-        )
+        return Finding("ray exposure", "note", f"{name} port {port} listens beyond loopback, with unencrypted tokens")
     return Finding(
         "ray exposure", "fail",
         f"{name} port {port} listens beyond loopback without tokens: whoever reaches it runs code here. "
@@ -201,9 +195,7 @@ def _joined(address: str, host: str, token: bool) -> Finding:
     except OSError as error:
         return Finding("ray address", "fail", f"{address}: the host cannot be resolved ({error})")
     if found.is_global:
-        return Finding(
-            "ray address", "fail", f"{address} is a public address ({found}); use a private network"
-        )
+        return Finding("ray address", "fail", f"{address} is a public address ({found}); use a private network")
     if not found.is_loopback and not token:
         return Finding("ray address", "fail", f"{address} is joined without tokens; set RAY_AUTH_MODE=token")
     return Finding("ray address", "ok", f"{address} ({'token' if token else 'loopback'})")
@@ -213,9 +205,5 @@ def _wandb() -> list[Finding]:
     from fedtailor.runs.wandb_sink import KEY, KEY_FILE
 
     held = next((name for name in (KEY, KEY_FILE) if os.environ.get(name)), None)
-    text = (
-        f"a key is given by {held}"
-        if held
-        else f"no {KEY} or {KEY_FILE}: wandb.mode offline and disabled work"
-    )
+    text = f"a key is given by {held}" if held else f"no {KEY} or {KEY_FILE}: wandb.mode offline and disabled work"
     return [Finding("W&B", "ok" if held else "note", text)]

@@ -88,13 +88,9 @@ def estimate(
     wire = shared * FLOAT * stage.cohort
     if stage.kind == "personalise":
         passes = _passes(method_section(exp, stage.method), len(exp.budgets), method.personaliser.budgeted)
-        pools = [
-            population.train if pool == "seen" else population.train_unseen for pool in exp.personalise.pools
-        ]
+        pools = [population.train if pool == "seen" else population.train_unseen for pool in exp.personalise.pools]
         rows = [n for pool in pools for n in pool]
-        updates = sum(
-            population.seen if pool == "seen" else population.unseen for pool in exp.personalise.pools
-        )
+        updates = sum(population.seen if pool == "seen" else population.unseen for pool in exp.personalise.pools)
         trained, share = dims.adapter_parameters(exp.r_max) if passes else 0, 1.0
     else:
         passes, rows = method.epochs, list(population.train)

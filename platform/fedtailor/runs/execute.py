@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,12 +14,13 @@ from fedtailor.core.method import Method, Row
 from fedtailor.core.pool import Pool, StageInfo
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
 from fedtailor.methods import build_method
-from fedtailor.runs.artifact_lock import lock
+from fedtailor.runs.artifact_lock import HeldLock, lock
 from fedtailor.runs.base_model import write_base
 from fedtailor.runs.commit_log import CommitLog, Payload
+from fedtailor.runs.digest import DONE
 from fedtailor.runs.experiment import ExperimentBase, method_section
 from fedtailor.runs.inputs import make_inputs
-from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, flatten, metrics_table
+from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, flatten, metrics_table, named
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import Inputs, Stage, plan_stages, short_hash, stage_spec
 from fedtailor.runs.storage import Storage
@@ -26,7 +28,6 @@ from fedtailor.tasks.tokens import TokenData
 
 Emit = Callable[[dict[str, Any]], None]
 STRATEGIES = "strategies.safetensors"
-DONE = "DONE.json"
 
 
 class Execution:
@@ -51,14 +52,20 @@ class Execution:
         self.exp, self.run, self.emit, self.should_stop = exp, run, emit, should_stop
         self.storage = Storage(exp.storage)
         self.artifacts = self.storage.local_path("artifacts")
-        self._make_pool, self._pool = make_pool, None
+        self._make_pool = make_pool
+        self._pool: Pool | None = None
 
     def execute(self) -> None:
         """Runs all stages of all seeds.
 
         Raises:
-            TailorError: whatever ended the run; commits made before it stay.
+            TailorError: whatever ended the run; commits made before it stay. StorageError:
+                another process has this run.
         """
+        with lock(self.storage, self.run.run_id, self.run.run_id, on_event=self._storage_event):
+            self._all_stages()
+
+    def _all_stages(self) -> None:
         try:
             work = [(seed, *self._prepare(seed)) for seed in self.exp.seeds]
             self.run.set_stages([_listed(s) for _, _, stages in work for s in stages])
@@ -87,8 +94,19 @@ class Execution:
         return self._pool
 
     def _pool_event(self, event: dict[str, Any]) -> None:
-        named = {"loss" if key == "kind" else key: value for key, value in event.items()}
-        self.emit({"kind": "pool", **named})
+        self.emit({**event, "how": event.get("kind", ""), "kind": "pool"})
+
+    def _storage_event(self, event: dict[str, Any]) -> None:
+        self.emit({**event, "kind": "storage"})
+
+    def _locked(self, folder: str) -> AbstractContextManager[HeldLock]:
+        def waiting(text: str) -> None:
+            self.emit({"kind": "waiting", "text": text})
+
+        return lock(self.storage, folder, self.run.run_id, on_wait=waiting, on_event=self._storage_event)
+
+    def _is_done(self, folder: str) -> bool:
+        return self.storage.exists(f"{folder}/{DONE}")
 
     def _stage(self, stage: Stage, stages: Sequence[Stage], inputs: Inputs, number: int, total: int) -> None:
         folder = f"artifacts/{stage.artifact}"
@@ -99,17 +117,15 @@ class Execution:
             "number": number,
             "of": total,
         }
-        if self.storage.exists(f"{folder}/{DONE}"):
+        if self._is_done(folder):
             self.emit({**event, "state": "reused"})
             return
-        with lock(
-            self.storage,
-            folder,
-            self.run.run_id,
-            on_wait=lambda text: self.emit({"kind": "waiting", "text": text}),
-        ):
+        with self._locked(folder) as held:
+            if self._is_done(folder):
+                self.emit({**event, "state": "reused"})
+                return
             self.emit({**event, "state": "running"})
-            log = CommitLog(self.storage, folder, on_event=lambda e: self.emit({"kind": "storage", **e}))
+            log = CommitLog(self.storage, folder, self._storage_event, held.check)
             data = TokenData.open(self.artifacts / inputs.tokens)
             cache = self.artifacts / "features" / short_hash([stage.parent, inputs.tokens])
             spec = stage_spec(
@@ -135,7 +151,7 @@ class Execution:
         folder = self.artifacts / artifact
         return str((folder / "model") if artifact.startswith("base-") else folder)
 
-    def _rounds(self, stage: Stage, method: Method, spec: Any, data: TokenData, log: CommitLog) -> StageInfo:
+    def _rounds(self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog) -> StageInfo:
         seen = [c for c in data.clients if c.pool == "seen"]
         engine = self.exp.engine
         plan = RoundPlan(
@@ -181,8 +197,6 @@ class Execution:
         out = self.artifacts / stage.artifact / "model"
         commit = log.newest()
         if commit is None:
-            from fedtailor.runs.round_log import named
-
             tensors = named(info.shared, info.initial)
         else:
             tensors = commit.tensors(SHARED)

@@ -156,9 +156,7 @@ def check(experiment: ExperimentBase) -> None:
                 f"'{name}.cohort': {cohort} clients asked, the seen pool has {seen} (allowed: 1 ... {seen})"
             )
         if cohort < 1:
-            problems.append(
-                f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody"
-            )
+            problems.append(f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody")
     if problems:
         raise ConfigError(problems)
 

@@ -65,7 +65,5 @@ def parse(text: str) -> tuple[bool, str, int]:
     """
     name, _, count = text.removeprefix("enospc:").rpartition("@")
     if name not in POINTS or not count.isdecimal() or int(count) < 1:
-        raise ConfigError(
-            f"{VARIABLE}='{text}': write [enospc:]<point>@<n>, n >= 1; points: {', '.join(POINTS)}"
-        )
+        raise ConfigError(f"{VARIABLE}='{text}': write [enospc:]<point>@<n>, n >= 1; points: {', '.join(POINTS)}")
     return text.startswith("enospc:"), name, int(count)

@@ -11,7 +11,8 @@ from fedtailor.core.errors import ConfigError, Interrupted, StorageError, Tailor
 from fedtailor.core.pool import OnEvent, Pool, SerialPool
 from fedtailor.core.settings import EngineConfig
 from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.execute import DONE, Execution
+from fedtailor.runs.digest import DONE
+from fedtailor.runs.execute import Execution
 from fedtailor.runs.experiment import Experiment, ExperimentBase, to_json
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import short_hash
@@ -52,9 +53,7 @@ def default_run_id(presets: list[str], exp: ExperimentBase) -> str:
     return f"{'+'.join(presets) or exp.task.name}-{short_hash(content)[:8]}"
 
 
-def launch(
-    backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent, should_stop: ShouldStop
-) -> None:
+def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent, should_stop: ShouldStop) -> None:
     """Runs what is missing of a run.
 
     Raises:
@@ -95,9 +94,8 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink,
             run.event(event)
         sink.event(event)
 
-    def pool(_: OnEvent) -> Pool:
-        # A pool's events name themselves by ``event`` and use ``kind`` for the kind of loss.
-        return make_pool(exp.engine, lambda e: emit({**e, "how": e.get("kind", ""), "kind": "pool"}))
+    def pool(on_event: OnEvent) -> Pool:
+        return make_pool(exp.engine, on_event)
 
     Execution(exp, run, pool, emit, stop.is_set).execute()
 
@@ -140,9 +138,7 @@ def committed_stages(run: RunFolder) -> list[dict[str, Any]]:
         folder = f"artifacts/{stage['artifact']}"
         count = len(CommitLog(run.storage, folder).all(objects=False))
         done = run.storage.exists(f"{folder}/{DONE}")
-        found.append(
-            {**stage, "committed": count, "total": stage["rounds"] or (count if done else 0), "done": done}
-        )
+        found.append({**stage, "committed": count, "total": stage["rounds"] or (count if done else 0), "done": done})
     return found
 
 

@@ -68,9 +68,7 @@ def encode(name: str, payload: Payload) -> tuple[str, bytes]:
         pq.write_table(payload.combine_chunks(), buffer, compression="zstd")
         return _with_suffix(name, TABLE), buffer.getvalue()
     if isinstance(payload, Mapping):
-        return _with_suffix(name, TENSORS), save(
-            {key: _dense(name, key, payload[key]) for key in sorted(payload)}
-        )
+        return _with_suffix(name, TENSORS), save({key: _dense(name, key, payload[key]) for key in sorted(payload)})
     raise StorageError(f"{name}: a commit holds bytes, arrays or tables, not {type(payload).__name__}")
 
 
@@ -98,9 +96,7 @@ def inspect(name: str, data: bytes) -> Inspected:
     """
     if name.endswith(TENSORS):
         entries = _entries(name, data)
-        return Inspected(
-            _tensor_content(name, entries), {key: tuple(entry["shape"]) for key, entry in entries}
-        )
+        return Inspected(_tensor_content(name, entries), {key: tuple(entry["shape"]) for key, entry in entries})
     if name.endswith(TABLE):
         table = read_table(name, data)
         return Inspected(_table_content(table), table.num_rows)
@@ -125,9 +121,7 @@ def read_tensors(name: str, data: bytes) -> dict[str, Array]:
     arrays = {}
     for key, entry in _entries(name, data):
         if entry["dtype"] not in _DTYPES:
-            raise StorageError(
-                f"{name}: tensor '{key}' has dtype {entry['dtype']} (allowed: {', '.join(_DTYPES)})"
-            )
+            raise StorageError(f"{name}: tensor '{key}' has dtype {entry['dtype']} (allowed: {', '.join(_DTYPES)})")
         flat = np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]])
         arrays[key] = flat.reshape(entry["shape"])
     return arrays

@@ -19,8 +19,8 @@ from fedtailor.methods import build_method
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.source import resolve
+from fedtailor.runs.digest import DONE
 from fedtailor.runs.estimate import Estimate, Population, estimate
-from fedtailor.runs.execute import DONE
 from fedtailor.runs.experiment import ExperimentBase, method_section
 from fedtailor.runs.inputs import model_artifact, tokens_artifact
 from fedtailor.runs.stages import Inputs, Stage, plan_stages
@@ -102,9 +102,7 @@ def make_plan(exp: ExperimentBase) -> Plan:
         for stage in plan_stages(exp, seed, names, population.seen):
             there = storage.exists(f"artifacts/{stage.artifact}/{DONE}") if known else None
             size, method = sizes[stage.method], methods[stage.method]
-            work = estimate(
-                exp, stage, method, (size.shared, size.private + size.ephemeral), dims, population
-            )
+            work = estimate(exp, stage, method, (size.shared, size.private + size.ephemeral), dims, population)
             stages.append(StagePlan(stage, there, work))
     return Plan(exp, dims, sizes, population, stages, list(dict.fromkeys(notes)))
 

@@ -41,8 +41,7 @@ def _show_header(console: Console, plan: Plan) -> None:
     rows = {
         "task": f"{exp.task.name}: {people.seen} seen and {people.unseen} unseen clients, "
         f"{len(exp.task.languages)} languages; {texts}",
-        "model": f"{exp.model.name}: {model.parameters:,} parameters, "
-        f"L = {model.layers} adapted linear layers",
+        "model": f"{exp.model.name}: {model.parameters:,} parameters, L = {model.layers} adapted linear layers",
         "budgets": f"r = {', '.join(map(str, exp.budgets))} (r L = "
         f"{', '.join(str(r * model.layers) for r in exp.budgets)} ranks); r_max = {exp.r_max}",
         "seeds": ", ".join(map(str, exp.seeds)),

@@ -44,12 +44,8 @@ def refuse_other_configuration(storage: Storage, run_id: str, exp: ExperimentBas
     old = validate(Experiment, RunFolder.open(storage, run_id).info()["config"])
     changed = {k: v for k, v in deviations(exp, old).items() if not k.startswith(_FREE)}
     if changed:
-        told = "; ".join(
-            f"{key} is {before!r} there and {now!r} here" for key, (before, now) in changed.items()
-        )
-        raise StorageError(
-            f"run id '{run_id}' belongs to another configuration: {told}. Choose another --run-id"
-        )
+        told = "; ".join(f"{key} is {before!r} there and {now!r} here" for key, (before, now) in changed.items())
+        raise StorageError(f"run id '{run_id}' belongs to another configuration: {told}. Choose another --run-id")
 
 
 def check_placement(exp: ExperimentBase) -> None:

@@ -84,9 +84,7 @@ class Notes:
             place = f"{who} ({event['stage']}, round {event['round']})".strip()
             self.warnings[str(what.get("reason", what))].append(place)
         elif event["kind"] == "failure":
-            self.failures.append(
-                f"{event['client']} ({event['stage']}, round {event['round']}): {event['reason']}"
-            )
+            self.failures.append(f"{event['client']} ({event['stage']}, round {event['round']}): {event['reason']}")
 
     def show(self, console: Console) -> None:
         """Count and first few of each."""
@@ -100,9 +98,7 @@ class Notes:
         console.print(f"[yellow]{total} warnings[/] of {len(self.warnings)} kinds, all in events.jsonl:")
         for text, places in sorted(self.warnings.items(), key=lambda item: -len(item[1]))[:SHOWN]:
             more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-            console.print(
-                f"  [yellow]•[/] {len(places)} x {escape(text)}: {escape(', '.join(places[:SHOWN]))}{more}"
-            )
+            console.print(f"  [yellow]•[/] {len(places)} x {escape(text)}: {escape(', '.join(places[:SHOWN]))}{more}")
 
 
 class JsonLog:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedtailor.core.errors import StorageError
-from fedtailor.runs.execute import DONE
+from fedtailor.runs.digest import DONE
 from fedtailor.runs.report import write_report
 from fedtailor.runs.run_folder import RunFolder
 

@@ -55,9 +55,7 @@ def flatten(specs: Sequence[ParamSpec], tensors: Mapping[str, FloatArray]) -> Ro
         StorageError: names or shapes differ from the specs.
     """
     if set(tensors) != {spec.name for spec in specs}:
-        raise StorageError(
-            f"saved parameters {sorted(tensors)} are not those declared {[s.name for s in specs]}"
-        )
+        raise StorageError(f"saved parameters {sorted(tensors)} are not those declared {[s.name for s in specs]}")
     for spec in specs:
         if tensors[spec.name].shape != spec.shape:
             raise StorageError(f"{spec.name}: saved shape {tensors[spec.name].shape}, declared {spec.shape}")
@@ -87,7 +85,7 @@ class CommittedRounds:
         return RoundState(
             round=commit.index + 1,
             shared=flatten(self._specs, commit.tensors(SHARED)),
-            server={name: array for name, array in server.items()},
+            server=dict(server),
             private_at=dict(commit.record["private_at"]),
         )
 

@@ -146,9 +146,7 @@ class RunFolder:
         """Keeps wall seconds per client of a round or chunk; outside of commits and digest."""
         if not seconds:
             return
-        rows = [
-            dict(zip(_TIMING_COLUMNS, (stage, index, c, float(s)), strict=True)) for c, s in seconds.items()
-        ]
+        rows = [dict(zip(_TIMING_COLUMNS, (stage, index, c, float(s)), strict=True)) for c, s in seconds.items()]
         name, data = payloads.encode(f"{stage.replace('/', '-')}-{index:06d}", pa.Table.from_pylist(rows))
         self.storage.write_bytes(join(self.run_id, "timings", name), data, durable=False)
 
@@ -184,9 +182,7 @@ class RunFolder:
                 if STRATEGIES in commit.objects:
                     clients = found.setdefault((str(stage["method"]), int(stage["seed"])), {})
                     tensors = commit.tensors(STRATEGIES)
-                    clients |= {
-                        name.removeprefix(LAMBDA): np.asarray(array) for name, array in tensors.items()
-                    }
+                    clients |= {name.removeprefix(LAMBDA): np.asarray(array) for name, array in tensors.items()}
         return found
 
     def _publish(self, content: Mapping[str, Any]) -> bool:
@@ -206,23 +202,17 @@ class RunFolder:
     def _compare(self, tree: Mapping[str, Any], ignore: tuple[str, ...]) -> None:
         path = join(self.run_id, "run.json")
         if not self.storage.exists(path):
-            raise StorageError(
-                f"{self.storage.full(self.run_id)} exists and is no run; choose another --run-id"
-            )
+            raise StorageError(f"{self.storage.full(self.run_id)} exists and is no run; choose another --run-id")
         info = self.info()
         if info.get("config_hash") != _hash(info.get("config")):
-            raise StorageError(
-                f"{self.storage.full(path)} was edited: its config_hash does not fit its config"
-            )
+            raise StorageError(f"{self.storage.full(path)} was edited: its config_hash does not fit its config")
         if info["config_hash"] == _hash(tree):
             return
         old, new = _leaves(info["config"]), _leaves(tree)
         keys = [k for k in sorted({*old, *new}) if old.get(k, _ABSENT) != new.get(k, _ABSENT)]
         differing = [k for k in keys if not any(f"{k}.".startswith(f"{p.rstrip('.')}.") for p in ignore)]
         if differing:
-            pairs = "; ".join(
-                f"{k}: {old.get(k, _ABSENT)} there, {new.get(k, _ABSENT)} now" for k in differing
-            )
+            pairs = "; ".join(f"{k}: {old.get(k, _ABSENT)} there, {new.get(k, _ABSENT)} now" for k in differing)
             raise StorageError(
                 f"run '{self.run_id}' belongs to another configuration ({pairs}); choose another --run-id"
             )

@@ -91,17 +91,13 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
     }
     stages: list[Stage] = []
 
-    def add(
-        kind: str, method: str, parent: str, strategy: str | None, rounds: int, cohort: int, **own: Any
-    ) -> Stage:
+    def add(kind: str, method: str, parent: str, strategy: str | None, rounds: int, cohort: int, **own: Any) -> Stage:
         content = {
             **common, **own, "kind": kind, "method": method, "config": method_json(exp, method), "parent": parent,
             "strategy": strategy, "rounds": rounds, "cohort": cohort,
         }  # fmt: skip
         key = f"base/seed{seed}" if kind == "base" else f"{kind}/{method}/seed{seed}"
-        stage = Stage(
-            key, kind, method, seed, f"{kind}-{short_hash(content)}", parent, strategy, rounds, cohort
-        )
+        stage = Stage(key, kind, method, seed, f"{kind}-{short_hash(content)}", parent, strategy, rounds, cohort)
         stages.append(stage)
         return stage
 
@@ -129,9 +125,7 @@ def device_of(exp: ExperimentBase) -> str:
     return "cuda" if exp.engine.num_gpus > 0 or exp.engine.memory_gb is not None else "cpu"
 
 
-def stage_spec(
-    exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str, cache_dir: str | None
-) -> StageSpec:
+def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str, cache_dir: str | None) -> StageSpec:
     """What workers are told about a stage."""
     return StageSpec(
         key=stage.key,

@@ -76,11 +76,7 @@ class Storage:
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
         with explained(f"looking for {self.full(path)}"):
-            return (
-                os.path.exists(self.full(path))
-                if self.is_local
-                else bool(self._fresh().exists(self.full(path)))
-            )
+            return os.path.exists(self.full(path)) if self.is_local else bool(self._fresh().exists(self.full(path)))
 
     def read_bytes(self, path: str) -> bytes:
         """Content of a file.
@@ -90,9 +86,7 @@ class Storage:
         """
         full = self.full(path)
         with explained(f"reading {full}"):
-            return patiently(
-                lambda: Path(full).read_bytes() if self.is_local else bytes(self._fresh().cat_file(full))
-            )
+            return patiently(lambda: Path(full).read_bytes() if self.is_local else bytes(self._fresh().cat_file(full)))
 
     def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
         """Replaces a file as a whole; afterwards it survives a power cut, unless ``durable`` is False."""
@@ -169,9 +163,7 @@ class Storage:
             try:
                 if self.is_local:
                     return sorted(os.listdir(full))
-                return sorted(
-                    {n.rstrip("/").rsplit("/", 1)[-1] for n in self._fresh().ls(full, detail=False)}
-                )
+                return sorted({n.rstrip("/").rsplit("/", 1)[-1] for n in self._fresh().ls(full, detail=False)})
             except FileNotFoundError:
                 return []
 
@@ -237,8 +229,6 @@ class Storage:
     def _put_new(self, full: str, data: bytes) -> None:
         # Where `mode` is unknown it would be swallowed by **kwargs and the write would not be exclusive.
         if "mode" not in signature(self._fs.pipe_file).parameters:
-            raise StorageError(
-                f"{self.url}: the store has no exclusive writes, so no run can be locked on it"
-            )
+            raise StorageError(f"{self.url}: the store has no exclusive writes, so no run can be locked on it")
         self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
         self._fs.pipe_file(full, data, mode="create")

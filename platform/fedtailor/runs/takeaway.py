@@ -82,9 +82,7 @@ def _refuse_unknown(run: RunFolder, method: str, budget: int, seed: int) -> None
     config, problems = run.info()["config"], []
     if method not in config["methods"]:
         known = list(config["methods"])
-        problems.append(
-            f"--method {method}: not in this run{nearest(method, known)} (it has: {', '.join(known)})"
-        )
+        problems.append(f"--method {method}: not in this run{nearest(method, known)} (it has: {', '.join(known)})")
     for option, value, allowed in (("budget", budget, config["budgets"]), ("seed", seed, config["seeds"])):
         if value not in allowed:
             problems.append(f"--{option} {value}: not in this run (it has: {', '.join(map(str, allowed))})")

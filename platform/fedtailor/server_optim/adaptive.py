@@ -55,4 +55,5 @@ class AdaptiveServer:
             v = f(self.beta2) * state["v"] + f(1 - self.beta2) * square
         else:
             v = state["v"] - f(1 - self.beta2) * square * np.sign(state["v"] - square)
-        return params + f(self.lr) * m / (np.sqrt(v) + f(self.tau)), {"m": m, "v": v}
+        moved = params + f(self.lr) * m / (np.sqrt(v) + f(self.tau))
+        return np.asarray(moved, np.float32), {"m": np.asarray(m, np.float32), "v": np.asarray(v, np.float32)}

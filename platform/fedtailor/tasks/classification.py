@@ -24,9 +24,7 @@ def lane_cross_entropy(logits: Tensor, batch: LaneBatch) -> Tensor:
         (k,).
     """
     k, b, classes = logits.shape
-    each = functional.cross_entropy(
-        logits.reshape(k * b, classes), batch.labels.view(k * b), reduction="none"
-    )
+    each = functional.cross_entropy(logits.reshape(k * b, classes), batch.labels.view(k * b), reduction="none")
     weight = batch.rows.to(each.dtype)
     return (each.view(k, b) * weight).sum(1) / weight.sum(1)
 
@@ -70,9 +68,7 @@ def evaluate(
         counted = batch.rows & alive.unsqueeze(1)
         scores = logits(batch)
         k, b, classes = scores.shape
-        each = functional.cross_entropy(
-            scores.reshape(k * b, classes), batch.labels.view(k * b), reduction="none"
-        )
+        each = functional.cross_entropy(scores.reshape(k * b, classes), batch.labels.view(k * b), reduction="none")
         hits = (scores.argmax(-1) == batch.labels) & counted
         correct += hits.sum(1).cpu().numpy()
         losses += (each.view(k, b).double() * counted).sum(1).cpu().numpy()

@@ -87,9 +87,7 @@ def _tables(cfg: TaskConfig) -> tuple[dict[str, dict[str, tuple[str, str]]], dic
         if other != language:
             raise DataError(f"task.languages: {other!r} and {language!r} are the same CLDR locale {locale}")
         is_english = locale.language == "en"
-        tables[language] = _clean(
-            list(_names(locale)), inherited, set() if is_english else english_names, notes
-        )
+        tables[language] = _clean(list(_names(locale)), inherited, set() if is_english else english_names, notes)
     return tables, dict(notes)
 
 

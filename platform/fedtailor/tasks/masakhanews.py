@@ -49,9 +49,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     """
     unknown = [language for language in cfg.languages if language not in MASAKHANEWS_LANGUAGES]
     if unknown:
-        raise DataError(
-            f"task.languages: {unknown} not in masakhanews; allowed: {', '.join(MASAKHANEWS_LANGUAGES)}"
-        )
+        raise DataError(f"task.languages: {unknown} not in masakhanews; allowed: {', '.join(MASAKHANEWS_LANGUAGES)}")
     folder = _folder(cfg)
     notes = {"dropped_empty": 0, "dropped_duplicates": 0}
     splits = {
@@ -196,9 +194,7 @@ def _drop_duplicates(splits: dict[str, dict[str, list[Example]]], notes: dict[st
         parts["test"] = kept
 
 
-def _halves(
-    examples: list[Example], seed: int, language: str, split: str
-) -> tuple[list[Example], list[Example]]:
+def _halves(examples: list[Example], seed: int, language: str, split: str) -> tuple[list[Example], list[Example]]:
     order = numpy_rng(seed, "masakhanews", language, split).permutation(len(examples))
     shuffled = [examples[i] for i in order]
     middle = (len(shuffled) + 1) // 2

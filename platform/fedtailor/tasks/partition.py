@@ -40,9 +40,7 @@ def client_id(pool: str, language: str, index: int, clients: int) -> str:
     return f"{pool}/{language}/{index:0{max(2, len(str(clients - 1)))}d}"
 
 
-def partition(
-    part: LanguagePool, pool: Pool, language: str, clients: int, alpha: float, seed: int
-) -> Iterator[Shard]:
+def partition(part: LanguagePool, pool: Pool, language: str, clients: int, alpha: float, seed: int) -> Iterator[Shard]:
     """Deals every train and test text to exactly one client; sizes differ by at most 1.
 
     A test text of a class that the train part lacks belongs to no client: its prior is 0.
@@ -97,9 +95,7 @@ def _check_sizes(pool: Pool, language: str, train: int, test: int, clients: int)
     fit = min(train // MIN_TRAIN, test // MIN_TEST)
     if fit >= clients:
         return
-    split, have, need = (
-        ("train", train, MIN_TRAIN) if train < MIN_TRAIN * clients else ("test", test, MIN_TEST)
-    )
+    split, have, need = ("train", train, MIN_TRAIN) if train < MIN_TRAIN * clients else ("test", test, MIN_TEST)
     share = have // clients
     problem = "would be empty" if not share else f"would have {share} {split} text and needs {need}"
     raise DataError(

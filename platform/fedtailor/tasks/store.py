@@ -141,9 +141,7 @@ class TaskData:
 
     def texts(self, client_id: str, split: Split) -> tuple[list[str], Ints]:
         """A client's texts and their labels, (n,) int64."""
-        found = [
-            (self.batches[row // BLOCK], int(row % BLOCK)) for row in self.members.rows_of(client_id, split)
-        ]
+        found = [(self.batches[row // BLOCK], int(row % BLOCK)) for row in self.members.rows_of(client_id, split)]
         texts = [batch.column("text")[at].as_py() for batch, at in found]
         return texts, np.array([batch.column("label")[at].as_py() for batch, at in found], dtype=np.int64)
 

@@ -92,9 +92,7 @@ def _holdings(source: Source, cfg: TaskConfig, seed: int) -> Iterator[_Holding]:
         else:
             shards = partition(part, pool, language, n, cfg.alpha, seed)
         for index, shard in enumerate(shards):
-            client = Client(
-                client_id(pool, language, index, n), pool, language, len(shard.train), len(shard.test)
-            )
+            client = Client(client_id(pool, language, index, n), pool, language, len(shard.train), len(shard.test))
             test = shard.test + first + len(part.train)
             yield _Holding(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
         first += len(part.train) + len(part.test)

@@ -66,7 +66,7 @@ class _ClampThrough(torch.autograd.Function):
 
 def clamp_through(value: Tensor) -> Tensor:
     """Clamps to [1e-4, 1e3]; the gradient passes unchanged (straight-through, Bengio et al., 2013)."""
-    result: Tensor = _ClampThrough.apply(value)
+    result: Tensor = _ClampThrough.apply(value)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -80,9 +80,7 @@ def hyper_prior(lam: Tensor) -> Tensor:
     return (lam.log() + 100 * lam).sum((1, 2))
 
 
-def search_ranks(
-    ctx: ClientContext, start: Tensor, cfg: RankSearchConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
+def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Optimises (lambda, A, B) on Eq. 1 from lambda = ``start`` and hands lambda on.
 
     Args:
@@ -124,9 +122,7 @@ def search_ranks(
     trace = train(ctx, groups, how, loss, log_share)
     for lane, steps in zip(ctx.lanes, trace.steps.tolist(), strict=True):
         if steps < FEW_STEPS:
-            ctx.warn(
-                lane, f"the rank search has only {steps} step(s) on {lane.size} examples: lambda hardly moves"
-            )
+            ctx.warn(lane, f"the rank search has only {steps} step(s) on {lane.size} examples: lambda hardly moves")
     lam = params[LAMBDA].detach().clone()
     if cfg.target == "clamped":
         lam = lam.clamp(LAMBDA_MIN, LAMBDA_MAX)

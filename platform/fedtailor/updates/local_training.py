@@ -84,9 +84,7 @@ def train(
         ctx.use_dropout(how.dropout, how.purpose)
     ctx.net.train_mode(True, how.own_dropout)
     try:
-        for step, batch in enumerate(
-            lane_batches([x.train for x in ctx.lanes], picks, ctx.pad_id, ctx.net.device)
-        ):
+        for step, batch in enumerate(lane_batches([x.train for x in ctx.lanes], picks, ctx.pad_id, ctx.net.device)):
             optimizer.zero_grad()
             values = loss(batch)
             values.sum().backward()  # type: ignore[no-untyped-call]

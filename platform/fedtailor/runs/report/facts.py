@@ -107,9 +107,7 @@ def leaves(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Dotted key and text of every leaf of a nested mapping, in order; long lists are numbered by index."""
     if isinstance(tree, Mapping) and tree:
         return [
-            leaf
-            for key, value in tree.items()
-            for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))
         ]
     if _is_list(tree) and any(isinstance(item, Mapping) for item in tree):
         return [leaf for k, value in enumerate(tree) for leaf in leaves(value, f"{prefix}[{k}]")]

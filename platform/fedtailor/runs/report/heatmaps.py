@@ -41,9 +41,7 @@ def rank_structure(frame: pd.DataFrame, modules: Sequence[str]) -> list[Drawing 
         frame: checked metric rows.
         modules: names of the L adapted modules.
     """
-    rows = frame[
-        (frame["stage"] == "personalise") & (frame["metric"] == "kept_rank") & (frame["module"] != "")
-    ]
+    rows = frame[(frame["stage"] == "personalise") & (frame["metric"] == "kept_rank") & (frame["module"] != "")]
     rows = rows[rows["module"].isin(list(modules))] if modules else rows
     if not len(rows):
         return [Missing(RANKS, "no method of this run selects ranks")]
@@ -125,9 +123,7 @@ def lambda_distance(frame: pd.DataFrame, strategies: Strategies) -> list[Drawing
         maps = {}
         for pool in in_pool_order(pool for pool, _ in homes.values()):
             per_seed = [
-                language_distances(
-                    strategies[method, seed], {c: at[1] for c, at in homes.items() if at[0] == pool}
-                )
+                language_distances(strategies[method, seed], {c: at[1] for c, at in homes.items() if at[0] == pool})
                 for seed in sorted(seed for name, seed in strategies if name == method)
             ]
             mean = pd.concat(per_seed).groupby(level=0).mean() if per_seed else pd.DataFrame()
@@ -143,13 +139,9 @@ def lambda_distance(frame: pd.DataFrame, strategies: Strategies) -> list[Drawing
 
 def client_homes(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """Client to (pool, language); a client of several languages belongs to the one with most examples."""
-    rows = frame[frame["client"] != ""].drop_duplicates(
-        ["pool", "language", "client", "stage", "seed", "metric"]
-    )
+    rows = frame[frame["client"] != ""].drop_duplicates(["pool", "language", "client", "stage", "seed", "metric"])
     sizes = rows.groupby(["client", "pool", "language"])["weight"].max().reset_index()
-    sizes = sizes.sort_values(
-        ["client", "weight", "language"], ascending=[True, False, True]
-    ).drop_duplicates("client")
+    sizes = sizes.sort_values(["client", "weight", "language"], ascending=[True, False, True]).drop_duplicates("client")
     homes = zip(sizes["client"], sizes["pool"], sizes["language"], strict=True)
     return {str(client): (str(pool), str(language)) for client, pool, language in homes}
 
@@ -167,9 +159,7 @@ def language_distances(strategies: Mapping[str, FloatArray], languages: Mapping[
     >>> float(language_distances(two, {"a": "x", "b": "y"}).loc["x", "y"])
     5.0
     """
-    clients = sorted(
-        (name for name in languages if name in strategies), key=lambda name: (languages[name], name)
-    )
+    clients = sorted((name for name in languages if name in strategies), key=lambda name: (languages[name], name))
     codes = np.array([languages[name] for name in clients])
     names = sorted(set(codes.tolist()))
     table = pd.DataFrame(np.nan, index=names, columns=names)

@@ -50,9 +50,7 @@ def render(
         notes: sentences on incomplete data.
         ties: (method, budget) to share of ranks tied at the threshold.
     """
-    pools = {
-        pool: [b for b in found if b.pool == pool] for pool in names.in_pool_order(b.pool for b in found)
-    }
+    pools = {pool: [b for b in found if b.pool == pool] for pool in names.in_pool_order(b.pool for b in found)}
     page: str = (
         _environment()
         .get_template("report.html.jinja")
@@ -62,8 +60,7 @@ def render(
             headlines=[_headline(blocks) for blocks in pools.values()],
             pools=pools,
             methods={
-                pool: names.in_method_order(m for b in blocks for m in b.methods)
-                for pool, blocks in pools.items()
+                pool: names.in_method_order(m for b in blocks for m in b.methods) for pool, blocks in pools.items()
             },
             block_title=tables.block_title,
             reference=names.method_name(REFERENCE),
@@ -75,9 +72,7 @@ def render(
             ties=[(names.method_name(m), r, value) for (m, r), value in sorted(ties.items())],
             config=leaves(run["config"]) if run.get("config") else [],
             stages=_stages(run.get("stages")),
-            provenance=[
-                (key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)
-            ],
+            provenance=[(key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)],
             tie_rule=TIE_RULE,
             comparison_rule=COMPARISON_RULE,
         )
@@ -99,9 +94,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _tiles(
-    facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]
-) -> list[tuple[str, str]]:
+def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]) -> list[tuple[str, str]]:
     seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
     languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
@@ -126,9 +119,7 @@ def _tiles(
 
 def _headline(blocks: Sequence[Block]) -> str:
     """The best method of a pool in one sentence."""
-    block, method = max(
-        ((b, m) for b in blocks for m in b.methods), key=lambda pair: pair[0].average[pair[1]].mean
-    )
+    block, method = max(((b, m) for b in blocks for m in b.methods), key=lambda pair: pair[0].average[pair[1]].mean)
     where = "" if block.budget is None or method in block.without_budget else f" at r = {block.budget}"
     ties = [names.method_name(m) for m in block.methods if block.average[m].best and m != method]
     shared = f" (shared with {', '.join(ties)})" if ties else ""
@@ -178,9 +169,7 @@ def inline_svg(svg: str, name: str, title: str) -> Markup:
     # Points to CSS pixels; on a narrow page a figure scrolls rather than becoming too small to read.
     natural = float(width[1]) * 4 / 3 if width else 900.0
     size = f'style="width:{natural:.0f}px;min-width:{min(natural, 820):.0f}px" '
-    svg = re.sub(
-        r'<svg ([^>]*?)width="[^"]*pt"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*pt"', r"\1", svg)
-    )
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*pt"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*pt"', r"\1", svg))
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
     label = Markup('role="img" aria-label="{}" ').format(title)
     return Markup(re.sub(r"\n\s*", "\n", svg).strip().replace("<svg ", f"<svg {size}{label}", 1))
@@ -190,8 +179,7 @@ def _stages(stages: Any) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the stages: one column per key where they are records, else one column."""
     if isinstance(stages, Mapping):
         stages = [
-            {"key": key, **(value if isinstance(value, Mapping) else {"value": value})}
-            for key, value in stages.items()
+            {"key": key, **(value if isinstance(value, Mapping) else {"value": value})} for key, value in stages.items()
         ]
     records = [stage if isinstance(stage, Mapping) else {"key": stage} for stage in stages or ()]
     columns = list(dict.fromkeys(str(key) for record in records for key in record))

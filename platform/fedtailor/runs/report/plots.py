@@ -31,18 +31,12 @@ def per_language(found: Sequence[Block]) -> list[Drawing | Missing]:
     """One figure per pool, a panel per budget: a row per language, a mark per method."""
     if not found:
         return [Missing(LANGUAGES, "no personalised client was tested")]
-    return [
-        _language_figure([b for b in found if b.pool == pool])
-        for pool in in_pool_order(b.pool for b in found)
-    ]
+    return [_language_figure([b for b in found if b.pool == pool]) for pool in in_pool_order(b.pool for b in found)]
 
 
 def _language_figure(found: Sequence[Block]) -> Drawing:
     codes = sorted({code for block in found for code in block.languages})
-    means = {
-        code: [cell.mean for b in found for (name, _), cell in b.cells.items() if name == code]
-        for code in codes
-    }
+    means = {code: [cell.mean for b in found for (name, _), cell in b.cells.items() if name == code] for code in codes}
     codes = sorted(codes, key=lambda code: (np.mean(means[code]), code))
     look = looks(m for block in found for m in block.methods)
     columns = min(len(found), 4)
@@ -84,9 +78,7 @@ def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, 
         x, at = [cell.mean for _, cell in cells], [y + shift for y, _ in cells]
         spread = [cell.sd or 0.0 for _, cell in cells]
         if any(spread):
-            axis.errorbar(
-                x, at, xerr=spread, fmt="none", ecolor=style.colour, alpha=0.45, elinewidth=1, zorder=2
-            )
+            axis.errorbar(x, at, xerr=spread, fmt="none", ecolor=style.colour, alpha=0.45, elinewidth=1, zorder=2)
         axis.plot(
             x, at, style.marker, color=style.colour, markersize=13 if style.marker == "|" else 5.2,
             markeredgewidth={"|": 2.0, "x": 1.2}.get(style.marker, 0.4),
@@ -198,9 +190,7 @@ def round_means(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _curve_order(series: pd.DataFrame) -> list[str]:
     first = ("train_loss", "psg_loss")
-    return sorted(
-        set(series["metric"]), key=lambda name: (first.index(name) if name in first else len(first), name)
-    )
+    return sorted(set(series["metric"]), key=lambda name: (first.index(name) if name in first else len(first), name))
 
 
 def _curve_panel(axis: Axes, series: pd.DataFrame, colour: str) -> None:

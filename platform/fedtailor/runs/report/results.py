@@ -104,8 +104,7 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
     if len(twice):
         row = twice.iloc[0]
         raise DataError(
-            f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: "
-            f"{row.metric} is given twice"
+            f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: {row.metric} is given twice"
         )
     wrong = scored[(scored["metric"] == "accuracy") & ~scored["value"].between(0, 1)]
     if len(wrong):
@@ -164,9 +163,7 @@ def results_table(scored: pd.DataFrame) -> pd.DataFrame:
         "language": lambda column: (column == AVERAGE).astype(int).astype(str) + column,
     }
     order = ["pool", "metric", "method", "budget", "language"]
-    table = table.sort_values(
-        order, key=lambda c: keys.get(str(c.name), lambda column: column)(c), ignore_index=True
-    )
+    table = table.sort_values(order, key=lambda c: keys.get(str(c.name), lambda column: column)(c), ignore_index=True)
     return table[list(RESULT_COLUMNS)]
 
 
@@ -191,9 +188,7 @@ def _block(
     pool = str(scored["pool"].iloc[0])
     here = table[table["budget"].isin([budget, -1])]
     # A method with budgets and a stray row without is shown at its budget.
-    here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(
-        ["language", "method", "metric"]
-    )
+    here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["language", "method", "metric"])
     accuracy = here[here["metric"] == "accuracy"]
     methods = in_method_order(accuracy["method"])
     languages = tuple(sorted(set(accuracy["language"]) - {AVERAGE}))

@@ -65,9 +65,7 @@ class Look:
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """A look for each method, in method order; the same for a known method in every figure."""
-    spare = iter(
-        list(zip(sns.color_palette("colorblind").as_hex()[4:] * 2, _SPARE_MARKERS * 2, strict=False))
-    )
+    spare = iter(list(zip(sns.color_palette("colorblind").as_hex()[4:] * 2, _SPARE_MARKERS * 2, strict=False)))
     found = {}
     for method in in_method_order(methods):
         colour, marker = _LOOK.get(method) or next(spare, ("#000000", "."))

@@ -67,8 +67,7 @@ def caption(facts: Facts, found: Sequence[Block]) -> list[str]:
         f"Accuracy in percent on {pool_name(block.pool).lower()}: {spread}; best in bold.",
         f"Task {facts.task}, model {facts.model} with L = {facts.n_modules} adapted layers, budget rL ranks; "
         f"{clients} in {counted(len(block.languages), 'language')}; seeds {seeds}.",
-        f"Base model: {facts.base}, {rounds(facts.base_rounds)}; "
-        f"strategies: {rounds(facts.strategy_rounds)}.",
+        f"Base model: {facts.base}, {rounds(facts.base_rounds)}; strategies: {rounds(facts.strategy_rounds)}.",
         "A language is pooled over its clients; Average weighs languages equally; Wins counts languages, "
         "ties for each.",
         f"Δ {method_name(REFERENCE)}: paired difference per client in points, mean ± standard error over "
@@ -99,18 +98,14 @@ def latex_table(facts: Facts, found: Sequence[Block]) -> str:
     columns = 2 * max(len(block.methods) for block in found)
     side_by_side = 2 if columns <= _SIDEWAYS_COLUMNS else 1
     sideways = side_by_side == 2 and columns > _UPRIGHT_COLUMNS and len(found) > 1
-    panels = [
-        panel for k in range(0, len(found), side_by_side) for panel in _panels(found[k : k + side_by_side])
-    ]
+    panels = [panel for k in range(0, len(found), side_by_side) for panel in _panels(found[k : k + side_by_side])]
     per_page, kind = (2, "sidewaystable*") if sideways else (3, "table*")
     label = f"tab:{file_label(found[0].pool)}"
     floats = [
         _float(kind, panels[k : k + per_page], rf"{sentences}}}\label{{{label}" if not k else "Continued.")
         for k in range(0, len(panels), per_page)
     ]
-    return (
-        "\n\n".join([rf"% needs \usepackage[utf8]{{inputenc}} and the packages {_PACKAGES}", *floats]) + "\n"
-    )
+    return "\n\n".join([rf"% needs \usepackage[utf8]{{inputenc}} and the packages {_PACKAGES}", *floats]) + "\n"
 
 
 def _float(kind: str, panels: Sequence[str], words: str) -> str:
@@ -132,15 +127,12 @@ def _panels(found: Sequence[Block]) -> list[str]:
 
 def _panel(found: Sequence[Block]) -> str:
     columns = [
-        _rows(block, lambda word: _escape(word, _LATEX), lambda word: rf"\textbf{{{word}}}", r"\,")
-        for block in found
+        _rows(block, lambda word: _escape(word, _LATEX), lambda word: rf"\textbf{{{word}}}", r"\,") for block in found
     ]
     names, titles, rules, at = columns[0], [], [], 2
     for block, rows in zip(found, columns, strict=True):
         n = len(rows[0]) - 1
-        titles.append(
-            rf"\multicolumn{{{n}}}{{c}}{{{_escape(block_title(block), _LATEX).replace('r =', '$r$ =')}}}"
-        )
+        titles.append(rf"\multicolumn{{{n}}}{{c}}{{{_escape(block_title(block), _LATEX).replace('r =', '$r$ =')}}}")
         rules.append(rf"\cmidrule(lr){{{at}-{at + n - 1}}}")
         at += n
     body = [
@@ -165,9 +157,7 @@ def _panel(found: Sequence[Block]) -> str:
     return "\n".join(lines)
 
 
-def _rows(
-    block: Block, escape: Callable[[str], str], bold: Callable[[str], str], gap: str
-) -> list[list[str]]:
+def _rows(block: Block, escape: Callable[[str], str], bold: Callable[[str], str], gap: str) -> list[list[str]]:
     """Header, a row per language, then `_summary_rows`; all cells escaped."""
 
     def show(cell: Cell | None) -> str:
@@ -184,11 +174,7 @@ def _rows(
     for label, values in _summary_rows(block):
         top = [value for value in values if isinstance(value, int)]
         cells = [
-            bold(str(v))
-            if isinstance(v, int) and v == max(top)
-            else show(v)
-            if isinstance(v, Cell)
-            else escape(str(v))
+            bold(str(v)) if isinstance(v, int) and v == max(top) else show(v) if isinstance(v, Cell) else escape(str(v))
             for v in values
         ]
         rows.append([escape(label), *cells])
@@ -201,9 +187,7 @@ def _summary_rows(block: Block) -> list[tuple[str, list[Cell | int | str]]]:
         ("Wins", [block.wins[m] for m in block.methods]),
     ]
     if block.versus:
-        rows.append(
-            (f"Δ {method_name(REFERENCE)}", [versus_text(block.versus.get(m)) for m in block.methods])
-        )
+        rows.append((f"Δ {method_name(REFERENCE)}", [versus_text(block.versus.get(m)) for m in block.methods]))
     return rows
 
 
