@@ -27,7 +27,10 @@ unit: $(VENV)/.ready   ## the fast part
 	$(PYTEST) tests/unit tests/contracts tests/golden
 
 bench: $(VENV)/.ready  ## speed and memory, ratios from one run
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python tests/benchmarks
+
+chaos: $(VENV)/.ready  ## kills, signals and full disks, with real processes
+	$(PYTEST) tests/chaos
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -46,3 +46,15 @@ def run_tiny(
     make = pool or (lambda on_event: SerialPool(exp.engine, on_event))
     Execution(exp, run, make, emit, should_stop).execute()
     return run
+
+
+def run_with_fault(storage: Path, overrides: tuple[str, ...], fault: str | None) -> None:
+    """For a process of its own: the tiny experiment, with one of `runs.faults`' points armed."""
+    import os
+
+    import torch
+
+    torch.set_num_threads(1)
+    if fault:
+        os.environ["FEDTAILOR_FAULT"] = fault
+    run_tiny(tiny(storage, *overrides))

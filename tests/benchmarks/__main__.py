@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -77,12 +76,7 @@ def main() -> None:
     out = Path("runs/bench")
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.md").write_text("\n\n".join(text) + "\n")
-    print(f"written to {out / 'bench.md'}; {statistics_note()}")
-
-
-def statistics_note() -> str:
-    """What the figures are."""
-    return f"medians over rounds, lanes and loop interleaved ({median.__name__} of repeats)"
+    print(f"written to {out / 'bench.md'}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from itertools import pairwise
 from statistics import median, quantiles
 
 from null_worker import NullWorker
@@ -46,7 +47,7 @@ def measure(pool: Pool, folder: str) -> list[float]:
     log = CommittedRounds(CommitLog(Storage(folder), "artifacts/base-0"), info.shared, 2)
     method = build_method("fedavg", {}, 1)
     run_rounds(plan, method, pool, info.initial, log, lambda r: None, lambda o: stamps.append(time.perf_counter()))
-    return [1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False)][WARM:]
+    return [1e3 * (b - a) for a, b in pairwise(stamps)][WARM:]
 
 
 def null_rows() -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import TINY, run_tiny, tiny
+from tiny import TINY, run_tiny, run_with_fault, tiny
 
 from fedtailor.runs.digest import digest
 from fedtailor.runs.faults import POINTS
@@ -52,19 +53,14 @@ MOMENTS = [(name, 2) for name in POINTS] + [("commit:objects-verified", 7), ("co
 
 
 def in_process(storage: Path, fault: str | None) -> int:
-    """Runs the tiny experiment in a forked child: the same code and signals, without the start-up time."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            if fault:
-                os.environ["FEDTAILOR_FAULT"] = fault
-            run_tiny(tiny(storage, *CHAOS))
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    """Exit code of the tiny experiment in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "fedtailor.core.engine", "fedtailor.runs.execute"])
+    process = context.Process(target=run_with_fault, args=(storage, CHAOS, fault))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
 
 
 @pytest.mark.parametrize(("name", "hit"), MOMENTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.grouping import segments
-from fedtailor.core.messages import SegmentJob, SegmentResult
+from fedtailor.core.messages import SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.method import Method, Row
 from fedtailor.core.pool import Pool, StageInfo
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
@@ -155,9 +155,17 @@ class Execution:
         seen = [c for c in data.clients if c.pool == "seen"]
         engine = self.exp.engine
         plan = RoundPlan(
-            stage.key, stage.seed, stage.rounds, tuple(c.id for c in seen), {c.id: c.n_train for c in seen}, stage.cohort,
-            engine.segments, engine.min_segment, engine.on_client_failure == "drop", engine.quorum,
-        )  # fmt: skip
+            stage=stage.key,
+            seed=stage.seed,
+            rounds=stage.rounds,
+            clients=tuple(c.id for c in seen),
+            sizes={c.id: c.n_train for c in seen},
+            cohort=stage.cohort,
+            segments=engine.segments,
+            min_segment=engine.min_segment,
+            drop_failures=engine.on_client_failure == "drop",
+            quorum=engine.quorum,
+        )
         info = self.pool.open(spec)
         rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
         run_rounds(plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage))
@@ -192,7 +200,7 @@ class Execution:
         self.run.timing(stage.key, index, seconds)
 
     def _export(
-        self, stage: Stage, method: Method, spec: Any, data: TokenData, log: CommitLog, info: StageInfo
+        self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog, info: StageInfo
     ) -> None:
         out = self.artifacts / stage.artifact / "model"
         commit = log.newest()
@@ -213,7 +221,7 @@ class Execution:
         stage: Stage,
         stages: Sequence[Stage],
         method: Method,
-        spec: Any,
+        spec: StageSpec,
         data: TokenData,
         log: CommitLog,
     ) -> tuple[tuple[str, ...], int]:
