@@ -67,13 +67,18 @@ def summary_table(metrics: pd.DataFrame) -> Table | None:
     found = blocks(scores(checked(metrics)))
     if not found:
         return None
-    columns = [(block.pool, block.budget) for block in found]
-    names = [f"{pool_name(pool)}\n{'' if budget is None else f'r = {budget}'}" for pool, budget in columns]
+    budgets = list(dict.fromkeys(block.budget for block in found))
+    names = ["" if budget is None else f"r = {budget}" for budget in budgets]
     title = "Accuracy in %, mean over languages" + (" and seeds" if len(found[0].seeds) > 1 else "")
-    table = plain_table("method", *names, title=title, numbers=names)
-    for method in dict.fromkeys(name for block in found for name in block.methods):
-        cells = [block.average.get(method) for block in found]
-        table.add_row(method_name(method), *("" if cell is None else _percent(cell) for cell in cells))
+    table = plain_table("clients", "method", *names, title=title, numbers=names)
+    for pool in dict.fromkeys(block.pool for block in found):
+        here = {block.budget: block for block in found if block.pool == pool}
+        methods = list(dict.fromkeys(name for block in here.values() for name in block.methods))
+        for method in methods:
+            cells = [here[budget].average.get(method) if budget in here else None for budget in budgets]
+            label = pool_name(pool).split()[0].lower() if method == methods[0] else ""
+            shown = ("" if cell is None else _percent(cell) for cell in cells)
+            table.add_row(label, method_name(method), *shown, end_section=method == methods[-1])
     return table
 
 
