@@ -145,8 +145,7 @@ class TwoStages:
         target, metrics = search_ranks(ctx, start, self.cfg.stage1)
         before, after = self._regress(ctx, features, target)
         found = {f"lambda_target_{key[7:]}" if key.startswith("lambda_") else key: v for key, v in metrics.items()}
-        moved = (target - start).abs().mean((1, 2))
-        return Report({**found, "lambda_moved": moved, "psg_loss": before, "psg_loss_after": after})
+        return Report({**found, "psg_loss": before, "psg_loss_after": after})
 
     def _regress(self, ctx: ClientContext, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Stage 2: L1 on the lambda found. Returns the mean |error| per output before and after, (K,)."""

@@ -31,7 +31,7 @@ _METRICS = {
     "train_loss": "Training loss", "psg_loss": "PSG loss (L1)", "psg_loss_after": "PSG loss after the step",
     "lambda_target_median": "Median of the λ targets", "lambda_target_min": "Minimum of the λ targets",
     "lambda_target_max": "Maximum of the λ targets", "lambda_target_sd": "SD of the λ targets",
-    "lambda_moved": "Distance moved by λ", "ce_gradient_share": "Gradient share of the cross-entropy",
+    "ce_gradient_share": "Gradient share of the cross-entropy",
 }  # fmt: skip
 _PARTS = {
     "attention.self.query": "Query", "attention.self.key": "Key", "attention.self.value": "Value",

@@ -1,0 +1,47 @@
+"""A personalised client taken away: plain peft on the exported base is the model that the run evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import run_tiny, tiny
+
+from fedtailor.models.classifier import load_classifier
+from fedtailor.runs.commit_log import CommitLog
+from fedtailor.tasks.tokens import TokenData
+
+CLIENTS = ("seen/amh/00", "unseen/yor/02")
+
+
+@pytest.mark.parametrize("method", ["lora", "fedp2eft"])
+def test_peft_reproduces_the_test_loss_of_the_run(tmp_path: Path, method: str) -> None:
+    scale = "lora.scale=1.7" if method == "lora" else "fedp2eft.finetune.scale=1.7"
+    run = run_tiny(tiny(tmp_path, f"methods=[{method}]", "save_adapters=true", scale))
+    artifacts = tmp_path / "artifacts"
+    base = next(artifacts.glob("base-*/model"))
+    data = TokenData.open(next(artifacts.glob("tokens-*")))
+    [stage] = run.stages("personalise")
+    objects = {
+        name: commit
+        for commit in CommitLog(run.storage, f"artifacts/{stage['artifact']}").all()
+        for name in commit.objects
+    }
+    frame = run.metrics()
+    losses = frame[frame.metric == "loss"].set_index(["client", "budget"]).value
+    for client in CLIENTS:
+        for budget in (1, 2):
+            prefix = f"adapters/r{budget}/{client}/"
+            folder = tmp_path / "out" / method / prefix
+            folder.mkdir(parents=True)
+            for name in (n for n in objects if n.startswith(prefix)):
+                (folder / name.removeprefix(prefix)).write_bytes(objects[name].bytes(name))
+            model = PeftModel.from_pretrained(load_classifier(base, data.num_labels, data.labels), str(folder)).eval()
+            test = data.examples(client, "test")
+            mask = torch.arange(test.input_ids.shape[1]) < torch.from_numpy(test.lengths).unsqueeze(1)
+            with torch.no_grad():
+                logits = model(input_ids=torch.from_numpy(test.input_ids), attention_mask=mask.long()).logits
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(test.labels))
+            assert float(loss) == pytest.approx(float(losses[client, budget]), abs=1e-5)
