@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,8 @@ from fedtailor import __version__
 from fedtailor.core.errors import ConfigError, Interrupted, TailorError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedtailor.runs.experiment import ExperimentBase
     from fedtailor.runs.run_folder import RunFolder
 
@@ -31,11 +34,9 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except TailorError as error:
-            from rich.console import Console
-
             from fedtailor.runs.console import show_error
 
-            show_error(Console(stderr=True), error)
+            show_error(_console(stderr=True), error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
@@ -107,13 +108,12 @@ def resume(run_id: RunId, storage: Storage = "./runs", json_log: JsonLog = False
 @app.command()
 def status(run_id: RunId, storage: Storage = "./runs") -> None:
     """Show how far a run has got."""
-    from rich.console import Console
     from rich.markup import escape
 
     from fedtailor.runs.console import STATES, status_table
     from fedtailor.runs.launch import committed_stages
 
-    folder, console = _open(run_id, storage), Console()
+    folder, console = _open(run_id, storage), _console()
     state = folder.status()
     colour = STATES.get(state["state"], "white")
     told = f"[{colour}]{state['state']}[/]  {escape(state['message'])}"
@@ -154,13 +154,11 @@ def sync(
 @app.command()
 def plan(words: Words) -> None:
     """Show stages, bytes, memory and work of an experiment without running it; needs no weights."""
-    from rich.console import Console
-
     from fedtailor.runs.plan import make_plan
     from fedtailor.runs.plan_view import show_plan
 
     _, exp = _compose(words)
-    show_plan(Console(), make_plan(exp))
+    show_plan(_console(), make_plan(exp))
 
 
 @app.command()
@@ -168,22 +166,18 @@ def doctor(
     storage: Storage = "./runs", address: Annotated[str | None, typer.Option(help="Ray address.")] = None
 ) -> None:
     """Check this machine: versions, memory, storage, data, Ray's exposure, W&B."""
-    from rich.console import Console
-
     from fedtailor.runs.doctor import examine, show_findings
 
-    if not show_findings(Console(), examine(storage, address)):
+    if not show_findings(_console(), examine(storage, address)):
         raise typer.Exit(1)
 
 
 @app.command("list")
 def list_(what: Annotated[Listing, typer.Argument()]) -> None:
     """List what can be named in a configuration."""
-    from rich.console import Console
-
     from fedtailor.runs.listing import listing
 
-    Console().print(listing(what.value))
+    _console().print(listing(what.value))
 
 
 @app.command()
@@ -225,6 +219,14 @@ def _compose(words: list[str]) -> tuple[list[str], ExperimentBase]:
     return presets, compose(presets, [word for word in words if "=" in word])
 
 
+def _console(stderr: bool = False) -> Console:
+    """A console that does not squeeze tables to 80 columns where nobody set a width (files, pipes, CI)."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
+
+
 def _open(run_id: str, storage: str) -> RunFolder:
     from fedtailor.runs.run_folder import RunFolder
     from fedtailor.runs.storage import Storage as Store
@@ -240,16 +242,14 @@ def _write_report(folder: RunFolder) -> Path:
 
 def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFolder], json_log: bool) -> None:
     """Opens, runs, reports; every way out tells what to do next."""
-    from rich.console import Console
-
     from fedtailor.runs import launch
     from fedtailor.runs.console import show_header, summary_table
     from fedtailor.runs.progress import reporter
     from fedtailor.runs.stop import StopSignals
 
-    told = Console(stderr=json_log)
+    told = _console(stderr=json_log)
     backend = launch.resolve(BACKENDS[exp.engine.backend])
-    show = reporter(Console() if json_log else told, json_log)
+    show = reporter(_console() if json_log else told, json_log)
     with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
         folder = None
         try:

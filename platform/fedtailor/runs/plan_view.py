@@ -10,7 +10,7 @@ from fedtailor.runs.past_times import seconds_per_client
 from fedtailor.runs.plan import Plan, StagePlan
 from fedtailor.runs.report.names import method_name
 
-_THERE = {True: "[green]yes[/]", False: "no", None: "[dim]unknown without weights[/]"}
+_THERE = {True: "[green]yes[/]", False: "no", None: "[dim]?[/]"}
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -65,15 +65,17 @@ def _show_trained(console: Console, plan: Plan) -> None:
 
 def _show_stages(console: Console, plan: Plan) -> None:
     right = ("rounds", "cohort", "down/round", "up/round")
-    table = plain_table("stage", *right, "artifact", "already there", title="Stages", numbers=right)
+    table = plain_table("stage", *right, "artifact", "there", title="Stages", numbers=right)
     for row in plan.stages:
         stage, cost = row.stage, row.estimate
         artifact = stage.artifact.rpartition("-")[2] if row.there is not None else "[dim]?[/]"
         wire = (size(cost.down), size(cost.up)) if cost.down else ("", "")
         rounds = stage.kind != "personalise"
-        counts = (str(stage.rounds), str(stage.cohort)) if rounds else ("", f"{cost.updates} clients")
+        counts = (str(stage.rounds), str(stage.cohort)) if rounds else ("", f"all {cost.updates}")
         table.add_row(escape(stage.key), *counts, *wire, artifact, _THERE[row.there])
     console.print(table)
+    if any(row.there is None for row in plan.stages):
+        console.print("[dim]? unknown without weights: names and what is already there follow from their hash[/]")
 
 
 def _show_memory(console: Console, plan: Plan) -> None:
