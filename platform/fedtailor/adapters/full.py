@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtailor.core.lanes import LaneParams
 from fedtailor.core.net import LaneNet
@@ -38,8 +38,3 @@ class FullModel:
             assert leaf.grad is not None
             parameter.requires_grad_(True)
             parameter.data, parameter.grad = leaf.detach()[0], leaf.grad[0]
-
-
-def trains_all(model: nn.Module) -> bool:
-    """Whether every parameter takes a gradient."""
-    return all(p.requires_grad for p in model.parameters())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedtailor.adapters.lane_linear import LaneLinear, LaneState, attach
+from fedtailor.adapters.lane_linear import LaneState, attach
 from fedtailor.core.batches import LaneBatch
 
 
@@ -99,8 +99,3 @@ class LaneNet:
         out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
         result: Tensor = out.view(k, b, -1)
         return result
-
-
-def named_layers(net: LaneNet) -> dict[str, LaneLinear]:
-    """Module path to wrapper, in module order."""
-    return {layer.name: layer for layer in net.layers}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkdtemp
 
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import hub
@@ -14,8 +13,8 @@ from fedtailor.models.folder import staged_folder
 from fedtailor.models.tiny_bert import build
 from fedtailor.runs.experiment import ExperimentBase, to_json
 from fedtailor.runs.stages import Inputs, short_hash
-from fedtailor.tasks.task import TaskData, fingerprint, prepare
-from fedtailor.tasks.tokens import TokenData, tokenise
+from fedtailor.tasks.task import TaskData, prepare
+from fedtailor.tasks.tokens import tokenise
 
 
 def make_inputs(exp: ExperimentBase, seed: int, artifacts: Path) -> Inputs:
@@ -37,17 +36,6 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Path) -> Inputs:
     tokenizer = load_tokenizer(artifacts / model_name)
     _once(artifacts / tokens_name, lambda out: _tokens(data, tokenizer, exp.task.max_length, out))
     return Inputs(data_name, model_name, tokens_name)
-
-
-def known_inputs(exp: ExperimentBase, seed: int, artifacts: Path) -> tuple[Inputs, TaskData | None]:
-    """Artifact names without making anything; for ``plan``. The data is opened if it is already there."""
-    name = f"data-{fingerprint(exp.task, seed)[:16]}"
-    data = TaskData.open(artifacts / name) if (artifacts / name).exists() else None
-    if data is None:
-        scratch = Path(mkdtemp(prefix="fedtailor-plan-"))
-        data = prepare(exp.task, seed, scratch)
-    model = model_artifact(exp, seed, data)
-    return Inputs(name, model, tokens_artifact(exp, name, model)), data
 
 
 def _data(exp: ExperimentBase, seed: int, artifacts: Path) -> tuple[TaskData, str]:
@@ -102,11 +90,6 @@ def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
 
 def _tokens(data: TaskData, tokenizer: object, max_length: int, out: Path) -> None:
     tokenise(data, tokenizer, max_length, out)  # type: ignore[arg-type]
-
-
-def open_tokens(artifacts: Path, inputs: Inputs) -> TokenData:
-    """The tokenised clients."""
-    return TokenData.open(artifacts / inputs.tokens)
 
 
 def _once(target: Path, make: Callable[[Path], None]) -> None:

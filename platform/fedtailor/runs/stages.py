@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,8 +147,3 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         rounds=stage.rounds,
         device=device_of(exp),
     )
-
-
-def by_key(stages: list[Stage]) -> Mapping[str, Stage]:
-    """Stage key to stage."""
-    return {stage.key: stage for stage in stages}
