@@ -48,8 +48,10 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> str:
     return digest(run.storage, run.run_id)
 
 
-# Hit numbers: in the base stage's second round, and in the personalising stage (rounds and chunks share the points).
-MOMENTS = [(name, 2) for name in POINTS] + [("commit:objects-verified", 7), ("commit:after-record", 8)]
+# Every point in the base stage's second round, then every commit point in the personalising stage's second chunk:
+# five rounds come before it, with two objects each.
+CHUNK_HITS = {name: 7 for name in POINTS if name.startswith("commit:")} | {"commit:object-written": 13}
+MOMENTS = [(name, 2) for name in POINTS] + list(CHUNK_HITS.items())
 
 
 def in_process(storage: Path, fault: str | None) -> int:

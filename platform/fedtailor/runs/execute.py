@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.grouping import segments
-from fedtailor.core.messages import SegmentJob, SegmentResult, StageSpec
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.method import Method, Row
 from fedtailor.core.pool import Pool, StageInfo
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
@@ -216,6 +216,16 @@ class Execution:
         commit = CommitLog(self.storage, f"artifacts/{stage.strategy}").newest()
         return info.initial if commit is None else flatten(info.shared, commit.tensors(SHARED))
 
+    def _private(self, stage: Stage, info: StageInfo) -> Callable[[Sequence[str]], dict[str, FloatArray]]:
+        """PRIVATE rows as the strategy stage left them; a client that was never sampled keeps its initial ones."""
+        if not info.private or stage.strategy is None:
+            return lambda clients: {}
+        log = CommitLog(self.storage, f"artifacts/{stage.strategy}")
+        rounds = CommittedRounds(log, info.shared, self.exp.engine.keep_rounds)
+        state = rounds.newest()
+        at = {} if state is None else state.private_at
+        return lambda clients: {c: rounds.private(c, at[c]) for c in clients if c in at}
+
     def _personalise(
         self,
         stage: Stage,
@@ -230,9 +240,10 @@ class Execution:
         chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
         info = self.pool.open(spec)
         shared = self._shared(stage, info)
+        own = self._private(stage, info)
         for index in range(len(log.all(repair=True)), len(chunks)):
             jobs = [
-                SegmentJob(stage.key, index, number, part)
+                SegmentJob(stage.key, index, number, part, private=own(part))
                 for number, part in enumerate(segments(chunks[index], engine.segments, engine.min_segment))
             ]
             results = self.pool.run(jobs, shared, self._on_result())
