@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_private_rows_are_kept_by_client_and_resumed(tmp_path: Path) -> None:
     resumed = run_tiny(tiny(tmp_path / "cut", *OVERRIDES))
     assert digest(resumed.storage, "run") == digest(clean.storage, "run")
     commits = commits_of(clean)
-    for before, after in zip(commits, commits[1:], strict=False):
+    for before, after in pairwise(commits):
         stays = set(before.record["private_at"]) - set(after.record["cohort"])
         assert all(after.record["private_at"][c] == before.record["private_at"][c] for c in stays)
         assert set(after.tensors("clients/private.safetensors")) == set(after.record["cohort"])
