@@ -106,7 +106,7 @@ def test_artifacts_that_are_complete_are_recognised_and_nothing_is_written(tmp_p
 @pytest.mark.data
 def test_real_data_give_sizes_and_work(tmp_path: Path) -> None:
     if not os.environ.get("FEDTAILOR_DATA"):
-        pytest.skip("FEDTAILOR_DATA is not set: the real MasakhaNEWS texts are not here")
+        pytest.skip("set FEDTAILOR_DATA to a folder that holds masakhanews/ to plan with the real news texts")
     words = [
         "task.languages=[swa]",
         "base.cohort=2",

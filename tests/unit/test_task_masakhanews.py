@@ -18,7 +18,7 @@ HEADER = "category\theadline\ttext\turl\n"
 REAL = Path(os.environ.get("FEDTAILOR_DATA", "")) / "masakhanews"
 needs_data = pytest.mark.skipif(
     not (os.environ.get("FEDTAILOR_DATA") and REAL.is_dir()),
-    reason="FEDTAILOR_DATA does not name a data folder",
+    reason="set FEDTAILOR_DATA to a folder that holds masakhanews/ to test with the real news texts",
 )
 
 
