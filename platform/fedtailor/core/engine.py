@@ -184,6 +184,8 @@ class _Segment:
             self.result.tensors[client] = lam.detach().cpu().numpy().astype(np.float32, copy=True)
         for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True)):
             client = lane.client.id
+            if client in self.failed:
+                continue  # one bad budget rejects the client whole
             if not np.isfinite(score.loss_sum):
                 self._reject(client, f"test loss is {score.loss_sum}")
                 continue
@@ -213,6 +215,8 @@ class _Segment:
         self.failed[client] = Failure(client, self.job.stage, self.job.round, "rejected", reason)
         for record in (self.rows, self.metrics, self.result.private, self.result.tensors):
             record.pop(client, None)
+        adapters = self.result.adapters
+        self.result.adapters = {lane: files for lane, files in adapters.items() if lane.partition("/")[2] != client}
 
     def _warn(self, lane: Lane, sentence: str) -> None:
         self.result.warnings.append({"kind": "client-warning", "client": lane.client.id, "reason": sentence})

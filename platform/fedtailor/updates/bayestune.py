@@ -9,6 +9,7 @@ N is the client's number of training examples; sums run over all layers and rank
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -107,7 +108,7 @@ def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tu
         penalty = cfg.alpha_s * sparsity(column_norms(net, params, k), lam) + cfg.alpha_p * hyper_prior(lam)
         return ce + penalty / sizes[:k]
 
-    last = [len(p) - 1 for p in ctx.training_batches(cfg.epochs, cfg.batch_size, "train")]
+    last = [cfg.epochs * math.ceil(lane.size / cfg.batch_size) - 1 for lane in ctx.lanes]
 
     def log_share(batch: LaneBatch, step: int) -> None:
         if step in last:
