@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,23 @@ def test_memory_storage_is_refused_with_a_reason() -> None:
     with pytest.raises(TailorError, match="memory://"):
         run_tiny(tiny(Path("x"), "storage=memory://fedtailor-test"))
     assert Storage("memory://fedtailor-test").list("") == Storage("memory://fedtailor-test").list("")
+
+
+def test_a_client_that_fails_at_one_budget_leaves_no_row_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtailor.core import engine
+
+    honest = engine.evaluate
+
+    def second_budget_breaks(*arguments: Any) -> Any:
+        scores = honest(*arguments)
+        return [scores[0], replace(scores[1], loss_sum=float("nan")), *scores[2:]]
+
+    monkeypatch.setattr(engine, "evaluate", second_budget_breaks)
+    overrides = ("methods=[lora]", "engine.on_client_failure=drop", "engine.token_budget=100000", "save_adapters=true")
+    run = run_tiny(tiny(tmp_path, "base.rounds=1", *overrides))
+    frame = run.metrics("personalise")
+    rows = frame[frame.metric == "accuracy"].groupby("client").size()
+    assert set(rows) == {2}
+    assert 0 < len(rows) < 18
