@@ -32,6 +32,7 @@ class ToyExamples:
     input_ids: np.ndarray
     lengths: np.ndarray
     labels: np.ndarray
+    first: np.ndarray | None = None
 
 
 def toy_examples(name: str, count: int, longest: int = 9) -> ToyExamples:

@@ -84,8 +84,10 @@ def test_duplicates_of_train_texts_leave_the_test_set_on_request(tmp_path: Path)
     cfg = write(tmp_path, train=rows("a", "b"), dev=rows("c"), test=rows("A", "c", "d", "d"))
     kept = load(cfg, 0)
     assert (len(texts(kept, "test")), kept.notes["dropped_duplicates"]) == (4, 0)
+    assert kept.notes["found_duplicates"] == 2
     clean = load(cfg.model_copy(update={"drop_duplicates": True}), 0)
     assert (texts(clean, "test"), clean.notes["dropped_duplicates"]) == (["head d d"] * 2, 2)
+    assert clean.notes["found_duplicates"] == 2
 
 
 def test_a_missing_folder_names_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +221,7 @@ def test_the_real_data_makes_320_clients_of_equal_size_per_language(real: TaskDa
 @pytest.mark.data
 def test_dropping_duplicates_of_the_real_data_leaves_a_clean_test_set() -> None:
     source = load(TaskConfig(name="masakhanews", path=str(REAL), drop_duplicates=True), 42)
-    assert source.notes["dropped_duplicates"] > 25
+    assert source.notes["dropped_duplicates"] == source.notes["found_duplicates"] > 25  # type: ignore[operator]
     for language in COUNTS:
         train = {normalise(text) for text in texts(source, "train", language)}
         assert not train & {normalise(text) for text in texts(source, "test", language)}

@@ -15,7 +15,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Examples(Protocol):
-    """Tokenised texts of one client: ids (n, T) padded, lengths (n,), labels (n,), all int64."""
+    """Tokenised texts or pairs of one client: ids (n, T) padded, lengths (n,), labels (n,), all int64."""
 
     @property
     def input_ids(self) -> IntArray:
@@ -29,6 +29,10 @@ class Examples(Protocol):
     def labels(self) -> IntArray:
         """Classes (n,)."""
 
+    @property
+    def first(self) -> IntArray | None:
+        """Tokens of each pair's first segment (n,); None where there are no segments."""
+
 
 @dataclass(frozen=True)
 class LaneBatch:
@@ -40,6 +44,8 @@ class LaneBatch:
         labels: (k, b) int64.
         rows: (k, b) bool, False where a lane has fewer than b rows.
         shapes: per lane its own (rows, tokens), without the group's padding.
+        token_type_ids: (k, b, T) int64, 1 in the second segment of a pair, else 0 (padding too); None where
+            no lane has pairs.
     """
 
     input_ids: Tensor
@@ -47,6 +53,7 @@ class LaneBatch:
     labels: Tensor
     rows: Tensor
     shapes: tuple[tuple[int, int], ...]
+    token_type_ids: Tensor | None = None
 
     @property
     def lanes(self) -> int:
@@ -63,6 +70,7 @@ def make_batch(
     k, b, t = len(picks), max(s[0] for s in shapes), max(s[1] for s in shapes)
     ids = np.full((k, b, t), pad_id, dtype=np.int64)
     lengths = np.ones((k, b), dtype=np.int64)
+    first = np.full((k, b), t, dtype=np.int64)
     labels = np.zeros((k, b), dtype=np.int64)
     rows = np.zeros((k, b), dtype=np.bool_)
     for lane, (e, pick, (n, width)) in enumerate(zip(examples, picks, shapes, strict=True)):
@@ -70,9 +78,14 @@ def make_batch(
         lengths[lane, :n] = chosen[lane]
         labels[lane, :n] = e.labels[pick]
         rows[lane, :n] = True
+        if e.first is not None:
+            first[lane, :n] = e.first[pick]
     mask = (np.arange(t) < lengths[..., None]).astype(np.int64)
     tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, rows)]
-    return LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes)
+    segments = None
+    if any(e.first is not None for e in examples):
+        segments = torch.from_numpy(mask * (np.arange(t) >= first[..., None])).to(device)
+    return LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes, segments)
 
 
 def training_picks(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:

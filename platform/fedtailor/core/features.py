@@ -84,7 +84,10 @@ def _widen(batch: LaneBatch, width: int, pad_id: int) -> LaneBatch:
     extra = max(0, width - batch.input_ids.shape[2])
     ids = torch.nn.functional.pad(batch.input_ids, (0, extra), value=pad_id)
     mask = torch.nn.functional.pad(batch.attention_mask, (0, extra), value=0)
-    return LaneBatch(ids, mask, batch.labels, batch.rows, batch.shapes)
+    types = batch.token_type_ids
+    if types is not None:
+        types = torch.nn.functional.pad(types, (0, extra), value=0)
+    return LaneBatch(ids, mask, batch.labels, batch.rows, batch.shapes, types)
 
 
 class FeatureCache:

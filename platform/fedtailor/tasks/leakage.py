@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from fedtailor.core.errors import DataError
-from fedtailor.tasks.source import POOLS, SPLITS, Source, normalise
+from fedtailor.tasks.source import POOLS, SPLITS, Source
 
 
 def check(source: Source) -> dict[str, int]:
     """Counts normalised texts shared by the pools, and by train and test of each pool, over all languages.
+
+    Of a sentence-pair task, pairs are counted.
 
     Returns:
         ``leak_seen_unseen``, ``leak_seen_train_test``, ``leak_unseen_train_test``.
@@ -18,7 +20,7 @@ def check(source: Source) -> dict[str, int]:
     texts: dict[tuple[str, str], set[str]] = {(pool, split): set() for pool in POOLS for split in SPLITS}
     for pool, _, part in source.parts():
         for split in SPLITS:
-            texts[pool, split].update(normalise(e.text) for e in part.split(split))
+            texts[pool, split].update(e.normal for e in part.split(split))
     pools = [texts[pool, "train"] | texts[pool, "test"] for pool in POOLS]
     leaks = {"leak_seen_unseen": len(pools[0] & pools[1])}
     for pool in POOLS:

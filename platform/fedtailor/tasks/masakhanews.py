@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from typing import Any
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import MASAKHANEWS_LANGUAGES, TaskConfig
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, normalise
+from fedtailor.tasks.local_files import local_folder, read_text
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
 
 LABELS: tuple[str, ...] = (
     "business",
@@ -30,8 +29,6 @@ LABELS: tuple[str, ...] = (
 )
 HUB_ID = "masakhane/masakhanews"
 COLUMNS = ("category", "headline", "text", "url")
-
-_BLOCK = 1 << 16
 
 _FILES = {"train": (("train", "train_partial"), ("dev",)), "test": (("test",),)}
 """Split -> file stems that make it; alternatives in order of preference."""
@@ -50,8 +47,8 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     unknown = [language for language in cfg.languages if language not in MASAKHANEWS_LANGUAGES]
     if unknown:
         raise DataError(f"task.languages: {unknown} not in masakhanews; allowed: {', '.join(MASAKHANEWS_LANGUAGES)}")
-    folder = _folder(cfg)
-    notes = {"dropped_empty": 0, "dropped_duplicates": 0}
+    folder = local_folder(cfg.path, "masakhanews")
+    notes = {"dropped_empty": 0, "found_duplicates": 0, "dropped_duplicates": 0}
     splits = {
         language: {
             split: _without_empty(_local(folder, language, split) if folder else _hub(language, split), notes)
@@ -59,26 +56,13 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         }
         for language in cfg.languages
     }
-    if cfg.drop_duplicates:
-        _drop_duplicates(splits, notes)
+    _duplicates(splits, cfg.drop_duplicates, notes)
     pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
     for language, parts in splits.items():
         halves = {split: _halves(parts[split], seed, language, split) for split in _FILES}
         for i, pool in enumerate(POOLS):
             pools[pool][language] = LanguagePool(train=halves["train"][i], test=halves["test"][i])
     return Source(labels=LABELS, pools=pools, notes=notes)
-
-
-def _folder(cfg: TaskConfig) -> Path | None:
-    if cfg.path is not None:
-        folder, origin = Path(cfg.path), "task.path"
-    elif os.environ.get("FEDTAILOR_DATA"):
-        folder, origin = Path(os.environ["FEDTAILOR_DATA"]) / "masakhanews", "FEDTAILOR_DATA"
-    else:
-        return None
-    if not folder.is_dir():
-        raise DataError(f"{origin}: {folder} is not a folder; it should hold one folder per language")
-    return folder
 
 
 def _local(folder: Path, language: str, split: str) -> Iterator[Example]:
@@ -103,7 +87,7 @@ def read_tsv(path: Path) -> Iterator[Example]:
     """
     # The default limit of 131,072 characters guards against unbalanced quotes; strict=True reports those.
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.StringIO(_decode(path), newline=""), delimiter="\t", quotechar='"', strict=True)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t", quotechar='"', strict=True)
     line = 1
     try:
         header = next(rows, [])
@@ -115,38 +99,6 @@ def read_tsv(path: Path) -> Iterator[Example]:
             line = rows.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {line}: damaged or truncated TSV: {error}") from error
-
-
-def _decode(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = _gunzip(path, raw)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8: {error.reason} 0x{raw[error.start]:02x}") from error
-
-
-def _gunzip(path: Path, raw: bytes) -> bytes:
-    text = bytearray()
-    try:
-        while raw:
-            stream = zlib.decompressobj(wbits=31)  # 31: gzip header and checksum
-            for at in range(0, len(raw), _BLOCK):
-                text += stream.decompress(raw[at : at + _BLOCK])
-                if stream.eof:
-                    raw = stream.unused_data + raw[at + _BLOCK :]
-                    break
-            else:
-                raise EOFError("the stream has no end")
-    except (EOFError, zlib.error) as error:
-        line = text.count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: damaged or truncated gzip: {error}") from error
-    return bytes(text)
 
 
 def _example(row: list[str], columns: int, where: str) -> Example:
@@ -186,12 +138,15 @@ def _without_empty(examples: Iterable[Example], notes: dict[str, int]) -> list[E
     return kept
 
 
-def _drop_duplicates(splits: dict[str, dict[str, list[Example]]], notes: dict[str, int]) -> None:
-    train = {normalise(e.text) for parts in splits.values() for e in parts["train"]}
+def _duplicates(splits: dict[str, dict[str, list[Example]]], drop: bool, notes: dict[str, int]) -> None:
+    """Counts test texts that are train texts of any language, and drops them on request."""
+    train = {e.normal for parts in splits.values() for e in parts["train"]}
     for parts in splits.values():
-        kept = [e for e in parts["test"] if normalise(e.text) not in train]
-        notes["dropped_duplicates"] += len(parts["test"]) - len(kept)
-        parts["test"] = kept
+        kept = [e for e in parts["test"] if e.normal not in train]
+        notes["found_duplicates"] += len(parts["test"]) - len(kept)
+        if drop:
+            parts["test"] = kept
+    notes["dropped_duplicates"] = notes["found_duplicates"] if drop else 0
 
 
 def _halves(examples: list[Example], seed: int, language: str, split: str) -> tuple[list[Example], list[Example]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from fedtailor.core.errors import DataError
+
 Pool = Literal["seen", "unseen"]
 Split = Literal["train", "test"]
 POOLS: tuple[Pool, ...] = ("seen", "unseen")
@@ -14,10 +16,18 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 class Example(NamedTuple):
-    """One text and its class index."""
+    """One text, or a pair of texts, and its class index."""
 
     text: str
     label: int
+    pair: str | None = None
+    """The second text (hypothesis) of a sentence-pair task."""
+
+    @property
+    def normal(self) -> str:
+        """The form in which two examples count as the same, whatever their labels: see `normalise`."""
+        normal = normalise(self.text)
+        return normal if self.pair is None else f"{normal}\0{normalise(self.pair)}"
 
 
 @dataclass(frozen=True)
@@ -39,14 +49,26 @@ class Source:
     Args:
         labels: class names; a label is an index into them.
         pools: pool -> language -> texts. A class that a language lacks is legal.
-        notes: counts of what was dropped or found, for the manifest.
+        notes: counts of what was dropped or found, and rules that were followed, for the manifest.
         disjoint: the source promises that no normalised text occurs in two pools or two splits.
     """
 
     labels: tuple[str, ...]
     pools: Mapping[Pool, Mapping[str, LanguagePool]]
-    notes: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int | str] = field(default_factory=dict)
     disjoint: bool = False
+
+    @property
+    def paired(self) -> bool:
+        """The examples are pairs of texts.
+
+        Raises:
+            DataError: some are and some are not.
+        """
+        kinds = {e.pair is not None for _, _, part in self.parts() for s in SPLITS for e in part.split(s)}
+        if len(kinds) > 1:
+            raise DataError("some examples are pairs of texts and some are single texts; a task has one kind")
+        return kinds == {True}
 
     def parts(self) -> Iterator[tuple[Pool, str, LanguagePool]]:
         """(pool, language, texts), seen before unseen, languages in alphabetical order."""

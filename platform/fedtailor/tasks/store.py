@@ -28,6 +28,8 @@ TEXTS = pa.schema(
     }
 )
 """texts.arrow: every text of the source once; its row number is its name."""
+PAIRS = TEXTS.append(pa.field("pair", pa.large_string()))
+"""texts.arrow of a sentence-pair task."""
 EXAMPLES = pa.schema({"client": pa.int32(), "test": pa.bool_(), "row": pa.int32()})
 """examples.arrow: client (index into the manifest's clients), split, row of texts.arrow; train first."""
 
@@ -139,19 +141,32 @@ class TaskData:
         """The client of this id."""
         return self.members.client(client_id)
 
+    @property
+    def paired(self) -> bool:
+        """The examples are pairs of texts."""
+        return bool(self.batches) and "pair" in self.batches[0].schema.names
+
     def texts(self, client_id: str, split: Split) -> tuple[list[str], Ints]:
-        """A client's texts and their labels, (n,) int64."""
-        found = [(self.batches[row // BLOCK], int(row % BLOCK)) for row in self.members.rows_of(client_id, split)]
-        texts = [batch.column("text")[at].as_py() for batch, at in found]
-        return texts, np.array([batch.column("label")[at].as_py() for batch, at in found], dtype=np.int64)
+        """A client's texts and their labels, (n,) int64; of a pair the first text, see `pairs`."""
+        rows = self.members.rows_of(client_id, split)
+        return self._column("text", rows), np.array(self._column("label", rows), dtype=np.int64)
+
+    def pairs(self, client_id: str, split: Split) -> list[str] | None:
+        """The second texts in the order of `texts`; None where texts are single."""
+        rows = self.members.rows_of(client_id, split)
+        return self._column("pair", rows) if self.paired else None
+
+    def _column(self, name: str, rows: Ints) -> list[Any]:
+        return [self.batches[row // BLOCK].column(name)[int(row % BLOCK)].as_py() for row in rows]
 
     def train_texts(self, pool: str = "seen") -> Iterator[str]:
-        """The pool's train texts, each row once, in the table's order; independent of the clients."""
+        """The pool's train texts (both texts of a pair), each row once, in the table's order."""
+        names = ["pool", "split", "text", *(["pair"] if self.paired else [])]
         for batch in self.batches:
-            columns = (batch.column(name) for name in ("pool", "split", "text"))
-            for its_pool, split, text in zip(*(column.to_pylist() for column in columns), strict=True):
+            columns = (batch.column(name).to_pylist() for name in names)
+            for its_pool, split, *texts in zip(*columns, strict=True):
                 if its_pool == pool and split == "train":
-                    yield text
+                    yield from texts
 
 
 def clients_of(manifest: Mapping[str, Any]) -> tuple[Client, ...]:

@@ -17,17 +17,19 @@ import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.settings import TaskConfig
-from fedtailor.tasks import cldr, leakage, masakhanews
+from fedtailor.tasks import cldr, leakage, masakhanews, xnli
 from fedtailor.tasks.arrow import BLOCK, write_stream
 from fedtailor.tasks.partition import Shard, client_id, partition, resample
-from fedtailor.tasks.source import SPLITS, Example, Source
-from fedtailor.tasks.store import EXAMPLES, TEXTS, Client, TaskData
+from fedtailor.tasks.reuse import Shards, keep_first, repeat_on
+from fedtailor.tasks.source import SPLITS, Example, Pool, Source
+from fedtailor.tasks.store import EXAMPLES, PAIRS, TEXTS, Client, TaskData
 
 __all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare"]
 
 TASKS: Final[Mapping[str, Callable[[TaskConfig, int], Source]]] = {
     "cldr": cldr.load,
     "masakhanews": masakhanews.load,
+    "xnli": xnli.load,
 }
 """Task name -> function that loads its texts."""
 
@@ -52,10 +54,9 @@ def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
         ConfigError: unknown task.
         DataError: see the task's load function, `partition` and `leakage.check`.
     """
-    source = _load(cfg, seed)
-    holdings = list(_holdings(source, cfg, seed))
+    source, holdings = _dealt(cfg, seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_stream(out / "texts.arrow", TEXTS, _text_batches(source))
+    write_stream(out / "texts.arrow", PAIRS if source.paired else TEXTS, _text_batches(source))
     write_stream(out / "examples.arrow", EXAMPLES, _example_batches(holdings))
     manifest = _manifest(cfg, seed, source, holdings)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
@@ -65,8 +66,7 @@ def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
 
 def fingerprint(cfg: TaskConfig, seed: int) -> str:
     """The hash that `prepare` would put into the manifest, without writing."""
-    source = _load(cfg, seed)
-    return str(_manifest(cfg, seed, source, list(_holdings(source, cfg, seed)))["hash"])
+    return str(_manifest(cfg, seed, *_dealt(cfg, seed))["hash"])
 
 
 def _load(cfg: TaskConfig, seed: int) -> Source:
@@ -82,17 +82,31 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
     return source
 
 
-def _holdings(source: Source, cfg: TaskConfig, seed: int) -> Iterator[_Holding]:
+def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[_Holding]]:
+    """The texts that stay, and who holds which."""
+    source = _load(cfg, seed)
+    shards: Shards = {(pool, lang): _shards(source, pool, lang, cfg, seed) for pool, lang, _ in source.parts()}
+    if cfg.clients_used < cfg.clients_per_language:
+        source, shards = keep_first(source, shards, cfg.clients_used)
+    return source, list(_holdings(source, shards, cfg.clients_per_language))
+
+
+def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: int) -> Iterator[Shard]:
+    part, n = source.pools[pool][language], cfg.clients_per_language
+    if cfg.resample:
+        return resample(part, pool, language, n, cfg.alpha, cfg.resample, seed)
+    if cfg.reference_unseen_partition and pool == "unseen":
+        seen = source.pools["seen"][language]
+        return repeat_on(part, language, partition(seen, "seen", language, n, cfg.alpha, seed), n)
+    return partition(part, pool, language, n, cfg.alpha, seed)
+
+
+def _holdings(source: Source, shards: Shards, clients: int) -> Iterator[_Holding]:
     first = 0
-    n = cfg.clients_per_language
     for pool, language, part in source.parts():
-        shards: Iterator[Shard]
-        if cfg.resample:
-            shards = resample(part, pool, language, n, cfg.alpha, cfg.resample, seed)
-        else:
-            shards = partition(part, pool, language, n, cfg.alpha, seed)
-        for index, shard in enumerate(shards):
-            client = Client(client_id(pool, language, index, n), pool, language, len(shard.train), len(shard.test))
+        for index, shard in enumerate(shards[pool, language]):
+            name = client_id(pool, language, index, clients)
+            client = Client(name, pool, language, len(shard.train), len(shard.test))
             test = shard.test + first + len(part.train)
             yield _Holding(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
         first += len(part.train) + len(part.test)
@@ -106,9 +120,11 @@ def _examples(source: Source) -> Iterator[tuple[str, str, str, Example]]:
 
 
 def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
-    rows = ((pool, language, split, e.text, e.label) for pool, language, split, e in _examples(source))
+    schema = PAIRS if source.paired else TEXTS
+    rows = ((pool, language, split, e.text, e.label, e.pair) for pool, language, split, e in _examples(source))
     while block := list(islice(rows, BLOCK)):
-        yield pa.record_batch([list(column) for column in zip(*block, strict=True)], schema=TEXTS)
+        columns = [list(column) for column in zip(*block, strict=True)]
+        yield pa.record_batch(columns[: len(schema)], schema=schema)
 
 
 def _example_batches(holdings: Sequence[_Holding]) -> Iterator[pa.RecordBatch]:
@@ -123,7 +139,7 @@ def _example_batches(holdings: Sequence[_Holding]) -> Iterator[pa.RecordBatch]:
 
 def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[_Holding]) -> dict[str, Any]:
     examples = [e for *_, e in _examples(source)]
-    digests = [hashlib.sha256(f"{e.label}\0{e.text}".encode()).digest() for e in examples]
+    digests = [_digest(e) for e in examples]
     labels = np.array([e.label for e in examples], dtype=np.int64)
     clients = [_client_entry(h, digests, labels, len(source.labels)) for h in holdings]
     content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients]]
@@ -139,6 +155,11 @@ def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[_Ho
         "clients": clients,
         "hash": hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest(),
     }
+
+
+def _digest(example: Example) -> bytes:
+    texts = example.text if example.pair is None else f"{example.text}\0{example.pair}"
+    return hashlib.sha256(f"{example.label}\0{texts}".encode()).digest()
 
 
 def _client_entry(

@@ -1,10 +1,10 @@
-"""Tokenised clients: each text of the table is tokenised once; clients point to rows."""
+"""Tokenised clients: each text or pair of the table is tokenised once; clients point to rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copyfile
@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.errors import ModelError
 from fedtailor.tasks.arrow import BLOCK, open_stream, write_stream
+from fedtailor.tasks.encoding import check, encode
 from fedtailor.tasks.source import Split
 from fedtailor.tasks.store import Client, Membership, TaskData, clients_of, read_manifest
 
@@ -25,21 +25,25 @@ Ids = npt.NDArray[np.int32]
 
 TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 """tokens.arrow: row i belongs to row i of texts.arrow."""
+SEGMENTS = TOKENS.append(pa.field("first", pa.int32()))
+"""tokens.arrow of pairs whose tokenizer tells segments apart: `first` tokens belong to the first one."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """One client's split, padded to the client's longest text (train and test alike).
+    """Texts or pairs, padded to the longest: of a client's split, to the longest of its train and test texts.
 
     Args:
         input_ids: int64 (n, T), pad id after each text's end.
         lengths: int64 (n,), tokens of each text, special tokens included.
         labels: int64 (n,).
+        first: int64 (n,), tokens of each pair's first segment; None where there are no segments.
     """
 
     input_ids: Ints
     lengths: Ints
     labels: Ints
+    first: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,23 +52,20 @@ class Examples:
 def tokenise(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, out: Path) -> TokenData:
     """Writes ``manifest.json``, ``tokens.arrow`` and ``examples.arrow`` to `out` and opens them.
 
-    Texts are cut to `max_length` tokens, special tokens included. A text that has no token at all becomes
-    one unknown (else end, else pad) token, so that no example is empty.
+    Texts are cut to `max_length` tokens, special tokens included; of a pair, the longer text is cut first. A text
+    that has no token at all becomes one unknown (else end, else pad) token, so that no example is empty.
 
     Raises:
-        ModelError: the tokenizer has no PAD token, or max_length leaves no room beside special tokens.
+        ModelError: the tokenizer has no PAD token, its segments are not two in a row, or max_length leaves no room
+            beside special tokens.
     """
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no PAD token; set one before tokenising")
-    special = tokenizer.num_special_tokens_to_add(pair=False)
-    if max_length <= special:
-        raise ModelError(
-            f"'task.max_length' is {max_length}, but the tokenizer adds {special} special tokens to a text"
-        )
+    check(tokenizer, max_length, data.paired)
     out.mkdir(parents=True, exist_ok=True)
     lengths: list[int] = []
     digest = hashlib.sha256(data.hash.encode())
-    write_stream(out / "tokens.arrow", TOKENS, _batches(data, tokenizer, max_length, lengths, digest))
+    segments = data.paired and "token_type_ids" in tokenizer.model_input_names
+    rows = _batches(data, tokenizer, max_length, lengths, digest)
+    write_stream(out / "tokens.arrow", SEGMENTS if segments else TOKENS, rows)
     copyfile(data.path / "examples.arrow", out / "examples.arrow")
     manifest = {
         "labels": list(data.labels),
@@ -79,25 +80,45 @@ def tokenise(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
     return TokenData.open(out)
 
 
+def examples_of(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, labels: Ints, max_length: int
+) -> Examples:
+    """Tokenises texts that are in memory, by the rules of `tokenise`.
+
+    Args:
+        tokenizer: of the base model.
+        texts: n texts, or the first texts of n pairs.
+        pairs: the n second texts; None for single texts.
+        labels: (n,) class indices.
+        max_length: most tokens of a text or pair, special tokens included.
+
+    Raises:
+        ModelError: see `tokenise`.
+    """
+    check(tokenizer, max_length, pairs is not None)
+    ids, first = encode(tokenizer, texts, pairs, max_length)
+    lengths = np.array([len(row) for row in ids], dtype=np.int64)
+    input_ids = np.full((len(ids), int(lengths.max(initial=0))), tokenizer.pad_token_id, dtype=np.int64)
+    for row, target in zip(ids, input_ids, strict=True):
+        target[: len(row)] = row
+    return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
+
+
 def _batches(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, lengths: list[int], digest: Any
 ) -> Iterator[pa.RecordBatch]:
-    candidates = (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    spare = next(token for token in candidates if token is not None)
     for batch in data.batches:
-        encoded = tokenizer(
-            batch.column("text").to_pylist(),
-            truncation=True,
-            max_length=max_length,
-            add_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
-        ids = [np.array(row or [spare], dtype=np.int32) for row in encoded]
+        pairs = batch.column("pair").to_pylist() if data.paired else None
+        ids, first = encode(tokenizer, batch.column("text").to_pylist(), pairs, max_length)
         lengths.extend(map(len, ids))
         for row in ids:
             digest.update(len(row).to_bytes(4, "little") + row.tobytes())
-        yield pa.record_batch([pa.array(ids, TOKENS.field("ids").type), batch.column("label")], schema=TOKENS)
+        columns = [pa.array(ids, TOKENS.field("ids").type), batch.column("label")]
+        if first is None:
+            yield pa.record_batch(columns, schema=TOKENS)
+        else:
+            digest.update(first.tobytes())
+            yield pa.record_batch([*columns, pa.array(first)], schema=SEGMENTS)
 
 
 def _client_entries(data: TaskData, lengths: Ints) -> list[dict[str, Any]]:
@@ -117,8 +138,8 @@ class TokenData:
     path: Path
     manifest: Mapping[str, Any] = field(repr=False)
     members: Membership = field(repr=False)
-    batches: tuple[tuple[Ints, Ids, Ids], ...] = field(repr=False)
-    """(offsets, ids, labels) of each block."""
+    batches: tuple[tuple[Ints, Ids, Ids, Ids | None], ...] = field(repr=False)
+    """(offsets, ids, labels, tokens of the first segments) of each block."""
 
     @classmethod
     def open(cls, path: Path | str) -> TokenData:
@@ -133,7 +154,8 @@ class TokenData:
         blocks = []
         for batch in open_stream(path / "tokens.arrow", manifest["rows"]):
             ids, label = batch.column("ids"), batch.column("label")
-            blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy()))
+            first = batch.column("first").to_numpy() if "first" in batch.schema.names else None
+            blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy(), first))
         return cls(path, manifest, members, tuple(blocks))
 
     @property
@@ -180,14 +202,17 @@ class TokenData:
         return int(self.manifest["clients"][self.members.index[client_id]]["train_tokens"])
 
     def examples(self, client_id: str, split: Split) -> Examples:
-        """The client's texts of one split as fresh, writable arrays."""
+        """The client's texts or pairs of one split as fresh, writable arrays."""
         rows = self.members.rows_of(client_id, split)
         input_ids = np.full((len(rows), self.longest(client_id)), self.pad_id, dtype=np.int64)
         lengths = np.empty(len(rows), dtype=np.int64)
-        labels = np.empty(len(rows), dtype=np.int64)
+        labels, first = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
-            offsets, ids, block_labels = self.batches[row // BLOCK]
+            offsets, ids, block_labels, block_first = self.batches[row // BLOCK]
             start, end = offsets[row % BLOCK], offsets[row % BLOCK + 1]
             input_ids[i, : end - start] = ids[start:end]
             lengths[i], labels[i] = end - start, block_labels[row % BLOCK]
-        return Examples(input_ids, lengths, labels)
+            if block_first is not None:
+                first[i] = block_first[row % BLOCK]
+        segments = bool(self.batches) and self.batches[0][3] is not None
+        return Examples(input_ids, lengths, labels, first if segments else None)
