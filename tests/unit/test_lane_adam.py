@@ -96,3 +96,93 @@ def test_frozen_and_repeated_parameters_are_refused() -> None:
         LaneParams([ParamSpec("w", (1,), Scope.FROZEN)], 1)
     with pytest.raises(ValueError, match="twice"):
         LaneParams([SPECS[0], SPECS[0]], 1)
+
+
+RATES = torch.tensor(
+    [[1e-2, 3e-1, 5e-3], [2e-2, 0.0, 1e-3], [7e-3, 1e-1, 0.0], [1e-3, 1e-3, 1e-3]], dtype=torch.float64
+)
+
+
+def start_of(specs: list[ParamSpec], lanes: int, dtype: torch.dtype = torch.float64) -> LaneParams:
+    params = LaneParams(specs, lanes, dtype=dtype)
+    for spec in specs:
+        rng = torch.Generator().manual_seed(1)
+        params.set(spec.name, torch.randn(lanes, *spec.shape, dtype=dtype, generator=rng))
+    return params
+
+
+def run(params: LaneParams, groups: list[AdamGroup], **more: bool) -> LaneAdam:
+    adam = LaneAdam(params, groups, **more)
+    for step in range(max(STEPS)):
+        k = sum(s > step for s in STEPS)
+        adam.zero_grad()
+        for lane in range(k):
+            for name, grad in noisy_gradients(step, lane).items():
+                params[name].grad[lane] += grad.to(params[name].dtype)
+        adam.step(k)
+    return adam
+
+
+def test_rates_per_lane_and_tensor_equal_separate_adams() -> None:
+    params = start_of(SPECS, 4)
+    start = {s.name: params[s.name].detach().clone() for s in SPECS}
+    # Names in another order than in the buffers: a rate must follow its name.
+    names = ("b", "c", "a")
+    run(params, [AdamGroup(names, RATES)])
+    for lane, steps in enumerate(STEPS):
+        own = {name: start[name][lane].clone().requires_grad_() for name in names}
+        rates = RATES[lane].tolist()
+        adam = torch.optim.Adam([{"params": [own[n]], "lr": lr} for n, lr in zip(names, rates, strict=True)])
+        for step in range(steps):
+            for name, grad in noisy_gradients(step, lane).items():
+                own[name].grad = grad.clone()
+            adam.step()
+        for name, value in own.items():
+            torch.testing.assert_close(params[name][lane], value, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1.3e-3, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_equal_rates_give_the_bits_of_the_float(dtype: torch.dtype, lr: float) -> None:
+    names = ("a", "b", "c")
+    by_float, by_tensor = start_of(SPECS, 4, dtype), start_of(SPECS, 4, dtype)
+    run(by_float, [AdamGroup(names, lr)])
+    run(by_tensor, [AdamGroup(names, torch.full((4, 3), lr, dtype=torch.float64))])
+    for scope in (Scope.SHARED, Scope.EPHEMERAL):
+        assert torch.equal(by_float.flat(scope), by_tensor.flat(scope))
+
+
+def test_the_direction_is_the_last_step_divided_by_its_rate() -> None:
+    params, names = start_of(SPECS, 4), ("c", "a", "b")
+    stops = {}
+
+    adam = LaneAdam(params, [AdamGroup(names, 0.5)])
+    for step in range(max(STEPS)):
+        k = sum(s > step for s in STEPS)
+        adam.zero_grad()
+        for lane in range(k):
+            for name, grad in noisy_gradients(step, lane).items():
+                params[name].grad[lane] += grad
+        before = {n: params[n].detach().clone() for n in names}
+        adam.step(k)
+        stops |= {(n, lane): (before[n][lane] - params[n].detach()[lane]) / 0.5 for n in names for lane in range(k)}
+    directions = adam.directions()
+    for (name, lane), expected in stops.items():
+        torch.testing.assert_close(directions[name][lane], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_constant_correction_treats_every_step_like_the_first() -> None:
+    params = LaneParams(SPECS[:1], 1, dtype=torch.float64)
+    adam = LaneAdam(params, [AdamGroup(("a",), 1.0)], constant_correction=True)
+    m = v = w = 0.0
+    for grad in (2.0, -1.0, 3.0):
+        params["a"].grad.fill_(grad)
+        adam.step(1)
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        w -= (m / 0.1) / ((v / 0.001) ** 0.5 + 1e-8)
+    torch.testing.assert_close(params["a"].detach(), torch.full((1, 3, 2), w, dtype=torch.float64))
+
+
+def test_rates_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3\), expected \(4, 3\)"):
+        LaneAdam(LaneParams(SPECS, 4), [AdamGroup(("a", "b", "c"), torch.ones(2, 3))])

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from fedtailor.core.lanes import FlatSlice, LaneParams
+from fedtailor.core.scope import ParamSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdamGroup:
-    """Parameters that share a learning rate.
+    """Parameters that share a learning rate, or that each have one in every lane.
 
     Args:
         names: parameters of the `LaneParams`.
-        lr: learning rate.
+        lr: learning rate, or (K, number of names): one rate per lane and parameter, in the order of ``names``.
+            A tensor whose entries all equal a float gives the same bits as the float.
         zero_grad: False keeps the gradient over steps (a reference bug that some experiments need).
         rounded: bfloat16 emulates weights without an fp32 master copy: every step is rounded to it.
     """
 
     names: tuple[str, ...]
-    lr: float
+    lr: float | Tensor
     zero_grad: bool = True
     rounded: torch.dtype | None = None
 
@@ -40,6 +42,11 @@ class LaneAdam:
         groups: disjoint groups.
         betas: decay of the two moments.
         eps: added to the denominator.
+        constant_correction: corrects every step's moments like the first one's, by 1 - beta instead of
+            1 - beta^t (a reference bug that one experiment needs).
+
+    Raises:
+        ValueError: a group's rates are not of shape (K, number of names).
     """
 
     def __init__(
@@ -48,12 +55,18 @@ class LaneAdam:
         groups: Sequence[AdamGroup],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        constant_correction: bool = False,
     ) -> None:
-        self._betas, self._eps = betas, eps
+        self._betas, self._eps, self._constant = betas, eps, constant_correction
         self.groups = tuple(groups)
         self.slices: list[list[FlatSlice]] = [params.slices(group.names) for group in groups]
         self._moments = [
             [(torch.zeros_like(s.value), torch.zeros_like(s.value)) for s in slices] for slices in self.slices
+        ]
+        self._members = [_in_flat_order(params, group.names) for group in self.groups]
+        self._rates = [
+            _expand(group, params.lanes, members, slices)
+            for group, members, slices in zip(self.groups, self._members, self.slices, strict=True)
         ]
         reference = next(s.value for slices in self.slices for s in slices)
         self.steps = torch.zeros(params.lanes, 1, dtype=torch.float64, device=reference.device)
@@ -68,17 +81,41 @@ class LaneAdam:
     @torch.no_grad()
     def step(self, lanes: int) -> None:
         """Updates the first ``lanes`` lanes; the others keep their values, moments and step counts."""
-        b1, b2 = self._betas
         self.steps[:lanes] += 1
-        t = self.steps[:lanes]
-        correction1, correction2 = 1 - b1**t, (1 - b2**t).sqrt()
-        for group, slices, moments in zip(self.groups, self.slices, self._moments, strict=True):
-            for s, (m, v) in zip(slices, moments, strict=True):
+        correction1, correction2 = self._corrections(lanes)
+        for group, slices, moments, rates in zip(self.groups, self.slices, self._moments, self._rates, strict=True):
+            for s, (m, v), rate in zip(slices, moments, rates, strict=True):
                 value, grad = s.value[:lanes], s.grad[:lanes]
-                step_size = (group.lr / correction1).to(value.dtype)
-                self._update(value, grad, m[:lanes], v[:lanes], step_size, correction2.to(value.dtype))
+                step_size = rate.step_size(lanes, correction1).to(value.dtype)
+                self._update(value, grad, m[:lanes], v[:lanes], rate.spread(step_size), correction2.to(value.dtype))
                 if group.rounded is not None:
                     value.copy_(value.to(group.rounded))
+
+    @torch.no_grad()
+    def directions(self, group: int = 0) -> dict[str, Tensor]:
+        r"""The direction u of each lane's last step, :math:`w_t = w_{t-1} - lr \, u`, for the group's parameters.
+
+        Args:
+            group: index.
+
+        Returns:
+            Name to (K, \*shape).
+        """
+        lanes = len(self.steps)
+        correction1, correction2 = self._corrections(lanes)
+        parts = []
+        for m, v in self._moments[group]:
+            denominator = v.sqrt().div_(correction2.to(v.dtype)).add_(self._eps)
+            parts.append(m / denominator / correction1.to(m.dtype))
+        members = self._members[group]
+        pieces = torch.split_with_sizes(torch.cat(parts, 1), [spec.size for spec in members], 1)
+        return {spec.name: piece.view(lanes, *spec.shape) for spec, piece in zip(members, pieces, strict=True)}
+
+    def _corrections(self, lanes: int) -> tuple[Tensor, Tensor]:
+        """1 - beta_1^t and the root of 1 - beta_2^t, (lanes, 1) float64."""
+        b1, b2 = self._betas
+        t = torch.ones_like(self.steps[:lanes]) if self._constant else self.steps[:lanes]
+        return 1 - b1**t, (1 - b2**t).sqrt()
 
     def _update(self, value: Tensor, grad: Tensor, m: Tensor, v: Tensor, step_size: Tensor, root: Tensor) -> None:
         b1, b2 = self._betas
@@ -86,3 +123,37 @@ class LaneAdam:
         v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
         denominator = v.sqrt().div_(root).add_(self._eps)
         value.sub_(denominator.reciprocal_().mul_(m).mul_(step_size))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rate:
+    """Rates of one slice: a float, or (K, number of names) float64 with the name of each flat position (n,)."""
+
+    lr: float | Tensor
+    column: Tensor | None = None
+
+    def step_size(self, lanes: int, correction: Tensor) -> Tensor:
+        # In float64 and before spreading, so that equal rates round as the float does.
+        return correction.reciprocal() * (self.lr[:lanes] if isinstance(self.lr, Tensor) else self.lr)
+
+    def spread(self, step_size: Tensor) -> Tensor:
+        return step_size if self.column is None else step_size.index_select(1, self.column)
+
+
+def _in_flat_order(params: LaneParams, names: Sequence[str]) -> list[ParamSpec]:
+    """Specs of ``names`` in the order in which `LaneParams.slices` lays them out."""
+    wanted = set(names)
+    return sorted((spec for spec in params.specs if spec.name in wanted), key=lambda spec: spec.scope.value)
+
+
+def _expand(group: AdamGroup, lanes: int, members: Sequence[ParamSpec], slices: Sequence[FlatSlice]) -> list[_Rate]:
+    """One `_Rate` per slice."""
+    if not isinstance(group.lr, Tensor):
+        return [_Rate(group.lr) for _ in slices]
+    if group.lr.shape != (lanes, len(group.names)):
+        raise ValueError(f"rates of shape {tuple(group.lr.shape)}, expected {(lanes, len(group.names))}")
+    number = {name: index for index, name in enumerate(group.names)}
+    columns = torch.tensor([number[spec.name] for spec in members])
+    columns = columns.repeat_interleave(torch.tensor([spec.size for spec in members])).to(group.lr.device)
+    rates = group.lr.detach().double()
+    return [_Rate(rates, part) for part in torch.split_with_sizes(columns, [s.value.shape[1] for s in slices])]

@@ -47,6 +47,7 @@ def finetune(
     selects_ranks: bool,
     strategy: Tensor | None = None,
     metrics: Mapping[str, Tensor] | None = None,
+    rates: Tensor | None = None,
 ) -> Personalised:
     """Trains A and B of the kept ranks, lambda frozen.
 
@@ -57,11 +58,12 @@ def finetune(
         selects_ranks: whether the ranks were chosen per client.
         strategy: lambda before pruning, (clients, L, r_init).
         metrics: further values (K,).
+        rates: learning rates (K, 2L), A then B of each layer, in the place of ``cfg.lr``.
     """
     adapter = SelectedLora(selection, cfg.scale)
     own = ctx.fork(ctx.lanes, adapter)
     how = Training(cfg.epochs, cfg.batch_size, "personalise", cfg.max_grad_norm, dropout=cfg.dropout)
-    trace = train(own, [AdamGroup(lora_names(ctx.net), cfg.lr)], how)
+    trace = train(own, [AdamGroup(lora_names(ctx.net), cfg.lr if rates is None else rates)], how)
 
     def export(lane: int, base_ref: str) -> dict[str, bytes]:
         a, b, lam = {}, {}, {}

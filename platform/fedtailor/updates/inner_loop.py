@@ -1,0 +1,117 @@
+"""Fine-tuning at one learning rate per client and weight matrix, whose last update is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedtailor.adapters.lora import lora_names
+from fedtailor.core.batches import IntArray, LaneBatch
+from fedtailor.core.context import ClientContext
+from fedtailor.core.lane_adam import AdamGroup, LaneAdam
+from fedtailor.core.lanes import clip_lanes
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """How one call of `fine_tune` runs.
+
+    Args:
+        epochs: passes over the training texts.
+        batch_size: rows of a batch.
+        purpose: coordinate of the data order.
+        max_grad_norm: clip each lane's gradient to this norm; None: no clipping.
+        dropout: probability of adapter dropout.
+        constant_correction: see `LaneAdam`.
+        hold_first: an epoch's first batch makes no update, its gradient is added to the second's (a reference bug).
+    """
+
+    epochs: int
+    batch_size: int
+    purpose: str
+    max_grad_norm: float | None = None
+    dropout: float = 0.0
+    constant_correction: bool = False
+    hold_first: bool = False
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What `fine_tune` leaves besides the parameters.
+
+    Args:
+        loss: mean over each lane's batches, (K,) float64.
+        direction: u of each lane's last update, A and B of each layer in turn, (K, *shape).
+    """
+
+    loss: Tensor
+    direction: list[Tensor]
+
+
+def steps_of(picks: Sequence[IntArray], epochs: int, hold_first: bool) -> list[list[IntArray]]:
+    """The batches of every update: one each, unless an epoch's first batch waits for the next update.
+
+    >>> [len(step) for step in steps_of([[0], [1], [2], [3], [4], [5]], 2, True)]
+    [2, 1, 2, 1]
+    >>> [len(step) for step in steps_of([[0], [1]], 2, True)]
+    [2]
+    """
+    per_epoch = len(picks) // epochs
+    steps: list[list[IntArray]] = []
+    waiting: list[IntArray] = []
+    for number, pick in enumerate(picks):
+        waiting.append(pick)
+        if not hold_first or number % per_epoch or number == len(picks) - 1:
+            steps.append(waiting)
+            waiting = []
+    return steps
+
+
+def fine_tune(ctx: ClientContext, rates: Tensor, how: InnerLoop) -> FineTuned:
+    """Trains A and B in ``ctx.params`` with Adam on the cross-entropy.
+
+    Args:
+        ctx: lanes ordered by falling training size, LoRA bound.
+        rates: (K, 2L), A then B of each layer.
+        how: epochs, batches and switches.
+    """
+    names = lora_names(ctx.net)
+    optimizer = LaneAdam(ctx.params, [AdamGroup(names, rates)], constant_correction=how.constant_correction)
+    picks = ctx.training_batches(how.epochs, how.batch_size, how.purpose)
+    steps = [steps_of(lane, how.epochs, how.hold_first) for lane in picks]
+    totals = torch.zeros(len(ctx.lanes), dtype=torch.float64, device=ctx.net.device)
+    if how.dropout:
+        ctx.use_dropout(how.dropout, how.purpose)
+    ctx.net.train_mode(True)
+    try:
+        for number, batch in enumerate(ctx.batches([[np.concatenate(step) for step in lane] for lane in steps])):
+            optimizer.zero_grad()
+            losses = _loss(ctx.net.logits(batch), batch, [lane[number] for lane in steps[: batch.lanes]])
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            totals[: batch.lanes] += losses.detach()
+            if how.max_grad_norm is not None:
+                clip_lanes(optimizer.slices[0], how.max_grad_norm, batch.lanes)
+            optimizer.step(batch.lanes)
+    finally:
+        ctx.net.train_mode(False)
+    direction = optimizer.directions()
+    batches = torch.tensor([len(lane) for lane in picks], device=totals.device)
+    return FineTuned(totals / batches, [direction[name] for name in names])
+
+
+def _loss(logits: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]]) -> Tensor:
+    """The sum over each lane's batches, which share a step, of their mean cross-entropies, (k,)."""
+    k, b, classes = logits.shape
+    each = functional.cross_entropy(logits.reshape(k * b, classes), batch.labels.view(k * b), reduction="none")
+    rows = each.new_zeros(max(len(step) for step in steps), k, b)
+    for lane, step in enumerate(steps):
+        start = 0
+        for part, pick in enumerate(step):
+            rows[part, lane, start : start + len(pick)] = 1
+            start += len(pick)
+    return ((each.view(k, b) * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)
