@@ -20,8 +20,14 @@ TRAINING = {"lr": 5e-3, "batch_size": 4, "epochs": 2}
 SEARCH = TRAINING | {"lambda_lr": 5e-2}
 CONFIGS = {
     "fedavg": TRAINING | {"adapter": "lora", "rank": 3, "dropout": 0.2, "max_grad_norm": 0.1},
+    "feddpa": TRAINING | {"rank": 3, "local_rank": 2, "dropout": 0.2},
     "lora": TRAINING | {"dropout": 0.25, "max_grad_norm": 0.1},
     "bayestune_lora": {"search": SEARCH | {"max_grad_norm": 0.1}, "finetune": TRAINING | {"dropout": 0.25}},
+    "fedl2p": {
+        "finetune": TRAINING | {"max_grad_norm": 0.1},
+        "lrnet": {"lr": 1e-2, "multiplier_lr": 1e-3},
+        "hypergradient": {"pairs": 3},
+    },
     "fedp2eft": {"stage1": SEARCH, "psg": {"lr": 1e-2}, "finetune": TRAINING},
     "base": {},
     "majority": {},
@@ -50,7 +56,7 @@ def test_a_round_of_k_lanes_is_k_rounds_of_one(name: str) -> None:
     for k, lane in enumerate(lanes):
         alone = context(toy_net(), name, [lane])
         own = method.local_update(alone)
-        for scope in (Scope.SHARED, Scope.EPHEMERAL):
+        for scope in (Scope.SHARED, Scope.PRIVATE, Scope.EPHEMERAL):
             torch.testing.assert_close(
                 together.params.flat(scope)[k], alone.params.flat(scope)[0], **tolerance(torch.float64)
             )

@@ -37,6 +37,13 @@ def test_ray_equals_serial_digest_for_digest(cluster: None, serial: str, tmp_pat
     assert digest_of(on_ray(tmp_path, actors)) == serial
 
 
+@pytest.mark.parametrize("base", ["feddpa", "dept"])
+def test_what_clients_keep_of_their_base_travels_the_same_on_ray(cluster: None, tmp_path: Path, base: str) -> None:
+    only = (f"base.name={base}", f"{base}.lr=2e-3", f"{base}.batch_size=16", "methods=[base,fedp2eft]", "budgets=[1]")
+    alone = run_tiny(tiny(tmp_path / "serial", *only))
+    assert digest_of(on_ray(tmp_path / "ray", 2, *only)) == digest_of(alone)
+
+
 def test_an_actor_killed_in_the_middle_changes_nothing(cluster: None, serial: str, tmp_path: Path) -> None:
     class Killer(list):  # type: ignore[type-arg]
         killed = 0

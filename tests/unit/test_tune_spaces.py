@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from fedtailor.core.config import flatten
 from fedtailor.core.errors import ConfigError
 from fedtailor.methods import METHODS
 from fedtailor.runs.experiment import Experiment, compose
-from tune_spaces import PAPERS
+from tune_spaces import PAPERS, fedp2eft
 
 ROOT = Path(__file__).parents[2]
 GRIDS = [(method, grid) for paper in PAPERS for method, grid in paper.GRIDS.items()]
@@ -51,6 +52,16 @@ def test_what_a_paper_picked_is_in_its_grid_and_is_the_default() -> None:
         for key, value in paper.PICKED.items():
             assert value in tried[key]
             assert defaults[key] == value
+
+
+def test_adaloras_grid_has_the_papers_24_trials() -> None:
+    grid = fedp2eft.GRIDS["adalora"]
+    assert {key.partition(".")[2]: values for key, values in grid.items()} == {
+        "lr": (1e-5, 1e-4, 1e-3, 1e-2),
+        "delta_t": (1, 10, 100),
+        "orth": (0.1, 0.5),
+    }
+    assert len(list(itertools.product(*grid.values()))) == 24
 
 
 def test_no_file_with_grids_is_forgotten() -> None:

@@ -1,40 +1,56 @@
-"""Full fine-tuning: every weight of the model is SHARED; one client at a time."""
+"""Full fine-tuning: every weight of the model is trained; one client at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fedtailor.core.lanes import LaneParams
+from fedtailor.core.method import Row
 from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import ParamSpec, Scope
 
 
 def plain_name(name: str) -> str:
-    """Module path without the wrapper that `LaneLinear` puts around a layer."""
+    """Module path without the wrapper that `LaneLinear` or `LaneEmbedding` puts around a layer."""
     return name.replace(".base.weight", ".weight").replace(".base.bias", ".bias")
 
 
 @dataclass(frozen=True)
 class FullModel:
-    """All parameters of the model. Keeps the model's own dropout while training."""
+    """All parameters of the model. Keeps the model's own dropout while training.
 
+    Args:
+        private: parts of names; weights with such a part stay with the client (PRIVATE), the others are SHARED.
+    """
+
+    private: tuple[str, ...] = ()
     lanes: bool = False
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Every parameter once, tied ones under their first name."""
-        return [ParamSpec(plain_name(n), tuple(p.shape), Scope.SHARED) for n, p in net.model.named_parameters()]
+        named = ((plain_name(name), tuple(p.shape)) for name, p in net.model.named_parameters())
+        return [ParamSpec(name, shape, self._scope(name)) for name, shape in named]
 
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
         """The weights as loaded."""
         return {plain_name(n): p.detach().clone() for n, p in net.model.named_parameters()}
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
-        """Lets the model's parameters live in lane 0 of the flat buffer."""
+        """Lets the model's parameters live in lane 0 of the flat buffers."""
         for name, parameter in net.model.named_parameters():
             leaf = params[plain_name(name)]
             assert leaf.grad is not None
             parameter.requires_grad_(True)
             parameter.data, parameter.grad = leaf.detach()[0], leaf.grad[0]
+
+    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+        """Puts trained values into plain weights, in place."""
+        for name, value in tensors.items():
+            weights[name].copy_(torch.from_numpy(value))
+
+    def _scope(self, name: str) -> Scope:
+        return Scope.PRIVATE if any(part in name for part in self.private) else Scope.SHARED

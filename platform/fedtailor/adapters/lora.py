@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedtailor.adapters.lane_linear import Branch, LaneLinear
+from fedtailor.core.errors import ModelError
 from fedtailor.core.lanes import LaneParams
+from fedtailor.core.method import Row
 from fedtailor.core.net import LaneNet, Site
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
+from fedtailor.models.families import endings
 
 
 def initial_a(site: Site, rank: int, seed: int) -> Tensor:
@@ -26,6 +31,24 @@ def initial_a(site: Site, rank: int, seed: int) -> Tensor:
     return draws.mul_(2 * bound).sub_(bound)
 
 
+Targets = Literal["all-linear"] | tuple[str, ...]
+
+
+def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[Site, LaneLinear]]:
+    """Adapted layers whose module path ends in one of ``targets``, in module order.
+
+    Raises:
+        ModelError: a target that no layer has.
+    """
+    pairs = list(zip(net.sites, net.layers, strict=True))
+    if targets == "all-linear":
+        return pairs
+    missing = [t for t in targets if not any(f".{site.name}".endswith(f".{t}") for site in net.sites)]
+    if missing:
+        raise ModelError(f"no adapted layer ends in {missing}; this model has {endings(net.modules)}")
+    return [pair for pair in pairs if any(f".{pair[0].name}".endswith(f".{t}") for t in targets)]
+
+
 @dataclass(frozen=True)
 class LoraAdapter:
     """A (r, d_in) random, B (d_out, r) zero on each of the L layers; output scaled by ``scale``.
@@ -35,34 +58,78 @@ class LoraAdapter:
         scale: s = alpha / r; FedP2EFT uses alpha = 2 r, so s = 2.
         scope: SHARED when trained federatedly, EPHEMERAL when only personalised.
         draw_rank: rows of A that are drawn; the first r are used, so that A does not depend on the rank.
+        targets: layers that get one: all that are adapted, or endings of module paths.
+        head: whether the classification head's own weights are trained too (peft's SEQ_CLS).
+        prefix: of the parameters' names.
     """
 
     rank: int
     scale: float = 2.0
     scope: Scope = Scope.EPHEMERAL
     draw_rank: int | None = None
+    targets: Targets = "all-linear"
+    head: bool = False
+    prefix: str = "lora"
     lanes: bool = True
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
-        """A then B of each layer, in module order."""
-        return [
+        """A then B of each layer, in module order; then the head's weights and biases."""
+        low_rank = [
             spec
-            for site in net.sites
+            for site, _ in chosen_layers(net, self.targets)
             for spec in (
-                ParamSpec(f"lora_A.{site.name}", (self.rank, site.d_in), self.scope),
-                ParamSpec(f"lora_B.{site.name}", (site.d_out, self.rank), self.scope),
+                ParamSpec(f"{self.prefix}_A.{site.name}", (self.rank, site.d_in), self.scope),
+                ParamSpec(f"{self.prefix}_B.{site.name}", (site.d_out, self.rank), self.scope),
             )
         ]
+        own = [
+            ParamSpec(f"{name}.{part}", tuple(value.shape), self.scope)
+            for name, layer in self._heads(net)
+            for part, value in (("weight", layer.base.weight), ("bias", layer.base.bias))
+        ]
+        return low_rank + own
 
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
-        """Seeded A; B stays zero, so the adapted model is the base model."""
+        """Seeded A; B stays zero and the head as it is, so the adapted model is the base model."""
         rows = max(self.draw_rank or 0, self.rank)
-        return {f"lora_A.{site.name}": initial_a(site, rows, seed)[: self.rank] for site in net.sites}
+        values = {
+            f"{self.prefix}_A.{site.name}": initial_a(site, rows, seed)[: self.rank]
+            for site, _ in chosen_layers(net, self.targets)
+        }
+        for name, layer in self._heads(net):
+            values |= {f"{name}.weight": layer.base.weight.detach(), f"{name}.bias": layer.base.bias.detach()}
+        return values
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
-        """Plugs A and B into the layers, lambda = 1."""
-        for site, layer in zip(net.sites, net.layers, strict=True):
-            layer.bind(params[f"lora_A.{site.name}"], params[f"lora_B.{site.name}"], None, self.scale)
+        """Plugs A and B into the layers, lambda = 1, and the head's weights into the head."""
+        for site, layer in chosen_layers(net, self.targets):
+            layer.bind(params[f"{self.prefix}_A.{site.name}"], params[f"{self.prefix}_B.{site.name}"], None, self.scale)
+        for name, layer in self._heads(net):
+            layer.bind_own(params[f"{name}.weight"], params[f"{name}.bias"])
+
+    def branch(self, site: Site, params: LaneParams) -> Branch:
+        """The layer's A and B as a branch without gradients."""
+        a, b = params[f"{self.prefix}_A.{site.name}"], params[f"{self.prefix}_B.{site.name}"]
+        return Branch(a.detach(), b.detach(), self.scale)
+
+    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+        """Adds s B A to plain weights and replaces the head's, in place and in float32.
+
+        Args:
+            weights: parameters of an unwrapped model by name.
+            tensors: values of this adapter's parameters.
+        """
+        for name, value in tensors.items():
+            if name.startswith(f"{self.prefix}_A."):
+                site = name.removeprefix(f"{self.prefix}_A.")
+                up = torch.from_numpy(tensors[f"{self.prefix}_B.{site}"])
+                weights[f"{site}.weight"].add_(self.scale * up @ torch.from_numpy(value))
+            elif not name.startswith(f"{self.prefix}_B."):
+                weights[name].copy_(torch.from_numpy(value))
+
+    def _heads(self, net: LaneNet) -> list[tuple[str, LaneLinear]]:
+        layers = zip(net.modules, net.layers, strict=True)
+        return [(name, layer) for name, layer in layers if self.head and name in net.heads]
 
 
 def lora_names(net: LaneNet) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ class ClientContext:
             picks.append(training_picks(lane.size, epochs, batch_size, rngs))
         return picks
 
-    def batches(self, picks: Sequence[Sequence[IntArray]]) -> Sequence[LaneBatch] | object:
+    def batches(self, picks: Sequence[Sequence[IntArray]]) -> Iterator[LaneBatch]:
         """Iterates over the batches of ``picks``."""
         return lane_batches([lane.train for lane in self.lanes], picks, self.pad_id, self.net.device)
 
@@ -104,6 +104,7 @@ class ClientContext:
     def fork(self, lanes: Sequence[Lane], adapter: Adapter | None, modules: Sequence[Parameters] = ()) -> ClientContext:
         """The same surroundings with other lanes and fresh parameters, bound to the model."""
         params = open_params(self.net, len(lanes), adapter, modules, self.seed)
+        self.net.place([lane.client.id for lane in lanes])
         return replace(self, lanes=tuple(lanes), params=params)
 
 

@@ -26,6 +26,7 @@ from fedtailor.core.messages import (
 from fedtailor.core.method import Personalised, Report
 from fedtailor.core.pool import StageInfo
 from fedtailor.core.scope import Scope
+from fedtailor.core.seeding import seed_for
 from fedtailor.core.worker_stage import OpenStage
 from fedtailor.tasks.classification import evaluate
 
@@ -135,7 +136,8 @@ class _Segment:
                 self.failed[client] = Failure(client, self.job.stage, self.job.round, "exception", _reason(own))
 
     def _group(self, clients: Sequence[str]) -> None:
-        ctx = self.stage.context(clients, self.job.round, self.shared, self.job.private, self._warn)
+        job = self.job
+        ctx = self.stage.context(clients, job.round, self.shared, job.private, self._warn, job.overlay)
         torch.manual_seed(_group_seed(ctx))
         if self.stage.spec.kind == "personalise":
             self._personalise(ctx)
@@ -198,6 +200,8 @@ class _Segment:
                 for name, values in made.metrics.items()
             ]
             rows += self._rank_rows(made, k, lane)
+            if self.stage.overlay is not None and client not in self.job.overlay:
+                rows.append(self._row(lane, metric="initial_overlay", value=1.0, weight=float(lane.size)))
             if spec.save_adapters and made.export is not None:
                 self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, BASE_REF)
 
@@ -262,8 +266,6 @@ def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:
 
 def _group_seed(ctx: ClientContext) -> int:
     """Seed of torch's global stream, which only a base's own dropout draws from (one client at a time)."""
-    from fedtailor.core.seeding import seed_for
-
     return seed_for(ctx.seed, ctx.stage, ctx.round, ctx.lanes[0].client.id, "base-dropout")
 
 

@@ -36,6 +36,7 @@ class LaneParams:
         lanes: K.
         device: where the buffers live.
         dtype: float32, or float64 in identity tests.
+        trained: False: values only, no gradients, half the memory.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LaneParams:
         lanes: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        trained: bool = True,
     ) -> None:
         self.specs, self.lanes = tuple(specs), lanes
         names = [spec.name for spec in specs]
@@ -59,12 +61,13 @@ class LaneParams:
             members = [spec for spec in self.specs if spec.scope is scope]
             total = sum(spec.size for spec in members)
             flat = self._flat[scope] = torch.zeros(lanes, total, device=device, dtype=dtype)
-            grad = self._grad[scope] = torch.zeros_like(flat)
+            grad = self._grad[scope] = torch.zeros_like(flat) if trained else flat[:, :0]
             start = 0
             for spec in members:
                 stop = start + spec.size
-                view = flat[:, start:stop].view(lanes, *spec.shape).requires_grad_()
-                view.grad = grad[:, start:stop].view(lanes, *spec.shape)
+                view = flat[:, start:stop].view(lanes, *spec.shape)
+                if trained:
+                    view.requires_grad_().grad = grad[:, start:stop].view(lanes, *spec.shape)
                 self._view[spec.name], self._where[spec.name] = view, (scope, start, stop)
                 start = stop
 

@@ -49,6 +49,9 @@ class StageSpec:
     cache_dir: str | None = None
     rounds: int = 0
     device: str = "cpu"
+    base_method: str = ""
+    """Method that trained the base, if its clients keep something of their own (an overlay)."""
+    base_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class SegmentJob:
     private: Mapping[str, FloatArray] = field(default_factory=dict)
     """PRIVATE state of the clients that have some, one flat float32 row each."""
     presum: bool = True
+    overlay: Mapping[str, FloatArray] = field(default_factory=dict)
+    """What clients keep of their base: the base stage's PRIVATE rows; a client without one starts from the initial."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fedtailor.core.early_stop import EarlyStop
 from fedtailor.core.scope import ParamSpec
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Capability(Enum):
     """What a method may need from the engine."""
 
     SECOND_ORDER = "second_order"
+    """Gradients of gradients: not under ZeRO, and attention by kernels that have a second derivative."""
 
 
 class Parameters(Protocol):
@@ -98,6 +100,20 @@ class Personaliser(Protocol):
         """Personalises all clients of the group at all budgets of ``ctx.budgets``."""
 
 
+class Overlay(Parameters, Protocol):
+    """What a base keeps per client, frozen in later stages: the client's base is common weights plus this.
+
+    ``specs`` and ``initial`` are those of the base method's PRIVATE parameters, so a client that was never sampled
+    falls back to its initial private state.
+    """
+
+    def bind(self, net: LaneNet, params: LaneParams) -> None:
+        """Makes row i of ``params`` part of the base of every lane whose ``net.state.overlay_rows`` says i."""
+
+    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+        """Writes one client's row, as named tensors, into plain weights: the client's base as a model of its own."""
+
+
 class Aggregator(Protocol):
     """Sums clients' SHARED rows over fixed segments of the cohort."""
 
@@ -152,6 +168,10 @@ class Method:
         requires: capabilities.
         batch_size: rows of a training step, from which the lane width follows.
         epochs: passes over the local data of ``local_update``, for estimates.
+        one_lane: clients never share a forward pass.
+        per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
+        early_stop: ends the rounds before their number is reached.
+        overlay: of a base method, what its PRIVATE state becomes in the stages that build on it.
     """
 
     name: str
@@ -165,8 +185,12 @@ class Method:
     requires: frozenset[Capability] = frozenset()
     batch_size: int = 32
     epochs: int = 1
+    one_lane: bool = False
+    per_budget: bool = False
+    early_stop: EarlyStop | None = None
+    overlay: Overlay | None = None
 
     @property
     def lanes(self) -> bool:
         """Whether clients may share a forward pass."""
-        return self.adapter is None or self.adapter.lanes
+        return not self.one_lane and (self.adapter is None or self.adapter.lanes)

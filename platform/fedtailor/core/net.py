@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedtailor.adapters.lane_linear import LaneState, attach
+from fedtailor.adapters.lane_embedding import LaneEmbedding
+from fedtailor.adapters.lane_linear import LaneLinear, LaneState, attach
 from fedtailor.core.batches import LaneBatch
 
 
@@ -44,6 +48,7 @@ class LaneNet:
         self.state = LaneState()
         self.layers = attach(model, linears, self.state)
         self.base_dropout = base_dropout
+        self.overlay_index: dict[str, int] = {}
         self._autocast = torch.bfloat16 if dtype == "bfloat16" else None
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -66,8 +71,29 @@ class LaneNet:
         """Module paths of the L adapted layers."""
         return tuple(site.name for site in self.sites)
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Adapted layers of the classification head, outside the pretrained body."""
+        body = f"{self.model.base_model_prefix}."
+        return tuple(site.name for site in self.sites if not site.name.startswith(body))
+
+    def clear_overlay(self) -> None:
+        """Back to the base that all clients share."""
+        for module in self.model.modules():
+            if isinstance(module, LaneLinear):
+                module.overlay = None
+            elif isinstance(module, LaneEmbedding):
+                module.tables = None
+        self.overlay_index, self.state.overlay_rows = {}, None
+
+    def place(self, clients: Sequence[str]) -> None:
+        """Says whose overlay each lane of the next batches has, in lane order; no-op without an overlay."""
+        if self.overlay_index:
+            rows = [self.overlay_index[client] for client in clients]
+            self.state.overlay_rows = torch.tensor(rows, device=self.device)
+
     def unbind(self) -> None:
-        """Removes all adapters: the model is the base again."""
+        """Removes all adapters: the model is the base again, with the clients' overlay where there is one."""
         for layer in self.layers:
             layer.unbind()
         self.state.generators, self.state.dropout, self.state.training = [], 0.0, False
@@ -90,12 +116,26 @@ class LaneNet:
     def logits(self, batch: LaneBatch) -> Tensor:
         """Class scores (k, b, C), float32 or the base's type if wider."""
         k, b, t = batch.input_ids.shape
-        self.state.shapes = batch.shapes
+        self.state.shapes, self.state.rows = batch.shapes, b
+        segments = batch.token_type_ids if _takes_segments(self.model) else None
         device = self.device.type
         with torch.autocast(device, dtype=self._autocast) if self._autocast else nullcontext():
             out = self.model(
-                input_ids=batch.input_ids.view(k * b, t), attention_mask=batch.attention_mask.view(k * b, t)
+                input_ids=batch.input_ids.view(k * b, t),
+                attention_mask=batch.attention_mask.view(k * b, t),
+                **({} if segments is None else {"token_type_ids": segments.view(k * b, t)}),
             ).logits
         out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
         result: Tensor = out.view(k, b, -1)
         return result
+
+
+def _takes_segments(model: nn.Module) -> bool:
+    """The model has embeddings for two segments."""
+    types = getattr(getattr(model, "config", None), "type_vocab_size", 0)
+    return isinstance(types, int) and types > 1 and "token_type_ids" in _arguments(type(model).forward)
+
+
+@cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(signature(forward).parameters)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fedtailor.core.early_stop import without_record
 from fedtailor.core.errors import ClientError, RoundError
 from fedtailor.core.grouping import segments
 from fedtailor.core.messages import Failure, FloatArray, SegmentJob, SegmentResult
@@ -110,15 +111,26 @@ def run_rounds(
     log: RoundLog,
     on_result: Callable[[SegmentResult], None],
     on_round: Callable[[RoundOutcome], None],
+    overlay: Callable[[Sequence[str]], Mapping[str, FloatArray]] = lambda clients: {},
 ) -> RoundState:
     """Runs what is missing of a stage and returns its last state.
+
+    Args:
+        plan: numbers of the stage.
+        method: built record.
+        pool: with the stage open.
+        initial: SHARED state before round 0, (P,).
+        log: where rounds are kept.
+        on_result: called once per accepted segment, for progress.
+        on_round: called after each commit.
+        overlay: what some clients keep of their base.
 
     Raises:
         ClientError: a client failed and the policy is to fail.
         RoundError: no valid update, or fewer than the quorum; nothing of that round is kept.
     """
     state = log.newest() or RoundState(0, initial, method.server.init(initial))
-    while state.round < plan.rounds:
+    while state.round < plan.rounds and not _stopped(method, state):
         cohort = cohort_of(plan, state.round)
         jobs = [
             SegmentJob(
@@ -128,6 +140,7 @@ def run_rounds(
                 clients,
                 private={c: log.private(c, state.private_at[c]) for c in clients if c in state.private_at},
                 presum=method.aggregator.presum,
+                overlay=overlay(clients),
             )
             for index, clients in enumerate(segments(cohort, plan.segments, plan.min_segment))
         ]
@@ -168,19 +181,26 @@ def close_round(
     consensus = method.aggregator.result(total)
     if not np.isfinite(consensus).all():
         raise RoundError(f"{plan.stage}, round {state.round}: the aggregate is not finite")
-    shared, server = method.server.step(state.shared, consensus - state.shared, dict(state.server))
+    shared, server = method.server.step(state.shared, consensus - state.shared, without_record(state.server))
+    metrics = [row for result in results for row in result.metrics]
+    if method.early_stop is not None:
+        server = server | method.early_stop.follow(state.shared, state.server, metrics)
     private = {client: row for result in results for client, row in result.private.items()}
     at = {**state.private_at, **dict.fromkeys(private, state.round)}
     return RoundOutcome(
         state=RoundState(state.round + 1, shared, server, at),
         cohort=cohort,
         weights={client: float(plan.sizes[client]) for client in valid},
-        metrics=[row for result in results for row in result.metrics],
+        metrics=metrics,
         private=private,
         failures=failures,
         warnings=[warning for result in results for warning in result.warnings],
         seconds={client: s for result in results for client, s in result.seconds.items()},
     )
+
+
+def _stopped(method: Method, state: RoundState) -> bool:
+    return method.early_stop is not None and method.early_stop.reached(state.server)
 
 
 def _merge(method: Method, results: Sequence[SegmentResult]) -> Any:

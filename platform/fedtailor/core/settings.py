@@ -17,6 +17,11 @@ MASAKHANEWS_LANGUAGES: tuple[str, ...] = (
 )  # fmt: skip
 """ISO 639-3 codes, the paper's 16 languages."""
 
+XNLI_LANGUAGES: tuple[str, ...] = (
+    "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
+)  # fmt: skip
+"""ISO 639-1 codes, the data set's 15 languages in its order."""
+
 
 class _Named(Config):
     """A section that may be given by its name alone: ``model=mbert``."""
@@ -27,15 +32,26 @@ class _Named(Config):
         return {"name": value} if isinstance(value, str) else value
 
 
+_TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "xnli": {"languages": XNLI_LANGUAGES, "clients_per_language": 20, "max_length": 128},
+}
+"""Task -> what FedP2EFT (A.4) sets differently from the fields' own defaults for it."""
+
+
 class TaskConfig(_Named):
-    """Which data, and how it becomes clients (FedP2EFT section 4.1.1)."""
+    """Which data, and how it becomes clients (FedP2EFT section 4.1.1).
+
+    Keys that are not given follow the task: `defaults_for` names them; the values below are MasakhaNEWS's.
+    """
 
     name: str = "cldr"
     path: str | None = None
-    """Local folder of the dataset; else its hub id is used. ``masakhanews`` falls back to $FEDTAILOR_DATA."""
+    """Local folder of the dataset; else ``masakhanews`` and ``xnli`` look in $FEDTAILOR_DATA, else on the hub."""
     languages: tuple[str, ...] = MASAKHANEWS_LANGUAGES
     clients_per_language: Positive = 10
-    """n clients per language and pool; 16 x 10 x 2 = 320 in the paper."""
+    """n clients per language and pool; 16 x 10 x 2 = 320 in the paper (xnli: 15 x 20 x 2 = 600)."""
+    clients_kept: Positive | None = None
+    """Keep the first so many of them with the texts that they have in the whole task, drop the others' texts."""
     alpha: Rate = 0.5
     """Dirichlet concentration of the label skew; large is IID."""
     max_length: Annotated[int, Field(ge=4)] = 256
@@ -43,10 +59,50 @@ class TaskConfig(_Named):
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Share of the texts held out for test, where the source has no test split (cldr)."""
     drop_duplicates: bool = False
-    """Drop test texts that also occur in a train split (the source's own leaks)."""
+    """Drop test texts that also occur in a train split (the source's own leaks). xnli has none to drop: a premise
+    goes to one pool and one split only."""
+    train_per_pool: Positive = 2000
+    """xnli only: train pairs of each language and pool, or half of the source's rows where that is less."""
+    test_per_pool: Positive = 500
+    """xnli only: test pairs of each language and pool, or half of the source's rows where that is less."""
     resample: Natural = 0
     """0: partition the texts. n > 0: every client draws n train texts (and n // 3 + 1 test texts) with
     replacement from its language, for population studies of any size."""
+    reference_unseen_partition: bool = False
+    """Repeat a mistake of the reference code's xnli: deal the unseen pool by the row numbers that the seen pool's
+    labels gave, whatever labels these rows have, so that unseen clients have hardly any label skew."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _task_defaults(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        name = value.get("name") if isinstance(value, dict) else None
+        return _TASK_DEFAULTS[name] | value if isinstance(name, str) and name in _TASK_DEFAULTS else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskConfig:
+        if self.clients_kept is not None and self.clients_kept > self.clients_per_language:
+            raise ValueError(
+                f"'task.clients_kept': {self.clients_kept} is above 'task.clients_per_language' = "
+                f"{self.clients_per_language} (allowed: 1 ... {self.clients_per_language})"
+            )
+        if self.reference_unseen_partition and self.resample:
+            raise ValueError("'task.reference_unseen_partition' and 'task.resample' exclude each other: give one")
+        return self
+
+    @classmethod
+    def defaults_for(cls, name: str) -> TaskConfig:
+        """What a task has when nothing but its name is given.
+
+        >>> TaskConfig.defaults_for("xnli").clients_per_language, TaskConfig.defaults_for("cldr").clients_per_language
+        (20, 10)
+        """
+        return cls(name=name)
+
+    @property
+    def clients_used(self) -> int:
+        """Clients of one language in one pool that take part: ``clients_kept``, else ``clients_per_language``."""
+        return self.clients_kept or self.clients_per_language
 
     @field_validator("languages")
     @classmethod
@@ -89,11 +145,15 @@ class ModelConfig(_Named):
 class BaseStageConfig(_Named):
     """How the base model is trained before personalisation (FedP2EFT 4.2: standard FL, full fine-tuning)."""
 
-    name: Literal["fedavg", "none"] = "fedavg"
-    """``none``: off-the-shelf."""
+    name: Literal["fedavg", "feddpa", "dept", "none"] = "fedavg"
+    """``fedavg``: standard FL; ``feddpa`` and ``dept``: personalised FL, a part of the base is each client's own;
+    ``none``: off-the-shelf."""
     rounds: Natural = 100
     cohort: Annotated[float, Field(gt=0)] = 0.1
     """Clients sampled each round: a share of the seen pool if <= 1 and not an integer, else a number."""
+    seed: Natural | None = None
+    """Seed of partition, initial head and base for all runs, as the reference has it (42); by default every seed
+    of the run has its own. Methods and cohorts of the later stages follow the run's seeds either way."""
 
 
 class StrategyStageConfig(Config):

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtailor.adapters.full import FullModel
 from fedtailor.core.context import ClientContext, Lane, open_params
 from fedtailor.core.features import FeatureCache
 from fedtailor.core.grouping import Load, lane_groups
 from fedtailor.core.lanes import LaneParams
 from fedtailor.core.messages import FloatArray, StageSpec
-from fedtailor.core.method import Method, Parameters
+from fedtailor.core.method import Method, Overlay, Parameters, as_sent
 from fedtailor.core.net import LaneNet
 from fedtailor.core.pool import StageInfo
 from fedtailor.core.scope import ParamSpec, Scope
@@ -52,6 +53,7 @@ class OpenStage:
     features: FeatureCache
     params: dict[int, LaneParams]
     initial: dict[str, Tensor]
+    overlay: Overlay | None = None
 
     @classmethod
     def open(cls, spec: StageSpec, net: LaneNet | None = None) -> OpenStage:
@@ -60,7 +62,9 @@ class OpenStage:
         data = TokenData.open(Path(spec.data_dir))
         method = build_method(spec.method, spec.method_config, spec.r_max)
         net = net or load_net(spec, data.labels)
-        stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {})
+        net.clear_overlay()
+        overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
+        stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay)
         for part in stage.parts():
             stage.initial |= {name: value.clone() for name, value in part.initial(net, spec.seed).items()}
         return stage
@@ -68,7 +72,7 @@ class OpenStage:
     @property
     def trains_base(self) -> bool:
         """Whether the resident weights themselves change."""
-        return self.method.adapter is not None and not self.method.adapter.lanes
+        return isinstance(self.method.adapter, FullModel)
 
     def parts(self) -> list[Parameters]:
         """Adapter and auxiliary modules."""
@@ -107,6 +111,7 @@ class OpenStage:
         shared: Tensor | None,
         private: Mapping[str, FloatArray],
         warn: Any,
+        overlay: Mapping[str, FloatArray] | None = None,
     ) -> ClientContext:
         """Lanes of ``clients`` with their parameters in place.
 
@@ -116,8 +121,10 @@ class OpenStage:
             shared: (P,) on the worker's device, or None.
             private: rows of the clients that have some.
             warn: called with (lane, sentence).
+            overlay: what clients keep of their base, where the base has such rows.
         """
         spec = self.spec
+        self._lay_over(clients, overlay or {})
         lanes = tuple(Lane(self.data.client(c), self.data.examples(c, "train")) for c in clients)
         params = self._lanes(len(lanes))
         self._reset(params, shared, [private.get(c) for c in clients], clients)
@@ -138,8 +145,32 @@ class OpenStage:
             received=shared,
         )
 
+    def _lay_over(self, clients: Sequence[str], rows: Mapping[str, FloatArray]) -> None:
+        """Binds each client's part of the base; clients without a row get the initial one."""
+        if self.overlay is None:
+            return
+        specs = self.overlay.specs(self.net)
+        params = LaneParams(specs, len(clients), self.net.device, self.net.param_dtype, trained=False)
+        if any(client not in rows for client in clients):
+            for name, value in self.overlay.initial(self.net, self.spec.seed).items():
+                params.set(name, value.to(self.net.device, self.net.param_dtype))
+        for lane, client in enumerate(clients):
+            if client in rows:
+                params.flat(Scope.PRIVATE)[lane].copy_(torch.from_numpy(rows[client].copy()))
+        self.overlay.bind(self.net, params)
+        self.net.overlay_index = {client: lane for lane, client in enumerate(clients)}
+        self.net.place(clients)
+
     def _features(self, lanes: Sequence[Lane], pad_to: int | None) -> list[Tensor]:
-        return [self.features.get(self.net, x.client.id, x.train, self.data.pad_id, pad_to) for x in lanes]
+        before, found = self.net.state.overlay_rows, []
+        try:
+            for x in lanes:
+                # One client is computed alone, on its own base.
+                self.net.place([x.client.id])
+                found.append(self.features.get(self.net, x.client.id, x.train, self.data.pad_id, pad_to))
+        finally:
+            self.net.state.overlay_rows = before
+        return found
 
     def _lanes(self, count: int) -> LaneParams:
         if count not in self.params:
@@ -177,6 +208,4 @@ class OpenStage:
                 params.flat(Scope.PRIVATE)[lane].copy_(torch.from_numpy(row.copy()))
 
     def _truncates(self) -> bool:
-        from fedtailor.core.method import as_sent
-
         return self.method.downlink is not as_sent

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fedtailor.core.config import Config
 from fedtailor.core.method import Method
-from fedtailor.methods import base, bayestune_lora, fedavg, fedp2eft, lora, majority
+from fedtailor.methods import adalora, base, bayestune_lora, dept, fedavg, feddpa, fedl2p, fedp2eft, lora, majority
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,23 @@ METHODS: Final[Mapping[str, MethodEntry]] = {
     "majority": MethodEntry(majority.MajorityConfig, majority.build, "each client's most frequent training class"),
     "base": MethodEntry(base.BaseConfig, base.build, "the base model as it is"),
     "fedavg": MethodEntry(fedavg.FedAvgConfig, fedavg.build, "FedAvg, full fine-tuning or LoRA (McMahan et al. 2017)"),
+    "feddpa": MethodEntry(
+        feddpa.FedDpaConfig, feddpa.build, "FedDPA-T: global LoRA and a local one per client (Yang et al. 2024)"
+    ),
+    "dept": MethodEntry(
+        dept.DeptConfig, dept.build, "DEPT (SPEC): FedAvg with each client's own embeddings (Iacob et al. 2025)"
+    ),
     "lora": MethodEntry(lora.LoraConfig, lora.build, "LoRA per client, rank r everywhere (Hu et al. 2022)"),
+    "adalora": MethodEntry(
+        adalora.AdaLoraConfig, adalora.build, "AdaLoRA per client, ranks pruned while training (Zhang et al. 2023)"
+    ),
     "bayestune_lora": MethodEntry(
         bayestune_lora.BayesTuneLoraConfig,
         bayestune_lora.build,
         "per-client Bayesian rank search (FedP2EFT 3.2)",
+    ),
+    "fedl2p": MethodEntry(
+        fedl2p.FedL2PConfig, fedl2p.build, "federated net for the learning rates of LoRA (Lee et al. 2023)"
     ),
     "fedp2eft": MethodEntry(
         fedp2eft.FedP2EFTConfig,

@@ -44,9 +44,13 @@ class FedAvgConfig(Config):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """The reference clips at 1.0 (its trainer's default); the paper mentions none."""
     rank: Positive = 8
-    """adapter=lora only, as are the two below."""
+    """adapter=lora only, as are the four below."""
     scale: Rate = 2.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers that get a LoRA, e.g. ``[query, value]``."""
+    head: bool = False
+    """Whether the classification head trains too, as peft's SEQ_CLS does."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 rounds the trained weights after every step, as the reference's missing master copies do."""
     server: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
@@ -93,7 +97,7 @@ def build(cfg: FedAvgConfig, r_max: int) -> Method:
     """FedAvg on all weights or on LoRA."""
     return Method(
         name="fedavg",
-        adapter=FullModel() if cfg.adapter == "full" else LoraAdapter(cfg.rank, cfg.scale, Scope.SHARED),
+        adapter=FullModel() if cfg.adapter == "full" else _lora(cfg),
         local_update=LocalSgd(cfg),
         personaliser=NoPersonalisation(),
         aggregator=WeightedMean(),
@@ -101,6 +105,10 @@ def build(cfg: FedAvgConfig, r_max: int) -> Method:
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
     )
+
+
+def _lora(cfg: FedAvgConfig) -> LoraAdapter:
+    return LoraAdapter(cfg.rank, cfg.scale, Scope.SHARED, targets=cfg.targets, head=cfg.head)
 
 
 def _server(cfg: FedAvgConfig) -> ServerOptimizer:

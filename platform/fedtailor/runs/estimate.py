@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from fedtailor.adapters.full import FullModel
 from fedtailor.core.method import Method
 from fedtailor.models.dimensions import ModelDimensions
 from fedtailor.runs.experiment import ExperimentBase, method_section
@@ -87,16 +88,16 @@ def estimate(
     shared, own = numbers
     wire = shared * FLOAT * stage.cohort
     if stage.kind == "personalise":
-        passes = _passes(method_section(exp, stage.method), len(exp.budgets), method.personaliser.budgeted)
+        passes = _passes(method_section(exp, stage.method), len(stage.budgets), method.personaliser.budgeted)
         pools = [population.train if pool == "seen" else population.train_unseen for pool in exp.personalise.pools]
         rows = [n for pool in pools for n in pool]
         updates = sum(population.seen if pool == "seen" else population.unseen for pool in exp.personalise.pools)
-        trained, share = dims.adapter_parameters(exp.r_max) if passes else 0, 1.0
+        trained, share = dims.adapter_parameters(stage.r_max) if passes else 0, 1.0
     else:
         passes, rows = method.epochs, list(population.train)
         updates = stage.rounds * stage.cohort
         trained, share = shared + own, updates / max(1, len(rows))
-    full = not method.lanes
+    full = isinstance(method.adapter, FullModel)
     body = dims.parameters - dims.embedding_parameters
     steps = flops = None
     if rows:
@@ -104,10 +105,10 @@ def estimate(
         steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
         flops = tokens * (6 if full else 4) * body
         if stage.kind == "personalise":
-            lanes = len(exp.budgets) if method.personaliser.budgeted else 1
+            lanes = len(stage.budgets) if method.personaliser.budgeted else 1
             flops += 2.0 * population.test * exp.task.max_length * body * lanes
-    each = len(exp.budgets) if stage.kind == "personalise" and method.personaliser.budgeted else 1
-    lanes = each if full or exp.model.base_dropout else _lanes(exp, method, each)
+    each = len(stage.budgets) if stage.kind == "personalise" and method.personaliser.budgeted else 1
+    lanes = each if not method.lanes or exp.model.base_dropout else _lanes(exp, method, each)
     return Estimate(
         updates=updates,
         steps=steps,

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
+from fedtailor.core.early_stop import best_of
 from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.grouping import segments
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.method import Method, Row
 from fedtailor.core.pool import Pool, StageInfo
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
+from fedtailor.core.scope import ParamSpec
 from fedtailor.methods import build_method
 from fedtailor.runs.artifact_lock import HeldLock, lock
 from fedtailor.runs.base_model import write_base
 from fedtailor.runs.commit_log import CommitLog, Payload
 from fedtailor.runs.digest import DONE
-from fedtailor.runs.experiment import ExperimentBase, method_section
+from fedtailor.runs.experiment import ExperimentBase, base_seed, method_section
 from fedtailor.runs.inputs import make_inputs
-from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, flatten, metrics_table, named
+from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, metrics_table, named
 from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.stages import Inputs, Stage, plan_stages, short_hash, stage_spec
+from fedtailor.runs.stages import Inputs, Stage, has_overlay, plan_stages, short_hash, stage_spec
 from fedtailor.runs.storage import Storage
 from fedtailor.tasks.tokens import TokenData
 
+RowsOf = Callable[[Sequence[str]], Mapping[str, FloatArray]]
+"""Clients to the flat rows that some of them have."""
 Emit = Callable[[dict[str, Any]], None]
 STRATEGIES = "strategies.safetensors"
 
@@ -67,21 +71,19 @@ class Execution:
 
     def _all_stages(self) -> None:
         try:
-            work = [(seed, *self._prepare(seed)) for seed in self.exp.seeds]
-            self.run.set_stages([_listed(s) for _, _, stages in work for s in stages])
-            total = len([s for _, _, stages in work for s in stages])
-            number = 0
-            for _, inputs, stages in work:
-                for stage in stages:
-                    number += 1
-                    self._stage(stage, stages, inputs, number, total)
+            work = [self._prepare(seed) for seed in self.exp.seeds]
+            # Seeds that share a base list it once.
+            todo = list({s.key: (s, inputs) for inputs, stages in work for s in stages}.values())
+            self.run.set_stages([_listed(stage) for stage, _ in todo])
+            for number, (stage, inputs) in enumerate(todo, start=1):
+                self._stage(stage, inputs, number, len(todo))
         finally:
             if self._pool is not None:
                 self._pool.close()
 
     def _prepare(self, seed: int) -> tuple[Inputs, list[Stage]]:
         self.emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "preparing"})
-        inputs = make_inputs(self.exp, seed, self.artifacts)
+        inputs = make_inputs(self.exp, base_seed(self.exp, seed), self.artifacts)
         data = TokenData.open(self.artifacts / inputs.tokens)
         seen = [c for c in data.clients if c.pool == "seen"]
         return inputs, plan_stages(self.exp, seed, inputs, len(seen))
@@ -108,7 +110,7 @@ class Execution:
     def _is_done(self, folder: str) -> bool:
         return self.storage.exists(f"{folder}/{DONE}")
 
-    def _stage(self, stage: Stage, stages: Sequence[Stage], inputs: Inputs, number: int, total: int) -> None:
+    def _stage(self, stage: Stage, inputs: Inputs, number: int, total: int) -> None:
         folder = f"artifacts/{stage.artifact}"
         event = {
             "kind": "stage",
@@ -135,9 +137,9 @@ class Execution:
                 str(self.artifacts / inputs.tokens),
                 str(cache),
             )
-            method = build_method(stage.method, method_section(self.exp, stage.method), self.exp.r_max)
+            method = build_method(stage.method, method_section(self.exp, stage.method), stage.r_max)
             if stage.kind == "personalise":
-                modules, r_init = self._personalise(stage, stages, method, spec, data, log)
+                modules, r_init = self._personalise(stage, spec, data, log)
             else:
                 info = self._rounds(stage, method, spec, data, log)
                 modules, r_init = info.modules, info.r_init
@@ -168,7 +170,10 @@ class Execution:
         )
         info = self.pool.open(spec)
         rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
-        run_rounds(plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage))
+        run_rounds(
+            plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage),
+            self._overlay(stage),
+        )  # fmt: skip
         return info
 
     def _on_result(self) -> Callable[[SegmentResult], None]:
@@ -213,37 +218,42 @@ class Execution:
     def _shared(self, stage: Stage, info: StageInfo) -> Row | None:
         if not info.shared:
             return None
-        commit = CommitLog(self.storage, f"artifacts/{stage.strategy}").newest()
-        return info.initial if commit is None else flatten(info.shared, commit.tensors(SHARED))
+        state = self._rounds_of(stage.strategy, info.shared).newest()
+        return info.initial if state is None else best_of(state.server, state.shared)
 
-    def _private(self, stage: Stage, info: StageInfo) -> Callable[[Sequence[str]], dict[str, FloatArray]]:
+    def _private(self, stage: Stage, info: StageInfo) -> RowsOf:
         """PRIVATE rows as the strategy stage left them; a client that was never sampled keeps its initial ones."""
         if not info.private or stage.strategy is None:
             return lambda clients: {}
-        log = CommitLog(self.storage, f"artifacts/{stage.strategy}")
-        rounds = CommittedRounds(log, info.shared, self.exp.engine.keep_rounds)
-        state = rounds.newest()
-        at = {} if state is None else state.private_at
+        return self._private_rows(stage.strategy)
+
+    def _overlay(self, stage: Stage) -> RowsOf:
+        """What clients keep of their base."""
+        if stage.kind == "base" or not has_overlay(self.exp):
+            return lambda clients: {}
+        return self._private_rows(stage.parent)
+
+    def _private_rows(self, artifact: str) -> RowsOf:
+        rounds = self._rounds_of(artifact, None)
+        at = rounds.private_at()
         return lambda clients: {c: rounds.private(c, at[c]) for c in clients if c in at}
 
+    def _rounds_of(self, artifact: str | None, shared: Sequence[ParamSpec] | None) -> CommittedRounds:
+        log = CommitLog(self.storage, f"artifacts/{artifact}")
+        return CommittedRounds(log, shared or (), self.exp.engine.keep_rounds)
+
     def _personalise(
-        self,
-        stage: Stage,
-        stages: Sequence[Stage],
-        method: Method,
-        spec: StageSpec,
-        data: TokenData,
-        log: CommitLog,
+        self, stage: Stage, spec: StageSpec, data: TokenData, log: CommitLog
     ) -> tuple[tuple[str, ...], int]:
         clients = [c.id for c in data.clients if c.pool in self.exp.personalise.pools]
         size, engine = self.exp.personalise.chunk, self.exp.engine
         chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
         info = self.pool.open(spec)
         shared = self._shared(stage, info)
-        own = self._private(stage, info)
+        own, overlay = self._private(stage, info), self._overlay(stage)
         for index in range(len(log.all(repair=True)), len(chunks)):
             jobs = [
-                SegmentJob(stage.key, index, number, part, private=own(part))
+                SegmentJob(stage.key, index, number, part, private=own(part), overlay=overlay(part))
                 for number, part in enumerate(segments(chunks[index], engine.segments, engine.min_segment))
             ]
             results = self.pool.run(jobs, shared, self._on_result())
@@ -286,5 +296,6 @@ class Execution:
 def _listed(stage: Stage) -> dict[str, Any]:
     return {
         "key": stage.key, "kind": stage.kind, "method": stage.method, "seed": stage.seed, "artifact": stage.artifact,
-        "parent": stage.parent, "rounds": stage.rounds, "cohort": stage.cohort,
+        "parent": stage.parent, "strategy": stage.strategy, "rounds": stage.rounds, "cohort": stage.cohort,
+        "budgets": list(stage.budgets),
     }  # fmt: skip

@@ -37,6 +37,9 @@ class ExperimentBase(Config):
     """The paper's r_max target: the largest budget that a trained strategy serves."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (42,)
     """The paper averages over 42, 52, 62."""
+    scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Shrinks rounds and clients for small machines: rounds * scale, and of the clients of each language and pool,
+    partitioned as always, the first share. The cohort stays a share of the pool. Printed in every caption."""
     storage: str = "./runs"
     save_adapters: bool = False
     """Write every personalised client as a peft adapter folder."""
@@ -148,7 +151,7 @@ def check(experiment: ExperimentBase) -> None:
             f"'budgets': {experiment.budgets[-1]} is above 'r_max' = {experiment.r_max}; a trained strategy serves "
             f"budgets up to r_max (allowed: 1 ... {experiment.r_max})"
         )
-    seen = len(experiment.task.languages) * experiment.task.clients_per_language
+    seen = len(experiment.task.languages) * clients_per_language(experiment)
     for name in ("base", "strategy"):
         cohort = cohort_size(getattr(experiment, name).cohort, seen)
         if cohort > seen:
@@ -159,6 +162,33 @@ def check(experiment: ExperimentBase) -> None:
             problems.append(f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody")
     if problems:
         raise ConfigError(problems)
+
+
+def scaled(number: int, scale: float) -> int:
+    """A number of rounds or clients at a scale: rounded, but not to zero.
+
+    >>> scaled(150, 0.1), scaled(10, 0.25), scaled(10, 0.01), scaled(0, 0.5)
+    (15, 2, 1, 0)
+    """
+    return number if scale == 1 else min(number, max(1, round(number * scale)))
+
+
+def scaled_task(exp: ExperimentBase) -> TaskConfig:
+    """The task with the clients that the scale leaves, unless their number is given."""
+    if exp.scale == 1 or exp.task.clients_kept is not None:
+        return exp.task
+    kept = scaled(exp.task.clients_per_language, exp.scale)
+    return exp.task.model_copy(update={"clients_kept": kept})
+
+
+def clients_per_language(exp: ExperimentBase) -> int:
+    """Clients of each language and pool."""
+    return scaled_task(exp).clients_used
+
+
+def base_seed(exp: ExperimentBase, seed: int) -> int:
+    """Seed of partition and base for a run seed."""
+    return seed if exp.base.seed is None else exp.base.seed
 
 
 def cohort_size(cohort: float, pool: int) -> int:
@@ -181,7 +211,8 @@ def overrides_of(experiment: ExperimentBase) -> list[dict[str, Any]]:
     neutral = ("engine.", "wandb.", "storage", "save_adapters", "methods", "task.path", "model.path")
     used = {*experiment.methods, experiment.base.name}
     found = []
-    for key, (default, value) in deviations(experiment, Experiment()).items():
+    usual = Experiment(task=TaskConfig.defaults_for(experiment.task.name))
+    for key, (default, value) in deviations(experiment, usual).items():
         section = key.split(".")[0]
         if key.startswith(neutral) or (section in _SECTIONS and section not in used):
             continue

@@ -11,7 +11,7 @@ from fedtailor.models import hub
 from fedtailor.models.classifier import load_tokenizer
 from fedtailor.models.folder import staged_folder
 from fedtailor.models.tiny_bert import build
-from fedtailor.runs.experiment import ExperimentBase, to_json
+from fedtailor.runs.experiment import ExperimentBase, scaled_task, to_json
 from fedtailor.runs.stages import Inputs, short_hash
 from fedtailor.tasks.task import TaskData, prepare
 from fedtailor.tasks.tokens import tokenise
@@ -40,9 +40,10 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Path) -> Inputs:
 
 def _data(exp: ExperimentBase, seed: int, artifacts: Path) -> tuple[TaskData, str]:
     # The name is the content's hash, so the data is always made; that takes seconds and catches changed files.
-    scratch = artifacts / f".data-{short_hash([to_json(exp.task), seed])}"
+    task = scaled_task(exp)
+    scratch = artifacts / f".data-{short_hash([to_json(task), seed])}"
     with staged_folder(scratch) as out:
-        name = f"data-{prepare(exp.task, seed, out).hash[:16]}"
+        name = f"data-{prepare(task, seed, out).hash[:16]}"
     target = artifacts / name
     if not target.exists():
         scratch.rename(target)

@@ -21,7 +21,7 @@ from fedtailor.models.families import adapted_linears
 from fedtailor.models.source import resolve
 from fedtailor.runs.digest import DONE
 from fedtailor.runs.estimate import Estimate, Population, estimate
-from fedtailor.runs.experiment import ExperimentBase, method_section
+from fedtailor.runs.experiment import ExperimentBase, base_seed, clients_per_language, method_section, scaled_task
 from fedtailor.runs.inputs import model_artifact, tokens_artifact
 from fedtailor.runs.stages import Inputs, Stage, plan_stages
 from fedtailor.runs.storage import Storage
@@ -89,12 +89,13 @@ def make_plan(exp: ExperimentBase) -> Plan:
         ModelError: no config of the model is to be had.
     """
     notes: list[str] = []
-    found = {seed: _data(exp, seed, notes) for seed in exp.seeds}
+    data = {seed: _data(exp, seed, notes) for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds)}
+    found = {seed: data[base_seed(exp, seed)] for seed in exp.seeds}
     population = _population(exp, next(iter(found.values())))
     dims = dimensions(exp.model, population.classes, exp.task.max_length)
     methods = {name: build_method(name, method_section(exp, name), exp.r_max) for name in _used(exp)}
     sizes = {name: method_sizes(exp, method, population.classes) for name, method in methods.items()}
-    stages = []
+    stages: list[StagePlan] = []
     storage = Storage(exp.storage)
     for seed, inputs in found.items():
         known = inputs is not None and inputs[1] is not None
@@ -103,14 +104,16 @@ def make_plan(exp: ExperimentBase) -> Plan:
             there = storage.exists(f"artifacts/{stage.artifact}/{DONE}") if known else None
             size, method = sizes[stage.method], methods[stage.method]
             work = estimate(exp, stage, method, (size.shared, size.private + size.ephemeral), dims, population)
-            stages.append(StagePlan(stage, there, work))
+            if all(known_stage.stage.key != stage.key for known_stage in stages):
+                stages.append(StagePlan(stage, there, work))
     return Plan(exp, dims, sizes, population, stages, list(dict.fromkeys(notes)))
 
 
 def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
     """Sums a method's declared parameters by owner, on a model without weights."""
     model = meta_model(exp.model, classes, exp.task.max_length)
-    net = LaneNet(model, adapted_linears(model, exp.model.targets))
+    own_layers = method.name == exp.base.name
+    net = LaneNet(model, adapted_linears(model, "all-linear" if own_layers else exp.model.targets))
     parts = [*([method.adapter] if method.adapter else []), *method.modules]
     specs = [spec for part in parts for spec in part.specs(net)]
     total = {scope: sum(spec.size for spec in specs if spec.scope is scope) for scope in Scope}
@@ -135,7 +138,7 @@ def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population,
         return None
     with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
         try:
-            data = prepare(exp.task, seed, Path(folder) / "data")
+            data = prepare(scaled_task(exp), seed, Path(folder) / "data")
         except DataError as error:
             if exp.task.path:
                 raise
@@ -178,5 +181,5 @@ def _sizes(data: TaskData) -> Population:
 def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | None) -> Population:
     if found is not None:
         return found[0]
-    clients = len(exp.task.languages) * exp.task.clients_per_language
+    clients = len(exp.task.languages) * clients_per_language(exp)
     return Population(seen=clients, unseen=clients)

@@ -94,9 +94,9 @@ def _show_work(console: Console, plan: Plan) -> None:
     numbers = ("client updates", "steps", "FLOP at most", "time on one worker")
     seeds = f"all {len(plan.exp.seeds)} seeds" if len(plan.exp.seeds) > 1 else "one seed"
     table = plain_table("stage", *numbers, title=f"Work, {seeds}", numbers=numbers)
-    times = len(plan.exp.seeds)
     totals = [0.0, 0.0, 0.0, 0.0]
     for row in _first_seed(plan):
+        times = sum(_name(other) == _name(row) for other in plan.stages)
         cost, each = row.estimate, known.get((row.stage.kind, row.stage.method))
         values = [cost.updates * times, (cost.steps or 0) * times, (cost.flops or 0) * times]
         seconds = each * cost.updates * times if each is not None else None
@@ -130,7 +130,8 @@ def duration(seconds: float) -> str:
 
 
 def _first_seed(plan: Plan) -> list[StagePlan]:
-    return [row for row in plan.stages if row.stage.seed == plan.exp.seeds[0]]
+    """One stage of each name; a base that seeds share has its own seed."""
+    return list({_name(row): row for row in reversed(plan.stages)}.values())[::-1]
 
 
 def _name(row: StagePlan) -> str:

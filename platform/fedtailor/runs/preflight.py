@@ -9,7 +9,7 @@ from fedtailor.core.config import deviations, validate
 from fedtailor.core.errors import PlacementError, StorageError
 from fedtailor.core.pool import OnEvent
 from fedtailor.models.hub import check_available
-from fedtailor.runs.experiment import Experiment, ExperimentBase, overrides_of, to_json
+from fedtailor.runs.experiment import Experiment, ExperimentBase, base_seed, overrides_of, to_json
 from fedtailor.runs.inputs import make_inputs
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import device_of
@@ -84,7 +84,7 @@ def prepare_data(exp: ExperimentBase, emit: OnEvent) -> None:
     artifacts = Path(exp.storage) / "artifacts"
     new = [folder for folder in (artifacts, *artifacts.parents) if not folder.exists()]
     try:
-        for seed in exp.seeds:
+        for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds):
             emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "checking"})
             make_inputs(exp, seed, artifacts)
     except BaseException:

@@ -89,13 +89,17 @@ class CommittedRounds:
             private_at=dict(commit.record["private_at"]),
         )
 
+    def private_at(self) -> dict[str, int]:
+        """Client to the round whose commit holds its newest PRIVATE row."""
+        commit = self._log.newest()
+        return {} if commit is None else dict(commit.record["private_at"])
+
     def private(self, client: str, round: int) -> FloatArray:
         """A client's PRIVATE row as committed in ``round``."""
         if round not in self._cache:
-            self._cache = {
-                round: self._log.read(round).tensors(PRIVATE),
-                **dict(list(self._cache.items())[:32]),
-            }
+            # Rows can be as large as a model's embeddings, so only a few rounds stay in memory.
+            kept = dict(list(self._cache.items())[:3])
+            self._cache = {round: self._log.read(round).tensors(PRIVATE), **kept}
         return self._cache[round][client]
 
     def commit(self, outcome: RoundOutcome) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from fedtailor import NUMERICS_VERSION
 from fedtailor.core.messages import StageSpec
 from fedtailor.methods import build_method
-from fedtailor.runs.experiment import ExperimentBase, cohort_size, method_section, to_json
+from fedtailor.runs.experiment import ExperimentBase, base_seed, cohort_size, method_section, scaled, to_json
 
 NUMERIC_ENGINE_KEYS = ("threads", "token_budget", "max_lanes", "segments", "min_segment", "dtype")
 
@@ -52,6 +53,8 @@ class Stage:
         strategy: artifact of the strategy stage that a personalising stage uses.
         rounds: of a round stage; 0 otherwise.
         cohort: clients per round.
+        budgets: that the stage serves; empty for the base.
+        r_max: largest budget that the method is built for.
     """
 
     key: str
@@ -63,6 +66,8 @@ class Stage:
     strategy: str | None = None
     rounds: int = 0
     cohort: int = 0
+    budgets: tuple[int, ...] = ()
+    r_max: int = 0
 
 
 def method_json(exp: ExperimentBase, method: str) -> dict[str, Any]:
@@ -88,35 +93,65 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         "engine": {key: getattr(exp.engine, key) for key in NUMERIC_ENGINE_KEYS},
         "device": device_of(exp),
     }
-    stages: list[Stage] = []
-
-    def add(kind: str, method: str, parent: str, strategy: str | None, rounds: int, cohort: int, **own: Any) -> Stage:
-        content = {
-            **common, **own, "kind": kind, "method": method, "config": method_json(exp, method), "parent": parent,
-            "strategy": strategy, "rounds": rounds, "cohort": cohort,
-        }  # fmt: skip
-        key = f"base/seed{seed}" if kind == "base" else f"{kind}/{method}/seed{seed}"
-        stage = Stage(key, kind, method, seed, f"{kind}-{short_hash(content)}", parent, strategy, rounds, cohort)
-        stages.append(stage)
-        return stage
-
-    base = inputs.model
-    policy = {"on_client_failure": exp.engine.on_client_failure, "quorum": exp.engine.quorum}
-    if exp.base.name != "none":
-        size = cohort_size(exp.base.cohort, seen)
-        base = add("base", exp.base.name, inputs.model, None, exp.base.rounds, size, **policy).artifact
+    graph = _Graph(exp, seed, common, [])
+    base = graph.base(inputs.model, seen)
     for method in exp.methods:
-        trained = None
-        if build_method(method, method_section(exp, method), exp.r_max).local_update is not None:
-            size = cohort_size(exp.strategy.cohort, seen)
-            own = {"r_max": exp.r_max, "base_dropout": exp.model.base_dropout, **policy}
-            trained = add("strategy", method, base, None, exp.strategy.rounds, size, **own).artifact
-        add(
-            "personalise", method, base, trained, 0, 0, budgets=exp.budgets, r_max=exp.r_max,
-            pools=exp.personalise.pools, chunk=exp.personalise.chunk, base_dropout=exp.model.base_dropout,
-            adapters=exp.save_adapters,
+        built = build_method(method, method_section(exp, method), exp.r_max)
+        if built.per_budget and built.local_update is not None:
+            for budget in exp.budgets:
+                graph.method(method, base, seen, (budget,), budget, trained=True, path=f"{method}/r{budget}")
+        else:
+            graph.method(method, base, seen, exp.budgets, exp.r_max, built.local_update is not None, method)
+    return graph.stages
+
+
+@dataclass(frozen=True)
+class _Graph:
+    exp: ExperimentBase
+    seed: int
+    common: Mapping[str, Any]
+    stages: list[Stage]
+
+    def base(self, model: str, seen: int) -> str:
+        """Adds the base stage, if there is one, and returns the artifact that is the frozen model."""
+        exp = self.exp
+        if exp.base.name == "none":
+            return model
+        size = cohort_size(exp.base.cohort, seen)
+        seed = base_seed(exp, self.seed)
+        stage = Stage(f"base/seed{seed}", "base", exp.base.name, seed, "", model, None,
+                      scaled(exp.base.rounds, exp.scale), size, (), exp.r_max)  # fmt: skip
+        return self._add(stage, **self._policy())
+
+    def method(
+        self, method: str, base: str, seen: int, budgets: tuple[int, ...], r_max: int, trained: bool, path: str
+    ) -> None:
+        """Adds a method's strategy stage, if it has rounds of its own, and its personalising stage."""
+        exp, strategy = self.exp, None
+        if trained:
+            size, rounds = cohort_size(exp.strategy.cohort, seen), scaled(exp.strategy.rounds, exp.scale)
+            stage = Stage(f"strategy/{path}/seed{self.seed}", "strategy", method, self.seed, "", base, None, rounds,
+                          size, budgets, r_max)  # fmt: skip
+            strategy = self._add(stage, r_max=r_max, base_dropout=exp.model.base_dropout, **self._policy())
+        stage = Stage(f"personalise/{path}/seed{self.seed}", "personalise", method, self.seed, "", base, strategy,
+                      0, 0, budgets, r_max)  # fmt: skip
+        self._add(
+            stage, budgets=budgets, r_max=r_max, pools=exp.personalise.pools, chunk=exp.personalise.chunk,
+            base_dropout=exp.model.base_dropout, adapters=exp.save_adapters,
         )  # fmt: skip
-    return stages
+
+    def _policy(self) -> dict[str, Any]:
+        return {"on_client_failure": self.exp.engine.on_client_failure, "quorum": self.exp.engine.quorum}
+
+    def _add(self, stage: Stage, **own: Any) -> str:
+        content = {
+            **self.common, **own, "seed": stage.seed, "kind": stage.kind, "method": stage.method,
+            "config": method_json(self.exp, stage.method), "parent": stage.parent, "strategy": stage.strategy,
+            "rounds": stage.rounds, "cohort": stage.cohort,
+        }  # fmt: skip
+        named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}")
+        self.stages.append(named)
+        return named.artifact
 
 
 def device_of(exp: ExperimentBase) -> str:
@@ -134,10 +169,11 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         seed=stage.seed,
         model_dir=model_dir,
         data_dir=data_dir,
-        targets=exp.model.targets,
+        # A base method chooses its layers itself.
+        targets="all-linear" if stage.kind == "base" else exp.model.targets,
         base_dropout=0.0 if stage.kind == "base" else exp.model.base_dropout,
-        budgets=exp.budgets if stage.kind == "personalise" else (),
-        r_max=exp.r_max,
+        budgets=stage.budgets if stage.kind == "personalise" else (),
+        r_max=stage.r_max,
         threads=exp.engine.threads,
         token_budget=exp.engine.token_budget,
         max_lanes=exp.engine.max_lanes,
@@ -146,4 +182,19 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         cache_dir=cache_dir,
         rounds=stage.rounds,
         device=device_of(exp),
+        **_overlay(exp, stage),
     )
+
+
+def _overlay(exp: ExperimentBase, stage: Stage) -> dict[str, Any]:
+    """The base method, where its clients keep a part of the base."""
+    if stage.kind == "base" or not has_overlay(exp):
+        return {}
+    return {"base_method": exp.base.name, "base_config": method_json(exp, exp.base.name)}
+
+
+def has_overlay(exp: ExperimentBase) -> bool:
+    """Whether clients keep a part of the base."""
+    if exp.base.name == "none":
+        return False
+    return build_method(exp.base.name, method_section(exp, exp.base.name), exp.r_max).overlay is not None

@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtailor.adapters.peft_folder import CONFIG_FILE, write_adapter
+import numpy as np
+
+from fedtailor.adapters.peft_folder import CONFIG_FILE
 from fedtailor.core.errors import ConfigError, StorageError
+from fedtailor.core.method import Overlay, Row
+from fedtailor.core.net import LaneNet
+from fedtailor.methods import build_method
+from fedtailor.models.classifier import load_classifier, load_config
+from fedtailor.models.families import adapted_linears
 from fedtailor.models.folder import staged_folder
+from fedtailor.runs.base_model import write_merged
 from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.experiment import nearest
+from fedtailor.runs.experiment import base_seed, method_section, nearest
+from fedtailor.runs.launch import load_experiment
+from fedtailor.runs.round_log import CommittedRounds, named
 from fedtailor.runs.run_folder import RunFolder
 
 
@@ -23,7 +33,9 @@ def base_folder(run: RunFolder, seed: int) -> Path:
     Raises:
         StorageError: the run has none, or has not got that far.
     """
-    stage = _stage(run, f"base/seed{seed}", "the base model is the one that was configured (base=none)")
+    own = run.info()["config"]["base"].get("seed")
+    key = f"base/seed{seed if own is None else own}"
+    stage = _stage(run, key, "the base model is the one that was configured (base=none)")
     folder = run.storage.local_path(f"artifacts/{stage['artifact']}/model")
     if not folder.is_dir():
         raise StorageError(f"run '{run.run_id}' has not finished its base model; resume it first")
@@ -45,16 +57,23 @@ def export_base(run: RunFolder, seed: int, out: Path) -> None:
 def export_client(run: RunFolder, client: str, method: str, budget: int, seed: int, out: Path) -> Path:
     """Writes one client's committed adapter to ``out``; returns the base model that it belongs to.
 
+    Where the client keeps a part of the base (FedDPA-T, DEPT), that part is merged into a base of its own, which is
+    written to ``out/base``.
+
     Args:
+        run: a run that saved adapters.
         client: id, e.g. ``seen/amh/00``.
+        method: row of METHODS.
         budget: r.
+        seed: one of the run's.
+        out: new folder.
 
     Raises:
         ConfigError: no such method, budget or seed in the run.
         StorageError: no such client, adapters were not saved, or ``out`` is not empty.
     """
     _refuse_unknown(run, method, budget, seed)
-    stage = _stage(run, f"personalise/{method}/seed{seed}", f"method '{method}' was not part of it")
+    stage = _personalised(run, method, budget, seed)
     log = CommitLog(run.storage, f"artifacts/{stage['artifact']}")
     prefix = f"adapters/r{budget}/{client}/"
     chunk = next((commit for commit in log.all(objects=False) if client in commit.record["cohort"]), None)
@@ -65,17 +84,56 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
     if not files:
         raise StorageError(f"method '{method}' has no adapter for client '{client}' at budget {budget}")
     _refuse_used(out)
-    base = _base_of(run, seed)
-    config = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": os.fspath(base.resolve())}
-    write_adapter({**files, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()}, out)
-    return base
+    base, own = base_of(run, seed), _own_part(run, client, seed)
+    belongs = base if own is None else out / "base"
+    config = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": os.fspath(belongs.resolve())}
+    with staged_folder(out) as folder:
+        for name, content in {**files, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()}.items():
+            (folder / name).write_bytes(content)
+        if own is not None:
+            part, tensors, labels = own
+            write_merged(base, labels, part, tensors, folder / "base")
+    return belongs
 
 
-def _base_of(run: RunFolder, seed: int) -> Path:
+def base_of(run: RunFolder, seed: int) -> Path:
+    """Folder of the frozen model that the later stages of a seed build on.
+
+    Raises:
+        StorageError: see `base_folder`.
+    """
     if run.info()["config"]["base"]["name"] != "none":
         return base_folder(run, seed)
     stage = next(s for s in run.stages() if s["seed"] == seed)
     return run.storage.local_path(f"artifacts/{stage['parent']}")
+
+
+def _own_part(run: RunFolder, client: str, seed: int) -> tuple[Overlay, Mapping[str, Row], Sequence[str]] | None:
+    """What a client keeps of its base: how to merge it, its tensors, the labels; None if there is nothing."""
+    exp = load_experiment(run)
+    if exp.base.name == "none":
+        return None
+    overlay = build_method(exp.base.name, method_section(exp, exp.base.name), exp.r_max).overlay
+    if overlay is None:
+        return None
+    stage = _stage(run, f"base/seed{base_seed(exp, seed)}", "there is no base")
+    rounds = CommittedRounds(CommitLog(run.storage, f"artifacts/{stage['artifact']}"), (), 1)
+    at = rounds.private_at()
+    if client not in at:
+        return None
+    named_labels = dict(load_config(base_folder(run, seed)).id2label or {})
+    labels = [str(name) for _, name in sorted(named_labels.items())]
+    model = load_classifier(base_folder(run, seed), len(labels), labels)
+    specs = overlay.specs(LaneNet(model, adapted_linears(model)))
+    return overlay, named(specs, np.asarray(rounds.private(client, at[client]), np.float32)), labels
+
+
+def _personalised(run: RunFolder, method: str, budget: int, seed: int) -> Mapping[str, Any]:
+    """The personalising stage of a method that served ``budget``."""
+    for stage in run.stages("personalise"):
+        if stage["method"] == method and stage["seed"] == seed and budget in stage["budgets"]:
+            return stage
+    return _stage(run, f"personalise/{method}/seed{seed}", f"method '{method}' was not part of it")
 
 
 def _refuse_unknown(run: RunFolder, method: str, budget: int, seed: int) -> None:

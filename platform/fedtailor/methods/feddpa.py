@@ -1,0 +1,169 @@
+"""FedDPA-T: a global LoRA that is averaged and a local LoRA that stays with its client.
+
+Paper: Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", NeurIPS 2024, in the form that
+FedP2EFT (section 4.1.2, A.3, "Personalized FL") uses as a base model for classification.
+    A, B (global), classifier -> SHARED    "global_*", the head's own weights
+    A, B (local)              -> PRIVATE   "local_*"
+    r, alpha, dropout         -> cfg.rank (both adapters), cfg.scale = alpha / r = 1, cfg.dropout
+A round at a client: (1) the global LoRA and the head train from the server's state; (2) they are frozen as trained,
+and the local LoRA trains on top of them. Only the global part is sent. Later stages see the aggregated global part
+merged into the common weights plus each client's local LoRA, a fixed sum (`LocalLoraOverlay`). A client that was never
+sampled has the initial local LoRA, which changes nothing.
+The original (LLaMA, instruction data) trains the local part first and weighs the two by the similarity of inputs;
+that form belongs to generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from fedtailor.adapters.lora import LoraAdapter, chosen_layers
+from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.core.config import Config
+from fedtailor.core.context import ClientContext
+from fedtailor.core.lane_adam import AdamGroup
+from fedtailor.core.lanes import LaneParams
+from fedtailor.core.method import Method, Report, Row
+from fedtailor.core.net import LaneNet
+from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.core.settings import Natural, Positive, Rate
+from fedtailor.personalisers.none import NoPersonalisation
+from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.updates.local_training import Training, train
+
+
+class FedDpaConfig(Config):
+    """Defaults: FedP2EFT A.3."""
+
+    targets: tuple[str, ...] = ("query", "value")
+    rank: Positive = 8
+    local_rank: Natural = 8
+    """0: no local LoRA, i.e. FedAvg on LoRA."""
+    scale: Rate = 1.0
+    """alpha / r = 8 / 8."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    lr: Rate = 5e-5
+    epochs: Positive = 2
+    """Of each of the two phases."""
+    batch_size: Positive = 32
+    server_lr: Rate = 1.0
+
+
+@dataclass(frozen=True)
+class DualLora:
+    """Global and local LoRA on the same layers, and the head.
+
+    Args:
+        shared: global part.
+        local: local part; None without one.
+    """
+
+    shared: LoraAdapter
+    local: LoraAdapter | None
+    lanes: bool = True
+
+    def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
+        """Global parameters, then local ones."""
+        return [*self.shared.specs(net), *(self.local.specs(net) if self.local else [])]
+
+    def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
+        """Seeded A, B zero: the adapted model is the base model."""
+        return {**self.shared.initial(net, seed), **(self.local.initial(net, seed) if self.local else {})}
+
+    def bind(self, net: LaneNet, params: LaneParams) -> None:
+        """The sum of both, for inference and for phase 2: the global part has no gradients."""
+        self.shared.bind(net, params)
+        if self.local is None:
+            return
+        for site, layer in chosen_layers(net, self.shared.targets):
+            layer.under = self.shared.branch(site, params)
+        self.local.bind(net, params)
+        for name, layer in zip(net.modules, net.layers, strict=True):
+            if name in net.heads:
+                layer.bind_own(params[f"{name}.weight"].detach(), params[f"{name}.bias"].detach())
+
+    def bind_global(self, net: LaneNet, params: LaneParams) -> None:
+        """The global part alone, for phase 1."""
+        net.unbind()
+        self.shared.bind(net, params)
+
+    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+        """The SHARED part as plain weights."""
+        self.shared.merge(weights, tensors)
+
+
+@dataclass(frozen=True)
+class GlobalThenLocal:
+    """The two phases of a round."""
+
+    cfg: FedDpaConfig
+    adapter: DualLora
+
+    def __call__(self, ctx: ClientContext) -> Report:
+        """One client's part of a round."""
+        cfg = self.cfg
+
+        def how(purpose: str) -> Training:
+            return Training(cfg.epochs, cfg.batch_size, purpose, dropout=cfg.dropout)
+
+        names = [spec.name for spec in self.adapter.shared.specs(ctx.net)]
+        self.adapter.bind_global(ctx.net, ctx.params)
+        found = train(ctx, [AdamGroup(tuple(names), cfg.lr)], how("train"))
+        metrics = {"train_loss": found.loss}
+        if self.adapter.local is not None:
+            ctx.net.unbind()
+            self.adapter.bind(ctx.net, ctx.params)
+            own = tuple(spec.name for spec in self.adapter.local.specs(ctx.net))
+            metrics["local_train_loss"] = train(ctx, [AdamGroup(own, cfg.lr)], how("local")).loss
+        return Report(metrics)
+
+
+@dataclass(frozen=True)
+class LocalLoraOverlay:
+    """The clients' local LoRA as part of their base.
+
+    Args:
+        local: the local part of the base stage's adapter.
+    """
+
+    local: LoraAdapter
+
+    def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
+        """The PRIVATE parameters of the base stage, in its order."""
+        return self.local.specs(net)
+
+    def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
+        """Seeded A, B zero."""
+        return self.local.initial(net, seed)
+
+    def bind(self, net: LaneNet, params: LaneParams) -> None:
+        """Adds a frozen branch to the adapted layers."""
+        for site, layer in chosen_layers(net, self.local.targets):
+            layer.overlay = self.local.branch(site, params)
+
+    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+        """Adds a client's local LoRA to the common weights."""
+        self.local.merge(weights, tensors)
+
+
+def build(cfg: FedDpaConfig, r_max: int) -> Method:
+    """FedDPA-T."""
+    shared = LoraAdapter(cfg.rank, cfg.scale, Scope.SHARED, targets=cfg.targets, head=True, prefix="global")
+    own = LoraAdapter(cfg.local_rank, cfg.scale, Scope.PRIVATE, targets=cfg.targets, prefix="local")
+    adapter = DualLora(shared, own if cfg.local_rank else None)
+    return Method(
+        name="feddpa",
+        adapter=adapter,
+        local_update=GlobalThenLocal(cfg, adapter),
+        personaliser=NoPersonalisation(),
+        aggregator=WeightedMean(),
+        server=ServerSgd(cfg.server_lr),
+        batch_size=cfg.batch_size,
+        epochs=(2 if cfg.local_rank else 1) * cfg.epochs,
+        overlay=LocalLoraOverlay(own) if cfg.local_rank else None,
+    )
