@@ -207,6 +207,46 @@ def export(
     typer.echo(f"adapter: {out} (peft; belongs to the base model in {belongs})")
 
 
+@app.command()
+def personalise(
+    psg: Annotated[str, typer.Option(metavar="RUN_ID", help="Run with a trained strategy generator (fedp2eft).")],
+    data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet, a data set folder or owner/name[:config].")],
+    budget: Annotated[int, typer.Option(help="r: r L ranks over the L adapted layers.")],
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of fedp2eft.finetune: epochs=5 lr=1e-3 batch_size=8."),
+    ] = None,
+    storage: Storage = "./runs",
+    seed: Annotated[int | None, typer.Option(help="Default: the run's first.")] = None,
+    test: Annotated[str | None, typer.Option(help="Rows to score on, like --data.")] = None,
+    test_fraction: Annotated[float | None, typer.Option(help="Share of --data to score on; default: 0.2.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text; default: text, sentence, premise ...")] = None,
+    pair: Annotated[str | None, typer.Option(help="Column of the second text of a pair.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label; default: label, category ...")] = None,
+    language: Annotated[str, typer.Option(help="Code for the record; changes no number.")] = "",
+    limit: Annotated[int | None, typer.Option(help="Use at most so many rows of --data.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Also write the whole model, adapter merged.")] = False,
+    base: Annotated[Path | None, typer.Option(help="Another copy of the run's base model.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Give a client of your own the adapter that a trained strategy generator chooses for it."""
+    from fedtailor.runs.newcomer_data import Columns
+    from fedtailor.runs.newcomer_job import Request, check
+    from fedtailor.runs.newcomer_output import carry_out
+    from fedtailor.runs.newcomer_view import show_ready, show_result
+
+    asked = Request(
+        run_id=psg, data=data, budget=budget, out=out, storage=storage, seed=seed, test=test,
+        test_fraction=test_fraction, columns=Columns(text, pair, label), language=language, words=tuple(words or ()),
+        merge=merge, limit=limit, base=base, device=device,
+    )  # fmt: skip
+    ready = check(asked)
+    console = _console()
+    show_ready(console, ready)
+    show_result(console, ready, carry_out(ready))
+
+
 def main() -> None:
     """Console entry point."""
     app(prog_name="fedtailor")

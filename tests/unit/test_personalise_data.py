@@ -1,0 +1,256 @@
+"""A user's own data: what is read, which columns and labels are found, what is held out, and what is refused."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from fedtailor.core.errors import DataError
+from fedtailor.runs.newcomer_data import Columns, Labelled, labelled
+from fedtailor.runs.newcomer_files import Table, read_table
+from fedtailor.runs.newcomer_split import hold_out, limited, refuse_single_class, shared_texts
+
+CLASSES = ("business", "sports", "health")
+ROWS = [("Bei ya mafuta", "business"), ("Timu, imeshinda", "sports"), ('Alisema "ndiyo"', "sports")]
+SWAHILI = "Tɔ́ŋgbɛ̂ — wíkì ya habari ñ"
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def csv(path: Path, rows: list[tuple[str, str]] = ROWS, **more: Any) -> str:
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(path, index=False, **more)
+    return str(path)
+
+
+def read(source: str) -> Labelled:
+    return labelled(read_table(source), Columns(), CLASSES)
+
+
+def table(**columns: list[Any]) -> Table:
+    return Table("mine.csv", columns, "0" * 64, {})
+
+
+def made(labels: list[int], texts: list[str] | None = None) -> Labelled:
+    words = texts or [f"text {i}" for i in range(len(labels))]
+    names = Columns("text", None, "label")
+    return Labelled("mine.csv", "0" * 64, names, tuple(words), None, tuple(labels), len(labels), 0)
+
+
+# ---- what can be read ------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    frame = pd.DataFrame(ROWS, columns=["text", "label"])
+    sources = [csv(tmp_path / "a.csv"), csv(tmp_path / "b.tsv", sep="\t"), csv(tmp_path / "c.csv", sep=";")]
+    frame.to_parquet(tmp_path / "d.parquet", index=False)
+    frame.to_json(tmp_path / "e.jsonl", orient="records", lines=True)
+    frame.to_json(tmp_path / "f.json", orient="records")
+    sources += [str(tmp_path / name) for name in ("d.parquet", "e.jsonl", "f.json")]
+    for source in sources:
+        found = read(source)
+        assert list(zip(found.texts, found.labels, strict=True)) == [(t, CLASSES.index(c)) for t, c in ROWS], source
+
+
+def test_a_folder_of_the_datasets_library_is_read_with_its_own_class_names(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["health", "sports"])})
+    parts = {
+        "train": Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features),
+        "test": Dataset.from_dict({"text": ["c"], "label": [1]}, features=features),
+    }
+    DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    found = read(str(tmp_path / "saved"))
+    assert (found.texts, [CLASSES[i] for i in found.labels]) == (("a", "b"), ["sports", "health"])
+    assert read_table(str(tmp_path / "saved"), "test").columns["text"] == ["c"]
+    (tmp_path / "plain").mkdir()
+    csv(tmp_path / "plain/train.csv")
+    assert len(read(str(tmp_path / "plain"))) == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_utf8_with_or_without_mark_and_marked_utf16_are_read(tmp_path: Path, encoding: str) -> None:
+    source = write(tmp_path / "a.csv", f"text,label\n{SWAHILI},sports\n".encode(encoding))
+    assert read(source).texts == (SWAHILI,)
+
+
+def test_the_words_na_null_and_nan_are_texts_and_line_breaks_in_quotes_stay(tmp_path: Path) -> None:
+    rows = [("NA", "sports"), ("null", "sports"), ("nan", "health"), ("a\nb", "sports")]
+    assert read(csv(tmp_path / "a.csv", rows)).texts == ("NA", "null", "nan", "a\nb")
+
+
+# ---- what cannot -----------------------------------------------------------------------------------------
+
+
+def test_a_byte_that_is_not_utf8_is_named_with_its_position(tmp_path: Path) -> None:
+    good = b"text,label\nhabari njema,sports\n"
+    mixed = good + "médecin,health\n".encode("latin-1")
+    with pytest.raises(DataError, match=rf"a\.csv: not UTF-8: byte 0xe9 at position {len(good) + 1} .*line 3"):
+        read(write(tmp_path / "a.csv", mixed))
+    with pytest.raises(DataError, match=rf"b\.csv: not UTF-8: byte 0xe9 at position {len(good) + 4} "):
+        read(write(tmp_path / "b.csv", codecs.BOM_UTF8 + mixed))
+    with pytest.raises(DataError, match=r"c\.csv: a zero byte at position 1 .*UTF-16"):
+        read(write(tmp_path / "c.csv", good.decode().encode("utf-16-le")))
+    with pytest.raises(DataError, match=r"d\.jsonl: not UTF-16: .*truncated data"):
+        read(write(tmp_path / "d.jsonl", codecs.BOM_UTF16_LE + b'{"'[:1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("none.csv", None, "no such file"),
+        ("empty.csv", "", "the file is empty"),
+        ("blank.csv", " \n\n", "the file is empty"),
+        ("header.csv", "text,label\n", r"has no rows \(columns: text, label\)"),
+        ("notes.docx", "text,label\n", "endings that are read: .csv, .tsv, .jsonl"),
+        ("long.csv", "text,label\nHello, world,sports\n", "more fields than the header"),
+        ("later.csv", "text,label\na,sports\nHello, world,sports\n", "Expected 2 fields in line 3, saw 3"),
+        ("open.csv", 'text,label\n"a,sports\nb,sports\n', "EOF inside string"),
+        ("a.jsonl", '{"text": "a", "label": "sports"}\n{"text": "b"', "line 2: not JSON"),
+        ("b.jsonl", '["a", "sports"]', "row 1: a str, where an object"),
+        ("c.jsonl", '{"text": "a", "label": "sports"}\n7\n', "row 2: a int, where an object"),
+        ("a.parquet", "PAR1 not really", "not a Parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, name: str, content: str | None, told: str
+) -> None:
+    source = str(tmp_path / name) if content is None else write(tmp_path / name, content)
+    with pytest.raises(DataError, match=told) as caught:
+        read(source)
+    assert name in str(caught.value)
+
+
+def test_a_hub_data_set_out_of_reach_is_neither_file_nor_folder() -> None:
+    with pytest.raises(DataError, match=r"nobody/nothing: not a data set file nor folder here, nor a hub data set"):
+        read_table("nobody/nothing")
+
+
+# ---- columns and rows ------------------------------------------------------------------------------------
+
+
+def test_columns_are_found_by_usual_names_or_taken_as_named() -> None:
+    found = labelled(table(Title=["x"], Sentence=["a"], Category=["sports"]), Columns(), CLASSES)
+    assert found.columns == Columns("Sentence", None, "Category")
+    pairs = labelled(table(premise=["a"], hypothesis=["b"], label=["sports"]), Columns(), CLASSES)
+    assert pairs.columns == Columns("premise", "hypothesis", "label")
+    assert pairs.pairs == ("b",)
+    named = labelled(table(text=["x"], body=["a"], kind=["sports"]), Columns("body", "text", "kind"), CLASSES)
+    assert (named.texts, named.pairs) == (("a",), ("x",))
+
+
+def test_missing_columns_are_told_all_at_once_with_those_present() -> None:
+    with pytest.raises(DataError) as caught:
+        labelled(table(corps=["a"], sujet=["sports"]), Columns(), CLASSES)
+    told = str(caught.value)
+    assert "no text column: looked for one of text, sentence" in told
+    assert "no label column: looked for one of label, labels, category" in told
+    assert told.endswith("Columns there: corps, sujet")
+    with pytest.raises(DataError, match=r"no pair column: looked for 'b' .*Columns there: text, label"):
+        labelled(table(text=["a"], label=["sports"]), Columns(pair="b"), CLASSES)
+    with pytest.raises(DataError, match="must be different columns"):
+        labelled(table(text=["a"], label=["sports"]), Columns(label="text"), CLASSES)
+
+
+def test_rows_with_an_empty_text_are_left_out_and_counted() -> None:
+    found = labelled(table(text=["a", "", None, "  ", "b"], label=["sports"] * 5), Columns(), CLASSES)
+    assert (found.texts, found.rows, found.empty) == (("a", "b"), 5, 3)
+    pairs = labelled(table(premise=["a", "b"], hypothesis=["", "d"], label=[0, 1]), Columns(), CLASSES)
+    assert (pairs.texts, pairs.pairs, pairs.empty) == (("b",), ("d",), 1)
+    with pytest.raises(DataError, match=r"all 2 rows have an empty text \(column 'text'\)"):
+        labelled(table(text=["", " "], label=["sports"] * 2), Columns(), CLASSES)
+
+
+def test_a_text_that_is_no_text_is_refused_with_its_row() -> None:
+    with pytest.raises(DataError, match=r"mine\.csv, row 2: column 'text' holds 7 \(int\)"):
+        labelled(table(text=["a", 7], label=["sports"] * 2), Columns(), CLASSES)
+    half = json.loads('"\\ud800"')
+    with pytest.raises(DataError, match=r"row 1: .*half a surrogate pair"):
+        labelled(table(text=[half], label=["sports"]), Columns(), CLASSES)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------
+
+
+def test_labels_are_names_in_any_case_or_numbers() -> None:
+    given = ["sports", " Sports ", "SPORTS", 1, "1", 1.0, "1.0"]
+    assert labelled(table(text=["t"] * 7, label=given), Columns(), CLASSES).labels == (1,) * 7
+
+
+def test_a_class_named_like_a_number_wins_over_the_number() -> None:
+    assert labelled(table(text=["a", "b"], label=["1", "0"]), Columns(), ("1", "0")).labels == (0, 1)
+
+
+@pytest.mark.parametrize("label", ["sport", 3, -1, "1.5", True, [1], "9" * 5000, "²"])
+def test_an_unknown_label_is_named_with_its_row_and_the_allowed_ones(label: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        labelled(table(text=["a", "b"], label=["sports", label]), Columns(), CLASSES)
+    told = str(caught.value)
+    assert f"{label!r:.60} (row 2)" in told
+    assert told.endswith("allowed: business (0), sports (1), health (2)")
+
+
+@pytest.mark.parametrize("missing", ["", "  ", None, float("nan")])
+def test_a_missing_label_is_refused_unless_its_text_is_empty_too(tmp_path: Path, missing: Any) -> None:
+    frame = pd.DataFrame({"text": ["a", "b", ""], "label": ["sports", missing, missing]})
+    for name, save in (("a.parquet", frame.to_parquet), ("a.csv", frame.to_csv)):
+        save(tmp_path / name, index=False)
+        with pytest.raises(DataError, match=r"1 of 2 rows have no label in column 'label' \(row 2\); give"):
+            read(str(tmp_path / name))
+
+
+# ---- what is held out ------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_are_a_share_of_each_class_and_a_function_of_the_seed() -> None:
+    data = made([0] * 50 + [1] * 30 + [2] * 20)
+    train, test = hold_out(data, 0.2, 42)
+    assert (test.counts(3), train.counts(3)) == ([10, 6, 4], [40, 24, 16])
+    assert not set(train.texts) & set(test.texts)
+    assert hold_out(data, 0.2, 42) == (train, test)
+    assert hold_out(data, 0.2, 43) != (train, test)
+
+
+def test_no_class_loses_its_last_training_row() -> None:
+    train, _ = hold_out(made([0, 1, 2, 2, 2, 2]), 0.9, 1)
+    assert all(train.counts(3))
+
+
+def test_equal_texts_stay_on_one_side() -> None:
+    data = made([0, 1] * 20, [f"Same  TEXT {i // 4}" if i % 2 else f"same text {i // 4}" for i in range(40)])
+    for seed in range(5):
+        train, test = hold_out(data, 0.3, seed)
+        assert shared_texts(train, test) == 0
+        assert len(test)
+    given = made([0], ["SAME text 3"])
+    assert shared_texts(data, given) == 1
+
+
+def test_too_few_rows_to_hold_any_out_ask_for_a_test_file() -> None:
+    with pytest.raises(DataError, match=r"2 usable rows are too few to hold out 0\.2 of them.*--test"):
+        hold_out(made([0, 1]), 0.2, 1)
+    with pytest.raises(DataError, match="1 usable rows are too few"):
+        hold_out(made([0]), 0.9, 1)
+
+
+def test_a_limit_draws_rows_over_the_whole_file_in_its_order() -> None:
+    data = made([0] * 50 + [1] * 50)
+    some = limited(data, 20, 42)
+    at = [data.texts.index(text) for text in some.texts]
+    assert at == sorted(at)
+    assert (len(some), all(some.counts(2))) == (20, True)
+    assert limited(data, 100, 42) is data
+
+
+def test_one_class_is_nothing_to_learn() -> None:
+    with pytest.raises(DataError, match=r"all 3 usable rows are of one class \(sports\).*at least two"):
+        refuse_single_class(made([1, 1, 1]), CLASSES)
+    refuse_single_class(made([1, 2]), CLASSES)
