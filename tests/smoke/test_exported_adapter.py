@@ -8,12 +8,23 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import run_tiny, tiny
+from transformers import AutoModelForSequenceClassification
 
 from fedtailor.models.classifier import load_classifier
 from fedtailor.runs.commit_log import CommitLog
+from fedtailor.runs.takeaway import base_folder, export_client
 from fedtailor.tasks.tokens import TokenData
 
 CLIENTS = ("seen/amh/00", "unseen/yor/02")
+
+
+def loss_of(model: torch.nn.Module, data: TokenData, client: str) -> float:
+    """Mean cross-entropy on a client's test texts."""
+    test = data.examples(client, "test")
+    mask = torch.arange(test.input_ids.shape[1]) < torch.from_numpy(test.lengths).unsqueeze(1)
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(test.input_ids), attention_mask=mask.long()).logits
+    return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(test.labels)))
 
 
 @pytest.mark.parametrize("method", ["lora", "fedp2eft"])
@@ -39,9 +50,23 @@ def test_peft_reproduces_the_test_loss_of_the_run(tmp_path: Path, method: str) -
             for name in (n for n in objects if n.startswith(prefix)):
                 (folder / name.removeprefix(prefix)).write_bytes(objects[name].bytes(name))
             model = PeftModel.from_pretrained(load_classifier(base, data.num_labels, data.labels), str(folder)).eval()
-            test = data.examples(client, "test")
-            mask = torch.arange(test.input_ids.shape[1]) < torch.from_numpy(test.lengths).unsqueeze(1)
-            with torch.no_grad():
-                logits = model(input_ids=torch.from_numpy(test.input_ids), attention_mask=mask.long()).logits
-            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(test.labels))
-            assert float(loss) == pytest.approx(float(losses[client, budget]), abs=1e-5)
+            assert loss_of(model, data, client) == pytest.approx(float(losses[client, budget]), abs=1e-5)
+
+
+@pytest.mark.parametrize("base", ["dept", "feddpa"])
+def test_a_client_that_keeps_a_part_of_its_base_takes_it_along(tmp_path: Path, base: str) -> None:
+    own = (f"base.name={base}", f"{base}.lr=1e-2", f"{base}.batch_size=8", "base.rounds=1")
+    run = run_tiny(tiny(tmp_path, *own, "methods=[lora]", "budgets=[1]", "save_adapters=true"))
+    frame = run.metrics()
+    sampled = frame[frame["stage"] == "base"]["client"].iloc[0]
+    losses = frame[(frame.metric == "loss")].set_index("client").value
+    for client, keeps in ((sampled, True), ("unseen/yor/00", False)):
+        out = tmp_path / "out" / client
+        belongs = export_client(run, client, "lora", 1, 42, out)
+        assert (belongs == out / "base") is keeps
+        model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(belongs), str(out)).eval()
+        data = TokenData.open(next((tmp_path / "artifacts").glob("tokens-*")))
+        assert loss_of(model, data, client) == pytest.approx(float(losses[client]), abs=1e-5)
+    common = AutoModelForSequenceClassification.from_pretrained(base_folder(run, 42))
+    shared = PeftModel.from_pretrained(common, str(tmp_path / "out" / sampled)).eval()
+    assert abs(loss_of(shared, data, sampled) - float(losses[sampled])) > 1e-4, "its own part matters"

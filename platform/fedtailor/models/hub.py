@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,9 @@ __all__ = [
     "materialise",
     "resolve",
 ]
+
+PRETRAINING = "pretrain.json"
+"""What a pretrained folder was made from; it goes along so that reports can say it."""
 
 _PARTS = (".json", ".model", ".safetensors", ".txt")
 """Endings of the files that decide what a model computes."""
@@ -140,6 +144,9 @@ def materialise(cfg: ModelConfig, labels: Sequence[str], seed: int, out: Path) -
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     save_folder(model, tokenizer, out)
+    record = folder / PRETRAINING
+    if record.is_file():
+        shutil.copyfile(record, out / PRETRAINING)
     return out
 
 

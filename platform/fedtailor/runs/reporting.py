@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedtailor.core.errors import StorageError
 from fedtailor.runs.digest import DONE
-from fedtailor.runs.report import write_report
+from fedtailor.runs.report import gather, write_report
 from fedtailor.runs.run_folder import RunFolder
 
 
@@ -24,7 +24,7 @@ def report_of(run: RunFolder) -> Path:
         **run.info(), "status": run.status()["state"], "failures": run.failures(), "warnings": warnings,
     }  # fmt: skip
     out = run.storage.local_path(f"{run.run_id}/report")
-    write_report(facts, metrics, run.strategies(), modules_of(run), out)
+    write_report(facts, metrics, run.strategies(), modules_of(run), out, gather(run, metrics))
     return out / "report.html"
 
 

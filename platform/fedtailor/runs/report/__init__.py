@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 
 from fedtailor.core.messages import FloatArray
-from fedtailor.runs.report import figures, html, results, summary, tables
-from fedtailor.runs.report.facts import read_facts
+from fedtailor.runs.report import cost, figures, html, results, significance, summary, tables, verdicts
+from fedtailor.runs.report.evidence import Evidence, gather
+from fedtailor.runs.report.facts import Facts, read_facts
 from fedtailor.runs.report.names import in_pool_order
 
-__all__ = ["write_report"]
+__all__ = ["Evidence", "gather", "write_report"]
 
 
 def write_report(
@@ -23,6 +24,7 @@ def write_report(
     strategies: Mapping[tuple[str, int], Mapping[str, FloatArray]],
     modules: Sequence[str],
     out: Path,
+    evidence: Evidence | None = None,
 ) -> dict[str, Path]:
     """Writes everything a reader needs into ``out``. Equal input, in any order of rows, gives equal bytes.
 
@@ -35,10 +37,12 @@ def write_report(
         strategies: (method, seed) to client to lambda, (L, r_init) float32.
         modules: names of the L adapted modules.
         out: folder, made if missing; files of an earlier report are replaced.
+        evidence: what `gather` found besides; without it, data, pretraining and cost are left out.
 
     Returns:
         files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
-        ``table_<pool>.md`` and ``.tex``, ``figures/<name>.png`` and ``.svg``.
+        ``table_<pool>.md``, ``.csv`` and ``.tex``, ``significance.md``, ``.csv`` and ``.tex``, ``cost.csv``,
+        ``figures/<name>.png`` and ``.svg``.
 
     Raises:
         DataError: a metric column is missing, a number is given twice, or an accuracy is outside [0, 1].
@@ -46,46 +50,53 @@ def write_report(
     frame = results.checked(metrics)
     scored = results.scores(frame)
     found = results.blocks(scored)
-    facts = read_facts(run, len(modules))
+    known = evidence or Evidence()
+    facts = read_facts(run, len(modules), frame, known)
+    pairs = significance.compare(scored, found)
+    spent = cost.cost(run.get("stages") or (), known.times, known.events)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
-    results.results_table(scored).to_csv(out / "results.csv", index=False, lineterminator="\n")
+    _csv(out / "results.csv", results.results_table(scored))
     _write(
         out / "summary.json",
-        json.dumps(_summary(facts.run_id, found), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        json.dumps(_summary(facts.run_id, found, pairs), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     )
-    for pool in in_pool_order(block.pool for block in found):
-        blocks = [block for block in found if block.pool == pool]
-        _write(out / f"table_{tables.file_label(pool)}.md", tables.markdown_table(facts, blocks))
-        _write(out / f"table_{tables.file_label(pool)}.tex", tables.latex_table(facts, blocks))
-    drawn = figures.draw(frame, scored, found, strategies, modules, out / "figures")
-    page = html.render(facts, run, found, drawn, summary.gaps(scored), summary.tied_shares(frame))
-    _write(out / "report.html", page)
+    _write_tables(facts, found, pairs, out)
+    if len(spent):
+        _csv(out / "cost.csv", spent)
+    drawn = figures.draw(frame, found, strategies, modules, known, out / "figures")
+    content = html.Content(facts, run, found, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent)
+    _write(out / "report.html", html.render(content))
     return {path.relative_to(out).as_posix(): path for path in _report_files(out)}
 
 
-def _summary(run_id: str, found: list[results.Block]) -> dict[str, Any]:
+def _write_tables(facts: Facts, found: Sequence[results.Block], pairs: Sequence[significance.Pair], out: Path) -> None:
+    for pool in in_pool_order(block.pool for block in found):
+        blocks, name = [block for block in found if block.pool == pool], f"table_{tables.file_label(pool)}"
+        _write(out / f"{name}.md", tables.markdown_table(facts, blocks))
+        _write(out / f"{name}.tex", tables.latex_table(facts, blocks))
+        _csv(out / f"{name}.csv", tables.csv_table(blocks))
+    if pairs:
+        _csv(out / "significance.csv", significance.table(pairs))
+        _write(out / "significance.md", verdicts.markdown(pairs, facts.scale))
+        _write(out / "significance.tex", verdicts.latex(pairs, facts.scale))
+
+
+def _summary(run_id: str, found: list[results.Block], pairs: list[significance.Pair]) -> dict[str, Any]:
     return {
         "run_id": run_id,
         "metric": "accuracy",
         "unit": "fraction",
         "seeds": sorted({seed for block in found for seed in block.seeds}),
         "tie_rule": results.TIE_RULE,
-        "comparison_rule": results.COMPARISON_RULE,
-        "results": summary.summary_records(found),
+        "comparison_rule": significance.RULE,
+        "results": summary.summary_records(found, pairs),
     }
 
 
 def _report_files(out: Path) -> list[Path]:
-    patterns = (
-        "report.html",
-        "results.csv",
-        "summary.json",
-        "table_*.md",
-        "table_*.tex",
-        "figures/*.png",
-        "figures/*.svg",
-    )
+    stems = ("report.html", "results.csv", "summary.json", "cost.csv", "significance.*")
+    patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "figures/*.png", "figures/*.svg")
     return sorted(path for pattern in patterns for path in out.glob(pattern))
 
 
@@ -96,3 +107,7 @@ def _remove_earlier(out: Path) -> None:
 
 def _write(path: Path, words: str) -> None:
     path.write_text(words, encoding="utf-8", newline="\n")
+
+
+def _csv(path: Path, table: pd.DataFrame) -> None:
+    table.to_csv(path, index=False, lineterminator="\n")

@@ -8,37 +8,44 @@ from pathlib import Path
 import pandas as pd
 
 from fedtailor.runs.report import heatmaps, plots
+from fedtailor.runs.report.curves import curves
+from fedtailor.runs.report.evidence import Evidence
+from fedtailor.runs.report.labels import class_label, language_label
+from fedtailor.runs.report.population import population
 from fedtailor.runs.report.results import Block
 from fedtailor.runs.report.style import Drawing, Missing, save, styled
 
 
 def draw(
     frame: pd.DataFrame,
-    scored: pd.DataFrame,
     found: Sequence[Block],
     strategies: heatmaps.Strategies,
     modules: Sequence[str],
+    evidence: Evidence,
     folder: Path,
 ) -> list[tuple[Drawing | Missing, tuple[Path, ...]]]:
     """Draws every figure that the data allow and writes it to ``folder``.
 
     Args:
         frame: checked metric rows.
-        scored: their scores.
         found: blocks of the tables.
         strategies: (method, seed) to client to lambda, (L, r_init) float32.
         modules: names of the L adapted modules.
+        evidence: what else the run folder holds.
 
     Returns:
         each figure with its files (png, svg), or the reason why there is none, in reading order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with styled():
+    codes = {*frame["language"], *evidence.clients["language"]}
+    texts = [language_label(code) for code in codes] + [class_label(x, k) for k, x in enumerate(evidence.labels)]
+    with styled(texts):
         entries = [
-            *plots.per_budget(found, scored),
+            *plots.per_budget(found),
             *plots.per_language(found),
             *heatmaps.rank_structure(frame, modules),
             *heatmaps.lambda_distance(frame, strategies),
-            *plots.curves(frame),
+            *curves(frame),
+            *population(frame, evidence),
         ]
         return [(e, save(e, folder) if isinstance(e, Drawing) else ()) for e in entries]

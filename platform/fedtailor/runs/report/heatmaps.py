@@ -17,11 +17,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.spatial.distance import cdist
 
 from fedtailor.core.messages import FloatArray
+from fedtailor.runs.report.fonts import drawable
+from fedtailor.runs.report.labels import language_label
 from fedtailor.runs.report.names import (
     in_method_order,
     in_part_order,
     in_pool_order,
-    language_label,
     locate_module,
     method_name,
     pool_name,
@@ -187,7 +188,7 @@ def _distance_figure(method: str, maps: Mapping[str, pd.DataFrame]) -> Drawing:
     for axis, (pool, table) in zip(axes, maps.items(), strict=True):
         sns.heatmap(
             table.mask(table <= 0), ax=axis, norm=norm, cmap=SEQUENTIAL, square=True, cbar=False,
-            linewidths=0.6, xticklabels=[shortened(str(code), 8) for code in table],
+            linewidths=0.6, xticklabels=[shortened(drawable(str(code)), 8) for code in table],
             yticklabels=[language_label(str(code)) for code in table],
         )  # fmt: skip
         axis.set_title(pool_name(pool))
@@ -205,6 +206,7 @@ def _distance_figure(method: str, maps: Mapping[str, pd.DataFrame]) -> Drawing:
         f"lambda_distance_{method}",
         f"{DISTANCE}: {method_name(method)}",
         "Mean Euclidean distance between the λ of a client of one language and a different client of the "
-        "other, averaged over pairs and seeds; colours on a log scale. Darker: more alike.",
+        "other, averaged over pairs of clients and over seeds. Colours are normalised on a log scale, from the "
+        "smallest distance of all panels to the largest. Darker: more alike.",
         figure,
     )

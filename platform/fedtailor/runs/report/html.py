@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedtailor.runs.report import names, tables
-from fedtailor.runs.report.facts import Facts, at, counted, leaves, rounds, text
-from fedtailor.runs.report.results import COMPARISON_RULE, REFERENCE, TIE_RULE, Block
+from fedtailor.runs.report import cost, names, tables, verdicts
+from fedtailor.runs.report.facts import Facts
+from fedtailor.runs.report.fonts import can_draw, embedded
+from fedtailor.runs.report.results import REFERENCE, TIE_RULE, Block
+from fedtailor.runs.report.significance import RULE, Pair, against
 from fedtailor.runs.report.style import GRID, INK, MUTED, Drawing, Missing
+from fedtailor.runs.report.wording import at, counted, leaves, text
 
 _PAINT = {
     INK: "var(--ink)", MUTED: "var(--fig-muted)", GRID: "var(--fig-grid)", "#ffffff": "var(--card)",
@@ -32,49 +37,67 @@ class Figure:
     svg: Markup | None
 
 
-def render(
-    facts: Facts,
-    run: Mapping[str, Any],
-    found: Sequence[Block],
-    drawn: Sequence[tuple[Drawing | Missing, tuple[Path, ...]]],
-    notes: Sequence[str],
-    ties: Mapping[tuple[str, int], float],
-) -> str:
-    """The page as text; every value from the run is HTML-escaped.
+@dataclass(frozen=True)
+class Content:
+    """What the page shows.
 
     Args:
         facts: facts of the run.
         run: content of ``run.json``, for the configuration and provenance sections.
         found: blocks of the tables.
+        pairs: paired comparisons.
         drawn: figures with their files (png, svg), or why there is none.
         notes: sentences on incomplete data.
         ties: (method, budget) to share of ranks tied at the threshold.
+        spent: `cost.cost`.
     """
+
+    facts: Facts
+    run: Mapping[str, Any]
+    found: Sequence[Block]
+    pairs: Sequence[Pair]
+    drawn: Sequence[tuple[Drawing | Missing, tuple[Path, ...]]]
+    notes: Sequence[str]
+    ties: Mapping[tuple[str, int], float]
+    spent: pd.DataFrame
+
+
+def render(content: Content) -> str:
+    """The page as text; every value from the run is HTML-escaped."""
+    facts, run, found, pairs = content.facts, content.run, content.found, content.pairs
     pools = {pool: [b for b in found if b.pool == pool] for pool in names.in_pool_order(b.pool for b in found)}
+    versus = against(pairs)
     page: str = (
         _environment()
         .get_template("report.html.jinja")
         .render(
             facts=facts,
             tiles=_tiles(facts, run, pools),
-            headlines=[_headline(blocks) for blocks in pools.values()],
+            headlines=[_headline(blocks, versus) for blocks in pools.values()],
             pools=pools,
             methods={
                 pool: names.in_method_order(m for b in blocks for m in b.methods) for pool, blocks in pools.items()
             },
+            languages={pool: tables.languages_of(blocks) for pool, blocks in pools.items()},
             block_title=tables.block_title,
             reference=names.method_name(REFERENCE),
             absent=tables.ABSENT,
-            marks=tables.VERDICTS,
+            versus=versus,
+            marks=verdicts.MARKS,
+            grids={pool: verdicts.grid(pairs, pool) for pool in names.in_pool_order(p.pool for p in pairs)},
+            sentences={pool: verdicts.sentences(pairs, pool) for pool in pools},
             captions={pool: tables.caption(facts, blocks) for pool, blocks in pools.items()},
-            figures=[_figure(k, entry, files) for k, (entry, files) in enumerate(drawn)],
-            notes=notes,
-            ties=[(names.method_name(m), r, value) for (m, r), value in sorted(ties.items())],
+            figures=[_figure(k, entry, files) for k, (entry, files) in enumerate(content.drawn)],
+            notes=content.notes,
+            ties=[(names.method_name(m), r, value) for (m, r), value in sorted(content.ties.items())],
+            spent=content.spent.to_dict("records"),
+            fonts=embedded(own for b in found for code in b.languages if (own := _own_name(code))),
             config=leaves(run["config"]) if run.get("config") else [],
             stages=_stages(run.get("stages")),
             provenance=[(key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)],
             tie_rule=TIE_RULE,
-            comparison_rule=COMPARISON_RULE,
+            comparison_rule=RULE,
+            cost_rule=cost.RULE,
         )
     )
     return page
@@ -85,13 +108,29 @@ def _environment() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": tables.percent, "points": tables.points, "versus": tables.versus_text}
+    environment.filters |= {"percent": tables.percent, "points": tables.points, "p": verdicts.p_text}
+    environment.filters |= {"language": names.language_name, "own_name": _own_name, "direction": names.text_direction}
+    environment.filters |= {"tag": lambda code: names.short_code(code).replace("_", "-"), "number": _number}
     environment.filters |= {
-        "language": names.language_name,
-        "method": names.method_name,
-        "pool": names.pool_name,
-    }
+        "method": names.method_name, "pool": names.pool_name, "interval": verdicts.interval_text,
+        "pair": verdicts.pair_title, "budget": verdicts.budget_title,
+    }  # fmt: skip
     return environment
+
+
+def _own_name(code: str) -> str | None:
+    """A language's own name, where it tells more than the English one and can be shown."""
+    own = names.own_name(code)
+    if own is None or own.casefold() == names.language_name(code).casefold() or not can_draw(own):
+        return None
+    return own
+
+
+def _number(value: float) -> str:
+    """A time or a speed: about three digits, thousands grouped; `ABSENT` where unknown."""
+    if math.isnan(value):
+        return tables.ABSENT
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]) -> list[tuple[str, str]]:
@@ -107,8 +146,9 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
         ("Languages", str(len(languages)) if languages else ""),
         ("Budgets r", ", ".join(map(str, budgets))),
         ("Seeds", ", ".join(map(str, seeds))),
-        ("Base", f"{facts.base}, {rounds(facts.base_rounds)}"),
-        ("Strategy", rounds(facts.strategy_rounds)),
+        ("Base", facts.base_line),
+        ("Strategy", facts.strategy_line),
+        ("Scale", text(at(run.get("config"), "scale") or 1)),
         ("Alpha (label skew)", text(at(run.get("config"), "task.alpha"))),
         ("Status", facts.status),
         ("Failures", text(facts.failures)),
@@ -117,7 +157,7 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
     return [(name, value or tables.ABSENT) for name, value in tiles]
 
 
-def _headline(blocks: Sequence[Block]) -> str:
+def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, str], Pair]) -> str:
     """The best method of a pool in one sentence."""
     block, method = max(((b, m) for b in blocks for m in b.methods), key=lambda pair: pair[0].average[pair[1]].mean)
     where = "" if block.budget is None or method in block.without_budget else f" at r = {block.budget}"
@@ -125,21 +165,16 @@ def _headline(blocks: Sequence[Block]) -> str:
     shared = f" (shared with {', '.join(ties)})" if ties else ""
     pool, top = names.pool_name(block.pool), tables.percent(block.average[method].mean)
     best = f"{pool}: {names.method_name(method)}{where} has the highest mean over languages, {top} %{shared}"
-    versus = block.versus.get(method)
-    if versus is None:
+    pair = versus.get((block.pool, block.budget, method))
+    if pair is None:
         return f"{best}."
-    base, gain, of = (
-        names.method_name(REFERENCE),
-        tables.points(versus.difference),
-        counted(versus.n_clients, "client"),
-    )
-    if versus.standard_error is None:
-        return f"{best}; {gain} points over {base} ({of}, so no standard error)."
-    verdict = {1: f"better than {base}", -1: f"worse than {base}", 0: f"not clearly different from {base}"}[
-        versus.verdict
-    ]
-    error = f"{100 * versus.standard_error:.2f}"
-    return f"{best}; per client {gain} ± {error} points, {verdict} (2 standard errors, {of})."
+    base, gain = names.method_name(REFERENCE), tables.points(pair.difference)
+    of = counted(pair.n_clients, "client")
+    if pair.p_holm is None:
+        return f"{best}; {gain} points over {base} ({of}, so no test)."
+    words = {"better": f"better than {base}", "worse": f"worse than {base}", "undecided": f"undecided against {base}"}
+    test = f"95 % interval {verdicts.interval_text(pair)}, {of}, corrected p {verdicts.p_text(pair.p_holm)}"
+    return f"{best}; per client {gain} points over {base}, {words[pair.verdict]} ({test})."
 
 
 def _figure(number: int, entry: Drawing | Missing, files: tuple[Path, ...]) -> Figure:

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from functools import cache
 
 from babel import Locale
-from babel.core import get_global
+from babel.core import UnknownLocaleError, get_global
 
 METHOD_NAMES: dict[str, str] = {
     "majority": "Majority", "base": "Base", "lora": "LoRA", "adalora": "AdaLoRA",
     "bayestune_lora": "BayesTune-LoRA", "fedl2p": "FedL2P", "fedp2eft": "FedP²EFT", "fedavg": "FedAvg",
     "fedprox": "FedProx", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
     "fedavgm": "FedAvgM", "hetlora": "HETLoRA", "pf2lora": "PF2LoRA", "pfedgpt": "pFedGPT",
-    "perfit": "PerFIT", "feddpa": "FedDPA-T", "dept": "DEPT",
+    "perfit": "PerFIT", "feddpa": "FedDPA-T", "dept": "DEPT", "none": "off the shelf",
 }  # fmt: skip
 METHOD_ORDER: tuple[str, ...] = (
     "majority",
@@ -77,20 +77,51 @@ def language_name(code: str) -> str:
     """English name of a language from Unicode CLDR; the code itself where CLDR has none.
 
     Args:
-        code: ISO 639-1 or 639-3.
+        code: ISO 639-1 or 639-3, optionally with script or territory.
 
-    >>> language_name("amh"), language_name("pcm"), language_name("q??")
-    ('Amharic', 'Nigerian Pidgin', 'q??')
+    >>> language_name("amh"), language_name("pcm"), language_name("pt-BR"), language_name("q??")
+    ('Amharic', 'Nigerian Pidgin', 'Brazilian Portuguese', 'q??')
     """
     names = Locale("en").languages
-    short = get_global("language_aliases").get(code, code)
-    return str(names.get(short, names.get(code, code)))
+    short = short_code(code)
+    name = names.get(short, names.get(code))
+    if name is None and (locale := _locale(short)) is not None:
+        name = locale.get_display_name("en")
+    return str(name or code)
 
 
-def language_label(code: str) -> str:
-    """``Amharic (amh)``, short enough for an axis."""
-    name = language_name(code)
-    return shortened(code if name == code else f"{name} ({code})", 28)
+@cache
+def own_name(code: str) -> str | None:
+    """What its speakers call a language, from Unicode CLDR; None where CLDR does not say.
+
+    >>> own_name("ur"), own_name("yor"), own_name("q??")
+    ('اردو', 'Èdè Yorùbá', None)
+    """
+    locale = _locale(short_code(code))
+    return None if locale is None else locale.get_display_name()
+
+
+@cache
+def text_direction(code: str) -> str:
+    """``rtl`` or ``ltr``, for markup."""
+    locale = _locale(short_code(code))
+    return "ltr" if locale is None else str(locale.text_direction)
+
+
+def short_code(code: str) -> str:
+    """The tag under which Unicode CLDR lists a language.
+
+    >>> short_code("amh"), short_code("pt-BR")
+    ('am', 'pt_BR')
+    """
+    return str(get_global("language_aliases").get(code, code)).replace("-", "_")
+
+
+def _locale(short: str) -> Locale | None:
+    try:
+        return Locale.parse(short)
+    except (ValueError, UnknownLocaleError):
+        return None
 
 
 def shortened(word: str, limit: int) -> str:

@@ -1,28 +1,27 @@
-"""Accuracy per language, accuracy against the budget, and curves over rounds."""
+"""Accuracy per language and accuracy against the budget."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedtailor.runs.report.labels import language_label
 from fedtailor.runs.report.names import (
     in_method_order,
     in_pool_order,
-    language_label,
     method_name,
-    metric_name,
     pool_name,
 )
-from fedtailor.runs.report.results import Block, client_accuracy
-from fedtailor.runs.report.style import GRID, INK, MUTED, Drawing, Look, Missing, looks, plain
+from fedtailor.runs.report.results import Block
+from fedtailor.runs.report.significance import NOT_COMPARED
+from fedtailor.runs.report.style import GRID, Drawing, Look, Missing, looks
 
-LANGUAGES, BUDGETS, CURVES = "Accuracy per language", "Accuracy against the budget", "Training curves"
+LANGUAGES, BUDGETS = "Accuracy per language", "Accuracy against the budget"
 PERCENT = FuncFormatter(lambda value, position: f"{100 * value:g}%")
 _FLAT = ("majority", "base")
 
@@ -38,11 +37,11 @@ def _language_figure(found: Sequence[Block]) -> Drawing:
     codes = sorted({code for block in found for code in block.languages})
     means = {code: [cell.mean for b in found for (name, _), cell in b.cells.items() if name == code] for code in codes}
     codes = sorted(codes, key=lambda code: (np.mean(means[code]), code))
-    look = looks(m for block in found for m in block.methods)
+    look, floor = _shown(found)
     columns = min(len(found), 4)
     rows = -(-len(found) // columns)
     height = max(0.34, 0.045 * len(look) + 0.06) * len(codes) + 0.9
-    figure = Figure(figsize=(1.8 + 2.75 * columns if columns > 1 else 7.5, height * rows + 0.5))
+    figure = Figure(figsize=(1.8 + 2.9 * columns if columns > 1 else 7.5, height * rows + 0.5))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis in axes.flat[len(found) :]:
         axis.remove()
@@ -59,16 +58,25 @@ def _language_figure(found: Sequence[Block]) -> Drawing:
         f"{LANGUAGES}: {pool_name(pool).lower()}",
         "Accuracy pooled over a language's clients, mean over seeds"
         + (", bars: ± SD over seeds" if several else "")
-        + ". Languages are sorted by their mean over all methods.",
+        + f". Languages are sorted by their mean over all methods.{floor}",
         figure,
     )  # fmt: skip
+
+
+def _shown(found: Sequence[Block]) -> tuple[dict[str, Look], str]:
+    """Looks of the methods that a figure shows, and a sentence on the floor, which would squeeze the others."""
+    methods = {m for block in found for m in block.methods}
+    others = methods - set(NOT_COMPARED)
+    hidden = methods - others if others else set()
+    names = ", ".join(method_name(m) for m in in_method_order(hidden))
+    return looks(methods - hidden), f" {names} is in the tables only." if hidden else ""
 
 
 def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, Look]) -> None:
     for y in range(1, len(codes), 2):
         axis.axhspan(y - 0.5, y + 0.5, color=GRID, alpha=0.35, linewidth=0, zorder=0)
     moved = [m for m in look if m not in _FLAT] or list(look)
-    for method in block.methods:
+    for method in (m for m in block.methods if m in look):
         style, cells = (
             look[method],
             [(y, block.cells[code, method]) for y, code in enumerate(codes) if (code, method) in block.cells],
@@ -92,21 +100,22 @@ def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, 
     axis.spines["left"].set_visible(False)
 
 
-def per_budget(found: Sequence[Block], scored: pd.DataFrame) -> list[Drawing | Missing]:
-    """A panel per pool: mean over languages against the budget, band of one standard error over clients."""
+def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
+    """A panel per pool: mean over languages against the budget, error bars of one SD over seeds."""
     budgets = sorted({b.budget for b in found if b.budget is not None})
     if len(budgets) < 2:
         return [Missing(BUDGETS, "needs two budgets or more")]
-    look = looks(m for block in found for m in block.methods)
+    look, floor = _shown(found)
     pools = in_pool_order(block.pool for block in found)
-    errors = _client_errors(scored)
-    flat = {method for _, method, budget in errors if budget == -1}
+    flat = {m for block in found for m in block.without_budget}
     figure = Figure(figsize=(5.6 * len(pools), 4.1))
     axes = figure.subplots(1, len(pools), squeeze=False, sharey=True)[0]
     for axis, pool in zip(axes, pools, strict=True):
         here = [b for b in found if b.pool == pool and b.budget is not None]
-        for method, style in look.items():
-            _budget_line(axis, [b for b in here if method in b.average], budgets, method, style, errors)
+        for number, (method, style) in enumerate(look.items()):
+            # Error bars of close methods stay apart.
+            shift = 0.0 if method in flat else 0.035 * (number - (len(look) - 1) / 2)
+            _budget_line(axis, [b for b in here if method in b.average], budgets, method, style, shift, method in flat)
         axis.set_title(pool_name(pool))
         axis.set_xticks(range(len(budgets)), [str(b) for b in budgets])
         axis.set_xlabel("budget r (ranks per adapted layer)")
@@ -114,101 +123,30 @@ def per_budget(found: Sequence[Block], scored: pd.DataFrame) -> list[Drawing | M
         axis.tick_params(labelleft=True)
     axes[0].set_ylabel("accuracy, mean over languages")
     _legend(figure, look, dashed=flat)
+    several = max(len(block.seeds) for block in found) > 1
     caption = (
-        "Mean over languages and seeds; band: one standard error over clients (their accuracies averaged "
-        "over seeds). Dashed: methods without a budget. The spread between clients is wide because languages "
-        "differ; use the paired comparison of the tables to tell methods apart."
+        "Mean over languages, then over seeds"
+        + ("; error bars and shaded bands: ± SD over seeds" if several else "; one seed, so no error bars")
+        + ". Dashed: methods without a budget. Whether two methods differ is a matter of the paired comparisons."
+        + floor
     )
     return [Drawing("accuracy_vs_budget", BUDGETS, caption, figure)]
 
 
 def _budget_line(
-    axis: Axes, here: Sequence[Block], budgets: list[int], method: str, style: Look,
-    errors: Mapping[tuple[str, str, int], float],
-) -> None:  # fmt: skip
-    points = [(budgets.index(b.budget), b) for b in here if b.budget is not None]
-    x, y = [at for at, _ in points], np.array([b.average[method].mean for _, b in points])
-    flat = any((b.pool, method, -1) in errors for b in here)
-    band = np.array([errors.get((b.pool, method, -1 if flat else b.budget or -1), 0.0) for _, b in points])
+    axis: Axes, here: Sequence[Block], budgets: list[int], method: str, style: Look, shift: float, flat: bool
+) -> None:
+    x = np.array([budgets.index(b.budget) + shift for b in here if b.budget is not None])
+    y = np.array([b.average[method].mean for b in here])
+    sd = np.array([b.average[method].sd or 0.0 for b in here])
     axis.plot(
         x, y, "--" if flat else "-", color=style.colour, marker="none" if flat else style.marker,
-        markersize=6, markeredgecolor="white", markeredgewidth=0.6, label=style.label,
+        markersize=6, markeredgecolor="white", markeredgewidth=0.6, label=style.label, zorder=3,
     )  # fmt: skip
-    axis.fill_between(x, y - band, y + band, color=style.colour, alpha=0.13, linewidth=0)
-
-
-def _client_errors(scored: pd.DataFrame) -> dict[tuple[str, str, int], float]:
-    clients = client_accuracy(scored[scored["metric"] == "accuracy"])
-    means = clients.groupby(["pool", "method", "budget", "client"])["value"].mean()
-    errors = means.groupby(level=["pool", "method", "budget"]).sem().fillna(0.0)
-    table = errors.rename("error").reset_index()
-    rows = zip(table["pool"], table["method"], table["budget"], table["error"], strict=True)
-    return {(str(p), str(m), int(b)): float(v) for p, m, b, v in rows}
-
-
-def curves(frame: pd.DataFrame) -> list[Drawing | Missing]:
-    """A panel per (stage, method, metric) of the round stages: mean over clients, band over seeds."""
-    series = round_means(frame)
-    if not len(series):
-        return [Missing(CURVES, "this run trained no rounds")]
-    panels = [
-        (stage, method, metric)
-        for stage in ("base", "strategy")
-        for method in in_method_order(series.loc[series["stage"] == stage, "method"])
-        for metric in _curve_order(series[(series["stage"] == stage) & (series["method"] == method)])
-    ]
-    columns = min(3, len(panels))
-    height = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.1 * columns, 2.75 * height))
-    axes = figure.subplots(height, columns, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    look = looks(series["method"])
-    for axis, (stage, method, metric) in zip(axes.flat, panels, strict=False):
-        chosen = (series["stage"] == stage) & (series["method"] == method) & (series["metric"] == metric)
-        _curve_panel(axis, series[chosen], look[method].colour if stage == "strategy" else INK)
-        axis.set_title(metric_name(metric), pad=18)
-        whose = f"{'base model' if stage == 'base' else 'strategy'}, {method_name(method)}"
-        axis.text(0, 1.025, whose, transform=axis.transAxes, color=MUTED, fontsize=8.5)
-    several = series["seed"].nunique() > 1
-    seeds = "; line: mean over seeds, band: ± SD over seeds." if several else "; one seed."
-    caption = f"Mean over the clients of a round, weighted by their examples{seeds}"
-    return [Drawing("training_curves", CURVES, caption, figure)]
-
-
-def round_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean over a round's clients, weighted by ``weight``: stage, method, metric, seed, round, value."""
-    trained = frame["stage"].isin(["base", "strategy"]) & (frame["module"] == "")
-    rows = frame[trained & np.isfinite(frame["value"])]
-    keys = ["stage", "method", "metric", "seed", "round"]
-    # Weight 0 everywhere means that the metric has no examples behind it: plain mean.
-    weight = rows["weight"].where(rows.groupby(keys)["weight"].transform("sum") > 0, 1.0)
-    sums = rows.assign(weight=weight, total=rows["value"] * weight).groupby(keys)[["total", "weight"]].sum()
-    means: pd.DataFrame = sums.assign(value=sums["total"] / sums["weight"])[["value"]].reset_index()
-    return means
-
-
-def _curve_order(series: pd.DataFrame) -> list[str]:
-    first = ("train_loss", "psg_loss")
-    return sorted(set(series["metric"]), key=lambda name: (first.index(name) if name in first else len(first), name))
-
-
-def _curve_panel(axis: Axes, series: pd.DataFrame, colour: str) -> None:
-    table = series.pivot_table(index="round", columns="seed", values="value")
-    mean, x = table.mean(axis=1).to_numpy(), table.index.to_numpy() + 1
-    axis.plot(x, mean, color=colour, linewidth=1.6, marker="o" if len(x) == 1 else None)
-    if table.shape[1] > 1:
-        spread = table.std(axis=1).fillna(0.0).to_numpy()
-        axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-    # Positive numbers over more than a decade and a half read better on a log scale.
-    if mean.min() > 0 and mean.max() > 30 * mean.min():
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(FuncFormatter(plain))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_xlim(x[0] - 0.03 * len(x), x[-1] + 0.03 * len(x))
-    axis.set_xlabel("round")
+    if flat:
+        axis.fill_between(x, y - sd, y + sd, color=style.colour, alpha=0.13, linewidth=0)
+    elif sd.any():
+        axis.errorbar(x, y, yerr=sd, fmt="none", ecolor=style.colour, elinewidth=1.2, capsize=2.5, zorder=2)
 
 
 def _legend(figure: Figure, look: dict[str, Look], dashed: Collection[str] | None = None) -> None:

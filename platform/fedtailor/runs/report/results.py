@@ -1,4 +1,4 @@
-"""From metric rows to the numbers of a table: pooled languages, mean and SD over seeds, wins, gain on base.
+"""From metric rows to the numbers of a table: pooled languages, mean and SD over seeds, wins.
 
 A language's accuracy is pooled, sum(correct) / sum(n) over its clients, once per seed; mean and sample SD are
 over seeds (one seed: no SD). The average weighs languages equally. All sums run in sorted order, so the order
@@ -27,10 +27,6 @@ TIE_RULE = (
     "A win is a language where the method's mean over seeds is the highest of all methods shown at that "
     "budget (base and majority compete); equal means (to 1e-9) count for each tied method."
 )
-COMPARISON_RULE = (
-    "Per client: accuracy minus that of base, averaged over seeds; then mean and standard error (sample SD / "
-    "sqrt n) over clients. 'beats' means a mean difference above 2 standard errors."
-)
 _GROUP = ["pool", "language", "method", "budget", "metric", "seed"]
 _TIE = 1e-9
 
@@ -42,22 +38,6 @@ class Cell:
     mean: float
     sd: float | None
     best: bool = False
-
-
-@dataclass(frozen=True)
-class Versus:
-    """Paired comparison with `REFERENCE` over clients, in fractions; no standard error with one client."""
-
-    difference: float
-    standard_error: float | None
-    n_clients: int
-
-    @property
-    def verdict(self) -> int:
-        """1 if better than base by more than 2 standard errors, -1 if worse, else 0."""
-        if self.standard_error is None or abs(self.difference) <= 2 * self.standard_error:
-            return 0
-        return 1 if self.difference > 0 else -1
 
 
 @dataclass(frozen=True)
@@ -77,7 +57,6 @@ class Block:
     cells: Mapping[tuple[str, str], Cell]
     average: Mapping[str, Cell]
     wins: Mapping[str, int]
-    versus: Mapping[str, Versus]
     n_clients: int
     n_examples: float
     seeds: tuple[int, ...]
@@ -172,19 +151,16 @@ def blocks(scored: pd.DataFrame) -> list[Block]:
     table = results_table(scored)
     accuracy = table[table["metric"] == "accuracy"]
     budgets = sorted(set(accuracy["budget"]) - {-1}) or [-1]
-    paired = _differences(scored[scored["metric"] == "accuracy"])
     of_pool = {str(pool): rows for pool, rows in scored.groupby("pool")}
     return [
-        _block(of_pool[pool], budget, table[table["pool"] == pool], paired)
+        _block(of_pool[pool], budget, table[table["pool"] == pool])
         for pool in in_pool_order(accuracy["pool"])
         for budget in budgets
         if ((accuracy["pool"] == pool) & accuracy["budget"].isin([budget, -1])).any()
     ]
 
 
-def _block(
-    scored: pd.DataFrame, budget: int, table: pd.DataFrame, paired: Mapping[tuple[str, str, int], Versus]
-) -> Block:
+def _block(scored: pd.DataFrame, budget: int, table: pd.DataFrame) -> Block:
     pool = str(scored["pool"].iloc[0])
     here = table[table["budget"].isin([budget, -1])]
     # A method with budgets and a stray row without is shown at its budget.
@@ -206,7 +182,6 @@ def _block(
         cells=of_language,
         average={method: cells[AVERAGE, method] for method in methods},
         wins={m: sum(cell.best for (_, method), cell in of_language.items() if method == m) for m in methods},
-        versus={m: paired[pool, m, at[m]] for m in methods if (pool, m, at[m]) in paired},
         n_clients=scored["client"].nunique(),
         n_examples=float(total["n_examples"].max()),
         seeds=tuple(sorted({int(seed) for seed in scored["seed"]})),
@@ -226,28 +201,6 @@ def _cells(table: pd.DataFrame, language: str) -> dict[str, Cell]:
 def _mark_best(cells: dict[str, Cell]) -> dict[str, Cell]:
     top = max((cell.mean for cell in cells.values()), default=np.nan)
     return {method: Cell(cell.mean, cell.sd, bool(cell.mean >= top - _TIE)) for method, cell in cells.items()}
-
-
-def _differences(accuracy: pd.DataFrame) -> dict[tuple[str, str, int], Versus]:
-    """(pool, method, budget) to the comparison with base, which is matched to every budget."""
-    clients = client_accuracy(accuracy)
-    keys = ["pool", "seed", "client"]
-    base = clients[clients["method"] == REFERENCE]
-    if -1 in set(base["budget"]):
-        base = base[base["budget"] == -1]
-    else:
-        keys = [*keys, "budget"]
-    others = clients[clients["method"] != REFERENCE]
-    both = others.merge(base[[*keys, "value"]], on=keys, suffixes=("", "_base"))
-    both = both.assign(difference=both["value"] - both["value_base"])
-    per_client = both.groupby(["pool", "method", "budget", "client"], as_index=False)["difference"].mean()
-    grouped = per_client.groupby(["pool", "method", "budget"])["difference"]
-    table = grouped.agg(["mean", "sem", "count"]).reset_index()
-    rows = zip(*(table[name] for name in ("pool", "method", "budget", "mean", "sem", "count")), strict=True)
-    return {
-        (str(pool), str(method), int(budget)): Versus(float(mean), float(error) if n > 1 else None, int(n))
-        for pool, method, budget, mean, error, n in rows
-    }
 
 
 def client_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:

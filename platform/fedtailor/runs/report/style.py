@@ -12,6 +12,7 @@ import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from fedtailor.runs.report.fonts import drawable, families
 from fedtailor.runs.report.names import in_method_order, method_name
 
 INK, MUTED, GRID = "#1f2328", "#6a717c", "#dfe2e8"
@@ -23,7 +24,7 @@ _LOOK: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 _SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d")
 _RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
     "axes.labelsize": 9, "axes.titlelocation": "left", "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
     "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
@@ -69,7 +70,7 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
     found = {}
     for method in in_method_order(methods):
         colour, marker = _LOOK.get(method) or next(spare, ("#000000", "."))
-        found[method] = Look(str(colour), marker, method_name(method))
+        found[method] = Look(str(colour), marker, drawable(method_name(method)))
     return found
 
 
@@ -78,10 +79,15 @@ def plain(value: float, position: int | None = None) -> str:
     return f"{value:g}"
 
 
-def styled() -> Any:
-    """Context in which figures are drawn and saved; leaves the caller's matplotlib settings alone."""
+def styled(texts: Iterable[str] = ()) -> Any:
+    """Context in which figures are drawn and saved; leaves the caller's matplotlib settings alone.
+
+    Args:
+        texts: labels in any script that figures may show; fonts are chosen for them.
+    """
     defaults: dict[Any, Any] = dict(mpl.rcParamsDefault)
-    return mpl.rc_context(defaults | _RC | {"backend": mpl.rcParams["backend"]})
+    fonts = {"font.family": families(texts)}
+    return mpl.rc_context(defaults | _RC | fonts | {"backend": mpl.rcParams["backend"]})
 
 
 def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:

@@ -9,21 +9,16 @@ import pandas as pd
 
 from fedtailor.runs.report.names import in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.runs.report.results import Block
+from fedtailor.runs.report.significance import Pair, against
 
 
-def summary_records(found: Sequence[Block]) -> list[dict[str, Any]]:
+def summary_records(found: Sequence[Block], pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     """``summary.json``: a record per (pool, budget, method), in fractions; null where there is no number."""
+    versus = against(pairs)
     records = []
     for block in found:
         for method in block.methods:
-            cell, versus, loss = block.average[method], block.versus.get(method), block.loss.get(method)
-            comparison = versus and {
-                "mean_difference": versus.difference,
-                "standard_error": versus.standard_error,
-                "n_clients": versus.n_clients,
-                "beats_base": versus.verdict > 0,
-                "worse_than_base": versus.verdict < 0,
-            }
+            cell, loss = block.average[method], block.loss.get(method)
             records.append(
                 {
                     "pool": block.pool,
@@ -33,12 +28,26 @@ def summary_records(found: Sequence[Block]) -> list[dict[str, Any]]:
                     "sd": cell.sd,
                     "wins": block.wins[method],
                     "n_languages": sum((language, method) in block.cells for language in block.languages),
-                    "versus_base": comparison,
+                    "versus_base": _comparison(versus.get((block.pool, block.budget, method))),
                     "loss_mean": loss.mean if loss else None,
                     "loss_sd": loss.sd if loss else None,
                 }
             )
     return records
+
+
+def _comparison(pair: Pair | None) -> dict[str, Any] | None:
+    if pair is None:
+        return None
+    return {
+        "mean_difference": pair.difference,
+        "standard_error": pair.standard_error,
+        "ci95": pair.interval and list(pair.interval),
+        "p": pair.p,
+        "p_holm": pair.p_holm,
+        "n_clients": pair.n_clients,
+        "verdict": pair.verdict,
+    }
 
 
 def gaps(scored: pd.DataFrame) -> list[str]:

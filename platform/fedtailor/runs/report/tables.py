@@ -1,24 +1,20 @@
-"""The paper's table (FedP2EFT Tables 1, 2) of one pool in Markdown and LaTeX: languages, budgets, methods."""
+"""The paper's table (FedP2EFT Tables 1, 2, 8, 9) of one pool as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedtailor.runs.report.facts import NOT_RECORDED, Facts, counted, rounds
+import pandas as pd
+
+from fedtailor.runs.report.facts import Facts
+from fedtailor.runs.report.markup import LATEX, MARKDOWN, escape, pipes
 from fedtailor.runs.report.names import language_name, method_name, pool_name
-from fedtailor.runs.report.results import REFERENCE, Block, Cell, Versus
+from fedtailor.runs.report.results import Block, Cell
+from fedtailor.runs.report.wording import NOT_RECORDED, counted
 
 ABSENT = "–"
 _UPRIGHT_COLUMNS, _SIDEWAYS_COLUMNS = 10, 14
 _PACKAGES = "amssymb, booktabs, graphicx, rotating"
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", "·": r"$\cdot$", "²": "$^2$", "λ": r"$\lambda$",
-    "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "▲": r"$\blacktriangle$",
-    "▼": r"$\blacktriangledown$", "\n": " ",
-}  # fmt: skip
-_MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]<>|#$~"} | {"\n": " ", "\r": " ", "&": "&amp;"}
 
 
 def percent(value: float | None) -> str:
@@ -35,24 +31,13 @@ def points(value: float) -> str:
     return f"{100 * value:+.2f}".replace("-", "−")
 
 
-def versus_text(versus: Versus | None) -> str:
-    """``+3.21 ± 0.45 ▲``: points over base, standard error, and a mark beyond 2 standard errors."""
-    if versus is None:
-        return ABSENT
-    error = "" if versus.standard_error is None else f" ± {100 * versus.standard_error:.2f}"
-    return f"{points(versus.difference)}{error}{VERDICTS[versus.verdict]}"
-
-
-VERDICTS = {1: " ▲", 0: "", -1: " ▼"}
-
-
 def block_title(block: Block) -> str:
     """``r = 8``, or a phrase where no method has budgets."""
     return "No budget" if block.budget is None else f"r = {block.budget}"
 
 
 def caption(facts: Facts, found: Sequence[Block]) -> list[str]:
-    """Sentences that let a table stand alone: task, model, L, clients, seeds, rounds, base, overrides, run.
+    """Sentences that let a table stand alone: numbers, task, model, base, scale, data, departures, run.
 
     Args:
         facts: facts of the run.
@@ -63,29 +48,33 @@ def caption(facts: Facts, found: Sequence[Block]) -> list[str]:
     seeds = ", ".join(str(seed) for seed in block.seeds)
     spread = "mean (SD) over seeds" if len(block.seeds) > 1 else "one seed, so no SD (–)"
     changed = "; ".join(f"{o.key}: {o.default} → {o.value}" for o in facts.overrides)
-    return [
-        f"Accuracy in percent on {pool_name(block.pool).lower()}: {spread}; best in bold.",
+    sentences = [
+        f"Accuracy in percent on {pool_name(block.pool).lower()}: {spread}; the best of each language and budget in "
+        "bold.",
+        facts.scale,
         f"Task {facts.task}, model {facts.model} with L = {facts.n_modules} adapted layers, budget rL ranks; "
-        f"{clients} in {counted(len(block.languages), 'language')}; seeds {seeds}.",
-        f"Base model: {facts.base}, {rounds(facts.base_rounds)}; strategies: {rounds(facts.strategy_rounds)}.",
-        "A language is pooled over its clients; Average weighs languages equally; Wins counts languages, "
-        "ties for each.",
-        f"Δ {method_name(REFERENCE)}: paired difference per client in points, mean ± standard error over "
-        "clients; ▲ / ▼ beyond 2 standard errors.",
+        f"{clients} in {counted(len(languages_of(found)), 'language')}; seeds {seeds}.",
+        facts.pretrained,
+        f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
+        facts.fallbacks.get(block.pool, ""),
+        facts.duplicates,
+        "A language is pooled over its clients; Average weighs languages equally; Wins counts the languages where no "
+        "method is better at that budget, ties for each.",
         f"Departures from the defaults (default → used): {changed or 'none'}.",
         f"Run {facts.run_id}"
         + ("" if facts.status == NOT_RECORDED else f" ({facts.status})")
         + f"; {facts.version_line}.",
     ]
+    return [sentence for sentence in sentences if sentence]
 
 
 def markdown_table(facts: Facts, found: Sequence[Block]) -> str:
     """One pool as Markdown, one block per budget, columns padded so that the source reads as well."""
-    sentences = [_escape(sentence, _MARKDOWN) for sentence in caption(facts, found)]
-    parts = [f"# {_escape(pool_name(found[0].pool), _MARKDOWN)}: accuracy (%)", "\n".join(sentences)]
+    sentences = [escape(sentence, MARKDOWN) for sentence in caption(facts, found)]
+    parts = [f"# {escape(pool_name(found[0].pool), MARKDOWN)}: accuracy (%)", "\n".join(sentences)]
     for block in found:
-        rows = _rows(block, lambda word: _escape(word, _MARKDOWN), lambda word: f"**{word}**", " ")
-        parts += [f"## {block_title(block)}", _pipes(rows)]
+        rows = _rows(block, lambda word: escape(word, MARKDOWN), lambda word: f"**{word}**", " ")
+        parts += [f"## {block_title(block)}", pipes(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,7 +83,7 @@ def latex_table(facts: Facts, found: Sequence[Block]) -> str:
 
     Two budgets stand side by side where they fit, upright or sideways; long tables take several floats.
     """
-    sentences = " ".join(_escape(sentence, _LATEX) for sentence in caption(facts, found))
+    sentences = " ".join(escape(sentence, LATEX) for sentence in caption(facts, found))
     columns = 2 * max(len(block.methods) for block in found)
     side_by_side = 2 if columns <= _SIDEWAYS_COLUMNS else 1
     sideways = side_by_side == 2 and columns > _UPRIGHT_COLUMNS and len(found) > 1
@@ -121,18 +110,18 @@ def _float(kind: str, panels: Sequence[str], words: str) -> str:
 
 def _panels(found: Sequence[Block]) -> list[str]:
     """One panel; blocks that list different rows (results are missing) get one each."""
-    same = all((b.languages, bool(b.versus)) == (found[0].languages, bool(found[0].versus)) for b in found)
+    same = all(b.languages == found[0].languages for b in found)
     return [_panel(found)] if same else [_panel([block]) for block in found]
 
 
 def _panel(found: Sequence[Block]) -> str:
     columns = [
-        _rows(block, lambda word: _escape(word, _LATEX), lambda word: rf"\textbf{{{word}}}", r"\,") for block in found
+        _rows(block, lambda word: escape(word, LATEX), lambda word: rf"\textbf{{{word}}}", r"\,") for block in found
     ]
     names, titles, rules, at = columns[0], [], [], 2
     for block, rows in zip(found, columns, strict=True):
         n = len(rows[0]) - 1
-        titles.append(rf"\multicolumn{{{n}}}{{c}}{{{_escape(block_title(block), _LATEX).replace('r =', '$r$ =')}}}")
+        titles.append(rf"\multicolumn{{{n}}}{{c}}{{{escape(block_title(block), LATEX).replace('r =', '$r$ =')}}}")
         rules.append(rf"\cmidrule(lr){{{at}-{at + n - 1}}}")
         at += n
     body = [
@@ -173,40 +162,47 @@ def _rows(block: Block, escape: Callable[[str], str], bold: Callable[[str], str]
         rows.append([label, *(show(block.cells.get((code, m))) for m in block.methods)])
     for label, values in _summary_rows(block):
         top = [value for value in values if isinstance(value, int)]
-        cells = [
-            bold(str(v)) if isinstance(v, int) and v == max(top) else show(v) if isinstance(v, Cell) else escape(str(v))
-            for v in values
-        ]
+        cells = [show(v) if isinstance(v, Cell) else bold(str(v)) if v == max(top) else str(v) for v in values]
         rows.append([escape(label), *cells])
     return rows
 
 
-def _summary_rows(block: Block) -> list[tuple[str, list[Cell | int | str]]]:
-    rows: list[tuple[str, list[Cell | int | str]]] = [
+def _summary_rows(block: Block) -> list[tuple[str, list[Cell | int]]]:
+    return [
         ("Average", [block.average[m] for m in block.methods]),
         ("Wins", [block.wins[m] for m in block.methods]),
     ]
-    if block.versus:
-        rows.append((f"Δ {method_name(REFERENCE)}", [versus_text(block.versus.get(m)) for m in block.methods]))
-    return rows
 
 
-def _pipes(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(3, *(len(row[k]) for row in rows)) for k in range(len(rows[0]))]
+def csv_table(found: Sequence[Block]) -> pd.DataFrame:
+    """One pool as the page shows it: a row per language, then Average and Wins; percent, empty where not measured.
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cells[0].ljust(widths[0]),
-            *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
-        ]
-        return f"| {' | '.join(padded)} |"
+    Columns: language, name, then ``r<budget>/<method>`` and ``r<budget>/<method>/sd`` per budget and method.
 
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])
+    Args:
+        found: the blocks of one pool, at least one.
+    """
+    codes = languages_of(found)
+    table = pd.DataFrame(
+        {"language": [*codes, "average", "wins"], "name": [*map(language_name, codes), "Average", "Wins"]}
+    )
+    columns: dict[str, list[float | int | None]] = {}
+    for block in found:
+        for method in block.methods:
+            key = method if block.budget is None else f"r{block.budget}/{method}"
+            cells = [*(block.cells.get((code, method)) for code in codes), block.average[method]]
+            columns[key] = [*(None if cell is None else _rounded(cell.mean) for cell in cells), block.wins[method]]
+            columns[f"{key}/sd"] = [*(None if c is None or c.sd is None else _rounded(c.sd) for c in cells), None]
+    return pd.concat([table, pd.DataFrame(columns, dtype=object)], axis=1)
 
 
-def _escape(word: str, rules: dict[str, str]) -> str:
-    return "".join(rules.get(letter, letter) for letter in word)
+def languages_of(found: Sequence[Block]) -> tuple[str, ...]:
+    """Languages of a pool over all its blocks, sorted."""
+    return tuple(sorted({code for block in found for code in block.languages}))
+
+
+def _rounded(fraction: float) -> float:
+    return round(100 * fraction, 4)
 
 
 def file_label(pool: str) -> str:

@@ -1,0 +1,151 @@
+"""Is one method better than another? Paired t-tests over clients, Holm-corrected, per pool and budget.
+
+A client's accuracy is averaged over the seeds that both methods have; the test is on the differences between
+the two methods over clients (Student's t for paired samples). Within a pool and budget, the p-values of all pairs
+are corrected together: S. Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scand. J. Statist. 6
+(1979), 65-70.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from fedtailor.runs.report.names import in_method_order
+from fedtailor.runs.report.results import REFERENCE, Block, client_accuracy
+
+LEVEL = 0.05
+CENTRES = (REFERENCE, "lora", "fedp2eft")
+"""Every other method is compared with each of these."""
+NOT_COMPARED = ("majority",)
+"""A floor, no method."""
+RULE = (
+    "Each client's accuracy is averaged over seeds; the difference of two methods is then tested over clients with a "
+    "paired t-test (two-sided), which takes clients as independent. p-values are Holm-corrected over all pairs of a "
+    f"pool and budget; below {LEVEL:g} the verdict is 'better' or 'worse', else 'undecided'. The 95 % intervals are "
+    "of the single comparisons, without correction."
+)
+Verdict = Literal["better", "worse", "undecided"]
+COLUMNS = (
+    "pool", "budget", "method", "other", "n_clients", "mean_difference", "standard_error", "ci95_low", "ci95_high",
+    "p", "p_holm", "verdict",
+)  # fmt: skip
+_NOISE = 12
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``method`` against ``other``, in fractions. Without a spread (one client) there is no interval and no p.
+
+    Args:
+        budget: r, None where no method of the run has budgets.
+        difference: mean over clients of accuracy(method) - accuracy(other).
+        interval: 95 % confidence interval of the difference.
+        p: two-sided, of this test alone; ``p_holm`` corrected over the pairs of the same pool and budget.
+    """
+
+    pool: str
+    budget: int | None
+    method: str
+    other: str
+    n_clients: int
+    difference: float
+    standard_error: float | None
+    interval: tuple[float, float] | None
+    p: float | None
+    p_holm: float | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of ``method``, at `LEVEL` after correction."""
+        if self.p_holm is None or self.p_holm >= LEVEL:
+            return "undecided"
+        return "better" if self.difference > 0 else "worse"
+
+
+def compare(scored: pd.DataFrame, found: Sequence[Block]) -> list[Pair]:
+    """All pairs of every block, in order of pool, budget, method.
+
+    Args:
+        scored: rows of `results.scores`.
+        found: blocks of the tables.
+    """
+    clients = client_accuracy(scored[scored["metric"] == "accuracy"])
+    pairs = []
+    for block in found:
+        here = clients[(clients["pool"] == block.pool) & clients["budget"].isin([-1, block.budget or -1])]
+        # As in the tables: a method with budgets and a stray row without is taken at its budget.
+        here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["method", "seed", "client"])
+        wide = here.pivot_table(index=["client", "seed"], columns="method", values="value")
+        pairs += _corrected([_pair(block, wide, one, other) for one, other in _opponents(block.methods)])
+    return pairs
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction, in the order given.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    values = np.asarray(p_values, np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(steps, 1.0)
+    return [float(value) for value in corrected]
+
+
+def table(pairs: Sequence[Pair]) -> pd.DataFrame:
+    """``significance.csv``: `COLUMNS`, a row per pair; differences are fractions, budget -1 where there is none."""
+    rows = [
+        (
+            p.pool, -1 if p.budget is None else p.budget, p.method, p.other, p.n_clients, p.difference,
+            p.standard_error, *(p.interval or (None, None)), p.p, p.p_holm, p.verdict,
+        )
+        for p in pairs
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def against(pairs: Sequence[Pair], other: str = REFERENCE) -> Mapping[tuple[str, int | None, str], Pair]:
+    """(pool, budget, method) to the comparison with ``other``."""
+    return {(pair.pool, pair.budget, pair.method): pair for pair in pairs if pair.other == other}
+
+
+def _opponents(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Later method against earlier one, in the order of the tables."""
+    ordered = [name for name in in_method_order(methods) if name not in NOT_COMPARED]
+    chosen = [(b, a) for a, b in combinations(ordered, 2) if a in CENTRES or b in CENTRES]
+    return sorted(chosen, key=lambda pair: (ordered.index(pair[0]), ordered.index(pair[1])))
+
+
+def _pair(block: Block, wide: pd.DataFrame, one: str, other: str) -> Pair:
+    both = wide[[one, other]].dropna()
+    gain = (both[one] - both[other]).groupby(level="client").mean()
+    # Equal accuracies must give exactly no difference, whatever the rounding of the means.
+    values: npt.NDArray[np.float64] = np.round(gain.to_numpy(np.float64), _NOISE)
+    mean, n = float(values.mean()) if len(values) else float("nan"), len(values)
+    blank = Pair(block.pool, block.budget, one, other, n, mean, None, None, None)
+    if n < 2:
+        return blank
+    if np.ptp(values) == 0:
+        # No spread: a shift of all clients alike, or no difference at all.
+        return replace(blank, standard_error=0.0, interval=(mean, mean), p=1.0 if mean == 0 else 0.0)
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    error = float(values.std(ddof=1) / np.sqrt(n))
+    return replace(blank, standard_error=error, interval=(float(low), float(high)), p=float(test.pvalue))
+
+
+def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
+    tested = [pair.p for pair in pairs if pair.p is not None]
+    corrected = iter(holm(tested))
+    pairs = [pair for pair in pairs if pair.n_clients]
+    return [pair if pair.p is None else replace(pair, p_holm=next(corrected)) for pair in pairs]

@@ -1,0 +1,114 @@
+"""What a caption says about a run's base, size, model, data and cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from fedtailor.core.messages import METRIC_COLUMNS, metric_row
+from fedtailor.runs.report import cost, results, setting
+
+
+def frame(*rows: dict[str, Any]) -> pd.DataFrame:
+    return results.checked(pd.DataFrame(list(rows), columns=list(METRIC_COLUMNS)))
+
+
+def rounds_of(stage: str, method: str, n: int, **more: Any) -> list[dict[str, Any]]:
+    return [metric_row(stage=stage, method=method, round=k, metric="train_loss", **more) for k in range(n)]
+
+
+def config(**base: Any) -> dict[str, Any]:
+    task, strategy = {"clients_per_language": 20}, {"rounds": 150}
+    return {"config": {"scale": 0.1, "task": task, "base": {"rounds": 100} | base, "strategy": strategy}}
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("fedavg", "standard FL (FedAvg), 10 rounds"), ("feddpa", "FedDPA-T, 10 rounds"),
+    ("dept", "DEPT (SPEC), 10 rounds"), ("none", "off the shelf"),
+])  # fmt: skip
+def test_a_base_is_called_by_its_papers_name(name: str, words: str) -> None:
+    assert setting.base_line(config(name=name)) == words
+
+
+def test_a_shared_base_is_said() -> None:
+    line = setting.base_line(config(name="fedavg", seed=42))
+    assert line == "standard FL (FedAvg), 10 rounds, one base of seed 42 for all seeds"
+
+
+def test_rounds_come_from_the_stages_and_from_what_was_run() -> None:
+    run = config(name="fedavg") | {"stages": [{"kind": "base", "rounds": 30}, {"kind": "strategy", "rounds": 15}]}
+    done = frame(
+        *rounds_of("base", "fedavg", 12), *rounds_of("strategy", "fedp2eft", 15),
+        *rounds_of("strategy", "fedl2p", 7, budget=2), *rounds_of("strategy", "fedl2p", 9, budget=4),
+    )  # fmt: skip
+    assert setting.base_line(run, done) == "standard FL (FedAvg), 12 of 30 rounds"
+    assert setting.strategy_line(run, done) == "15 rounds (FedL2P: 7 to 9)"
+
+
+def test_a_smaller_run_says_by_how_much() -> None:
+    sentence = setting.scale_sentence(config(name="fedavg"))
+    assert sentence == (
+        "Scale 0.1: 2 of 20 clients per language and pool, 10 of 100 base rounds, 15 of 150 strategy rounds."
+    )
+    assert setting.scale_sentence({"config": {"scale": 1.0}}) == ""
+
+
+@pytest.mark.parametrize(("pretrain", "words"), [
+    (None, ""), ({}, ""), ({"vocabulary": 5}, "The model was pretrained."),
+    ({"options": {"tasks": ["cldr", "xnli"], "steps": 1200}},
+     "The model was pretrained on train texts of cldr, xnli, both pools (1,200 steps)."),
+])  # fmt: skip
+def test_a_pretrained_model_says_on_what(pretrain: dict[str, Any] | None, words: str) -> None:
+    assert setting.pretrain_sentence(pretrain) == words
+
+
+@pytest.mark.parametrize(("notes", "words"), [
+    ({}, ""), ({"dropped_empty": 3}, ""),
+    ({"leak_seen_unseen": 0, "leak_seen_train_test": 0}, "No text is in two pools, or in train and test."),
+    ({"found_duplicates": 4, "dropped_duplicates": 4},
+     "Repeated texts: 4 test texts are also train texts, all dropped."),
+    ({"leak_seen_train_test": 1}, "Repeated texts: 1 text is in train and test of the seen pool."),
+])  # fmt: skip
+def test_repeated_texts_are_said(notes: dict[str, int], words: str) -> None:
+    assert setting.duplicates_sentence(notes) == words
+
+
+def test_clients_without_a_base_of_their_own_are_counted_per_seed() -> None:
+    rows = []
+    for seed, missing in ((1, 1), (2, 2)):
+        for k in range(4):
+            here = {"stage": "personalise", "seed": seed, "pool": "seen", "client": f"c{k}"}
+            for method in ("lora", "fedp2eft"):
+                rows.append(metric_row(**here, method=method, metric="accuracy", value=0.5, weight=1.0))
+                if k < missing:
+                    rows.append(metric_row(**here, method=method, metric="initial_overlay", value=1.0))
+    assert setting.fallback_sentences(frame(*rows)) == {
+        "seen": "1 to 2 of 4 seen clients were never sampled for the base and have its initial private state."
+    }
+
+
+def test_cost_adds_up_seeds_and_divides_by_wall_time() -> None:
+    stages = [{"key": f"strategy/fedl2p/r8/seed{seed}"} for seed in (1, 2)] + [{"key": "personalise/lora/seed1"}]
+    names = [stage["key"] for stage in stages]
+    times = pd.DataFrame([(name, 0, f"c{k}", 2.0) for name in names for k in range(3)], columns=cost_columns())
+    events = [
+        {"kind": "stage", "stage": name, "state": state, "time": f"2026-01-01T00:00:{second:02d}+00:00"}
+        for name, begin, end in ((names[0], 0, 4), (names[1], 10, 14), (names[2], 20, 22), (names[2], 30, 31))
+        for state, second in (("running", begin), ("done", end))
+    ]
+    first, second = cost.cost(stages, times, events).to_dict("records")
+    assert (first["stage"], first["seeds"], first["clients"]) == ("strategy/fedl2p/r8", 2, 6)
+    assert (first["client_seconds"], first["wall_seconds"], first["clients_per_second"]) == (12.0, 8.0, 0.75)
+    # Taken up again: its wall time would count the break.
+    assert pd.isna(second["wall_seconds"])
+    assert pd.isna(second["clients_per_second"])
+
+
+def cost_columns() -> list[str]:
+    return ["stage", "round", "client", "seconds"]
+
+
+def test_a_run_without_times_has_no_cost() -> None:
+    assert cost.cost([{"key": "base/seed1"}], pd.DataFrame(columns=cost_columns()), []).empty
