@@ -97,7 +97,7 @@ def test_an_overlay_is_the_base_with_the_clients_row_merged(name: str, config: d
             setattr(parent, layer_name.rpartition(".")[2], copy.deepcopy(linear))
         tensors = {spec.name: params[spec.name][number].float().numpy() for spec in params.specs}
         with torch.no_grad():
-            method.overlay.merge({n: p for n, p in model.named_parameters()}, tensors)
+            method.overlay.merge(dict(model.named_parameters()), tensors)
         merged = LaneNet(model, adapted_linears(model))
         wanted = merged.logits(make_batch([lanes[number].train], [torch.arange(3).numpy()], 0))
         # A lane's batch is as wide as the group's; the merged one is rounded to float32.

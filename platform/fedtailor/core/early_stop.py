@@ -30,9 +30,7 @@ class EarlyStop:
     metric: str
     patience: int
 
-    def follow(
-        self, shared: Row, server: Mapping[str, Row], metrics: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Row]:
+    def follow(self, shared: Row, server: Mapping[str, Row], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Row]:
         """The record after one more round, to be joined to the server's state.
 
         Args:

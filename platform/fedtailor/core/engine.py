@@ -40,7 +40,7 @@ class Worker:
     def open(self, spec: StageSpec) -> StageInfo:
         """Opens a stage; the model stays if the one before used the same, unchanged."""
         old = self._stage
-        same = ("model_dir", "data_dir", "targets", "dtype", "base_dropout", "device")
+        same = ("model_dir", "data_dir", "targets", "dtype", "base_dropout", "device", "attention")
         keep = old and not old.trains_base and all(getattr(old.spec, f) == getattr(spec, f) for f in same)
         net = old.net if old and keep else None
         self._stage = None

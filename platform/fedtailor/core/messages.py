@@ -52,6 +52,8 @@ class StageSpec:
     base_method: str = ""
     """Method that trained the base, if its clients keep something of their own (an overlay)."""
     base_config: Mapping[str, Any] = field(default_factory=dict)
+    attention: str | None = None
+    """Attention kernel of the model; None: transformers' choice."""
 
 
 @dataclass(frozen=True)

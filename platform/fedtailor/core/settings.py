@@ -116,9 +116,10 @@ class ModelConfig(_Named):
     """Base model before any federated training."""
 
     name: str = "tiny-bert"
-    """``tiny-bert`` (embedded, random weights), ``mbert``, any hub id, or a local folder."""
+    """``tiny-bert`` (embedded, random weights), ``mini-mbert`` (made by ``fedtailor pretrain``, looked for below
+    $FEDTAILOR_MODELS, else ./models), ``mbert``, any hub id, or a local folder."""
     path: str | None = None
-    """Local folder with weights and tokenizer for a named preset such as ``mbert``."""
+    """Local folder with weights and tokenizer for a named preset such as ``mbert`` or ``mini-mbert``."""
     revision: str | None = None
     """Hub revision."""
     hidden_size: Positive = 64
@@ -130,6 +131,8 @@ class ModelConfig(_Named):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that carry adapters: all but the output embedding (reference: mBERT L = 74, pooler
     and classifier included), or names that end a module path, e.g. ``[query, value]``."""
+    attention: Literal["sdpa", "eager"] | None = None
+    """Attention kernel; default: transformers' choice. For short texts in bfloat16 on a CPU, eager is the faster one."""
     base_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the frozen base while adapters train; above 0 one client at a time (no lanes)."""
 

@@ -28,7 +28,7 @@ from fedtailor.tasks.tokens import TokenData
 
 def load_net(spec: StageSpec, labels: Sequence[str]) -> LaneNet:
     """The frozen model of a stage, with its adapted layers wrapped."""
-    model = load_classifier(Path(spec.model_dir), len(labels), labels)
+    model = load_classifier(Path(spec.model_dir), len(labels), labels, attn_implementation=spec.attention)
     model.to(torch.device(spec.device))  # type: ignore[arg-type]
     return LaneNet(model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout)
 

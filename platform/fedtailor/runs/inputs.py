@@ -67,7 +67,7 @@ def tokens_artifact(exp: ExperimentBase, data: str, model: str) -> str:
 
 def _identity(cfg: ModelConfig) -> dict[str, object]:
     plain = to_json(cfg)
-    for key in ("targets", "base_dropout", "path"):
+    for key in ("targets", "base_dropout", "path", "attention"):
         plain.pop(key)
     if cfg.name != "tiny-bert":
         return {"source": hub.fingerprint(hub.resolve(cfg))}

@@ -90,6 +90,7 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         "seed": seed,
         "tokens": inputs.tokens,
         "targets": exp.model.targets,
+        "attention": exp.model.attention,
         "engine": {key: getattr(exp.engine, key) for key in NUMERIC_ENGINE_KEYS},
         "device": device_of(exp),
     }
@@ -182,6 +183,7 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         cache_dir=cache_dir,
         rounds=stage.rounds,
         device=device_of(exp),
+        attention=exp.model.attention,
         **_overlay(exp, stage),
     )
 

@@ -9,11 +9,13 @@ import netrc
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 
 import numpy as np
 
@@ -67,6 +69,88 @@ def identity(run: RunFolder) -> str:
     """Id of the W&B run: the same for every sync of an experiment."""
     info = run.info()
     return short_hash([run.run_id, info["created"], info["config"]])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is on W&B: `identity` in a project of a user or team."""
+
+    entity: str
+    project: str
+    id: str
+    name: str
+
+
+def place(run: RunFolder) -> Place:
+    """Where `sync` puts a run; asks W&B for the key's entity where the configuration names none.
+
+    Raises:
+        ConfigError: neither an entity nor a key.
+    """
+    config = run.info()["config"]["wandb"]
+    return Place(config["entity"] or _default_entity(), config["project"], identity(run), run.run_id)
+
+
+def address(entity: str, project: str) -> str:
+    """Page of a project, on the server that W&B is set up for."""
+    import wandb
+
+    return "/".join([wandb.setup().settings.app_url.rstrip("/"), quote(entity), quote(project)])
+
+
+def write_report(places: Sequence[Place], title: str, text: str, keys: Sequence[str]) -> str:
+    """Makes a W&B report of some runs, in the project of the first, and returns its address.
+
+    Args:
+        places: the runs.
+        title: at most 128 characters.
+        text: Markdown that stands at the top.
+        keys: summary values to draw, a bar per run.
+
+    Raises:
+        ImportError: the package wandb-workspaces is not installed.
+        ConfigError: no key.
+    """
+    wr: Any = import_module("wandb_workspaces.reports.v2")
+    projects = dict.fromkeys((place.entity, place.project) for place in places)
+    with _key_in_environment():
+        runsets = [
+            wr.Runset(
+                entity=entity,
+                project=project,
+                name=project,
+                filters=f"Metric('ID') in {[p.id for p in places if (p.entity, p.project) == (entity, project)]}",
+            )
+            for entity, project in projects
+        ]
+        panels = [wr.RunComparer(diff_only="split"), *(wr.BarPlot(title=key, metrics=[key]) for key in keys)]
+        report = wr.Report(
+            entity=places[0].entity,
+            project=places[0].project,
+            title=title,
+            blocks=[wr.MarkdownBlock(text=text), wr.PanelGrid(runsets=runsets, panels=panels)],
+        )
+        report.save()
+        return str(report.url)
+
+
+def _default_entity() -> str:
+    import wandb
+
+    return str(wandb.Api(api_key=_api_key()).default_entity)
+
+
+@contextmanager
+def _key_in_environment() -> Iterator[None]:
+    """For a library that takes no key as an argument."""
+    before, os.environ[KEY] = os.environ.get(KEY), _api_key()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KEY]
+        else:
+            os.environ[KEY] = before
 
 
 def series(metrics: pd.DataFrame) -> Iterator[dict[str, Any]]:
