@@ -90,15 +90,19 @@ def styled(texts: Iterable[str] = ()) -> Any:
     return mpl.rc_context(defaults | _RC | fonts | {"backend": mpl.rcParams["backend"]})
 
 
+_WHOLE: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.06}
+"""Long labels beside square cells reach over the figure's edge otherwise."""
+
+
 def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
     """Writes ``<name>.png`` (150 dpi) and ``<name>.svg``; equal figures give equal bytes."""
     png, svg = folder / f"{drawing.name}.png", folder / f"{drawing.name}.svg"
     # The salt names the ids inside the SVG: one per figure, so that several fit on one page.
     with mpl.rc_context({"svg.hashsalt": drawing.name}):
-        drawing.figure.savefig(png, dpi=150, metadata={"Software": None})
+        drawing.figure.savefig(png, dpi=150, metadata={"Software": None}, **_WHOLE)
         # Laid out once; the second file reuses the positions.
         drawing.figure.set_layout_engine("none")
         text = io.StringIO()
-        drawing.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        drawing.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, **_WHOLE)
     svg.write_text(text.getvalue(), "utf-8")
     return png, svg
