@@ -36,7 +36,20 @@ def run_with(storage: Path, *manifests: dict[str, Any], **config: Any) -> RunFol
         folder = storage / "artifacts" / f"data-{k}"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(json.dumps(content), "utf-8")
-    return RunFolder.create(Storage(str(storage)), "run", whole)
+    run = RunFolder.create(Storage(str(storage)), "run", whole)
+    run.set_stages(
+        [
+            {
+                "key": f"personalise/lora/seed{seed}",
+                "kind": "personalise",
+                "seed": seed,
+                "parent": "model-x",
+                "data": f"data-{k}",
+            }
+            for k, seed in enumerate(whole["seeds"])
+        ]
+    )
+    return run
 
 
 def metrics() -> pd.DataFrame:
@@ -48,25 +61,15 @@ def metrics() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(METRIC_COLUMNS))
 
 
-def test_the_data_of_the_first_seed_are_found(tmp_path: Path) -> None:
-    found = gather(run_with(tmp_path, manifest(2, 7), manifest(1), manifest(1, alpha=9.0)), metrics())
+def test_the_data_of_the_first_seed_are_read(tmp_path: Path) -> None:
+    found = gather(run_with(tmp_path, manifest(1), manifest(2, 7)))
     assert list(found.clients["n_test"]) == [5] * 4
     assert found.labels == ("خبر", "sport")
     assert found.class_counts["seen/ur/0"] == (4, 6)
 
 
-def test_a_shared_base_has_shared_data(tmp_path: Path) -> None:
-    run = run_with(tmp_path, manifest(7), base={"name": "fedavg", "rounds": 4, "seed": 7})
-    assert len(gather(run, metrics()).clients) == 4
-
-
-def test_a_scaled_run_keeps_fewer_clients_than_its_configuration_says(tmp_path: Path) -> None:
-    assert len(gather(run_with(tmp_path, manifest(clients_kept=1)), metrics()).clients) == 4
-
-
-@pytest.mark.parametrize("manifests", [(), (manifest(1, 6),), (manifest(1), manifest(1, clients_kept=1))])
-def test_data_that_do_not_fit_or_are_not_told_apart_are_left_out(tmp_path: Path, manifests: Any) -> None:
-    found = gather(run_with(tmp_path, *manifests), metrics())
+def test_data_that_are_gone_are_left_out(tmp_path: Path) -> None:
+    found = gather(run_with(tmp_path))
     assert found.clients.empty
     assert found.notes == {}
 
@@ -76,18 +79,17 @@ def test_what_the_model_was_pretrained_on_is_read_from_its_folder(tmp_path: Path
     file = tmp_path / "model" / "pretrain.json"
     file.write_text('{"steps": 5}')
     run = run_with(tmp_path, model={"name": "m", "path": str(tmp_path / "model")})
-    assert gather(run, metrics()).pretrain == {"steps": 5}
+    assert gather(run).pretrain == {"steps": 5}
     for damaged in ("[1]", "{"):
         file.write_text(damaged)
         with pytest.raises(DataError, match=r"pretrain\.json"):
-            gather(run, metrics())
+            gather(run)
 
 
 def test_a_page_shows_data_cost_scale_and_own_names(tmp_path: Path) -> None:
     run = run_with(tmp_path, manifest(), scale=0.5)
-    run.set_stages([{"key": "personalise/lora/seed1", "kind": "personalise", "parent": "model-x"}])
     run.timing("personalise/lora/seed1", 0, {"seen/amh/0": 2.0, "seen/ur/0": 2.0})
-    files = write_report(run.info(), metrics(), {}, ["classifier"], tmp_path / "out", gather(run, metrics()))
+    files = write_report(run.info(), metrics(), {}, ["classifier"], tmp_path / "out", gather(run))
     assert {"cost.csv", "figures/clients_per_language.png", "figures/classes_per_language.png"} <= set(files)
     scale = "Scale 0.5: 1 of 2 clients per language and pool, 2 of 4 base rounds."
     for name in ("table_seen.md", "table_unseen.md", "table_seen.tex", "report.html"):

@@ -132,7 +132,7 @@ class ModelConfig(_Named):
     """Linear layers that carry adapters: all but the output embedding (reference: mBERT L = 74, pooler
     and classifier included), or names that end a module path, e.g. ``[query, value]``."""
     attention: Literal["sdpa", "eager"] | None = None
-    """Attention kernel; default: transformers' choice. For short texts in bfloat16 on a CPU, eager is the faster one."""
+    """Attention kernel; default: transformers' choice. For short texts in bfloat16 on a CPU, eager is faster."""
     base_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the frozen base while adapters train; above 0 one client at a time (no lanes)."""
 

@@ -74,7 +74,7 @@ class Execution:
             work = [self._prepare(seed) for seed in self.exp.seeds]
             # Seeds that share a base list it once.
             todo = list({s.key: (s, inputs) for inputs, stages in work for s in stages}.values())
-            self.run.set_stages([_listed(stage) for stage, _ in todo])
+            self.run.set_stages([{**_listed(stage), "data": inputs.data} for stage, inputs in todo])
             for number, (stage, inputs) in enumerate(todo, start=1):
                 self._stage(stage, inputs, number, len(todo))
         finally:

@@ -24,7 +24,7 @@ def report_of(run: RunFolder) -> Path:
         **run.info(), "status": run.status()["state"], "failures": run.failures(), "warnings": warnings,
     }  # fmt: skip
     out = run.storage.local_path(f"{run.run_id}/report")
-    write_report(facts, metrics, run.strategies(), modules_of(run), out, gather(run, metrics))
+    write_report(facts, metrics, run.strategies(), modules_of(run), out, gather(run))
     return out / "report.html"
 
 

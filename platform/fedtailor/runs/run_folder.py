@@ -99,9 +99,11 @@ class RunFolder:
         """Records the stages, each with key, kind, method, seed and artifact (folder in ``artifacts/``)."""
         self._update(stages=[dict(stage) for stage in stages])
 
-    def set_data(self, hashes: Mapping[str, str]) -> None:
-        """Records hashes of the data."""
-        self._update(data=dict(hashes))
+    def manifest(self, seed: int) -> dict[str, Any] | None:
+        """The manifest of the data that a seed's clients were made of; None while not known or once it is gone."""
+        names = [stage.get("data") for stage in self.stages("personalise") if stage["seed"] == seed]
+        path = f"artifacts/{names[0]}/manifest.json" if names and names[0] else None
+        return self.storage.read_json(path) if path and self.storage.exists(path) else None
 
     def stages(self, kind: str | None = None) -> Entries:
         """Recorded stages, all or of one kind: base, strategy or personalise."""

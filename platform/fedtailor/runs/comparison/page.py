@@ -21,7 +21,6 @@ from fedtailor.runs.report.style import Drawing
 from fedtailor.runs.report.verdicts import budget_title
 
 
-
 def page(content: Comparison, drawing: Drawing, svg: str) -> str:
     """The page as text; every value from the runs is HTML-escaped.
 

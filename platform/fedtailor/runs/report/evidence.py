@@ -43,18 +43,18 @@ class Evidence:
     events: Sequence[Mapping[str, Any]] = ()
 
 
-def gather(run: RunFolder, metrics: pd.DataFrame) -> Evidence:
-    """Reads what the folder holds.
+def gather(run: RunFolder) -> Evidence:
+    """Reads what the folder holds; the data set is that of the run's first seed.
 
     Args:
         run: the run.
-        metrics: its metric rows, from which the right data set is told.
 
     Raises:
         DataError: a pretrain.json that is not a JSON mapping.
     """
     info = run.info()
-    manifest = _manifest(run.storage, info, metrics) or {}
+    seeds = (info.get("config") or {}).get("seeds") or ()
+    manifest = (run.manifest(seeds[0]) if seeds else None) or {}
     clients = clients_of(manifest) if manifest else ()
     rows = [(c.id, c.pool, c.language, c.n_train, c.n_test) for c in clients]
     return Evidence(
@@ -66,36 +66,6 @@ def gather(run: RunFolder, metrics: pd.DataFrame) -> Evidence:
         times=run.timings(),
         events=run.events(),
     )
-
-
-def _manifest(storage: Storage, info: Mapping[str, Any], metrics: pd.DataFrame) -> dict[str, Any] | None:
-    """The manifest of the run's first seed; None where none fits, or several that differ do."""
-    config = info.get("config") or {}
-    paths = [f"artifacts/{name}/manifest.json" for name in storage.list("artifacts") if name.startswith("data-")]
-    found = [storage.read_json(path) for path in paths if storage.exists(path)]
-    shared = (config.get("base") or {}).get("seed")
-    first = next(iter(config.get("seeds") or ()), None)
-    seed, tested = first if shared is None else shared, _test_texts(metrics[metrics["seed"] == first])
-    fitting = {
-        str(m["hash"]): m
-        for m in found
-        if m.get("seed") == seed and m.get("task") == config["task"]["name"] and _fits(m, config, tested)
-    }
-    return dict(next(iter(fitting.values()))) if len(fitting) == 1 else None
-
-
-def _fits(manifest: Mapping[str, Any], config: Mapping[str, Any], tested: Mapping[str, float]) -> bool:
-    """Same task settings, and every tested client has as many test texts as its results say."""
-    own, sizes = manifest.get("config") or {}, {c["id"]: c["n_test"] for c in manifest["clients"]}
-    # A scaled run keeps fewer clients than its configuration says.
-    same = all(config["task"].get(key) == value for key, value in own.items() if key != "clients_kept")
-    return same and all(sizes.get(client) == n for client, n in tested.items())
-
-
-def _test_texts(metrics: pd.DataFrame) -> dict[str, float]:
-    rows = metrics[(metrics["stage"] == "personalise") & (metrics["metric"] == "accuracy")]
-    sizes = rows.groupby(["client", "method", "budget", "seed"])["weight"].sum().groupby("client").max()
-    return {str(client): float(n) for client, n in sizes.items()}
 
 
 def _pretrain(storage: Storage, info: Mapping[str, Any]) -> Mapping[str, Any] | None:
