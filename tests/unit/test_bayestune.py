@@ -11,7 +11,10 @@ import torch
 from toy import toy_context, toy_lanes, toy_net
 
 from fedtailor.adapters.bayestune_lora import LAMBDA, BayesTuneLora, column_norms, use_lambda
+from fedtailor.adapters.lora import LoraAdapter, lora_names
 from fedtailor.core.batches import make_batch
+from fedtailor.core.lane_adam import AdamGroup
+from fedtailor.methods import build_method
 from fedtailor.tasks.classification import lane_cross_entropy
 from fedtailor.updates.bayestune import (
     LAMBDA_MAX,
@@ -22,6 +25,7 @@ from fedtailor.updates.bayestune import (
     search_ranks,
     sparsity,
 )
+from fedtailor.updates.local_training import Training, train
 
 RANK, LAYERS = 3, 14
 QUICK = RankSearchConfig(lr=5e-3, lambda_lr=5e-2, batch_size=4, epochs=2)
@@ -157,3 +161,29 @@ def test_penalties_are_divided_by_the_number_of_training_examples() -> None:
     ctx = searching([20, 5])
     doubled = replace(ctx)
     assert doubled.sizes.tolist() == [20.0, 5.0]
+
+
+def test_with_lambda_frozen_at_one_and_no_penalty_the_search_is_lora_training() -> None:
+    cfg = RankSearchConfig(lr=5e-3, lambda_lr=0.0, batch_size=4, epochs=2, alpha_s=0.0, alpha_p=0.0)
+    lanes = toy_lanes([9, 5])
+    searched = toy_context(toy_net(), lanes, BayesTuneLora(4, 2.0))
+    lam, _ = search_ranks(searched, torch.ones(2, len(searched.net.sites), 4, dtype=torch.float64), cfg)
+    assert torch.equal(lam, torch.ones_like(lam))
+    plain = toy_context(toy_net(), lanes, LoraAdapter(4, 2.0))
+    train(plain, [AdamGroup(lora_names(plain.net), 5e-3)], Training(2, 4, "train"))
+    for name in lora_names(plain.net):
+        assert torch.equal(searched.params[name], plain.params[name])
+
+
+def test_bayestune_lora_without_penalties_and_with_lambda_frozen_at_one_is_lora() -> None:
+    tuning = {"lr": 5e-3, "batch_size": 4, "epochs": 2}
+    search = tuning | {"lambda_lr": 0.0, "alpha_s": 0.0, "alpha_p": 0.0}
+    found = {}
+    configs = {"bayestune_lora": {"search": search, "finetune": tuning, "lambda_init": 1.0}, "lora": tuning}
+    for name, config in configs.items():
+        ctx = toy_context(toy_net(), toy_lanes([9, 5]), budgets=(1, 3), r_max=4)
+        made = build_method(name, config, 4).personaliser(ctx)
+        batch = make_batch([lane.train for lane in made.lanes], [np.arange(5)] * 4, 0)
+        found[name] = (made.ranks, made.logits(batch))
+    assert torch.equal(found["bayestune_lora"][0], found["lora"][0])
+    assert torch.equal(found["bayestune_lora"][1], found["lora"][1])

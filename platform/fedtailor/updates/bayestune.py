@@ -35,8 +35,8 @@ class RankSearchConfig(Config):
 
     lr: Rate = 1e-4
     """Adam, A and B."""
-    lambda_lr: Rate = 1e-2
-    """Adam, lambda; grid 1e-1 ... 1e-4."""
+    lambda_lr: Annotated[float, Field(ge=0)] = 1e-2
+    """Adam, lambda; grid 1e-1 ... 1e-4. 0 freezes it."""
     epochs: Positive = 2
     batch_size: Positive = 32
     alpha_s: Annotated[float, Field(ge=0)] = 100.0
