@@ -24,7 +24,7 @@ from fedtailor.runs.experiment import ExperimentBase, base_seed, method_section
 from fedtailor.runs.inputs import make_inputs
 from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, metrics_table, named
 from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.stages import Inputs, Stage, has_overlay, plan_stages, short_hash, stage_spec
+from fedtailor.runs.stages import Inputs, Stage, device_of, has_overlay, plan_stages, short_hash, stage_spec
 from fedtailor.runs.storage import Storage
 from fedtailor.tasks.tokens import TokenData
 
@@ -129,7 +129,7 @@ class Execution:
             self.emit({**event, "state": "running"})
             log = CommitLog(self.storage, folder, self._storage_event, held.check)
             data = TokenData.open(self.artifacts / inputs.tokens)
-            cache = self.artifacts / "features" / short_hash([stage.parent, inputs.tokens])
+            cache = self.artifacts / "features" / self._features_of(stage, inputs)
             spec = stage_spec(
                 self.exp,
                 stage,
@@ -148,6 +148,12 @@ class Execution:
             done = {"stage": stage.key, "modules": list(modules), "r_init": r_init}
             self.storage.write_json(f"{folder}/{DONE}", done)
             self.emit({**event, "state": "done"})
+
+    def _features_of(self, stage: Stage, inputs: Inputs) -> str:
+        """Folder of cached features: all that they depend on, the clients' part of the base through its stage."""
+        model, engine = self.exp.model, self.exp.engine
+        how = [model.targets, model.attention, engine.dtype, device_of(self.exp)]
+        return short_hash([stage.parent, inputs.tokens, *how])
 
     def _model_dir(self, artifact: str) -> str:
         folder = self.artifacts / artifact
