@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -137,6 +137,21 @@ def report(run_id: RunId, storage: Storage = "./runs") -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_ID", help="Two or more, the reference first.")],
+    storage: Storage = "./runs",
+    out: Annotated[Path | None, typer.Option(help="New folder; default: STORAGE/compare-HASH.")] = None,
+) -> None:
+    """Put runs side by side: what differs, one table, one figure, paired tests where they share their clients."""
+    from fedtailor.runs.comparison.make import compare_runs
+    from fedtailor.runs.comparison.view import show
+    from fedtailor.runs.storage import Storage as Store
+
+    content, folder = compare_runs(Store(storage), runs, out)
+    show(_console(), content, folder)
+
+
+@app.command()
 def sync(
     run_id: RunId,
     storage: Storage = "./runs",
@@ -245,6 +260,64 @@ def personalise(
     console = _console()
     show_ready(console, ready)
     show_result(console, ready, carry_out(ready))
+
+
+@app.command()
+def pretrain(
+    task: Annotated[list[str], typer.Option(help="Task whose train texts are read, all languages; repeatable.")],
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default: where model=mini-mbert is looked for.", show_default=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates [4000].")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of an update [32].")] = None,
+    block: Annotated[int | None, typer.Option(help="Tokens of a row [128].")] = None,
+    shift: Annotated[bool | None, typer.Option(help="Learn positions beyond the block too; default: yes.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak [0.001].")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps [0.06].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of matrices [0.01].")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient [1].")] = None,
+    mask: Annotated[float | None, typer.Option(help="Share of tokens to predict [0.3].")] = None,
+    smoothing: Annotated[float | None, typer.Option(help="Languages are drawn by tokens ** this [0.5].")] = None,
+    start: Annotated[str | None, typer.Option(help="Token vectors to begin with: counts (default) or random.")] = None,
+    held_out: Annotated[float | None, typer.Option(help="Share only measured on [0.01].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all draws [42].")] = None,
+    layers: Annotated[int | None, typer.Option(help="[4]")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="[256]")] = None,
+    heads: Annotated[int | None, typer.Option(help="[4]")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="[1024]")] = None,
+    max_position: Annotated[int | None, typer.Option(help="Longest text that the model can read [256].")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="WordPieces at most [16000].")] = None,
+    precision: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
+) -> None:
+    """Make a small multilingual base from tasks' train texts, or go on with it: pretrain --task masakhanews."""
+    given = {key: value for key, value in locals().items() if value is not None}
+    from fedtailor.models.pretrain_options import chosen
+    from fedtailor.models.source import pretrained_folder
+
+    given["tasks"] = given.pop("task")
+    for other in ("out", "checkpoint_every"):
+        given.pop(other, None)
+    options, folder = chosen(given), out or pretrained_folder()
+    from fedtailor.models.pretrain import pretrain as make
+    from fedtailor.models.pretrain_view import PretrainView
+    from fedtailor.runs.stop import StopSignals
+
+    console = _console()
+    with PretrainView(console) as view, StopSignals(lambda text: view({"kind": "note", "text": text})) as stop:
+
+        def show(event: Mapping[str, Any]) -> None:
+            stop.graceful = stop.graceful or event["kind"] == "start"
+            view(event)
+
+        try:
+            made = make(options, folder, checkpoint_every, show, stop)
+        except Interrupted as error:
+            error.exit_code = stop.exit_code
+            raise
+    told = "made" if made else "there already, made with these options; nothing done"
+    console.print(f"[green]{told}[/]  model: {folder}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

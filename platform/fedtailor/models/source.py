@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +13,8 @@ from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
 
 EMBEDDED = "tiny-bert"
+PRETRAINED = "mini-mbert"
+"""The small multilingual base that ``fedtailor pretrain`` makes."""
 
 PRESETS: dict[str, str] = {
     "mbert": "google-bert/bert-base-multilingual-cased",
@@ -40,13 +44,13 @@ class ModelSource:
 
 
 def resolve(cfg: ModelConfig) -> ModelSource:
-    """Decides which model is meant, without looking for it.
+    """Decides which model is meant, without looking for it (but for ``mini-mbert``, which must have been made).
 
-    ``model.path`` wins over a preset's hub id. A name is a folder if one exists there or if it is written
-    like a path (``./m``, ``~/m``, ``/data/m``), else a hub id.
+    ``model.path`` wins over a preset's hub id and over the folder of ``mini-mbert``. A name is a folder if one
+    exists there or if it is written like a path (``./m``, ``~/m``, ``/data/m``), else a hub id.
 
     Raises:
-        ModelError: a name that can be neither, or a path given for the embedded model.
+        ModelError: a name that can be neither, a path given for the embedded model, or ``mini-mbert`` not made yet.
     """
     if cfg.name == EMBEDDED:
         if cfg.path is not None:
@@ -55,6 +59,8 @@ def resolve(cfg: ModelConfig) -> ModelSource:
             )
         sizes = (cfg.hidden_size, cfg.layers, cfg.heads, cfg.intermediate_size, cfg.vocab_size)
         return ModelSource("embedded", cfg.name, "x".join(str(size) for size in sizes))
+    if cfg.name == PRETRAINED and cfg.path is None:
+        return ModelSource("folder", cfg.name, str(_pretrained_there()))
     written = cfg.path or cfg.name
     folder = Path(written).expanduser()
     like_a_path = written.startswith((".", "/", "~")) or written.count("/") > 1
@@ -62,7 +68,28 @@ def resolve(cfg: ModelConfig) -> ModelSource:
         return ModelSource("folder", cfg.name, str(folder))
     if not _HUB_ID.fullmatch(cfg.name):
         raise ModelError(
-            f"'model.name' ({cfg.name}) is neither {EMBEDDED}, a preset ({', '.join(PRESETS)}), "
+            f"'model.name' ({cfg.name}) is neither {EMBEDDED}, {PRETRAINED}, a preset ({', '.join(PRESETS)}), "
             f"a hub id (owner/name) nor a folder"
         )
     return ModelSource("hub", cfg.name, PRESETS.get(cfg.name, cfg.name), cfg.revision)
+
+
+def pretrained_folder() -> Path:
+    """Where ``mini-mbert`` is looked for and made: below $FEDTAILOR_MODELS, else below ./models."""
+    return Path(os.environ.get("FEDTAILOR_MODELS") or "models").expanduser() / PRETRAINED
+
+
+def pretrain_command(out: Path) -> str:
+    """The command line that makes ``mini-mbert`` in ``out``."""
+    return f"fedtailor pretrain --task masakhanews --task xnli --out {shlex.quote(str(out))}"
+
+
+def _pretrained_there() -> Path:
+    folder = pretrained_folder()
+    if not folder.is_dir():
+        raise ModelError(
+            f"model={PRETRAINED}: there is no folder {folder}; make it with '{pretrain_command(folder)}' "
+            f"(about half an hour on two idle cores; its texts are found through FEDTAILOR_DATA), "
+            f"or name a copy with model.path=FOLDER or FEDTAILOR_MODELS=PARENT_FOLDER"
+        )
+    return folder
