@@ -19,7 +19,7 @@ from fedtailor.models.classifier import load_classifier, load_tokenizer
 from fedtailor.models.completeness import check_folder, check_listing
 from fedtailor.models.dimensions import ModelDimensions, dimensions
 from fedtailor.models.folder import save_folder
-from fedtailor.models.source import EMBEDDED, PRESETS, ModelSource, resolve
+from fedtailor.models.source import EMBEDDED, PRESETS, PRETRAINED, ModelSource, resolve
 
 __all__ = [
     "EMBEDDED",
@@ -190,7 +190,7 @@ def _title(source: ModelSource) -> str:
 
 
 def _advice(source: ModelSource) -> str:
-    near = difflib.get_close_matches(source.name, [EMBEDDED, *PRESETS], n=1)
+    near = difflib.get_close_matches(source.name, [EMBEDDED, PRETRAINED, *PRESETS], n=1)
     hint = f"did you mean '{near[0]}'? " if near and near[0] != source.name else ""
     return (
         f"{hint}Give a local folder with 'model.path=FOLDER', fetch it once with "

@@ -36,10 +36,11 @@ def _tasks() -> Table:
 
 
 def _models() -> Table:
-    from fedtailor.models.source import EMBEDDED, PRESETS
+    from fedtailor.models.source import EMBEDDED, PRESETS, PRETRAINED
 
     table = plain_table("model", "what it is")
     table.add_row(EMBEDDED, "embedded: built from the task's own texts, random weights, no download")
+    table.add_row(PRETRAINED, "made once with: fedtailor pretrain --task masakhanews --task xnli")
     for name, hub_id in PRESETS.items():
         table.add_row(name, f"{hub_id}; model.path=FOLDER takes a local copy")
     table.add_row("[dim]OWNER/NAME[/]", "any sequence classifier of the Hugging Face hub")
