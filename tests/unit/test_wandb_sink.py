@@ -7,8 +7,10 @@ import struct
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2 as records
 
 from fedtailor.core.errors import ConfigError, StorageError
@@ -202,3 +204,18 @@ def test_a_run_without_commits_cannot_be_synced(tmp_path: Path) -> None:
     empty = RunFolder.create(Storage(tmp_path), "empty", to_json(compose([], [])))
     with pytest.raises(StorageError, match="no committed metrics yet"):
         wandb_sink.sync(empty, "offline")
+
+
+@pytest.mark.parametrize("server", ["https://wandb.example.org", None])
+def test_the_key_is_found_in_netrc_under_the_server_that_is_used(
+    server: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_API_KEY_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    host = urlparse(wandb.Settings().base_url).hostname
+    (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {'k' * 40}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wandb_sink._api_key() == "k" * 40

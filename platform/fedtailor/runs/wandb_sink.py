@@ -249,8 +249,13 @@ def _api_key() -> str:
             return Path(path).read_text().strip()
         except OSError as error:
             raise ConfigError(f"{KEY_FILE}: {path} cannot be read: {error.strerror}") from error
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    import wandb
+
+    # The server that this version of wandb (or WANDB_BASE_URL) talks to, and the one that older keys are filed under.
+    hosts = [urlparse(url).hostname or "" for url in (wandb.Settings().base_url, "https://api.wandb.ai")]
     with suppress(OSError, netrc.NetrcParseError):
-        if entry := netrc.netrc().authenticators(host):
-            return str(entry[2])
+        known = netrc.netrc()
+        for host in hosts:
+            if entry := known.authenticators(host):
+                return str(entry[2])
     raise ConfigError(f"wandb.mode=online needs a key: set {KEY} or {KEY_FILE}, or use wandb.mode=offline")
