@@ -131,7 +131,7 @@ def _own_part(run: RunFolder, client: str, seed: int) -> tuple[Overlay, Mapping[
 def _personalised(run: RunFolder, method: str, budget: int, seed: int) -> Mapping[str, Any]:
     """The personalising stage of a method that served ``budget``."""
     for stage in run.stages("personalise"):
-        if stage["method"] == method and stage["seed"] == seed and budget in stage["budgets"]:
+        if stage["method"] == method and stage["seed"] == seed and budget in stage.get("budgets", ()):
             return stage
     return _stage(run, f"personalise/{method}/seed{seed}", f"method '{method}' was not part of it")
 
