@@ -20,7 +20,7 @@ from fedtailor.updates.bayestune import (
     LAMBDA_MAX,
     LAMBDA_MIN,
     RankSearchConfig,
-    clamp_through,
+    clamp_lambda,
     hyper_prior,
     search_ranks,
     sparsity,
@@ -57,7 +57,7 @@ def test_the_norm_of_eq_4_runs_over_columns_of_b_not_rows() -> None:
 
 def test_the_clamp_stops_values_and_lets_gradients_through() -> None:
     raw = torch.tensor([-3.0, 0.5, 5e3], dtype=torch.float64, requires_grad=True)
-    clamped = clamp_through(raw)
+    clamped = clamp_lambda(raw)
     assert clamped.tolist() == [LAMBDA_MIN, 0.5, LAMBDA_MAX]
     (clamped * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert raw.grad is not None

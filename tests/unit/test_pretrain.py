@@ -148,7 +148,10 @@ def test_small_languages_weigh_more_in_the_vocabulary_the_smaller_alpha_is() -> 
 
 
 @pytest.mark.data
-@pytest.mark.skipif("FEDTAILOR_DATA" not in os.environ, reason="needs the data named by FEDTAILOR_DATA")
+@pytest.mark.skipif(
+    "FEDTAILOR_DATA" not in os.environ,
+    reason="set FEDTAILOR_DATA to a folder that holds masakhanews/ to read the real train texts",
+)
 def test_of_xnli_all_premises_of_the_train_file_are_read_whatever_the_seed() -> None:
     first, second = gather(["xnli"], 0.01, 1), gather(["xnli"], 0.01, 2)
     assert every_text(first) == every_text(second)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -113,7 +114,6 @@ def test_unseen_clients_are_skewed_by_their_own_labels(tmp_path: Path) -> None:
 
 
 def test_datasets_opens_the_files(data: TaskData) -> None:
-    datasets = pytest.importorskip("datasets")
     texts = datasets.Dataset.from_file(str(data.path / "texts.arrow"))
     assert texts.column_names == ["pool", "language", "split", "text", "label"]
     examples = datasets.Dataset.from_file(str(data.path / "examples.arrow"))

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 
 from fedtailor.core.errors import DataError
@@ -162,7 +163,6 @@ def test_an_unknown_language_is_an_error(tmp_path: Path) -> None:
 
 
 def test_without_folder_or_hub_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
     monkeypatch.delenv("FEDTAILOR_DATA", raising=False)
 
     def offline(*args: object, **kwargs: object) -> None:
@@ -175,7 +175,6 @@ def test_without_folder_or_hub_the_error_says_what_to_set(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("column", ["category", "label"])
 def test_the_hubs_rows_are_read_by_config_and_split(monkeypatch: pytest.MonkeyPatch, column: str) -> None:
-    datasets = pytest.importorskip("datasets")
     monkeypatch.delenv("FEDTAILOR_DATA", raising=False)
     value = "health" if column == "category" else masakhanews.LABELS.index("health")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -216,7 +217,6 @@ def test_empty_files_are_an_error_that_names_a_client(tmp_path: Path) -> None:
 
 
 def test_without_folder_or_hub_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
     monkeypatch.delenv("FEDTAILOR_DATA", raising=False)
 
     def offline(*args: object, **kwargs: object) -> None:
@@ -231,7 +231,6 @@ def test_without_folder_or_hub_the_error_says_what_to_set(monkeypatch: pytest.Mo
 def test_the_hubs_rows_are_read_by_config_and_split(
     monkeypatch: pytest.MonkeyPatch, label: int | None, message: str | None
 ) -> None:
-    datasets = pytest.importorskip("datasets")
     monkeypatch.delenv("FEDTAILOR_DATA", raising=False)
 
     def hub(name: str, config: str, split: str) -> object:

@@ -77,6 +77,14 @@ class ClientContext:
         """N of each lane, (K,), in the base's type."""
         return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
 
+    def meta_data(self, pad_to: int | None) -> Tensor:
+        """The clients' features, (K, 2L) in the base's type: E(h), SD(h) of FedP2EFT Eq. 6.
+
+        Args:
+            pad_to: see `core.features.client_features`.
+        """
+        return torch.stack(list(self.features(self.lanes, pad_to))).to(self.sizes)
+
     def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
         """Rows of every step of every lane.
 

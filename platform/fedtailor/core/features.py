@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +128,3 @@ class FeatureCache:
             save_file({"features": features}, temporary)
             temporary.replace(path)
         return features
-
-
-def stack_features(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """(K, 2L) in the type and place of ``like``."""
-    return torch.stack(list(rows)).to(like)

@@ -33,7 +33,6 @@ from fedtailor.core.batches import Examples
 from fedtailor.core.config import Config
 from fedtailor.core.context import ClientContext
 from fedtailor.core.early_stop import EarlyStop
-from fedtailor.core.features import stack_features
 from fedtailor.core.lane_adam import AdamGroup, LaneAdam
 from fedtailor.core.lanes import clip_lanes
 from fedtailor.core.method import Capability, Method, Personalised, Report
@@ -95,11 +94,6 @@ class FedL2PConfig(Config):
         }
 
 
-def read_features(ctx: ClientContext, cfg: LrNetConfig) -> Tensor:
-    """The clients' meta-data (K, 2L)."""
-    return stack_features(ctx.features(ctx.lanes, cfg.features_pad_to), ctx.sizes)
-
-
 @dataclass(frozen=True)
 class LearnRates:
     """Fine-tune, look at the validation loss, move phi."""
@@ -114,7 +108,7 @@ class LearnRates:
         own, validation = split_lanes(ctx, cfg.validation)
         _warn_of_few_texts(ctx)
         pairs = OuterPairs.draw(own, validation, cfg.outer_steps, pairs_each)
-        features, start = read_features(ctx, cfg.lrnet), ctx.params.flat(Scope.EPHEMERAL).clone()
+        features, start = ctx.meta_data(cfg.lrnet.features_pad_to), ctx.params.flat(Scope.EPHEMERAL).clone()
         optimizer = LaneAdam(ctx.params, self._outer_groups(ctx.net))
         metrics: dict[str, Tensor] = {}
         clipped = torch.zeros_like(ctx.sizes)
@@ -189,7 +183,7 @@ class GeneratedRates:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """Personalises every client with the rates that the net gives it."""
         with torch.no_grad():
-            rates, raw = self.net(ctx.params, read_features(ctx, self.cfg.lrnet))
+            rates, raw = self.net(ctx.params, ctx.meta_data(self.cfg.lrnet.features_pad_to))
         metrics = {name: repeat_lanes(value, ctx) for name, value in self.net.measure(rates, raw).items()}
         used = split_lanes(ctx, self.cfg.validation)[0] if self.cfg.personalise_on == "train_split" else ctx
         lanes = budget_lanes(used)

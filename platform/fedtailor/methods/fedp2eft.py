@@ -28,7 +28,6 @@ from fedtailor.adapters.bayestune_lora import BayesTuneLora
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.context import ClientContext
-from fedtailor.core.features import stack_features
 from fedtailor.core.lane_adam import AdamGroup, LaneAdam
 from fedtailor.core.lanes import LaneParams
 from fedtailor.core.method import Method, Personalised, Report
@@ -39,7 +38,7 @@ from fedtailor.core.settings import Positive, Rate
 from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
 from fedtailor.personalisers.pruning import RANK_BITS, TieRule, prune, tied_share
 from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.updates.bayestune import REFERENCE, RankSearchConfig, clamp_through, search_ranks
+from fedtailor.updates.bayestune import REFERENCE, RankSearchConfig, clamp_lambda, search_ranks
 
 
 class PsgConfig(Config):
@@ -122,12 +121,7 @@ class StrategyGenerator:
         )
         hidden = torch.where(hidden >= 0, hidden, params["psg.prelu"].unsqueeze(2) * hidden)
         out = torch.baddbmm(params["psg.out.bias"].unsqueeze(2), params["psg.out.weight"], hidden).squeeze(2)
-        return clamp_through(out).view(len(out), -1, self.r_init)
-
-
-def read_features(ctx: ClientContext, cfg: PsgConfig) -> Tensor:
-    """The clients' meta-data (K, 2L)."""
-    return stack_features(ctx.features(ctx.lanes, cfg.features_pad_to), ctx.sizes)
+        return clamp_lambda(out).view(len(out), -1, self.r_init)
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ class TwoStages:
 
     def __call__(self, ctx: ClientContext) -> Report:
         """One client's part of a round."""
-        features = read_features(ctx, self.cfg.psg)
+        features = ctx.meta_data(self.cfg.psg.features_pad_to)
         with torch.no_grad():
             start = self.psg(ctx.params, features)
         target, metrics = search_ranks(ctx, start, self.cfg.stage1)
@@ -176,7 +170,7 @@ class GeneratedRanks:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """Personalises every client with the ranks that the generator gives it."""
         with torch.no_grad():
-            lam = self.psg(ctx.params, read_features(ctx, self.cfg.psg))
+            lam = self.psg(ctx.params, ctx.meta_data(self.cfg.psg.features_pad_to))
         lanes = budget_lanes(ctx)
         wide = repeat_lanes(lam, ctx)
         selection = prune(wide, budgets_of(lanes), self.cfg.ties, self.cfg.rank_bits)

@@ -25,6 +25,7 @@ from fedtailor.core.lane_adam import AdamGroup
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.tasks.classification import lane_cross_entropy
 from fedtailor.updates.local_training import Training, train
+from fedtailor.updates.straight_through import clamp_through
 
 LAMBDA_MIN, LAMBDA_MAX = 1e-4, 1e3
 FEW_STEPS = 3
@@ -55,20 +56,9 @@ REFERENCE = {"max_grad_norm": 1.0, "forward": "raw", "target": "raw", "accumulat
 """Switches that give the public code's behaviour."""
 
 
-class _ClampThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:
-        return value.clamp(LAMBDA_MIN, LAMBDA_MAX)
-
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
-def clamp_through(value: Tensor) -> Tensor:
-    """Clamps to [1e-4, 1e3]; the gradient passes unchanged (straight-through, Bengio et al., 2013)."""
-    result: Tensor = _ClampThrough.apply(value)  # type: ignore[no-untyped-call]
-    return result
+def clamp_lambda(value: Tensor) -> Tensor:
+    """Clamps to [1e-4, 1e3]; the gradient passes unchanged."""
+    return clamp_through(value, LAMBDA_MIN, LAMBDA_MAX)
 
 
 def sparsity(norms: Tensor, lam: Tensor) -> Tensor:
@@ -101,7 +91,7 @@ def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tu
     def loss(batch: LaneBatch) -> Tensor:
         k = batch.lanes
         raw = params[LAMBDA][:k]
-        lam = clamp_through(raw)
+        lam = clamp_lambda(raw)
         use_lambda(net, raw if cfg.forward == "raw" else lam)
         ce = lane_cross_entropy(net.logits(batch), batch)
         ce_sum[:k] += ce.detach()

@@ -16,6 +16,7 @@ from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import Positive, Rate
+from fedtailor.updates.straight_through import clamp_through
 
 MULTIPLIERS = "multipliers"
 
@@ -38,22 +39,6 @@ class LrNetConfig(Config):
     """bfloat16 rounds phi after every step, as the reference does."""
     features_pad_to: Positive | None = None
     """None: real tokens only. The reference counts padding up to the task's fixed length: give that length."""
-
-
-class _ClampThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, value: Tensor, low: float, high: float | None) -> Tensor:
-        return value.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
-
-
-def _clamp_through(value: Tensor, low: float, high: float | None) -> Tensor:
-    """Clamps; the gradient passes unchanged (straight-through, Bengio et al., 2013)."""
-    result: Tensor = _ClampThrough.apply(value, low, high)  # type: ignore[no-untyped-call]
-    return result
 
 
 @dataclass(frozen=True)
@@ -101,8 +86,8 @@ class RateNet:
             bias, weight = params[f"lrnet.{layer}.bias"].unsqueeze(2), params[f"lrnet.{layer}.weight"]
             x = torch.baddbmm(bias, weight, x if layer == "first" else x.relu())
         raw = x.squeeze(2)
-        factors = _clamp_through(raw, 0.0, self.cfg.max_output)
-        return _clamp_through(params[MULTIPLIERS], 0.0, None) * factors, raw
+        factors = clamp_through(raw, 0.0, self.cfg.max_output)
+        return clamp_through(params[MULTIPLIERS], 0.0, None) * factors, raw
 
     def measure(self, rates: Tensor, raw: Tensor) -> dict[str, Tensor]:
         """Mean and SD of the rates, share of frozen matrices (rate 0) and of clamped outputs, (K,) each."""

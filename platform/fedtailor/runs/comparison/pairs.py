@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy import stats
 
 from fedtailor.runs.comparison.read import Side
 from fedtailor.runs.comparison.tables import Budget, PoolTable
 from fedtailor.runs.report.names import in_method_order
 from fedtailor.runs.report.results import client_accuracy
-from fedtailor.runs.report.significance import LEVEL, NOT_COMPARED, Pair, holm
+from fedtailor.runs.report.significance import LEVEL, NOT_COMPARED, Pair, holm, paired
 
 RULE = (
     "Later run minus earlier run, in accuracy points. Each client's accuracy is averaged over the seeds for which both "
@@ -142,28 +140,6 @@ def _origins(side: Side, method: str, seeds: Sequence[int]) -> frozenset[str]:
         for s in stages
         if s["kind"] == "personalise" and s["method"] == method and s["seed"] in seeds
     )
-
-
-def paired(blank: Pair, gain: npt.NDArray[np.float64]) -> Pair:
-    """``blank`` with the paired t-test over clients (Student); without two clients there is no test.
-
-    Args:
-        blank: its coordinates.
-        gain: (n,) difference per client, a fraction.
-    """
-    # Equal accuracies must give exactly no difference, whatever the rounding of the means.
-    values = np.round(gain, _NOISE)
-    mean, n = float(values.mean()), len(values)
-    known = replace(blank, difference=mean, n_clients=n)
-    if n < 2:
-        return known
-    if np.ptp(values) == 0:
-        # No spread: a shift of all clients alike, or no difference at all.
-        return replace(known, standard_error=0.0, interval=(mean, mean), p=1.0 if mean == 0 else 0.0)
-    test = stats.ttest_1samp(values, 0.0)
-    low, high = test.confidence_interval(0.95)
-    error = float(values.std(ddof=1) / np.sqrt(n))
-    return replace(known, standard_error=error, interval=(float(low), float(high)), p=float(test.pvalue))
 
 
 def _corrected(family: Sequence[RunPair]) -> list[RunPair]:

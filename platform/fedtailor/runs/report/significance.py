@@ -129,19 +129,29 @@ def _opponents(methods: Sequence[str]) -> list[tuple[str, str]]:
 def _pair(block: Block, wide: pd.DataFrame, one: str, other: str) -> Pair:
     both = wide[[one, other]].dropna()
     gain = (both[one] - both[other]).groupby(level="client").mean()
+    return paired(Pair(block.pool, block.budget, one, other, 0, 0.0, None, None, None), gain.to_numpy(np.float64))
+
+
+def paired(blank: Pair, gain: npt.NDArray[np.float64]) -> Pair:
+    """``blank`` with the paired t-test over clients (Student, 1908); without two clients there is no test.
+
+    Args:
+        blank: its coordinates: pool, budget and who is compared.
+        gain: (n,) difference per client, a fraction.
+    """
     # Equal accuracies must give exactly no difference, whatever the rounding of the means.
-    values: npt.NDArray[np.float64] = np.round(gain.to_numpy(np.float64), _NOISE)
+    values: npt.NDArray[np.float64] = np.round(gain, _NOISE)
     mean, n = float(values.mean()) if len(values) else float("nan"), len(values)
-    blank = Pair(block.pool, block.budget, one, other, n, mean, None, None, None)
+    known = replace(blank, n_clients=n, difference=mean)
     if n < 2:
-        return blank
+        return known
     if np.ptp(values) == 0:
         # No spread: a shift of all clients alike, or no difference at all.
-        return replace(blank, standard_error=0.0, interval=(mean, mean), p=1.0 if mean == 0 else 0.0)
+        return replace(known, standard_error=0.0, interval=(mean, mean), p=1.0 if mean == 0 else 0.0)
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(0.95)
     error = float(values.std(ddof=1) / np.sqrt(n))
-    return replace(blank, standard_error=error, interval=(float(low), float(high)), p=float(test.pvalue))
+    return replace(known, standard_error=error, interval=(float(low), float(high)), p=float(test.pvalue))
 
 
 def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
