@@ -19,10 +19,11 @@ from fedtailor.core.context import ClientContext, Lane
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.method import Personalised
 from fedtailor.core.net import LaneNet
-from fedtailor.methods import adalora, build_method
+from fedtailor.methods import build_method
 from fedtailor.methods.adalora import AdaLoraConfig
 from fedtailor.personalisers.rank_budget import RankBudget, Schedule
 from fedtailor.runs.experiment import compose
+from fedtailor.updates import local_training
 
 FAST = {"lr": 1e-2, "batch_size": 4, "epochs": 2}
 
@@ -207,13 +208,13 @@ def context_batch(lanes: list[Lane]) -> LaneBatch:
 
 
 def crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Crashing(adalora.LaneAdam):
+    class Crashing(local_training.LaneAdam):
         def step(self, lanes: int) -> None:
             super().step(lanes)
             if float(self.steps[0]) == 2:
                 raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(adalora, "LaneAdam", Crashing)
+    monkeypatch.setattr(local_training, "LaneAdam", Crashing)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["after success", "after an exception"])

@@ -15,7 +15,7 @@ A client too small for the schedule gets its final mask after the last step, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal
 
@@ -26,17 +26,17 @@ from torch import Tensor
 from fedtailor.adapters.adalora import SvdLanes, SvdLora, TrainedSvd, orthogonality, svd_names
 from fedtailor.adapters.peft_folder import export_adapter
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.batches import IntArray
+from fedtailor.core.batches import LaneBatch
 from fedtailor.core.config import Config
 from fedtailor.core.context import ClientContext
-from fedtailor.core.lane_adam import AdamGroup, LaneAdam
-from fedtailor.core.lanes import clip_lanes
+from fedtailor.core.lane_adam import AdamGroup
 from fedtailor.core.method import Method, Personalised
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.personalisers.finetune import budget_lanes, budgets_of
 from fedtailor.personalisers.rank_budget import RankBudget, Schedule
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.tasks.classification import lane_cross_entropy
+from fedtailor.updates.local_training import Training, train
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -133,12 +133,12 @@ class AdaptiveRanks:
         init = cfg.init_rank(rank)
         scale = (cfg.alpha or 2.0 * init) / (init + 1e-5)
         own = ctx.fork(ctx.lanes, SvdLora(init, scale, cfg.init_rank(max(ctx.r_max, rank))))
-        picks = own.training_batches(cfg.epochs, cfg.batch_size, "personalise")
-        schedule = Schedule(init, rank, len(picks[0]), cfg.t_init, cfg.t_final, cfg.delta_t, (cfg.beta1, cfg.beta2))
+        steps = cfg.epochs * math.ceil(ctx.lanes[0].size / cfg.batch_size)
+        schedule = Schedule(init, rank, steps, cfg.t_init, cfg.t_final, cfg.delta_t, (cfg.beta1, cfg.beta2))
         # With all ranks kept there is nothing to allocate, and peft's allocator would look for a zeroth-smallest score.
         budget = RankBudget(own.net, own.params, schedule) if init > rank else None
         try:
-            loss = self._train(own, picks, budget)
+            loss = self._train(own, budget)
             if budget and cfg.final_mask == "always":
                 budget.close()
             keep = budget.kept if budget else torch.ones(len(own.net.sites), init, dtype=torch.bool)
@@ -150,27 +150,20 @@ class AdaptiveRanks:
         self._check(own, int(keep.sum()), rank * len(keep))
         return trained, {"train_loss": loss, "orthogonality": distance}
 
-    def _train(self, ctx: ClientContext, picks: Sequence[Sequence[IntArray]], budget: RankBudget | None) -> Tensor:
+    def _train(self, ctx: ClientContext, budget: RankBudget | None) -> Tensor:
         """Minimises cross-entropy + orth * `orthogonality`; returns the mean cross-entropy over the steps."""
-        cfg = self.cfg
-        optimizer = LaneAdam(ctx.params, [AdamGroup(svd_names(ctx.net), cfg.lr)])
-        total = torch.zeros((), dtype=torch.float64, device=ctx.net.device)
-        ctx.net.train_mode(True)
-        try:
-            for step, batch in enumerate(ctx.batches(picks)):
-                optimizer.zero_grad()
-                loss = lane_cross_entropy(ctx.net.logits(batch), batch)
-                whole = loss + cfg.orth * orthogonality(ctx.net, ctx.params) if cfg.orth else loss
-                whole.sum().backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()[0]
-                if cfg.max_grad_norm is not None:
-                    clip_lanes(optimizer.slices[0], cfg.max_grad_norm, 1)
-                optimizer.step(1)
-                if budget:
-                    budget.after_step(step)
-        finally:
-            ctx.net.train_mode(False)
-        return total / len(picks[0])
+        cfg, total = self.cfg, torch.zeros((), dtype=torch.float64, device=ctx.net.device)
+
+        def loss(batch: LaneBatch) -> Tensor:
+            nonlocal total
+            own = lane_cross_entropy(ctx.net.logits(batch), batch)
+            total = total + own.detach()[0]
+            return own + cfg.orth * orthogonality(ctx.net, ctx.params) if cfg.orth else own
+
+        how = Training(cfg.epochs, cfg.batch_size, "personalise", cfg.max_grad_norm)
+        groups = [AdamGroup(svd_names(ctx.net), cfg.lr)]
+        trace = train(ctx, groups, how, loss, after_step=budget.after_step if budget else None)
+        return total / trace.steps[0]
 
     def _check(self, ctx: ClientContext, kept: int, allowed: int) -> None:
         if kept == allowed:

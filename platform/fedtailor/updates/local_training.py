@@ -16,6 +16,7 @@ from fedtailor.tasks.classification import lane_cross_entropy
 
 LaneLoss = Callable[[LaneBatch], Tensor]
 AfterBackward = Callable[[LaneBatch, int], None]
+AfterStep = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def train(
     how: Training,
     loss: LaneLoss | None = None,
     after_backward: AfterBackward | None = None,
+    after_step: AfterStep | None = None,
 ) -> Trace:
     """Trains ``ctx.params`` in place.
 
@@ -71,6 +73,7 @@ def train(
         how: epochs, batch size, clipping, dropout.
         loss: (k,) loss of the running lanes; cross-entropy by default.
         after_backward: called with the batch and step number before clipping, e.g. to log a gradient's parts.
+        after_step: called with the step number after the optimizer, gradients still there, e.g. to prune ranks.
     """
     loss = loss or cross_entropy_of(ctx)
     optimizer = LaneAdam(ctx.params, groups)
@@ -94,6 +97,8 @@ def train(
             if how.max_grad_norm is not None:
                 clip_lanes(clipped, how.max_grad_norm, batch.lanes)
             optimizer.step(batch.lanes)
+            if after_step:
+                after_step(step)
     finally:
         ctx.net.train_mode(False)
     steps = torch.tensor([len(p) for p in picks], device=totals.device)

@@ -31,7 +31,6 @@ COLUMNS = (
     "pool", "budget", "method", "run", "other_run", "seeds", "n_clients", "mean_difference", "standard_error",
     "ci95_low", "ci95_high", "p", "p_holm", "verdict",
 )  # fmt: skip
-_NOISE = 12
 _KEYS = ["pool", "method", "budget", "seed", "client"]
 
 
