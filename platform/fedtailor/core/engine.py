@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedtailor.core.bounding import bounded
 from fedtailor.core.context import ClientContext, Lane
 from fedtailor.core.errors import TailorError
 from fedtailor.core.messages import (
@@ -80,7 +81,7 @@ class _Segment:
     """One call of `Worker.run`: collects per-client answers, then adds them in client order."""
 
     def __init__(self, stage: OpenStage, job: SegmentJob, shared: FloatArray | None) -> None:
-        self.stage, self.job = stage, job
+        self.stage, self.job, self.received = stage, job, shared
         self.shared = (
             None if shared is None else torch.from_numpy(np.array(shared, dtype=np.float32)).to(stage.net.device)
         )
@@ -124,7 +125,9 @@ class _Segment:
         if len(clients) > 1:
             self.result.warnings.append({"kind": "group-rerun", "clients": list(clients), "reason": _reason(error)})
         for client in clients:
-            for record in (self.rows, self.metrics, self.failed, self.result.private, self.result.tensors):
+            for record in (
+                self.rows, self.metrics, self.failed, self.result.private, self.result.tensors, self.result.norms,
+            ):  # fmt: skip
                 record.pop(client, None)
             try:
                 if len(clients) == 1:
@@ -158,10 +161,15 @@ class _Segment:
             if not (np.isfinite(row).all() and np.isfinite(own).all()):
                 self._reject(client, "NaN or Inf in the update")
                 continue
-            self.rows[client] = row
+            self.rows[client], self.result.norms[client] = self._bounded(row)
             if own.size:
                 self.result.private[client] = own
             self.metrics[client] = self._report_rows(report, k, lane)
+
+    def _bounded(self, row: FloatArray) -> tuple[FloatArray, float]:
+        if self.received is None:
+            return row, 0.0
+        return bounded(row, self.received, self.stage.method.bound)
 
     def _report_rows(self, report: Report, k: int, lane: Lane) -> list[dict[str, Any]]:
         return [
@@ -217,7 +225,7 @@ class _Segment:
 
     def _reject(self, client: str, reason: str) -> None:
         self.failed[client] = Failure(client, self.job.stage, self.job.round, "rejected", reason)
-        for record in (self.rows, self.metrics, self.result.private, self.result.tensors):
+        for record in (self.rows, self.metrics, self.result.private, self.result.tensors, self.result.norms):
             record.pop(client, None)
         adapters = self.result.adapters
         self.result.adapters = {lane: files for lane, files in adapters.items() if lane.partition("/")[2] != client}
@@ -260,6 +268,7 @@ def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:
         whole.failures = whole.failures + part.failures
         whole.warnings = whole.warnings + part.warnings
         whole.valid = whole.valid + part.valid
+        whole.norms = whole.norms | part.norms
         whole.seconds = whole.seconds | part.seconds
     return whole
 

@@ -54,6 +54,8 @@ class StageSpec:
     base_config: Mapping[str, Any] = field(default_factory=dict)
     attention: str | None = None
     """Attention kernel of the model; None: transformers' choice."""
+    guards: Mapping[str, Any] = field(default_factory=dict)
+    """Sections ``aggregation`` and ``privacy`` that differ from their defaults, see `fedtailor.methods.guards`."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class SegmentResult:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     valid: tuple[str, ...] = ()
     """Clients counted in ``partial``, in order."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """L2 norm of each valid client's SHARED update, before any bound."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per client (a group's time shared equally). Not part of any digest."""
     host: dict[str, Any] = field(default_factory=dict)

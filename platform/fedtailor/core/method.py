@@ -6,6 +6,7 @@ PRIVATE or EPHEMERAL, plus one client function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -172,6 +173,9 @@ class Method:
         per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
         early_stop: ends the rounds before their number is reached.
         overlay: of a base method, what its PRIVATE state becomes in the stages that build on it.
+        bound: largest L2 norm of a client's SHARED update (what it sends minus what it received); a longer one is
+            scaled down where the client ran, before it is summed. Infinite: nothing is changed.
+        alarm: an update longer than so many medians of its cohort is reported; 0: none is.
     """
 
     name: str
@@ -189,6 +193,8 @@ class Method:
     per_budget: bool = False
     early_stop: EarlyStop | None = None
     overlay: Overlay | None = None
+    bound: float = math.inf
+    alarm: float = 0.0
 
     @property
     def lanes(self) -> bool:

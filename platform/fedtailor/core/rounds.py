@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fedtailor.core.bounding import norm_alarms
 from fedtailor.core.early_stop import without_record
 from fedtailor.core.errors import ClientError, RoundError
 from fedtailor.core.grouping import segments
@@ -186,6 +187,7 @@ def close_round(
     if method.early_stop is not None:
         server = server | method.early_stop.follow(state.shared, state.server, metrics)
     private = {client: row for result in results for client, row in result.private.items()}
+    norms = {client: norm for result in results for client, norm in result.norms.items()}
     at = {**state.private_at, **dict.fromkeys(private, state.round)}
     return RoundOutcome(
         state=RoundState(state.round + 1, shared, server, at),
@@ -194,7 +196,7 @@ def close_round(
         metrics=metrics,
         private=private,
         failures=failures,
-        warnings=[warning for result in results for warning in result.warnings],
+        warnings=[w for result in results for w in result.warnings] + norm_alarms(norms, method.alarm),
         seconds={client: s for result in results for client, s in result.seconds.items()},
     )
 

@@ -174,6 +174,37 @@ class PersonaliseStageConfig(Config):
     """Clients per commit."""
 
 
+class AggregationConfig(_Named):
+    """How the server joins the clients' SHARED parameters, in every stage with rounds.
+
+    ``method``: as the method itself says (mostly the mean weighted by examples). The others withstand a share of
+    clients that send anything; all but ``norm_bound`` need every client's own update at the server and count each
+    client once.
+    """
+
+    name: Literal["method", "median", "trimmed_mean", "krum", "norm_bound"] = "method"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.3
+    """trimmed_mean: share of the values cut at each end of every coordinate (Yin et al., 2018)."""
+    byzantine: Annotated[float, Field(ge=0, lt=0.5)] = 0.3
+    """krum: share of the cohort that may be anything (Blanchard et al., 2017)."""
+    kept: Positive | None = None
+    """krum: clients averaged at the end (Multi-Krum); default: all but the share above; 1 is Krum itself."""
+    bound: Rate | None = None
+    """norm_bound: largest L2 norm of a client's update; longer ones are scaled down to it (Sun et al., 2019)."""
+    alarm: Annotated[float, Field(gt=1)] = 10.0
+    """An update longer than so many medians of its cohort is reported as an event, whatever the aggregation."""
+
+    @model_validator(mode="after")
+    def _has_bound(self) -> AggregationConfig:
+        if (self.name == "norm_bound") != (self.bound is not None):
+            raise ValueError("'aggregation.bound' is needed by aggregation=norm_bound, and used by it alone")
+        return self
+
+
+class PrivacyConfig(Config):
+    """What is done to hide single clients; every stage with rounds. See `fedtailor.privacy`."""
+
+
 class EngineConfig(Config):
     """Where and how clients run. Only threads, token_budget, max_lanes, segments and dtype may change numbers."""
 

@@ -21,6 +21,7 @@ from fedtailor.core.net import LaneNet
 from fedtailor.core.pool import StageInfo
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.methods import build_method
+from fedtailor.methods.guards import guarded
 from fedtailor.models.classifier import load_classifier
 from fedtailor.models.families import adapted_linears
 from fedtailor.tasks.tokens import TokenData
@@ -60,7 +61,7 @@ class OpenStage:
         """Loads data and, unless an unchanged one is handed in, the model."""
         torch.set_num_threads(spec.threads)
         data = TokenData.open(Path(spec.data_dir))
-        method = build_method(spec.method, spec.method_config, spec.r_max)
+        method = guarded(spec.method, spec.method_config, spec.r_max, spec.guards)
         net = net or load_net(spec, data.labels)
         net.clear_overlay()
         overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None

@@ -15,7 +15,7 @@ from fedtailor.core.method import Method, Row
 from fedtailor.core.pool import Pool, StageInfo
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
 from fedtailor.core.scope import ParamSpec
-from fedtailor.methods import build_method
+from fedtailor.methods.guards import guarded
 from fedtailor.runs.artifact_lock import HeldLock, lock
 from fedtailor.runs.base_model import write_base
 from fedtailor.runs.commit_log import CommitLog, Payload
@@ -137,7 +137,7 @@ class Execution:
                 str(self.artifacts / inputs.tokens),
                 str(cache),
             )
-            method = build_method(stage.method, method_section(self.exp, stage.method), stage.r_max)
+            method = guarded(stage.method, method_section(self.exp, stage.method), stage.r_max, spec.guards)
             if stage.kind == "personalise":
                 modules, r_init = self._personalise(stage, spec, data, log)
             else:

@@ -14,11 +14,13 @@ from pydantic import Field, create_model, field_validator
 from fedtailor.core.config import Config, deviations, merge_layers, validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import (
+    AggregationConfig,
     BaseStageConfig,
     EngineConfig,
     ModelConfig,
     PersonaliseStageConfig,
     Positive,
+    PrivacyConfig,
     StrategyStageConfig,
     TaskConfig,
     WandbConfig,
@@ -48,6 +50,8 @@ class ExperimentBase(Config):
     base: BaseStageConfig = BaseStageConfig()
     strategy: StrategyStageConfig = StrategyStageConfig()
     personalise: PersonaliseStageConfig = PersonaliseStageConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     engine: EngineConfig = EngineConfig()
     wandb: WandbConfig = WandbConfig()
 
@@ -97,6 +101,12 @@ def method_section(experiment: ExperimentBase, method: str) -> Config:
     """Configuration of one method."""
     section: Config = getattr(experiment, method) if method in _SECTIONS else METHODS[method].config()
     return section
+
+
+def guards_of(experiment: ExperimentBase) -> dict[str, Any]:
+    """Sections around every method that differ from their defaults, as JSON-like data: see `methods.guards`."""
+    sections = {"aggregation": experiment.aggregation, "privacy": experiment.privacy}
+    return {name: to_json(section) for name, section in sections.items() if section != type(section)()}
 
 
 def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:

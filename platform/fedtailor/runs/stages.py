@@ -13,7 +13,7 @@ import torch
 from fedtailor import NUMERICS_VERSION
 from fedtailor.core.messages import StageSpec
 from fedtailor.methods import build_method
-from fedtailor.runs.experiment import ExperimentBase, base_seed, cohort_size, method_section, scaled, to_json
+from fedtailor.runs.experiment import ExperimentBase, base_seed, cohort_size, guards_of, method_section, scaled, to_json
 
 NUMERIC_ENGINE_KEYS = ("threads", "token_budget", "max_lanes", "segments", "min_segment", "dtype")
 
@@ -142,7 +142,8 @@ class _Graph:
         )  # fmt: skip
 
     def _policy(self) -> dict[str, Any]:
-        return {"on_client_failure": self.exp.engine.on_client_failure, "quorum": self.exp.engine.quorum}
+        guards = {f"guard/{name}": section for name, section in guards_of(self.exp).items()}
+        return {"on_client_failure": self.exp.engine.on_client_failure, "quorum": self.exp.engine.quorum, **guards}
 
     def _add(self, stage: Stage, **own: Any) -> str:
         content = {
@@ -184,6 +185,7 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         rounds=stage.rounds,
         device=device_of(exp),
         attention=exp.model.attention,
+        guards={} if stage.kind == "personalise" else guards_of(exp),
         **_overlay(exp, stage),
     )
 
