@@ -1,4 +1,4 @@
-"""The files in cluster/ are valid for the tools that read them: Ray's launcher, Kubernetes, KubeRay, Slurm's shell, Docker."""
+"""The files in cluster/ are valid for the tools that read them: Ray, Kubernetes, KubeRay, a shell, Docker."""
 
 from __future__ import annotations
 
