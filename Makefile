@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+CHAOS_RUNS ?= 200
+CHAOS_SEED ?= 1
 
 .PHONY: demo test check unit bench chaos clean
 
@@ -26,11 +28,12 @@ test: check            ## everything that decides whether a change lands
 unit: $(VENV)/.ready   ## the fast part
 	$(PYTEST) tests/unit tests/contracts tests/golden
 
-bench: $(VENV)/.ready  ## speed and memory, ratios from one run
-	$(BIN)/python tests/benchmarks
+bench: $(VENV)/.ready  ## speed and memory beside a plain loop, Flower and pfl; a part: BENCH='--only null'
+	$(BIN)/python tests/benchmarks $(BENCH)
 
-chaos: $(VENV)/.ready  ## kills, signals and full disks, with real processes
-	$(PYTEST) tests/chaos
+chaos: $(VENV)/.ready  ## kills, signals and full disks, with real processes; then the seeded soak (about an hour)
+	$(PYTEST) tests/chaos -m ''
+	$(BIN)/python tests/chaos/soak.py --runs $(CHAOS_RUNS) --seed $(CHAOS_SEED) --minutes 60
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -9,19 +9,20 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import ray
 
+from actors.metrics import ActorMetrics
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.pool import StageInfo
 
 FORWARDED = (
-    "FEDTAILOR_DATA", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE",
-    "TRANSFORMERS_OFFLINE", "CUBLAS_WORKSPACE_CONFIG",
+    "FEDTAILOR_DATA", "FEDTAILOR_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "CUBLAS_WORKSPACE_CONFIG", "FEDTAILOR_FAULT",
 )  # fmt: skip
 """Variables that follow the run onto a cluster that was started elsewhere. No secret is among them."""
 
@@ -62,11 +63,20 @@ class ClientActor:
         threads: torch and BLAS threads.
         memory_fraction: share of the GPU's memory that this process may allocate, or None.
         environment: variables to set unless they are set already.
+        run: run id, for metrics.
+        number: of this actor in its pool.
     """
 
     def __init__(
-        self, worker: str, threads: int, memory_fraction: float | None, environment: Mapping[str, str]
+        self,
+        worker: str,
+        threads: int,
+        memory_fraction: float | None,
+        environment: Mapping[str, str],
+        run: str = "",
+        number: int = 0,
     ) -> None:
+        self._number, self._metrics = number, ActorMetrics(run, number)
         self._worker_name, self._threads, self._memory_fraction = worker, threads, memory_fraction
         self._worker: Any = None
         self._info: StageInfo | None = None
@@ -95,6 +105,9 @@ class ClientActor:
         results = [self._worker.run(job, shared) for job in jobs]
         for result in results:
             result.host = {**result.host, **where}
+            result.costs = {client: replace(cost, actor=self._number) for client, cost in result.costs.items()}
+        if jobs:
+            self._metrics.played(jobs[0].stage)
         return results
 
     @ray.method(concurrency_group="watch")

@@ -66,7 +66,7 @@ class Crew:
     """A number of equal actors.
 
     Args:
-        make_actor: creates one; must return at once.
+        make_actor: creates the one of a number; must return at once.
         deadline_s: seconds for one call.
         retries: deaths in a row that an actor's place may suffer before a stage is open.
         on_event: hears of every loss, replacement and hang.
@@ -75,7 +75,7 @@ class Crew:
 
     def __init__(
         self,
-        make_actor: Callable[[], Any],
+        make_actor: Callable[[int], Any],
         deadline_s: float,
         retries: int,
         on_event: OnEvent,
@@ -153,7 +153,7 @@ class Crew:
         self.members = []
 
     def _start(self, number: int, losses: tuple[Loss, ...] = ()) -> Member:
-        member = Member(number, self._make_actor(), losses=losses)
+        member = Member(number, self._make_actor(number), losses=losses)
         self._call(member, Call("start", time.monotonic() + START_S))
         return member
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.client_actor import forwarded_environment, resolve
 from actors.faults import Loss, judge
+from actors.metrics import CommitMetrics
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
 from fedtailor.core.errors import WorkerError
@@ -68,7 +70,8 @@ class DriverActor:
             os.environ.setdefault(name, value)
         if os.path.isdir(folder):
             os.chdir(folder)
-        return resolve(entry)(payload, RayPool, self._reporter, self._stop)
+        run = str(payload.get("run_id", ""))
+        return resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(self._reporter, run), self._stop)
 
     def events(self, since: int, wait_s: float) -> list[dict[str, Any]]:
         """See `Reporter.read`."""

@@ -70,9 +70,9 @@ class JobLedger:
         return self._open == 0
 
     @property
-    def waiting(self) -> bool:
-        """Whether a job waits to be handed out."""
-        return bool(self._todo)
+    def waiting(self) -> int:
+        """Jobs that wait to be handed out."""
+        return len(self._todo)
 
     def job(self, position: int) -> SegmentJob:
         """The job with the number of its current attempt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 from actors.client_actor import ClientActor, Host, forwarded_environment, resolve
 from actors.crew import Answer, Crew, Member
 from actors.ledger import Costs, JobLedger
+from actors.metrics import PoolMetrics
 from actors.parts import Parts
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
@@ -40,15 +42,19 @@ class RayPool:
         on_event: hears of losses and recoveries, as they happen.
         worker: ``module:Class`` that plays segments.
         merge: ``module:function`` that joins the results of a segment's single clients, in client order.
+        run: run id, for metrics.
 
     Raises:
         PlacementError: the actors can never fit, or the cluster cannot be joined.
     """
 
-    def __init__(self, config: EngineConfig, on_event: OnEvent, *, worker: str = WORKER, merge: str = MERGE) -> None:
+    def __init__(
+        self, config: EngineConfig, on_event: OnEvent, *, worker: str = WORKER, merge: str = MERGE, run: str = ""
+    ) -> None:
         # Calls that are given up on purpose are no news; losses are reported as events.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        self._config, self._on_event = config, on_event
+        self._config, self._on_event, self._run = config, self._counted(on_event), run
+        self._metrics = PoolMetrics(run)
         self._worker, self._merge = worker, merge
         self._costs = Costs()
         self._round = 0
@@ -57,7 +63,7 @@ class RayPool:
             self._nodes = cluster_nodes(gpu_memory=config.memory_gb is not None)
             self._plan: ActorPlan = plan_actors(config, self._nodes, 1 if self._per_client else None)
             self._crew = Crew(
-                self._make_actor, config.deadline_s, config.retries, on_event, all_needed=self._per_client
+                self._make_actor, config.deadline_s, config.retries, self._on_event, all_needed=self._per_client
             )
             self._crew.hire(self._plan.count)
         except BaseException:
@@ -83,6 +89,7 @@ class RayPool:
         """See `Pool.open`; actors that were given up for lack of memory come back here."""
         if not self._per_client:
             self._crew.hire(self._plan.count)
+        self._metrics.open(spec.key)
         return self._crew.open(spec)
 
     def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
@@ -97,6 +104,7 @@ class RayPool:
 
     def close(self) -> None:
         """Ends the actors, and Ray only if this pool started it."""
+        self._metrics.close()
         if ray.is_initialized():
             self._crew.close()
         self._session.close()
@@ -105,7 +113,14 @@ class RayPool:
     def _per_client(self) -> bool:
         return self._config.mode == "per_client"
 
-    def _make_actor(self) -> Any:
+    def _counted(self, on_event: OnEvent) -> OnEvent:
+        def told(event: dict[str, Any]) -> None:
+            self._metrics.event(event)
+            on_event(event)
+
+        return told
+
+    def _make_actor(self, number: int) -> Any:
         options: dict[str, Any] = {
             "num_cpus": self._plan.num_cpus,
             "num_gpus": self._plan.num_gpus,
@@ -114,7 +129,7 @@ class RayPool:
             "concurrency_groups": {"watch": 1},
         }
         return ray.remote(**options)(ClientActor).remote(
-            self._worker, self._config.threads, self._plan.memory_fraction, forwarded_environment()
+            self._worker, self._config.threads, self._plan.memory_fraction, forwarded_environment(), self._run, number
         )
 
     def _play(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, accepted: Accepted) -> list[SegmentResult]:
@@ -123,11 +138,15 @@ class RayPool:
         ledger = JobLedger(jobs, self._costs, self._config.retries)
         reference = None if shared is None or not jobs else ray.put(shared)
         served: set[Member] = set()
+        began = time.monotonic()
         while not ledger.finished:
             self._feed(ledger, reference, served)
+            self._metrics.waiting(ledger.waiting)
             for answer in self._crew.wait():
                 self._take(answer, ledger, accepted)
-        return ledger.results()
+        results = ledger.results()
+        self._metrics.played(sum(len(result.valid) for result in results), time.monotonic() - began)
+        return results
 
     def _feed(self, ledger: JobLedger, reference: Any, served: set[Member]) -> None:
         for member in self._crew.members:
@@ -155,6 +174,7 @@ class RayPool:
             raise WorkerError(f"actor {member.number} answered {len(results)} of {len(call.positions)} segments")
         for position, result in zip(call.positions, results, strict=True):
             if ledger.accept(position, result):
+                self._metrics.taken(result)
                 accepted(position, result)
             else:
                 self._on_event(_about("result_dropped", ledger.job(position), member, "a second result"))

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import site
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import actors
 import fedtailor
+from actors.auth_token import provide_token
 from actors.client_actor import THREAD_VARIABLES
+from actors.join import join
 from actors.placement import NodeResources
-from fedtailor.core.errors import PlacementError
 
 PROBE_S = 30.0
-KNOCK_S = 5.0
 _MIB = 2**20
 
 
@@ -50,25 +49,19 @@ def ensure_ray(address: str | None = None, threads: int = 1) -> RaySession:
     processes this process's environment, so no runtime environment has to be built.
 
     Args:
-        address: ``auto``, ``host:port`` or ``ray://host:port``.
+        address: ``auto``, ``host:port``, ``ray://host:port``, or ``local`` for a cluster of its own.
         threads: BLAS and OpenMP threads of a local cluster's processes.
 
     Raises:
-        PlacementError: there is no cluster at the address.
+        PlacementError: there is no cluster at the address, or it does not let this process in.
     """
     if ray.is_initialized():
         return RaySession(started=False)
     target = address or os.environ.get("RAY_ADDRESS")
-    if target:
-        _knock(target)
-        try:
-            ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise PlacementError(
-                f"cannot join a Ray cluster at engine.address={target}: {error} "
-                "(a cluster with RAY_AUTH_MODE=token wants its token here too)"
-            ) from error
+    if target and target != "local":
+        join(target)
         return RaySession(started=False)
+    provide_token()
     with _environment(_local_variables(threads)), _loopback():
         ray.init(
             address="local",
@@ -80,17 +73,6 @@ def ensure_ray(address: str | None = None, threads: int = 1) -> RaySession:
             _node_ip_address="127.0.0.1",
         )
     return RaySession(started=True)
-
-
-def _knock(address: str) -> None:
-    """Fails at once where nobody listens; Ray itself would try for a minute or more."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # ``auto`` and other names that only Ray can resolve
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
-    except OSError as error:
-        raise PlacementError(f"no Ray cluster listens at engine.address={address}: {error}") from error
 
 
 def cluster_nodes(gpu_memory: bool = False) -> list[NodeResources]:

@@ -1,8 +1,19 @@
-"""Published search grids, one file per paper: plain data that any search tool can read."""
+"""Published search grids, one file per paper: plain data that any search tool can read, and a launcher for Ray Tune."""
 
 from __future__ import annotations
 
-from tune_spaces import fedp2eft
+from types import ModuleType
+from typing import Final
 
-PAPERS = (fedp2eft,)
-"""Modules with GRIDS (method to grid) and PICKED (key to what the paper chose)."""
+from tune_spaces import fedp2eft
+from tune_spaces.grid import Grid
+
+PAPERS: Final[tuple[ModuleType, ...]] = (fedp2eft,)
+"""Modules with GRIDS (name to grid) and PICKED (key to what the paper chose)."""
+
+
+def grids() -> dict[str, Grid]:
+    """Every published grid by its address, ``<paper>/<grid>``."""
+    return {
+        f"{paper.__name__.rpartition('.')[2]}/{name}": grid for paper in PAPERS for name, grid in paper.GRIDS.items()
+    }

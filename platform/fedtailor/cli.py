@@ -26,6 +26,9 @@ BACKENDS: Final[dict[str, str]] = {
 }
 """engine.backend to the function that runs a run there; imported by name, so the library needs no Ray."""
 
+SWEEPS: Final[dict[str, str]] = {"run": "tune_spaces.launch:sweep", "list": "tune_spaces.view:grids_table"}
+"""What sweeps can do, also by name: the library needs no Ray Tune."""
+
 
 class _Commands(TyperGroup):
     """Shows deliberate errors as messages; anything else keeps its traceback."""
@@ -54,6 +57,9 @@ app = typer.Typer(
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="Name of a run's folder in the storage.")]
 Storage = Annotated[str, typer.Option(help="Where runs are kept; the key 'storage' of the configuration.")]
 JsonLog = Annotated[bool, typer.Option("--json-log", help="One JSON object per event instead of a bar.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster: auto, HOST:PORT, ray://HOST:PORT or local; the same as engine.address.")
+]
 Words = Annotated[
     list[str],
     typer.Argument(metavar="[PRESET|KEY=VALUE]...", help="Presets (later ones win) and dotted overrides."),
@@ -67,6 +73,7 @@ class Listing(StrEnum):
     tasks = "tasks"
     models = "models"
     presets = "presets"
+    sweeps = "sweeps"
 
 
 def _version(wanted: bool) -> None:
@@ -85,6 +92,7 @@ def _root(
 def run(
     words: Words,
     run_id: Annotated[str | None, typer.Option(help="Name of the run; default: preset and hash.")] = None,
+    address: Address = None,
     json_log: JsonLog = False,
 ) -> None:
     """Run an experiment, or go on with it if it exists: fedtailor run demo strategy.rounds=20."""
@@ -92,33 +100,75 @@ def run(
     from fedtailor.runs.preflight import prepare
 
     presets, exp = _compose(words)
+    exp = launch.at_address(exp, address)
     name = run_id or launch.default_run_id(presets, exp)
     _conduct(exp, name, lambda emit: prepare(exp, name, emit), json_log)
 
 
 @app.command()
-def resume(run_id: RunId, storage: Storage = "./runs", json_log: JsonLog = False) -> None:
+def resume(
+    run_id: RunId,
+    storage: Storage = "./runs",
+    address: Annotated[str | None, typer.Option(help="Another Ray cluster than before; local: one of its own.")] = None,
+    json_log: JsonLog = False,
+) -> None:
     """Go on with an interrupted or failed run from its last commit."""
     from fedtailor.runs import launch
+    from fedtailor.runs.job_folder import refuse_job_folder
 
+    refuse_job_folder("--storage", storage)
     folder = _open(run_id, storage)
-    _conduct(launch.load_experiment(folder), run_id, lambda _: folder, json_log)
+    exp = launch.at_address(launch.load_experiment(folder), address, instead=True)
+    _conduct(exp, run_id, lambda _: folder, json_log)
 
 
 @app.command()
-def status(run_id: RunId, storage: Storage = "./runs") -> None:
-    """Show how far a run has got."""
-    from rich.markup import escape
+def sweep(
+    grid: Annotated[str, typer.Argument(metavar="PAPER/GRID", help="One of: fedtailor list sweeps.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PRESET|KEY=VALUE]...", help="Presets (later ones win) and dotted overrides."),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="{train,seen,unseen}_{accuracy,loss}; default: what the paper judged by."),
+    ] = None,
+    sweep_id: Annotated[str | None, typer.Option(help="Name of the sweep; default: grid, preset and hash.")] = None,
+    asha: Annotated[bool, typer.Option("--asha", help="Stop hopeless trials early.")] = False,
+    trials_at_once: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many as fit; fixed when a sweep starts first.")
+    ] = None,
+    json_log: JsonLog = False,
+) -> None:
+    """Run a published grid with Ray Tune, or what is missing of it: sweep fedp2eft/lambda_lr demo."""
+    from fedtailor.runs.launch import resolve
 
-    from fedtailor.runs.console import STATES, status_table
-    from fedtailor.runs.launch import committed_stages
+    log = _console() if json_log else None
+    resolve(SWEEPS["run"])(
+        _console(stderr=json_log), grid, tuple(words or ()), objective, sweep_id, asha, trials_at_once, log
+    )
 
-    folder, console = _open(run_id, storage), _console()
-    state = folder.status()
-    colour = STATES.get(state["state"], "white")
-    told = f"[{colour}]{state['state']}[/]  {escape(state['message'])}"
-    console.print(f"[bold]{run_id}[/]  {told}", highlight=False)
-    console.print(status_table(committed_stages(folder)))
+
+@app.command()
+def status(
+    run_id: Annotated[str | None, typer.Argument(metavar="[RUN_ID]", help="Default: the states of all runs.")] = None,
+    storage: Storage = "./runs",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Until the run ends; exit code 0 if it is complete.")] = False,
+) -> None:
+    """Show how a run stands: stages, speed, losses, who drives it; without RUN_ID all runs."""
+    from fedtailor.runs import status_view
+    from fedtailor.runs.storage import Storage as Store
+
+    if run_id is None:
+        if watch:
+            raise ConfigError("status --watch needs a RUN_ID")
+        status_view.show_runs(_console(), Store(storage), as_json)
+        return
+    folder = _open(run_id, storage)
+    if watch:
+        raise typer.Exit(status_view.watch_run(_console(), folder, as_json))
+    status_view.show_run(_console(), folder, as_json)
 
 
 @app.command()
@@ -131,9 +181,13 @@ def digest(run_id: RunId, storage: Storage = "./runs") -> None:
 
 
 @app.command()
-def report(run_id: RunId, storage: Storage = "./runs") -> None:
+def report(
+    run_id: RunId,
+    storage: Storage = "./runs",
+    out: Annotated[Path | None, typer.Option(help="New folder; default: STORAGE/RUN_ID/report, made anew.")] = None,
+) -> None:
     """Write the tables and figures of a run again."""
-    typer.echo(f"report: {_write_report(_open(run_id, storage))}")
+    typer.echo(f"report: {_write_report(_open(run_id, storage), out)}")
 
 
 @app.command()
@@ -155,15 +209,18 @@ def compare(
 def sync(
     run_id: RunId,
     storage: Storage = "./runs",
-    mode: Annotated[str | None, typer.Option(help="online or offline; default: wandb.mode.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="online, offline, or auto: online if there is a key; default: wandb.mode, else auto."),
+    ] = None,
 ) -> None:
-    """Rebuild the W&B run of an experiment from its committed metrics."""
+    """Feed W&B from a run's committed metrics: one W&B run per experiment; repeated, it adds what is missing."""
     from fedtailor.runs import wandb_sink
     from fedtailor.runs.launch import load_experiment
 
     folder = _open(run_id, storage)
     exp = load_experiment(folder)
-    typer.echo(f"W&B: {wandb_sink.sync(folder, mode or exp.wandb.mode, exp.wandb.project, exp.wandb.entity)}")
+    typer.echo(f"W&B: {wandb_sink.sync(folder, exp.wandb, mode)}")
 
 
 @app.command()
@@ -190,9 +247,10 @@ def doctor(
 @app.command("list")
 def list_(what: Annotated[Listing, typer.Argument()]) -> None:
     """List what can be named in a configuration."""
+    from fedtailor.runs.launch import resolve
     from fedtailor.runs.listing import listing
 
-    _console().print(listing(what.value))
+    _console().print(resolve(SWEEPS["list"])() if what is Listing.sweeps else listing(what.value))
 
 
 @app.command()
@@ -295,11 +353,13 @@ def pretrain(
     given = {key: value for key, value in locals().items() if value is not None}
     from fedtailor.models.pretrain_options import chosen
     from fedtailor.models.source import pretrained_folder
+    from fedtailor.runs.job_folder import refuse_job_folder
 
     given["tasks"] = given.pop("task")
     for other in ("out", "checkpoint_every"):
         given.pop(other, None)
     options, folder = chosen(given), out or pretrained_folder()
+    refuse_job_folder("--out", folder)
     from fedtailor.models.pretrain import pretrain as make
     from fedtailor.models.pretrain_view import PretrainView
     from fedtailor.runs.stop import StopSignals
@@ -347,22 +407,24 @@ def _open(run_id: str, storage: str) -> RunFolder:
     return RunFolder.open(Store(storage), run_id)
 
 
-def _write_report(folder: RunFolder) -> Path:
+def _write_report(folder: RunFolder, out: Path | None = None) -> Path | str:
     from fedtailor.runs.reporting import report_of
 
-    return report_of(folder)
+    return report_of(folder, out)
 
 
 def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFolder], json_log: bool) -> None:
     """Opens, runs, reports; every way out tells what to do next."""
+    from fedtailor.core.faults import planned
     from fedtailor.runs import launch
     from fedtailor.runs.console import show_header, summary_table
     from fedtailor.runs.progress import reporter
     from fedtailor.runs.stop import StopSignals
 
+    planned()
     told = _console(stderr=json_log)
     backend = launch.resolve(BACKENDS[exp.engine.backend])
-    show = reporter(_console() if json_log else told, json_log)
+    show = reporter(_console() if json_log else told, json_log, run_id)
     with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
         folder = None
         try:
@@ -379,11 +441,15 @@ def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFold
             raise
         finally:
             show.close()
-    problem = launch.sync_wandb(folder, exp)
     path = _write_report(folder)
+    problem = launch.sync_wandb(folder, exp)
     table = summary_table(folder.metrics("personalise"))
     if table is not None:
         told.print(table)
     if problem:
-        told.print(f"[yellow]W&B:[/] {problem}; repeat with: fedtailor sync {run_id}", highlight=False)
+        from rich.markup import escape
+
+        where = "" if exp.storage == "./runs" else f" --storage {exp.storage}"
+        again = f"The run is complete without it; repeat with: fedtailor sync {run_id}{where}"
+        told.print("[yellow]W&B:[/]", escape(problem), again, highlight=False, soft_wrap=True, sep="\n     ")
     told.print(f"[green]complete[/]  report: {path}", highlight=False, soft_wrap=True)

@@ -1,82 +1,104 @@
-"""`make bench`: ratios from one run on one machine, written to ``runs/bench/bench.md``. Never part of the tests."""
+"""`make bench`: every system in one run on one machine, written to ``runs/bench``. Never part of the tests.
+
+``python tests/benchmarks --only peers,null`` measures a part; the page keeps the other parts of an earlier run.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
-from lanes_speed import lanes_rows
-from null_round import null_rows
+from figure import draw
+from machine import machine
+from measure import our_path, python
+from null_round import null_part
+from page import page
+from peers import peers_part
+from scale import scale_part
+
+Part = Callable[[], dict[str, Any]]
 
 
-def matmul_peak(size: int = 1024, repeats: int = 20) -> float:
-    """Measured float32 GFLOP/s of one thread: the machine's peak that figures are to be read against."""
-    torch.set_num_threads(1)
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times) / 1e9
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def memory_rows() -> list[list[str]]:
+def lanes_part() -> dict[str, Any]:
+    """One client at a time against lanes, in a process of its own."""
+    words = [python(), str(HERE / "lanes_speed.py")]
+    out = subprocess.run(words, env={**os.environ, **our_path()}, check=True, capture_output=True, text=True).stdout
+    return {"rows": json.loads(out.splitlines()[-1])}
+
+
+def memory_part() -> dict[str, Any]:
     """Peak memory of driver and actors against population, each in a process of its own."""
     rows = []
     for per_language in (10, 625):
         with tempfile.TemporaryDirectory() as folder:
-            words = [sys.executable, str(HERE / "population_memory.py"), str(per_language), folder]
-            out = subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        found = json.loads(out)
+            words = [python(), str(HERE / "population_memory.py"), str(per_language), folder]
+            done = subprocess.run(words, env={**os.environ, **our_path()}, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
         rows.append(
             [f"{found['clients']:,}", f"{found['driver_mb']:.0f}", f"{found['actor_mb']:.0f}", f"{found['s']:.1f}"]
         )
-    return rows
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        say(f"memory: {rows[-1]}")
+    return {"rows": rows}
 
 
 def main() -> None:
-    """Runs all and writes the page."""
-    parts: list[tuple[str, list[str], Callable[[], list[list[str]]]]] = [
-        (
-            "Null round (no training): 100 clients, metrics and commit included",
-            ["pool", "median ms", "p90 ms"],
-            null_rows,
-        ),
-        ("Overhead-bound training, 64 tokens a step", ["method", "one at a time, s", "lanes, s", "ratio"], lanes_rows),
-        ("Memory against population (Ray, 2 actors)", ["clients", "driver MB", "actor MB", "s"], memory_rows),
-    ]
-    text = [
-        "# Benchmarks",
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"torch {torch.__version__}; measured matmul peak of one thread {matmul_peak():.0f} GFLOP/s (float32).",
-    ]
-    for title, header, measure in parts:
-        text += [f"## {title}", table(header, measure())]
-        print("\n\n".join(text[-2:]), flush=True)
-    out = Path("runs/bench")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.md").write_text("\n\n".join(text) + "\n")
-    print(f"written to {out / 'bench.md'}")
+    """Measures the parts asked for and writes page, raw numbers and figure after each."""
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        jobs = Path(folder)
+        parts: dict[str, Part] = {
+            "peers": lambda: peers_part(jobs, chosen.out / "env", say, chosen.regimes, chosen.quick),
+            "null": lambda: null_part(chosen.out / "env", say, chosen.quick),
+            "scale": lambda: scale_part(jobs, say, chosen.quick),
+            "lanes": lanes_part,
+            "memory": memory_part,
+        }
+        chosen = _arguments(list(parts))
+        out = chosen.out
+        out.mkdir(parents=True, exist_ok=True)
+        raw = out / "bench.json"
+        results: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() and chosen.partial else {}
+        results["machine"] = machine(say)
+        for name in chosen.only:
+            started = time.perf_counter()
+            results[name] = parts[name]()
+            say(f"{name} took {time.perf_counter() - started:.0f} s")
+            raw.write_text(json.dumps(results, indent=1))
+            (out / "bench.md").write_text(page(results, draw(results, out)), encoding="utf-8")
+    print((out / "bench.md").read_text(encoding="utf-8"))
+    say(f"written to {out}/bench.md, bench.json, bench.png")
+
+
+def _arguments(parts: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
+    parser.add_argument("--only", default=",".join(parts), help=f"parts, of: {','.join(parts)}")
+    parser.add_argument("--regimes", default="", help="of the part peers, e.g. overhead-bound,mixed")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder of results and environments")
+    parser.add_argument("--quick", action="store_true", help="see that everything runs; the figures mean nothing")
+    found = parser.parse_args()
+    found.out = found.out.resolve()
+    found.only = found.only.split(",")
+    found.regimes = [name for name in found.regimes.split(",") if name]
+    if unknown := set(found.only) - set(parts):
+        parser.error(f"no part {', '.join(sorted(unknown))}; parts: {', '.join(parts)}")
+    found.partial = set(found.only) != set(parts)
+    return found
 
 
 if __name__ == "__main__":

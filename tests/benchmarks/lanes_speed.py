@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from statistics import median
 
+import torch
 from toy import ToyClient, ToyExamples, toy_context, toy_net
 
 from fedtailor.core.context import Lane
@@ -30,8 +32,6 @@ def lanes() -> list[Lane]:
 
 
 def seconds(method: Method, groups: list[list[Lane]]) -> float:
-    import torch
-
     net = toy_net(torch.float32, hidden_size=64, intermediate_size=128)
     contexts = [toy_context(net, group, method.adapter, method.modules, r_max=4) for group in groups]
     total = 0.0
@@ -61,3 +61,12 @@ def lanes_rows() -> list[list[str]]:
         a, b = median(alone), median(together)
         rows.append([name, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}x"])
     return rows
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(json.dumps(lanes_rows()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,70 +1,48 @@
-"""Cost of a round without training: sampling, broadcast, segments, sums, Parquet, commit."""
+"""Cost of a round without training: sampling, broadcast, calls, sums; ours with metrics and commit."""
 
 from __future__ import annotations
 
-import tempfile
-import time
-from itertools import pairwise
+from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
-from null_worker import NullWorker
-from tiny import tiny
+from measure import HERE, measure, our_path, python
+from systems import ACTORS, peers, pfl
 
-from fedtailor.core.pool import Pool
-from fedtailor.core.rounds import RoundPlan, run_rounds
-from fedtailor.methods import build_method
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.round_log import CommittedRounds
-from fedtailor.runs.storage import Storage
-
-CLIENTS, ROUNDS, WARM = 100, 60, 10
+COHORTS = (10, 100, 1000)
 
 
-class _Serial:
-    size = 1
-
-    def __init__(self) -> None:
-        self._worker = NullWorker()
-
-    def open(self, spec):  # type: ignore[no-untyped-def]
-        return self._worker.open(spec)
-
-    def run(self, jobs, shared, on_result):  # type: ignore[no-untyped-def]
-        return [self._worker.run(job, shared) for job in jobs]
-
-    def close(self) -> None:
-        pass
-
-
-def measure(pool: Pool, folder: str) -> list[float]:
-    names = tuple(f"seen/xx/{i:04d}" for i in range(CLIENTS))
-    plan = RoundPlan("base/seed0", 0, ROUNDS, names, dict.fromkeys(names, 1), CLIENTS, 8, 4)
-    from fedtailor.core.messages import StageSpec
-
-    spec = StageSpec("base/seed0", "rounds", "fedavg", {}, 0, "", "", "all-linear", 0.0, (), 1, 1, 1, 1, "float32")
-    info = pool.open(spec)
-    stamps = [time.perf_counter()]
-    log = CommittedRounds(CommitLog(Storage(folder), "artifacts/base-0"), info.shared, 2)
-    method = build_method("fedavg", {}, 1)
-    run_rounds(plan, method, pool, info.initial, log, lambda r: None, lambda o: stamps.append(time.perf_counter()))
-    return [1e3 * (b - a) for a, b in pairwise(stamps)][WARM:]
-
-
-def null_rows() -> list[list[str]]:
-    from pathlib import Path
-
-    from actors.ray_pool import RayPool
-
+def null_part(environments: Path, say: Any, quick: bool = False) -> dict[str, Any]:
+    """Milliseconds per client of a null round for each system and cohort."""
+    env_flower, env_pfl = peers(environments)
+    flower = [env_flower.program("python"), str(HERE / "run_flower.py"), "null:{n}", "{out}", str(ACTORS)]
+    ours = [python(), str(HERE / "run_null.py"), "{out}"]
+    table = [
+        ("serial", "fedtailor, serial", [*ours, "serial", "{n}"], our_path(), ""),
+        ("ray", f"fedtailor, Ray, {ACTORS} actors", [*ours, f"ray:{ACTORS}", "{n}"], our_path(), ""),
+        *[
+            (s.key, s.label, [w.replace("{job}", "null:{n}") for w in s.words], {}, s.missing)
+            for s in (pfl(env_pfl, n) for n in sorted({1, ACTORS}))
+        ],
+        ("flower", f"Flower, {ACTORS} actors", flower, {}, env_flower.missing),
+    ]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        exp = tiny(Path(folder), "engine.backend=ray", "engine.actors=2")
-        pools = {
-            "serial": lambda: _Serial(),
-            "ray, 2 actors": lambda: RayPool(exp.engine, lambda e: None, worker="null_worker:NullWorker"),
-        }
-        for name, make in pools.items():
-            pool = make()
-            times = measure(pool, f"{folder}/{name.split(',')[0]}")
-            pool.close()
-            rows.append([name, f"{median(times):.1f}", f"{quantiles(times, n=10)[-1]:.1f}"])
-    return rows
+    for key, label, words, variables, missing in table:
+        row: dict[str, Any] = {"system": key, "label": label, "missing": missing, "cohorts": {}}
+        for clients in () if missing else COHORTS[:2] if quick else COHORTS:
+            seen = measure([word.replace("{n}", str(clients)) for word in words], variables)
+            if seen.missing:
+                row["missing"] = seen.missing
+                break
+            row["cohorts"][str(clients)] = _cell(seen.round_s[2:], clients)
+            say(f"null round, {label}, {clients} clients: {row['cohorts'][str(clients)]['ms_per_client']:.3f} ms each")
+        rows.append(row)
+    return {"rows": rows}
+
+
+def _cell(seconds: tuple[float, ...], clients: int) -> dict[str, Any]:
+    p90 = quantiles(seconds, n=10)[-1] if len(seconds) > 1 else seconds[0]
+    return {
+        "ms_per_client": 1e3 * median(seconds) / clients, "p90_ms_per_client": 1e3 * p90 / clients,
+        "round_ms": 1e3 * median(seconds), "repeats": len(seconds),
+    }  # fmt: skip

@@ -17,7 +17,6 @@ from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
 from fedtailor.core.pool import OnResult, SerialPool
 from fedtailor.runs.digest import digest
 from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -177,14 +176,6 @@ def test_workers_never_hand_out_or_keep_live_weights(tmp_path: Path) -> None:
     run_tiny(exp, pool=lambda on_event: Poisoner(exp.engine, on_event))
     for first, again in kept:
         np.testing.assert_array_equal(first, again)
-
-
-def test_memory_storage_is_refused_with_a_reason() -> None:
-    from fedtailor.core.errors import TailorError
-
-    with pytest.raises(TailorError, match="memory://"):
-        run_tiny(tiny(Path("x"), "storage=memory://fedtailor-test"))
-    assert Storage("memory://fedtailor-test").list("") == Storage("memory://fedtailor-test").list("")
 
 
 def test_a_client_that_fails_at_one_budget_leaves_no_row_of_the_others(

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedtailor.runs.artifacts import Artifacts
 from fedtailor.runs.experiment import compose
 from fedtailor.runs.inputs import make_inputs
 from fedtailor.runs.plan import Plan, make_plan
 from fedtailor.runs.plan_view import duration, show_plan, size
 from fedtailor.runs.stages import plan_stages
+from fedtailor.runs.storage import Storage
 
 SMALL = ("task.languages=[swa,yor]", "task.clients_per_language=3", "base.cohort=3", "strategy.cohort=2")
 
@@ -85,7 +87,7 @@ def test_the_view_shows_the_numbers(paper: Plan) -> None:
 def test_artifact_names_are_those_that_a_run_would_use(tmp_path: Path) -> None:
     exp = compose(["demo"], [*SMALL, f"storage={tmp_path}"])
     plan = make_plan(exp)
-    inputs = make_inputs(exp, 42, tmp_path / "artifacts")
+    inputs = make_inputs(exp, 42, Artifacts(Storage(tmp_path), "test"))
     expected = [stage.artifact for stage in plan_stages(exp, 42, inputs, 6)]
     assert [row.stage.artifact for row in plan.stages] == expected
     assert [row.there for row in plan.stages] == [False] * len(expected)

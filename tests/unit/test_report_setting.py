@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fedtailor.core.messages import METRIC_COLUMNS, metric_row
+from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, metric_row
+from fedtailor.runs import timings
 from fedtailor.runs.report import cost, results, setting
 
 
@@ -108,6 +109,25 @@ def test_cost_adds_up_seeds_and_divides_by_wall_time() -> None:
 
 def cost_columns() -> list[str]:
     return ["stage", "round", "client", "seconds"]
+
+
+def test_cost_tells_tokens_bytes_memory_and_repeats_and_blanks_where_a_run_did_not_note_them() -> None:
+    stages = [{"key": "base/seed1"}, {"key": "personalise/lora/seed1"}]
+    costs = [
+        ClientCost(5, 60, 4_000_000, 2_000_000, 0, peak_rss=10**9, peak_gpu=0, attempt=0, host="h", pid=1),
+        ClientCost(5, 40, 4_000_000, 0, 0, peak_rss=2 * 10**9, peak_gpu=0, attempt=1, host="h", pid=1),
+    ]
+    new = timings.encoded("base/seed1", 0, {"a": 1.0, "b": 1.0}, dict(zip("ab", costs, strict=True)))
+    old = timings.encoded("personalise/lora/seed1", 0, {"a": 1.0}, {})
+    events = [
+        {"kind": "stage", "stage": stage["key"], "state": state, "time": f"2026-01-01T00:00:{second:02d}+00:00"}
+        for stage in stages
+        for state, second in (("running", 0), ("done", 4))
+    ]
+    first, second = cost.cost(stages, timings.frame([new, old]), events).to_dict("records")
+    assert (first["tokens_per_second"], first["mb_down"], first["mb_up"]) == (25.0, 4.0, 1.0)
+    assert (first["peak_rss_mb"], first["peak_gpu_mb"], first["repeated"]) == (2000.0, 0.0, 1.0)
+    assert all(pd.isna(second[name]) for name in cost.COLUMNS[-6:])
 
 
 def test_a_run_without_times_has_no_cost() -> None:

@@ -17,7 +17,7 @@ from fedtailor.runs.experiment import Experiment, compose
 from tune_spaces import PAPERS, fedp2eft
 
 ROOT = Path(__file__).parents[2]
-GRIDS = [(method, grid) for paper in PAPERS for method, grid in paper.GRIDS.items()]
+GRIDS = [(grid.method, grid.space) for grid in tune_spaces.grids().values()]
 TRIALS = [(key, value) for _, grid in GRIDS for key, values in grid.items() for value in values]
 
 
@@ -47,7 +47,7 @@ def test_no_value_is_listed_twice() -> None:
 def test_what_a_paper_picked_is_in_its_grid_and_is_the_default() -> None:
     defaults = flatten(Experiment())
     for paper in PAPERS:
-        tried = {key: values for grid in paper.GRIDS.values() for key, values in grid.items()}
+        tried = {key: values for grid in paper.GRIDS.values() for key, values in grid.space.items()}
         assert paper.PICKED.keys() <= tried.keys()
         for key, value in paper.PICKED.items():
             assert value in tried[key]
@@ -55,7 +55,7 @@ def test_what_a_paper_picked_is_in_its_grid_and_is_the_default() -> None:
 
 
 def test_adaloras_grid_has_the_papers_24_trials() -> None:
-    grid = fedp2eft.GRIDS["adalora"]
+    grid = fedp2eft.GRIDS["adalora"].space
     assert {key.partition(".")[2]: values for key, values in grid.items()} == {
         "lr": (1e-5, 1e-4, 1e-3, 1e-2),
         "delta_t": (1, 10, 100),

@@ -13,14 +13,19 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2 as records
 
-from fedtailor.core.errors import ConfigError, StorageError
+from fedtailor.core.errors import ConfigError, StorageError, TrackingError
 from fedtailor.core.messages import metric_row
-from fedtailor.runs import wandb_sink
+from fedtailor.core.settings import WandbConfig
+from fedtailor.runs import wandb_key, wandb_sink
+from fedtailor.runs.artifact_lock import lock
+from fedtailor.runs.digest import DONE
 from fedtailor.runs.experiment import compose, to_json
 from fedtailor.runs.launch import sync_wandb
+from fedtailor.runs.preflight import prepare
 from fedtailor.runs.round_log import METRICS, metrics_table
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.storage import Storage
+from fedtailor.runs.wandb_series import series, settled
 
 CANARY = "canary" + "0123456789abcdef" * 2
 WORDS = ("methods=[base,lora]", "budgets=[2,4]", "r_max=4", "wandb.mode=offline")
@@ -64,6 +69,10 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
+def sync(run: RunFolder, asked: str | None = "offline", **config: Any) -> str:
+    return wandb_sink.sync(run, WandbConfig(**config), asked)
+
+
 def offline_runs(run: RunFolder) -> list[Path]:
     return sorted((run.storage.local_path(run.run_id) / "wandb").iterdir())
 
@@ -94,7 +103,7 @@ def items(record: Any) -> dict[str, Any]:
 
 
 def test_an_offline_sync_makes_one_run_with_group_config_and_step(run: RunFolder) -> None:
-    told = wandb_sink.sync(run, "offline")
+    told = sync(run)
     (folder,) = offline_runs(run)
     assert told == str(folder)
     assert folder.name.startswith("offline-run-")
@@ -115,14 +124,14 @@ def test_an_offline_sync_makes_one_run_with_group_config_and_step(run: RunFolder
 
 
 def test_curves_are_the_weighted_means_of_the_committed_rows(run: RunFolder) -> None:
-    wandb_sink.sync(run, "offline")
+    sync(run)
     points = [items(record.item) for record in read(offline_runs(run)[0])["history"]]
     curve = [(p["round"], p["base/seed42/train_loss"]) for p in points if "base/seed42/train_loss" in p]
     assert curve == [(0, (30 * 1.0 + 10 * 3.0) / 40), (1, (30 * 0.5 + 10 * 2.0) / 40)]
 
 
 def test_the_summary_holds_the_accuracy_of_every_pool_method_and_budget(run: RunFolder) -> None:
-    wandb_sink.sync(run, "offline")
+    sync(run)
     summary: dict[str, Any] = {}
     for record in read(offline_runs(run)[0])["summary"]:
         summary |= items(record.update)
@@ -131,7 +140,7 @@ def test_the_summary_holds_the_accuracy_of_every_pool_method_and_budget(run: Run
 
 
 def test_results_per_language_are_a_table(run: RunFolder) -> None:
-    wandb_sink.sync(run, "offline")
+    sync(run)
     (file,) = offline_runs(run)[0].rglob("results*.table.json")
     table = json.loads(file.read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
@@ -143,10 +152,10 @@ def test_results_per_language_are_a_table(run: RunFolder) -> None:
 
 
 def test_a_second_sync_replaces_the_first(run: RunFolder) -> None:
-    first = wandb_sink.sync(run, "offline")
+    first = sync(run)
     rows = [metric_row(stage="base", method="fedavg", seed=42, round=2, metric="train_loss", value=4.0, weight=1.0)]
     run.log(STAGES[0]).commit(2, {METRICS: metrics_table(rows)}, {"kind": "round"})
-    wandb_sink.sync(run, "offline")
+    sync(run)
     (folder,) = offline_runs(run)
     points = [items(record.item) for record in read(folder)["history"]]
     assert [p["round"] for p in points if "base/seed42/train_loss" in p] == [0, 1, 2]
@@ -174,11 +183,11 @@ def test_a_failing_wandb_is_told_and_kept_as_an_event_and_fails_nothing(
 
 
 def test_a_failing_sync_keeps_the_offline_run_before_it(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb_sink.sync(run, "offline")
+    sync(run)
     before = offline_runs(run)
     monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(OSError("no")))
-    with pytest.raises(OSError, match="no"):
-        wandb_sink.sync(run, "offline")
+    with pytest.raises(TrackingError, match="OSError: no"):
+        sync(run)
     assert offline_runs(run) == before
 
 
@@ -194,16 +203,16 @@ def test_online_without_a_key_says_where_keys_are_looked_for(
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="set WANDB_API_KEY or WANDB_API_KEY_FILE"):
-        wandb_sink.sync(run, "online")
+        sync(run, "online")
     monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"WANDB_API_KEY_FILE: .*none cannot be read"):
-        wandb_sink.sync(run, "online")
+        sync(run, "online")
 
 
 def test_a_run_without_commits_cannot_be_synced(tmp_path: Path) -> None:
     empty = RunFolder.create(Storage(tmp_path), "empty", to_json(compose([], [])))
     with pytest.raises(StorageError, match="no committed metrics yet"):
-        wandb_sink.sync(empty, "offline")
+        sync(empty)
 
 
 @pytest.mark.parametrize("server", ["https://wandb.example.org", None])
@@ -218,4 +227,107 @@ def test_the_key_is_found_in_netrc_under_the_server_that_is_used(
     (tmp_path / ".netrc").write_text(f"machine {host}\n  login user\n  password {'k' * 40}\n")
     (tmp_path / ".netrc").chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert wandb_sink._api_key() == "k" * 40
+    assert wandb_key.api_key() == "k" * 40
+
+
+def finish(run: RunFolder, *stages: dict[str, Any]) -> None:
+    for stage in stages:
+        run.storage.write_json(f"artifacts/{stage['artifact']}/{DONE}", {"stage": stage["key"], "modules": []})
+
+
+def test_group_tags_and_job_type_are_the_configurations(run: RunFolder) -> None:
+    sync(run, group="sweep-7", tags=("a", "b"), job_type="trial")
+    (header,) = read(offline_runs(run)[0])["run"]
+    assert (header.run_group, list(header.tags), header.job_type) == ("sweep-7", ["a", "b"], "trial")
+
+
+def test_figures_are_images_once_the_run_is_complete(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    report = run.storage.local_path(run.run_id) / "report"
+    report.mkdir()
+    (report / "report.html").write_text("")
+    Image.new("RGB", (2, 2)).save(report / "curves.png")
+    sync(run, artifacts=("figures",))
+    assert not list(offline_runs(run)[0].rglob("*.png"))
+    finish(run, *STAGES)
+    sync(run, artifacts=("figures",))
+    points = [items(record.item) for record in read(offline_runs(run)[0])["history"]]
+    (image,) = [p["figures/curves/path"] for p in points if "figures/curves/path" in p]
+    assert (offline_runs(run)[0] / "files" / image).read_bytes() == (report / "curves.png").read_bytes()
+
+
+def test_no_point_is_sent_before_one_that_a_later_sync_must_send(run: RunFolder) -> None:
+    """Steps grow: what comes behind an unfinished stage has to wait, even if another run has made it already."""
+    later = {"key": "strategy/fedp2eft/seed42", "kind": "strategy", "method": "fedp2eft", "seed": 42,
+             "artifact": "s-1", "rounds": 1}  # fmt: skip
+    run.set_stages([STAGES[0], later, STAGES[1]])
+    row = metric_row(stage="strategy", method="fedp2eft", seed=42, round=0, metric="psg_loss", value=1.0, weight=1.0)
+    run.log(later).commit(0, {METRICS: metrics_table([row])}, {"kind": "round"})
+    early = list(series(settled(run, run.metrics())))
+    assert [key for point in early for key in point if key != "round"] == ["base/seed42/train_loss"] * 2
+    finish(run, STAGES[0])
+    full = list(series(settled(run, run.metrics())))
+    assert full[:2] == early
+    assert full[2:] == [{"round": 0, "strategy/fedp2eft/seed42/psg_loss": 1.0}]
+
+
+def test_two_syncs_at_once_are_refused(run: RunFolder) -> None:
+    with lock(run.storage, f"{run.run_id}/wandb.lock", "other"), pytest.raises(StorageError, match="run 'other'"):
+        sync(run)
+
+
+def test_what_a_killed_sync_left_is_removed(run: RunFolder) -> None:
+    left = run.storage.local_path(run.run_id) / ".wandb-killed"
+    left.mkdir()
+    sync(run)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(("told", "key", "mode"), [("online", True, "online"), ("online", False, "offline"),
+                                                   ("offline", True, "offline"), (None, True, "online")])  # fmt: skip
+def test_auto_is_online_with_a_key_unless_wandb_mode_says_otherwise(
+    told: str | None, key: bool, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE")
+    if told:
+        monkeypatch.setenv("WANDB_MODE", told)
+    if not key:
+        monkeypatch.delenv("WANDB_API_KEY")
+    assert wandb_key.settled_mode("auto") == mode
+
+
+def test_a_disabled_run_can_be_synced_later(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert sync(run, None, mode="disabled") == str(offline_runs(run)[0])
+
+
+def test_a_missing_key_is_found_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY")
+    online = compose([], ["wandb.mode=online", f"storage={tmp_path / 'runs'}"])
+    with pytest.raises(ConfigError, match="needs a key: set WANDB_API_KEY"):
+        prepare(online, "mine", lambda _: None)
+    assert not (tmp_path / "runs").exists()
+    wandb_key.check_wandb(compose([], ["wandb.mode=auto"]))
+    empty = tmp_path / "key"
+    empty.write_text("\n")
+    monkeypatch.setenv("WANDB_API_KEY_FILE", str(empty))
+    monkeypatch.delenv("WANDB_MODE")
+    with pytest.raises(ConfigError, match="key is empty"):
+        wandb_key.check_wandb(compose([], ["wandb.mode=auto"]))
+
+
+def test_adapters_that_will_not_be_kept_are_found_before_the_run() -> None:
+    with pytest.raises(ConfigError, match="only there with save_adapters=true"):
+        wandb_key.check_wandb(compose([], ["wandb.artifacts=[adapters]"]))
+
+
+@pytest.mark.parametrize("word", ["entity={}", "project={}", "group=x-{}", "tags=[a,{}]", "job_type={}"])
+@pytest.mark.parametrize("key", ["0123456789abcdef0123456789abcdef01234567", "wandb_v1_abcdefghijklmnop"])
+def test_a_key_in_the_configuration_is_refused_and_not_repeated(word: str, key: str) -> None:
+    with pytest.raises(ConfigError, match="looks like a key") as told:
+        compose([], ["wandb." + word.format(key)])
+    assert key not in str(told.value)

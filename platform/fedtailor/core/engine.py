@@ -7,6 +7,7 @@ import platform
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 
 from fedtailor.core.bounding import bounded
 from fedtailor.core.context import ClientContext, Lane
+from fedtailor.core.costs import costs_of, start_gpu_peak
 from fedtailor.core.errors import TailorError
+from fedtailor.core.faults import FaultPlan, planned
 from fedtailor.core.messages import (
     Failure,
     FloatArray,
@@ -26,9 +29,11 @@ from fedtailor.core.messages import (
 )
 from fedtailor.core.method import Personalised, Report
 from fedtailor.core.pool import StageInfo
+from fedtailor.core.release import Site
+from fedtailor.core.sabotage import Sabotage
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
-from fedtailor.core.worker_stage import OpenStage
+from fedtailor.core.worker_stage import OpenStage, on_this_node
 from fedtailor.tasks.classification import evaluate
 
 
@@ -37,10 +42,11 @@ class Worker:
 
     def __init__(self) -> None:
         self._stage: OpenStage | None = None
+        self._faults: FaultPlan | None = None
 
     def open(self, spec: StageSpec) -> StageInfo:
         """Opens a stage; the model stays if the one before used the same, unchanged."""
-        old = self._stage
+        spec, old = on_this_node(spec), self._stage
         same = ("model_dir", "data_dir", "targets", "dtype", "base_dropout", "device", "attention")
         keep = old and not old.trains_base and all(getattr(old.spec, f) == getattr(spec, f) for f in same)
         net = old.net if old and keep else None
@@ -48,6 +54,7 @@ class Worker:
         if net is not None:
             net.unbind()
         self._stage = OpenStage.open(spec, net)
+        self._faults = planned()
         return self._stage.info()
 
     def close(self) -> None:
@@ -70,7 +77,8 @@ class Worker:
         stage = self._stage
         if stage is None or stage.spec.key != job.stage:
             raise TailorError(f"segment of stage {job.stage} sent to a worker of {stage.spec.key if stage else 'none'}")
-        return _Segment(stage, job, shared).play()
+        sabotage = Sabotage(self._faults, job) if self._faults else None
+        return _Segment(stage, job, shared, sabotage).play()
 
 
 BASE_REF = "base"
@@ -80,8 +88,10 @@ BASE_REF = "base"
 class _Segment:
     """One call of `Worker.run`: collects per-client answers, then adds them in client order."""
 
-    def __init__(self, stage: OpenStage, job: SegmentJob, shared: FloatArray | None) -> None:
-        self.stage, self.job, self.received = stage, job, shared
+    def __init__(
+        self, stage: OpenStage, job: SegmentJob, shared: FloatArray | None, sabotage: Sabotage | None = None
+    ) -> None:
+        self.stage, self.job, self.received, self.sabotage = stage, job, shared, sabotage
         self.shared = (
             None if shared is None else torch.from_numpy(np.array(shared, dtype=np.float32)).to(stage.net.device)
         )
@@ -89,6 +99,7 @@ class _Segment:
         self.rows: dict[str, FloatArray] = {}
         self.metrics: dict[str, list[dict[str, Any]]] = {}
         self.failed: dict[str, Failure] = {}
+        self.tokens: dict[str, int] = {}
         self.partial: Any = None
         self.next = 0
 
@@ -97,6 +108,7 @@ class _Segment:
         self.partial = [] if not job.presum else None
         for group in stage.groups(job.clients):
             clients = [job.clients[i] for i in group]
+            start_gpu_peak(stage.net.device)
             started = time.perf_counter()
             try:
                 self._group(clients)
@@ -106,6 +118,8 @@ class _Segment:
                 self._one_by_one(clients, error)
             share = (time.perf_counter() - started) / len(clients)
             self.result.seconds |= dict.fromkeys(clients, share)
+            received = 0 if self.shared is None else self.shared.numel()
+            self.result.costs |= costs_of(stage, job, clients, self.tokens, received, self.rows, self.result.private)
             self._add_in_order()
         stage.net.unbind()
         result = self.result
@@ -118,7 +132,7 @@ class _Segment:
             "node": platform.node(),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        return result
+        return self.sabotage.reply(result) if self.sabotage else result
 
     def _one_by_one(self, clients: Sequence[str], error: Exception) -> None:
         """Names the client that broke the group: runs it again lane by lane."""
@@ -141,11 +155,13 @@ class _Segment:
     def _group(self, clients: Sequence[str]) -> None:
         job = self.job
         ctx = self.stage.context(clients, job.round, self.shared, job.private, self._warn, job.overlay)
+        self.tokens |= {lane.client.id: int(lane.train.lengths.sum()) for lane in ctx.lanes}
         torch.manual_seed(_group_seed(ctx))
-        if self.stage.spec.kind == "personalise":
-            self._personalise(ctx)
-        else:
-            self._update(ctx)
+        with self.sabotage.during(clients, self.stage.net.model) if self.sabotage else nullcontext():
+            if self.stage.spec.kind == "personalise":
+                self._personalise(ctx)
+            else:
+                self._update(ctx)
 
     def _update(self, ctx: ClientContext) -> None:
         update = self.stage.method.local_update
@@ -158,10 +174,18 @@ class _Segment:
             # Copies: a lane's buffer is reused by the next group.
             row = shared[k].detach().cpu().numpy().astype(np.float32, copy=True)
             own = private[k].detach().cpu().numpy().astype(np.float32, copy=True)
+            if self.sabotage:
+                changed = self.sabotage.update(client, row, self.received)
+                if changed is None:
+                    self._set_aside(client)
+                    continue
+                row = changed
             if not (np.isfinite(row).all() and np.isfinite(own).all()):
                 self._reject(client, "NaN or Inf in the update")
                 continue
-            self.rows[client], self.result.norms[client] = self._bounded(row)
+            self.rows[client], norm = self._bounded(row)
+            if self.stage.method.masking is None:
+                self.result.norms[client] = norm
             if own.size:
                 self.result.private[client] = own
             self.metrics[client] = self._report_rows(report, k, lane)
@@ -190,6 +214,7 @@ class _Segment:
         tests = [data.examples(lane.client.id, "test") for lane in made.lanes]
         ctx.net.train_mode(False)
         scores = evaluate(made.logits, tests, data.pad_id, spec.token_budget, ctx.net.device)
+        fitted = self._train_rows(made) if spec.score_train else {}
         for client, lam in made.strategy.items():
             self.result.tensors[client] = lam.detach().cpu().numpy().astype(np.float32, copy=True)
         for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True)):
@@ -203,6 +228,7 @@ class _Segment:
             rows = self.metrics.setdefault(client, [])
             rows.append(self._row(lane, metric="accuracy", value=score.correct / score.count, weight=weight))
             rows.append(self._row(lane, metric="loss", value=score.loss_sum / score.count, weight=weight))
+            rows += fitted.get(k, [])
             rows += [
                 self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
                 for name, values in made.metrics.items()
@@ -212,6 +238,21 @@ class _Segment:
                 rows.append(self._row(lane, metric="initial_overlay", value=1.0, weight=float(lane.size)))
             if spec.save_adapters and made.export is not None:
                 self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, BASE_REF)
+
+    def _train_rows(self, made: Personalised) -> dict[int, list[dict[str, Any]]]:
+        """Rows of each lane about the texts that it was trained on."""
+        net, data = self.stage.net, self.stage.data
+        texts = [data.examples(lane.client.id, "train") for lane in made.lanes]
+        scores = evaluate(made.logits, texts, data.pad_id, self.stage.spec.token_budget, net.device)
+        return {
+            k: [
+                self._row(lane, metric="train_accuracy", value=score.correct / score.count, weight=float(score.count)),
+                self._row(
+                    lane, metric="train_loss_after", value=score.loss_sum / score.count, weight=float(score.count)
+                ),
+            ]
+            for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True))
+        }
 
     def _rank_rows(self, made: Personalised, k: int, lane: Lane) -> list[dict[str, Any]]:
         if made.ranks is None or not made.selects_ranks:
@@ -223,12 +264,16 @@ class _Segment:
             for name, rank in zip(self.stage.net.modules, ranks, strict=True)
         ]
 
-    def _reject(self, client: str, reason: str) -> None:
-        self.failed[client] = Failure(client, self.job.stage, self.job.round, "rejected", reason)
+    def _reject(self, client: str, reason: str, kind: str = "rejected") -> None:
+        self.failed[client] = Failure(client, self.job.stage, self.job.round, kind, reason)
         for record in (self.rows, self.metrics, self.result.private, self.result.tensors, self.result.norms):
             record.pop(client, None)
         adapters = self.result.adapters
         self.result.adapters = {lane: files for lane, files in adapters.items() if lane.partition("/")[2] != client}
+
+    def _set_aside(self, client: str) -> None:
+        """Leaves a client out before its update is looked at: what a rejection must be equal to."""
+        self.failed[client] = Failure(client, self.job.stage, self.job.round, "absent", "left out by a fault plan")
 
     def _warn(self, lane: Lane, sentence: str) -> None:
         self.result.warnings.append({"kind": "client-warning", "client": lane.client.id, "reason": sentence})
@@ -242,14 +287,33 @@ class _Segment:
             client = self.job.clients[self.next]
             if client in self.rows:
                 row, weight = self.rows.pop(client), float(self.stage.data.client(client).n_train)
+                size, row = row.size, self._masked(client, row, weight)
+                if row is None:
+                    continue
                 if self.job.presum:
-                    state = aggregator.zero(row.size) if self.partial is None else self.partial
+                    state = aggregator.zero(size) if self.partial is None else self.partial
                     self.partial = aggregator.add(state, row, weight)
                 else:
                     self.partial.append((client, row, weight))
             elif client not in self.failed:
                 return
             self.next += 1
+
+    def _masked(self, client: str, row: FloatArray, weight: float) -> Any:
+        """What the client sends; None if it vanished (it is then among the failed)."""
+        masking, job = self.stage.method.masking, self.job
+        if masking is None or self.received is None:
+            return row
+        site = Site(self.stage.spec.seed, job.stage, job.round, job.cohort)
+        sent = masking.mask(row, np.asarray(self.received, np.float32), weight, client, site)
+        if sent.clamped:
+            reason = "values beyond 'privacy.secagg.range' were cut to it"
+            self.result.warnings.append(
+                {"kind": "clamped", "client": client, "numbers": sent.clamped, "reason": reason}
+            )
+        if sent.vector is None:
+            self._reject(client, "vanished after masking ('privacy.secagg.dropout')", kind="absent")
+        return sent.vector
 
 
 def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:
@@ -270,6 +334,7 @@ def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:
         whole.valid = whole.valid + part.valid
         whole.norms = whole.norms | part.norms
         whole.seconds = whole.seconds | part.seconds
+        whole.costs = whole.costs | part.costs
     return whole
 
 

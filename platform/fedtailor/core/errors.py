@@ -55,6 +55,10 @@ class StorageError(TailorError):
     exit_code = 5
 
 
+class LockedError(StorageError):
+    """Another process that is alive has this run or artifact."""
+
+
 class ClientError(TailorError):
     """A client failed inside data or method code; says where.
 
@@ -79,6 +83,18 @@ class RoundError(TailorError):
     """A round has no valid update, or fewer than the quorum; the last good state is kept."""
 
     exit_code = 6
+
+
+class SweepError(TailorError):
+    """Trials of a sweep failed; the others are kept, and the same words try the failed ones again."""
+
+    exit_code = 6
+
+
+class TrackingError(TailorError):
+    """W&B did not take a run, or not all of it; the run folder is complete, and a later sync adds what is missing."""
+
+    exit_code = 7
 
 
 class WorkerError(TailorError):

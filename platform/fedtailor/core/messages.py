@@ -22,8 +22,8 @@ class StageSpec:
         method: row of the METHODS table.
         method_config: that method's resolved config, as JSON-like data.
         seed: run seed.
-        model_dir: Hugging Face folder of the frozen (or initial) model.
-        data_dir: folder of the tokenised clients.
+        model_dir: Hugging Face folder of the frozen (or initial) model; with ``storage`` a path in it.
+        data_dir: folder of the tokenised clients; with ``storage`` a path in it.
         targets: linear layers to adapt.
         budgets: total rank per adapted layer, ascending; empty for round stages.
         r_max: largest budget of the run, the paper's r_max target.
@@ -46,6 +46,8 @@ class StageSpec:
     max_lanes: int
     dtype: str
     save_adapters: bool = False
+    score_train: bool = False
+    """Personalised models are scored on their train split too."""
     cache_dir: str | None = None
     rounds: int = 0
     device: str = "cpu"
@@ -54,6 +56,10 @@ class StageSpec:
     base_config: Mapping[str, Any] = field(default_factory=dict)
     attention: str | None = None
     """Attention kernel of the model; None: transformers' choice."""
+    storage: str = ""
+    """Where model, data and cache are; empty: they are folders of this node."""
+    resolver: str = ""
+    """``module:function`` that gives the spec with folders of the worker's own node, where ``storage`` is set."""
     guards: Mapping[str, Any] = field(default_factory=dict)
     """Sections ``aggregation`` and ``privacy`` that differ from their defaults, see `fedtailor.methods.guards`."""
 
@@ -73,6 +79,8 @@ class SegmentJob:
     presum: bool = True
     overlay: Mapping[str, FloatArray] = field(default_factory=dict)
     """What clients keep of their base: the base stage's PRIVATE rows; a client without one starts from the initial."""
+    cohort: tuple[str, ...] = ()
+    """Everybody in the round, where clients mask their rows against each other."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,37 @@ class Failure:
     kind: str
     """``exception`` or ``rejected`` (NaN, Inf or wrong shape)."""
     reason: str
+
+
+@dataclass(frozen=True)
+class ClientCost:
+    """What one client's part of a call cost; its seconds are beside it. Never part of a digest.
+
+    Args:
+        examples: its training examples.
+        tokens: of these examples, padding not counted, each example once however many epochs or budgets read it.
+        bytes_down: SHARED float32 row that a real client would receive; 0 for methods that send none.
+        bytes_up: SHARED row that came back; 0 from a failed client and where nothing is aggregated.
+        bytes_kept: PRIVATE rows and its part of the base: a real client keeps them, only the simulation moves them.
+        peak_rss: highest resident bytes of the process, since it started.
+        peak_gpu: highest bytes that torch had allocated on the GPU while its group ran; 0 without a GPU.
+        attempt: how often the call had been lost before.
+        host: machine.
+        pid: process.
+        actor: number of the actor; -1 without actors.
+    """
+
+    examples: int
+    tokens: int
+    bytes_down: int
+    bytes_up: int
+    bytes_kept: int
+    peak_rss: int
+    peak_gpu: int
+    attempt: int
+    host: str
+    pid: int
+    actor: int = -1
 
 
 @dataclass
@@ -112,6 +151,7 @@ class SegmentResult:
     """L2 norm of each valid client's SHARED update, before any bound."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per client (a group's time shared equally). Not part of any digest."""
+    costs: dict[str, ClientCost] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
 
 

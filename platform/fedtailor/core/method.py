@@ -17,6 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedtailor.core.early_stop import EarlyStop
+from fedtailor.core.release import Masking, Release
 from fedtailor.core.scope import ParamSpec
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ class Method:
         bound: largest L2 norm of a client's SHARED update (what it sends minus what it received); a longer one is
             scaled down where the client ran, before it is summed. Infinite: nothing is changed.
         alarm: an update longer than so many medians of its cohort is reported; 0: none is.
+        masking: hides clients' rows from the server, which then opens their sum only.
+        release: what the server may see of the sum.
     """
 
     name: str
@@ -195,6 +198,8 @@ class Method:
     overlay: Overlay | None = None
     bound: float = math.inf
     alarm: float = 0.0
+    masking: Masking | None = None
+    release: Release | None = None
 
     @property
     def lanes(self) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedtailor.core.config import Config
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+_WANDB_KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_")
 
 MASAKHANEWS_LANGUAGES: tuple[str, ...] = (
     "amh", "eng", "fra", "hau", "ibo", "lin", "lug", "orm", "pcm", "run", "sna", "som", "swa", "tir", "xho", "yor",
@@ -23,7 +25,7 @@ XNLI_LANGUAGES: tuple[str, ...] = (
 """ISO 639-1 codes, the data set's 15 languages in its order."""
 
 
-class _Named(Config):
+class Named(Config):
     """A section that may be given by its name alone: ``model=mbert``."""
 
     @model_validator(mode="before")
@@ -38,7 +40,7 @@ _TASK_DEFAULTS: dict[str, dict[str, Any]] = {
 """Task -> what FedP2EFT (A.4) sets differently from the fields' own defaults for it."""
 
 
-class TaskConfig(_Named):
+class TaskConfig(Named):
     """Which data, and how it becomes clients (FedP2EFT section 4.1.1).
 
     Keys that are not given follow the task: `defaults_for` names them; the values below are MasakhaNEWS's.
@@ -112,7 +114,7 @@ class TaskConfig(_Named):
         return value
 
 
-class ModelConfig(_Named):
+class ModelConfig(Named):
     """Base model before any federated training."""
 
     name: str = "tiny-bert"
@@ -145,7 +147,7 @@ class ModelConfig(_Named):
         return self
 
 
-class BaseStageConfig(_Named):
+class BaseStageConfig(Named):
     """How the base model is trained before personalisation (FedP2EFT 4.2: standard FL, full fine-tuning)."""
 
     name: Literal["fedavg", "feddpa", "dept", "none"] = "fedavg"
@@ -172,9 +174,12 @@ class PersonaliseStageConfig(Config):
     pools: tuple[Literal["seen", "unseen"], ...] = ("seen", "unseen")
     chunk: Positive = 40
     """Clients per commit."""
+    score_train: bool = False
+    """Also score every personalised model on the texts that it was trained on (``train_accuracy`` and
+    ``train_loss_after``), as FedP2EFT does to pick hyper-parameters (A.4)."""
 
 
-class AggregationConfig(_Named):
+class AggregationConfig(Named):
     """How the server joins the clients' SHARED parameters, in every stage with rounds.
 
     ``method``: as the method itself says (mostly the mean weighted by examples). The others withstand a share of
@@ -201,10 +206,6 @@ class AggregationConfig(_Named):
         return self
 
 
-class PrivacyConfig(Config):
-    """What is done to hide single clients; every stage with rounds. See `fedtailor.privacy`."""
-
-
 class EngineConfig(Config):
     """Where and how clients run. Only threads, token_budget, max_lanes, segments and dtype may change numbers."""
 
@@ -219,7 +220,8 @@ class EngineConfig(Config):
     num_cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs per actor."""
     address: str | None = None
-    """Ray cluster to join (``auto``, ``ray://...``); default: a local one for this run."""
+    """Ray cluster to join: ``auto`` (of this machine), ``host:port`` or ``ray://host:port``; ``local``: one of its own.
+    Default: the one that $RAY_ADDRESS names, which Ray sets in jobs, else ``local``."""
     threads: Positive = 1
     """torch threads per worker."""
     segments: Positive = 8
@@ -251,8 +253,30 @@ class EngineConfig(Config):
 
 
 class WandbConfig(Config):
-    """Weights & Biases as a sink of committed metrics."""
+    """Weights & Biases as a sink of committed metrics; ``fedtailor sync`` feeds it at any later time."""
 
-    mode: Literal["disabled", "offline", "online"] = "disabled"
+    mode: Literal["disabled", "auto", "offline", "online"] = "disabled"
+    """``auto``: online if there is a key (and WANDB_MODE does not say otherwise), else offline."""
     project: str = "fedtailor"
     entity: str | None = None
+    """User or team; default: the key's."""
+    group: str | None = None
+    """Group of the run in W&B; default: task and model. Trials of a sweep are grouped by its name."""
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    job_type: str | None = None
+    artifacts: tuple[Literal["figures", "adapters", "report"], ...] = ()
+    """What a complete run also gives: the report's figures as images, the report and the clients' adapters as
+    artifacts (these two online only; adapters need ``save_adapters``)."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Longest wait for the server to answer at the beginning, and again for it to take everything at the end."""
+
+    @field_validator("project", "entity", "group", "job_type", "tags")
+    @classmethod
+    def _no_key(cls, value: str | tuple[str, ...] | None, info: ValidationInfo) -> str | tuple[str, ...] | None:
+        for text in (value,) if isinstance(value, str) else value or ():
+            if _WANDB_KEY.search(text):
+                raise ValueError(
+                    f"'wandb.{info.field_name}': this looks like a key, which belongs into WANDB_API_KEY, into the "
+                    "file that WANDB_API_KEY_FILE names, or into ~/.netrc; never into a configuration"
+                )
+        return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from fedtailor.methods.guards import guarded
 from fedtailor.models.classifier import load_classifier
 from fedtailor.models.families import adapted_linears
 from fedtailor.tasks.tokens import TokenData
+
+
+def on_this_node(spec: StageSpec) -> StageSpec:
+    """The spec with the folders of this node; named by string, as the core knows no storage."""
+    if not spec.storage:
+        return spec
+    module, _, name = spec.resolver.partition(":")
+    local: StageSpec = getattr(import_module(module), name)(spec)
+    return local
 
 
 def load_net(spec: StageSpec, labels: Sequence[str]) -> LaneNet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,16 @@ from typing import Any
 from fedtailor.aggregation.krum import Krum
 from fedtailor.aggregation.median import CoordinateMedian
 from fedtailor.aggregation.trimmed_mean import TrimmedMean
+from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
+from fedtailor.core.errors import ConfigError
 from fedtailor.core.method import Aggregator, Method
+from fedtailor.core.privacy_settings import PrivacyConfig
 from fedtailor.core.settings import AggregationConfig
 from fedtailor.methods import build_method
+from fedtailor.privacy.release import GaussianRelease
+from fedtailor.privacy.ring import FixedPoint, RingSum
+from fedtailor.privacy.secure_aggregation import PairwiseMasking
 
 
 def guarded(name: str, config: Mapping[str, Any] | Config, r_max: int, guards: Mapping[str, Any]) -> Method:
@@ -25,7 +32,9 @@ def guarded(name: str, config: Mapping[str, Any] | Config, r_max: int, guards: M
         guards: sections ``aggregation`` and ``privacy`` of the configuration, those that differ from their defaults.
     """
     method = build_method(name, config, r_max)
-    return robust(method, AggregationConfig.model_validate(dict(guards.get("aggregation", {}))))
+    sturdy = robust(method, AggregationConfig.model_validate(dict(guards.get("aggregation", {}))))
+    privacy = PrivacyConfig.model_validate(dict(guards.get("privacy", {})))
+    return masked(private(sturdy, privacy), privacy)
 
 
 def robust(method: Method, cfg: AggregationConfig) -> Method:
@@ -35,6 +44,31 @@ def robust(method: Method, cfg: AggregationConfig) -> Method:
         assert cfg.bound is not None, "the configuration asks for it"
         return replace(watched, bound=cfg.bound)
     return watched if cfg.name == "method" else replace(watched, aggregator=_aggregator(cfg))
+
+
+def private(method: Method, cfg: PrivacyConfig) -> Method:
+    """The method under central differential privacy: clipped updates, equal weights, noise on their sum."""
+    if cfg.name == "none" or method.local_update is None:
+        return method
+    if cfg.noise_multiplier is None:
+        raise ConfigError("'privacy.target_epsilon' was not resolved to a noise multiplier")
+    clip = math.inf if cfg.clip is None else cfg.clip
+    release = GaussianRelease(clip, cfg.noise_multiplier)
+    return replace(method, aggregator=WeightedMean(uniform=True), bound=clip, release=release)
+
+
+def masked(method: Method, cfg: PrivacyConfig) -> Method:
+    """The method under simulated secure aggregation; the server sees no single norm, so none is watched."""
+    if cfg.secure_aggregation == "none" or method.local_update is None:
+        return method
+    mean, ring = method.aggregator, cfg.secagg
+    if not isinstance(mean, WeightedMean):
+        raise ConfigError(f"method {method.name} does not use a mean: secure aggregation can only add")
+    masking = PairwiseMasking(
+        FixedPoint(ring.step, ring.range, toward_zero=cfg.name == "central_dp"), ring.modulus_bits,
+        cfg.secure_aggregation == "secagg", ring.neighbours, ring.threshold, ring.dropout, mean.uniform,
+    )  # fmt: skip
+    return replace(method, aggregator=RingSum(ring.modulus_bits), masking=masking, alarm=0.0)
 
 
 def _aggregator(cfg: AggregationConfig) -> Aggregator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+
+from fedtailor.core.durable import sync
 
 
 def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -49,11 +50,11 @@ def staged_folder(out: Path) -> Iterator[Path]:
     try:
         yield stage
         for path in [*stage.rglob("*"), stage]:
-            _flush(path)
+            sync(path)
         if out.exists():
             out.rename(old)
         stage.rename(out)
-        _flush(out.parent)
+        sync(out.parent)
     except BaseException:
         if old.exists() and not out.exists():
             old.rename(out)
@@ -62,11 +63,3 @@ def staged_folder(out: Path) -> Iterator[Path]:
         for leftover in (stage, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedtailor.core.errors import StorageError
+from fedtailor.core.errors import LockedError, StorageError
 from fedtailor.runs.processes import machine, started
 from fedtailor.runs.storage import MissingFileError, Storage, join
 
@@ -121,8 +121,8 @@ def lock(
         stale_s: seconds without one after which another machine's lock is abandoned.
 
     Raises:
-        StorageError: somebody alive holds the lock (names the run, process and host), or the store cannot
-            lock.
+        LockedError: somebody alive holds the lock (names the run, process and host).
+        StorageError: the store cannot lock.
     """
     held = _Acquisition(storage, join(path, LOCK), Owner.here(owner), on_wait, on_event, stale_s).run()
     thread = threading.Thread(target=held.beat, args=(heartbeat_s,), name="lock-heartbeat", daemon=True)
@@ -163,7 +163,7 @@ class _Acquisition:
                 continue
             if alive and self.on_wait is None:
                 where = self.storage.full(self.path)
-                raise StorageError(f"{where} is held by {found}; wait for it, stop it, or use another 'storage'")
+                raise LockedError(f"{where} is held by {found}; wait for it, stop it, or use another 'storage'")
             self._remind(found)
             time.sleep(_POLL_S)
         return HeldLock(self.storage, self.path, self.me)
@@ -229,3 +229,31 @@ def _read(storage: Storage, path: str) -> Owner | None:
     except TypeError as error:
         where = storage.full(path)
         raise StorageError(f"{where} is not a lock; delete it if no run is active") from error
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, as a bystander sees it.
+
+    Args:
+        owner: the process.
+        silent_s: seconds since its last sign of life, by this machine's clock and the store's.
+    """
+
+    owner: Owner
+    silent_s: float
+
+    @property
+    def gone(self) -> bool:
+        """Whether it stopped without a word. Of another machine's process only its silence is known."""
+        return not self.owner.present if self.owner.present is not None else self.silent_s > STALE_S
+
+
+def holder(storage: Storage, path: str) -> Holder | None:
+    """Who holds ``path/LOCK``, for display: nothing is taken over. None if it is free."""
+    name = join(path, LOCK)
+    found = _read(storage, name)
+    if found is None:
+        return None
+    signs = [time_of for file in (name, _beats(name, found)) if (time_of := storage.modified(file)) is not None]
+    return Holder(found, max(0.0, time.time() - max(signs, default=time.time())))

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtailor.core.errors import ConfigError, TailorError
+from fedtailor.runs.redaction import scrub
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from fedtailor.runs.experiment import ExperimentBase
     from fedtailor.runs.report.results import Cell
 
-STATES = {"complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "created": "dim"}
+STATES = {
+    "complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "dead": "bold red",
+    "created": "dim",
+}  # fmt: skip
 
 
 def show_error(console: Console, error: TailorError) -> None:
@@ -30,7 +34,7 @@ def show_error(console: Console, error: TailorError) -> None:
         console.print(f"[bold red]The configuration cannot run:[/] {count}", highlight=False)
     else:
         console.print(f"[bold red]{kind}[/]", highlight=False)
-    for problem in problems:
+    for problem in map(scrub, problems):
         console.print(f"  [red]•[/] {escape(problem)}", highlight=False, soft_wrap=not console.is_terminal)
     for note in getattr(error, "__notes__", []):
         console.print(f"  [dim]{escape(note)}[/]", highlight=False, soft_wrap=not console.is_terminal)
@@ -57,6 +61,23 @@ def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
     }
     for name, value in rows.items():
         console.print(f"  [dim]{name:<14}[/] {escape(value)}", highlight=False)
+    show_privacy(console, exp, 14)
+
+
+def show_privacy(console: Console, exp: ExperimentBase, width: int, seen: int | None = None) -> None:
+    """Epsilon and what it does not cover; nothing without a privacy section.
+
+    Args:
+        console: where to.
+        exp: whole configuration.
+        width: of the column of names.
+        seen: clients that cohorts are drawn from, where the data are known.
+    """
+    from fedtailor.runs.privacy_terms import privacy_lines, seen_clients
+
+    for number, line in enumerate(privacy_lines(exp, seen or seen_clients(exp))):
+        name = "privacy" if not number else ""
+        console.print(f"  [dim]{name:<{width}}[/] {escape(line)}", highlight=False)
 
 
 def summary_table(metrics: pd.DataFrame) -> Table | None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from secrets import token_hex
-from typing import Literal
 
 import psutil
 from packaging.version import Version
@@ -21,9 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtailor.core.errors import StorageError
+from fedtailor.runs.doctor_ray import examine_ray
+from fedtailor.runs.findings import Finding, Level
 from fedtailor.runs.storage import Storage
 
-Level = Literal["ok", "note", "fail"]
 PACKAGES = {
     "ray": "2.54", "torch": "2.10", "deepspeed": "", "transformers": "", "peft": "", "datasets": "",
     "wandb": "", "pydantic": "2.10",
@@ -32,15 +29,6 @@ PACKAGES = {
 OPTIONAL = frozenset({"deepspeed", "wandb"})
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LEAST_DISK_GB, LEAST_MEMORY_GB = 2.0, 2.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; ``fail`` makes `doctor` exit with 1."""
-
-    what: str
-    level: Level
-    text: str
 
 
 def examine(storage: str, address: str | None = None) -> list[Finding]:
@@ -52,7 +40,7 @@ def examine(storage: str, address: str | None = None) -> list[Finding]:
     """
     checks: list[Callable[[], list[Finding]]] = [
         _python, _packages, _machine, _gpus, lambda: _storage(storage), _data, _threads,
-        lambda: _ray(address or os.environ.get("RAY_ADDRESS")), _wandb,
+        lambda: examine_ray(address or os.environ.get("RAY_ADDRESS")), _wandb,
     ]  # fmt: skip
     return [finding for check in checks for finding in check()]
 
@@ -155,54 +143,8 @@ def _threads() -> list[Finding]:
     return [Finding("threads", "ok" if pinned else "note", text)]
 
 
-def _ray(address: str | None) -> list[Finding]:
-    """Whoever reaches dashboard or job ports runs code, so they need loopback or a token."""
-    token = os.environ.get("RAY_AUTH_MODE") == "token"
-    findings = [_listening(port, token) for port in (8265, 10001, 6379) if _exposed(port)]
-    if address and address != "auto":
-        host = address.removeprefix("ray://").rsplit(":", 1)[0]
-        findings.append(_joined(address, host, token))
-    if not findings:
-        findings = [Finding("ray exposure", "ok", "no Ray port listens beyond loopback; local runs bind to 127.0.0.1")]
-    return findings
-
-
-def _listening(port: int, token: bool) -> Finding:
-    name = {8265: "dashboard and jobs", 10001: "client", 6379: "head"}[port]
-    if token:
-        return Finding("ray exposure", "note", f"{name} port {port} listens beyond loopback, with unencrypted tokens")
-    return Finding(
-        "ray exposure", "fail",
-        f"{name} port {port} listens beyond loopback without tokens: whoever reaches it runs code here. "
-        "Start Ray with --dashboard-host=127.0.0.1 and RAY_AUTH_MODE=token",
-    )  # fmt: skip
-
-
-def _exposed(port: int) -> bool:
-    """Whether something accepts connections at ``port`` of an address that is not loopback."""
-    for found in psutil.net_connections("tcp"):
-        if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port:
-            address = ipaddress.ip_address(found.laddr.ip)
-            mapped = getattr(address, "ipv4_mapped", None) or address
-            if not mapped.is_loopback:
-                return True
-    return False
-
-
-def _joined(address: str, host: str, token: bool) -> Finding:
-    try:
-        found = ipaddress.ip_address(socket.gethostbyname(host))
-    except OSError as error:
-        return Finding("ray address", "fail", f"{address}: the host cannot be resolved ({error})")
-    if found.is_global:
-        return Finding("ray address", "fail", f"{address} is a public address ({found}); use a private network")
-    if not found.is_loopback and not token:
-        return Finding("ray address", "fail", f"{address} is joined without tokens; set RAY_AUTH_MODE=token")
-    return Finding("ray address", "ok", f"{address} ({'token' if token else 'loopback'})")
-
-
 def _wandb() -> list[Finding]:
-    from fedtailor.runs.wandb_sink import KEY, KEY_FILE
+    from fedtailor.runs.wandb_key import KEY, KEY_FILE
 
     held = next((name for name in (KEY, KEY_FILE) if os.environ.get(name)), None)
     text = f"a key is given by {held}" if held else f"no {KEY} or {KEY_FILE}: wandb.mode offline and disabled work"

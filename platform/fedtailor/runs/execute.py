@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fedtailor.core.early_stop import best_of
@@ -13,15 +13,20 @@ from fedtailor.core.grouping import segments
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.method import Method, Row
 from fedtailor.core.pool import Pool, StageInfo
+from fedtailor.core.replies import screened
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
 from fedtailor.core.scope import ParamSpec
 from fedtailor.methods.guards import guarded
 from fedtailor.runs.artifact_lock import HeldLock, lock
+from fedtailor.runs.artifacts import Artifacts, artifact_path, model_path
 from fedtailor.runs.base_model import write_base
 from fedtailor.runs.commit_log import CommitLog, Payload
 from fedtailor.runs.digest import DONE
 from fedtailor.runs.experiment import ExperimentBase, base_seed, method_section
 from fedtailor.runs.inputs import make_inputs
+from fedtailor.runs.node_cache import RESOLVER, fetch, on_this_node
+from fedtailor.runs.privacy_stages import spending
+from fedtailor.runs.privacy_view import spent_event
 from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, metrics_table, named
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import Inputs, Stage, device_of, has_overlay, plan_stages, short_hash, stage_spec
@@ -55,9 +60,10 @@ class Execution:
     ) -> None:
         self.exp, self.run, self.emit, self.should_stop = exp, run, emit, should_stop
         self.storage = Storage(exp.storage)
-        self.artifacts = self.storage.local_path("artifacts")
+        self.artifacts = Artifacts(self.storage, run.run_id, self._waiting)
         self._make_pool = make_pool
         self._pool: Pool | None = None
+        self._stages: list[Stage] = []
 
     def execute(self) -> None:
         """Runs all stages of all seeds.
@@ -74,6 +80,7 @@ class Execution:
             work = [self._prepare(seed) for seed in self.exp.seeds]
             # Seeds that share a base list it once.
             todo = list({s.key: (s, inputs) for inputs, stages in work for s in stages}.values())
+            self._stages = [stage for stage, _ in todo]
             self.run.set_stages([{**_listed(stage), "data": inputs.data} for stage, inputs in todo])
             for number, (stage, inputs) in enumerate(todo, start=1):
                 self._stage(stage, inputs, number, len(todo))
@@ -84,7 +91,7 @@ class Execution:
     def _prepare(self, seed: int) -> tuple[Inputs, list[Stage]]:
         self.emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "preparing"})
         inputs = make_inputs(self.exp, base_seed(self.exp, seed), self.artifacts)
-        data = TokenData.open(self.artifacts / inputs.tokens)
+        data = self._tokens(inputs)
         seen = [c for c in data.clients if c.pool == "seen"]
         return inputs, plan_stages(self.exp, seed, inputs, len(seen))
 
@@ -102,10 +109,10 @@ class Execution:
         self.emit({**event, "kind": "storage"})
 
     def _locked(self, folder: str) -> AbstractContextManager[HeldLock]:
-        def waiting(text: str) -> None:
-            self.emit({"kind": "waiting", "text": text})
+        return lock(self.storage, folder, self.run.run_id, on_wait=self._waiting, on_event=self._storage_event)
 
-        return lock(self.storage, folder, self.run.run_id, on_wait=waiting, on_event=self._storage_event)
+    def _waiting(self, text: str) -> None:
+        self.emit({"kind": "waiting", "text": text})
 
     def _is_done(self, folder: str) -> bool:
         return self.storage.exists(f"{folder}/{DONE}")
@@ -128,15 +135,8 @@ class Execution:
                 return
             self.emit({**event, "state": "running"})
             log = CommitLog(self.storage, folder, self._storage_event, held.check)
-            data = TokenData.open(self.artifacts / inputs.tokens)
-            cache = self.artifacts / "features" / self._features_of(stage, inputs)
-            spec = stage_spec(
-                self.exp,
-                stage,
-                self._model_dir(stage.parent),
-                str(self.artifacts / inputs.tokens),
-                str(cache),
-            )
+            data = self._tokens(inputs)
+            spec = self._spec(stage, inputs)
             method = guarded(stage.method, method_section(self.exp, stage.method), stage.r_max, spec.guards)
             if stage.kind == "personalise":
                 modules, r_init = self._personalise(stage, spec, data, log)
@@ -155,13 +155,19 @@ class Execution:
         how = [model.targets, model.attention, engine.dtype, device_of(self.exp)]
         return short_hash([stage.parent, inputs.tokens, *how])
 
-    def _model_dir(self, artifact: str) -> str:
-        folder = self.artifacts / artifact
-        return str((folder / "model") if artifact.startswith("base-") else folder)
+    def _spec(self, stage: Stage, inputs: Inputs) -> StageSpec:
+        """What workers are told; each finds or fetches the folders on its own node."""
+        features = artifact_path(f"features/{self._features_of(stage, inputs)}")
+        spec = stage_spec(self.exp, stage, model_path(stage.parent), artifact_path(inputs.tokens), features)
+        return replace(spec, storage=self.storage.address, resolver=RESOLVER)
+
+    def _tokens(self, inputs: Inputs) -> TokenData:
+        return TokenData.open(fetch(self.storage, artifact_path(inputs.tokens)))
 
     def _rounds(self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog) -> StageInfo:
         seen = [c for c in data.clients if c.pool == "seen"]
         engine = self.exp.engine
+        info = self.pool.open(spec)
         plan = RoundPlan(
             stage=stage.key,
             seed=stage.seed,
@@ -173,12 +179,13 @@ class Execution:
             min_segment=engine.min_segment,
             drop_failures=engine.on_client_failure == "drop",
             quorum=engine.quorum,
+            private=sum(param.size for param in info.private),
+            poisson=self.exp.privacy.sampler == "poisson",
         )
-        info = self.pool.open(spec)
         rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
         run_rounds(
             plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage),
-            self._overlay(stage),
+            self._overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
         )  # fmt: skip
         return info
 
@@ -192,7 +199,10 @@ class Execution:
 
     def _on_round(self, stage: Stage) -> Callable[[RoundOutcome], None]:
         def closed(outcome: RoundOutcome) -> None:
-            self._note(stage, outcome.state.round - 1, outcome.failures, outcome.warnings, outcome.seconds)
+            self._note(stage, outcome.state.round - 1, outcome.failures, outcome.warnings)
+            self.run.timing(stage.key, outcome.state.round - 1, outcome.seconds, outcome.costs)
+            if outcome.spent is not None:
+                self.emit(spent_event(stage.key, outcome))
             self._progress(stage, outcome.state.round, stage.rounds, len(outcome.weights))
             if self.should_stop() and outcome.state.round < stage.rounds:
                 raise Interrupted(f"stopped after {stage.key}, round {outcome.state.round} of {stage.rounds}")
@@ -202,24 +212,25 @@ class Execution:
     def _progress(self, stage: Stage, done: int, total: int, clients: int) -> None:
         self.emit({"kind": "progress", "stage": stage.key, "done": done, "total": total, "clients": clients})
 
-    def _note(self, stage: Stage, index: int, failures: Any, warnings: Any, seconds: Any) -> None:
+    def _note(self, stage: Stage, index: int, failures: Any, warnings: Any) -> None:
         for failure in failures:
             self.run.failure(asdict(failure))
             self.emit({**asdict(failure), "kind": "failure", "failure": failure.kind})
         for warning in warnings:
             self.emit({"kind": "warning", "stage": stage.key, "round": index, "what": warning})
-        self.run.timing(stage.key, index, seconds)
 
     def _export(
         self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog, info: StageInfo
     ) -> None:
-        out = self.artifacts / stage.artifact / "model"
         commit = log.newest()
         if commit is None:
             tensors = named(info.shared, info.initial)
         else:
             tensors = commit.tensors(SHARED)
-        write_base(spec, method, tensors, data.labels, out)
+        local = on_this_node(spec)
+        self.artifacts.replace(
+            f"{stage.artifact}/model", lambda out: write_base(local, method, tensors, data.labels, out)
+        )
 
     def _shared(self, stage: Stage, info: StageInfo) -> Row | None:
         if not info.shared:
@@ -277,10 +288,12 @@ class Execution:
         results: Sequence[SegmentResult],
         log: CommitLog,
     ) -> None:
+        engine = self.exp.engine
+        results = screened(results, segments(clients, engine.segments, engine.min_segment))
         failures = [failure for result in results for failure in result.failures]
-        if failures and self.exp.engine.on_client_failure == "fail":
+        if failures and engine.on_client_failure == "fail":
             raise ClientError(failures[0].client, stage.key, index, failures[0].reason)
-        if len(failures) > (1 - self.exp.engine.quorum) * len(clients):
+        if len(failures) > (1 - engine.quorum) * len(clients):
             raise RoundError(f"{stage.key}, chunk {index}: {len(failures)} of {len(clients)} clients failed")
         objects: dict[str, Payload] = {METRICS: metrics_table(row for r in results for row in r.metrics)}
         strategies = {f"lambda/{client}": lam for r in results for client, lam in r.tensors.items()}
@@ -296,7 +309,8 @@ class Execution:
         }
         log.commit(index, objects, record)
         seconds = {client: s for result in results for client, s in result.seconds.items()}
-        self._note(stage, index, failures, [w for r in results for w in r.warnings], seconds)
+        self._note(stage, index, failures, [w for r in results for w in r.warnings])
+        self.run.timing(stage.key, index, seconds, {c: cost for r in results for c, cost in r.costs.items()})
 
 
 def _listed(stage: Stage) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -13,6 +14,7 @@ from pydantic import Field, create_model, field_validator
 
 from fedtailor.core.config import Config, deviations, merge_layers, validate
 from fedtailor.core.errors import ConfigError
+from fedtailor.core.privacy_settings import PrivacyConfig
 from fedtailor.core.settings import (
     AggregationConfig,
     BaseStageConfig,
@@ -20,7 +22,6 @@ from fedtailor.core.settings import (
     ModelConfig,
     PersonaliseStageConfig,
     Positive,
-    PrivacyConfig,
     StrategyStageConfig,
     TaskConfig,
     WandbConfig,
@@ -122,11 +123,13 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The tree of a shipped preset.
+    """The tree of a shipped preset, or of a file where the name ends in ``.yaml``.
 
     Raises:
-        ConfigError: no preset of this name.
+        ConfigError: no preset of this name, or a file that cannot be read as a tree of keys.
     """
+    if name.endswith(".yaml"):
+        return _load_file(name)
     if name not in preset_names():
         raise ConfigError(
             f"unknown preset '{name}'{nearest(name, preset_names())} (known: {', '.join(preset_names())})"
@@ -138,8 +141,21 @@ def load_preset(name: str) -> dict[str, Any]:
     return tree
 
 
+def _load_file(path: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).split("\n")[0]
+        raise ConfigError(f"cannot read the preset file '{path}': {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the preset file '{path}' is not a tree of keys")
+    return tree
+
+
 def compose(presets: list[str], overrides: list[str]) -> ExperimentBase:
     """Layers presets from left to right, then overrides, and checks everything that needs no data.
+
+    A preset is the name of a shipped one, or a file whose name ends in ``.yaml``.
 
     Raises:
         ConfigError: every problem found.
@@ -170,6 +186,10 @@ def check(experiment: ExperimentBase) -> None:
             )
         if cohort < 1:
             problems.append(f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody")
+    # Imported late: the rules need this module's own names.
+    from fedtailor.runs.privacy_rules import privacy_problems
+
+    problems += privacy_problems(experiment, seen)
     if problems:
         raise ConfigError(problems)
 

@@ -3,53 +3,49 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import hub
 from fedtailor.models.classifier import load_tokenizer
-from fedtailor.models.folder import staged_folder
 from fedtailor.models.tiny_bert import build
+from fedtailor.runs.artifacts import Artifacts
 from fedtailor.runs.experiment import ExperimentBase, scaled_task, to_json
 from fedtailor.runs.stages import Inputs, short_hash
 from fedtailor.tasks.task import TaskData, prepare
 from fedtailor.tasks.tokens import tokenise
 
 
-def make_inputs(exp: ExperimentBase, seed: int, artifacts: Path) -> Inputs:
+def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
     """Prepares what is missing and returns the artifact names.
 
     Args:
         exp: whole configuration.
         seed: run seed.
-        artifacts: local folder of all artifacts.
+        artifacts: where they are kept.
 
     Raises:
         DataError, ModelError: see `tasks` and `models`; nothing half made is left behind.
+        StorageError: the storage or this node's cache failed.
     """
-    artifacts.mkdir(parents=True, exist_ok=True)
+    artifacts.folder.mkdir(parents=True, exist_ok=True)
     data, data_name = _data(exp, seed, artifacts)
     model_name = model_artifact(exp, seed, data)
-    _once(artifacts / model_name, lambda out: _model(exp, seed, data, out))
+    model = artifacts.ensure(model_name, lambda out: _model(exp, seed, data, out))
     tokens_name = tokens_artifact(exp, data_name, model_name)
-    tokenizer = load_tokenizer(artifacts / model_name)
-    _once(artifacts / tokens_name, lambda out: _tokens(data, tokenizer, exp.task.max_length, out))
+    tokenizer = load_tokenizer(model)
+    artifacts.ensure(tokens_name, lambda out: _tokens(data, tokenizer, exp.task.max_length, out))
     return Inputs(data_name, model_name, tokens_name)
 
 
-def _data(exp: ExperimentBase, seed: int, artifacts: Path) -> tuple[TaskData, str]:
+def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskData, str]:
     # The name is the content's hash, so the data is always made; that takes seconds and catches changed files.
     task = scaled_task(exp)
-    scratch = artifacts / f".data-{short_hash([to_json(task), seed])}"
-    with staged_folder(scratch) as out:
-        name = f"data-{prepare(task, seed, out).hash[:16]}"
-    target = artifacts / name
-    if not target.exists():
-        scratch.rename(target)
-    else:
-        _remove(scratch)
-    return TaskData.open(target), name
+    with TemporaryDirectory(dir=artifacts.folder, prefix=".data-") as made:
+        name = f"data-{prepare(task, seed, Path(made)).hash[:16]}"
+        folder = artifacts.ensure(name, lambda out: _move_files(Path(made), out))
+    return TaskData.open(folder), name
 
 
 def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
@@ -93,14 +89,6 @@ def _tokens(data: TaskData, tokenizer: object, max_length: int, out: Path) -> No
     tokenise(data, tokenizer, max_length, out)  # type: ignore[arg-type]
 
 
-def _once(target: Path, make: Callable[[Path], None]) -> None:
-    if target.exists():
-        return
-    with staged_folder(target) as out:
-        make(out)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
+def _move_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        path.rename(target / path.name)

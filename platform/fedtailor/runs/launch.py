@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib import import_module
-from typing import Any, Final, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from fedtailor.core.config import validate
-from fedtailor.core.errors import ConfigError, Interrupted, StorageError, TailorError
+from fedtailor.core.errors import ConfigError, Interrupted, LockedError, StorageError, TailorError
 from fedtailor.core.pool import OnEvent, Pool, SerialPool
 from fedtailor.core.settings import EngineConfig
+from fedtailor.runs.artifact_lock import Owner
 from fedtailor.runs.commit_log import CommitLog
 from fedtailor.runs.digest import DONE
+from fedtailor.runs.events import QUIET
 from fedtailor.runs.execute import Execution
 from fedtailor.runs.experiment import Experiment, ExperimentBase, to_json
+from fedtailor.runs.pace import ProgressFile
+from fedtailor.runs.redaction import scrub
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import short_hash
 from fedtailor.runs.storage import Storage
@@ -22,8 +28,6 @@ MakePool = Callable[[EngineConfig, OnEvent], Pool]
 ShouldStop = Callable[[], bool]
 Backend = Callable[[str, Mapping[str, Any], EngineConfig, OnEvent, ShouldStop], Any]
 ENTRY = "fedtailor.runs.launch:execute_on"
-QUIET: Final = frozenset({"segment", "progress"})
-"""Events that are shown but not kept: timings and commits say the same."""
 
 
 class EventSink(Protocol):
@@ -50,7 +54,30 @@ def default_run_id(presets: list[str], exp: ExperimentBase) -> str:
     content = to_json(exp)
     for key in ("storage", "wandb"):
         content.pop(key)
-    return f"{'+'.join(presets) or exp.task.name}-{short_hash(content)[:8]}"
+    content["engine"]["address"] = None
+    names = [Path(name).stem if name.endswith(".yaml") else name for name in presets]
+    return f"{'-'.join(names) or exp.task.name}-{short_hash(content)[:8]}"
+
+
+def at_address(exp: ExperimentBase, address: str | None, instead: bool = False) -> ExperimentBase:
+    """The experiment on the cluster that ``--address`` names; unchanged if that is None.
+
+    Args:
+        exp: checked configuration.
+        address: as ``engine.address``.
+        instead: of the address in ``exp``, which otherwise must be the same or none.
+
+    Raises:
+        ConfigError: there are two addresses, or the engine uses no Ray.
+    """
+    if address is None:
+        return exp
+    engine = exp.engine
+    if engine.backend == "serial":
+        raise ConfigError(f"--address={address}: 'engine.backend' is serial, which uses no Ray cluster")
+    if not instead and engine.address not in (None, address):
+        raise ConfigError(f"--address={address} and 'engine.address'={engine.address} differ: give one")
+    return exp.model_copy(update={"engine": engine.model_copy(update={"address": address})})
 
 
 def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent, should_stop: ShouldStop) -> None:
@@ -60,12 +87,16 @@ def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent,
         TailorError: what ended the run; its status says so too.
         StorageError: the backend returned and yet a stage is not committed.
     """
-    run.set_status("running", "")
+    before, me = run.status(), Owner.here(run.run_id)
+    run.set_status("running", "", {"launcher": asdict(me)})
     try:
         backend(ENTRY, {"storage": exp.storage, "run_id": run.run_id}, exp.engine, emit, should_stop)
         missing = [stage["key"] for stage in committed_stages(run) if not stage["done"]]
         if missing:
             raise StorageError(f"not everything that was asked for is committed: {', '.join(missing)}")
+    except LockedError:
+        _give_back_status(run, before, me)
+        raise
     except BaseException as error:
         stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
         told = str(error) if isinstance(error, TailorError) else f"{type(error).__name__}: {error}"
@@ -74,13 +105,20 @@ def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent,
     run.set_status("complete", "")
 
 
+def _give_back_status(run: RunFolder, before: Mapping[str, Any], me: Owner) -> None:
+    """Undoes our "running": the run is another process's, and what that says about itself counts."""
+    found = run.status()["progress"].get("launcher", {})
+    if (found.get("machine"), found.get("pid")) == (me.machine, me.pid):
+        run.set_status(before["state"], before["message"], before["progress"])
+
+
 def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink, stop: StopFlag) -> None:
     """Runs all stages of a run in this process; the pool may be anywhere.
 
     Args:
         payload: ``storage`` and ``run_id``.
         make_pool: builds a pool from the engine's configuration.
-        sink: receives every event; all but `QUIET` ones are kept in the run folder.
+        sink: receives every event as it is kept in the run folder, and those of `events.QUIET`, which are not.
         stop: looked at between segments.
 
     Raises:
@@ -88,11 +126,12 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink,
     """
     run = RunFolder.open(Storage(payload["storage"]), payload["run_id"])
     exp = load_experiment(run)
+    progress = ProgressFile(run)
 
     def emit(event: dict[str, Any]) -> None:
-        if event["kind"] not in QUIET:
-            run.event(event)
-        sink.event(event)
+        told = run.shown(event) if event["kind"] in QUIET else run.event(event)
+        progress(event)
+        sink.event(told)
 
     def pool(on_event: OnEvent) -> Pool:
         return make_pool(exp.engine, on_event)
@@ -149,10 +188,10 @@ def sync_wandb(run: RunFolder, exp: ExperimentBase) -> str | None:
     from fedtailor.runs.wandb_sink import sync
 
     try:
-        sync(run, exp.wandb.mode, exp.wandb.project, exp.wandb.entity)
+        place = sync(run, exp.wandb)
     except Exception as error:  # W&B lets errors of many libraries through, and none may fail a committed run
-        problem = f"{type(error).__name__}: {error}"
+        problem = str(error) if isinstance(error, TailorError) else scrub(f"{type(error).__name__}: {error}")
         run.event({"kind": "wandb", "state": "failed", "text": problem})
         return problem
-    run.event({"kind": "wandb", "state": "synced"})
+    run.event({"kind": "wandb", "state": "synced", "place": place})
     return None

@@ -7,10 +7,11 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from fedtailor.core.durable import sync
 from fedtailor.core.errors import StorageError
 
 T = TypeVar("T")
@@ -100,18 +101,25 @@ def link_new(temp: str, full: str) -> None:
         os.replace(temp, full)
 
 
-def sync(path: str) -> None:
-    """Flushes a file or folder to the device."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write(path: str, data: bytes, durable: bool) -> None:
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         if durable:
             os.fsync(file.fileno())
+
+
+def local_size(path: str) -> int:
+    """Bytes of a file or tree; files that go while they are counted do not count.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    if not os.path.isdir(path):
+        return os.stat(path).st_size
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total

@@ -15,9 +15,12 @@ from fedtailor.models import hub
 from fedtailor.models.classifier import load_config
 from fedtailor.models.completeness import check_folder
 from fedtailor.models.source import ModelSource
+from fedtailor.runs.artifacts import model_path
 from fedtailor.runs.digest import DONE
 from fedtailor.runs.experiment import ExperimentBase, method_section
+from fedtailor.runs.file_manifest import published
 from fedtailor.runs.launch import load_experiment
+from fedtailor.runs.node_cache import fetch
 from fedtailor.runs.round_log import SERVER, SHARED
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.storage import Storage
@@ -158,11 +161,10 @@ def _finished_stage(run: RunFolder, seed: int) -> dict[str, Any]:
 
 def _base_of(run: RunFolder, stage: Mapping[str, Any]) -> Path:
     """The folder that the strategy stage took its frozen model from."""
-    parent = run.storage.local_path(f"artifacts/{stage['parent']}")
-    folder = parent / "model" if (parent / "model").is_dir() else parent
-    if not (folder / "config.json").is_file():
-        raise StorageError(f"run '{run.run_id}': its base model is not in {folder} any more")
-    return folder
+    path = model_path(str(stage["parent"]))
+    if not published(run.storage, path):
+        raise StorageError(f"run '{run.run_id}': its base model is not in {run.storage.full(path)} any more")
+    return fetch(run.storage, path)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from fedtailor.runs.console import plain_table
+from fedtailor.runs.console import plain_table, show_privacy
 from fedtailor.runs.past_times import seconds_per_client
 from fedtailor.runs.plan import Plan, StagePlan
+from fedtailor.runs.privacy_terms import masked_traffic
 from fedtailor.runs.report.names import method_name
 
 _THERE = {True: "[green]yes[/]", False: "no", None: "[dim]?[/]"}
@@ -48,6 +49,7 @@ def _show_header(console: Console, plan: Plan) -> None:
     }
     for name, value in rows.items():
         console.print(f"[bold]{name:<8}[/] {escape(value)}", highlight=False)
+    show_privacy(console, exp, 6, people.seen)
 
 
 def _show_trained(console: Console, plan: Plan) -> None:
@@ -74,6 +76,15 @@ def _show_stages(console: Console, plan: Plan) -> None:
         counts = (str(stage.rounds), str(stage.cohort)) if rounds else ("", f"all {cost.updates}")
         table.add_row(escape(stage.key), *counts, *wire, artifact, _THERE[row.there])
     console.print(table)
+    for row in _first_seed(plan):
+        shared = plan.sizes[row.stage.method].shared
+        masked = masked_traffic(plan.exp, plan.population.seen, row.stage.kind, shared) if row.stage.rounds else None
+        if masked is not None:
+            console.print(
+                f"[dim]{escape(_name(row))}: under masks a client sends {size(masked.up)} a round instead of "
+                f"{size(4 * shared)}, and receives {size(masked.down)} of keys and shares[/]",
+                highlight=False,
+            )
     if any(row.there is None for row in plan.stages):
         console.print("[dim]? unknown without weights: names and what is already there follow from their hash[/]")
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
-from pathlib import Path
 
 from fedtailor.core.config import deviations, validate
-from fedtailor.core.errors import PlacementError, StorageError
+from fedtailor.core.errors import ConfigError, PlacementError, StorageError
 from fedtailor.core.pool import OnEvent
 from fedtailor.models.hub import check_available
+from fedtailor.runs.artifacts import Artifacts
 from fedtailor.runs.experiment import Experiment, ExperimentBase, base_seed, overrides_of, to_json
 from fedtailor.runs.inputs import make_inputs
+from fedtailor.runs.job_folder import refuse_job_folder
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import device_of
 from fedtailor.runs.storage import Storage
+from fedtailor.runs.wandb_key import check_wandb
 
-_FREE = ("storage", "wandb")
+_FREE = ("storage", "wandb", "engine.address")
 """Keys that may change between two starts of one run."""
 
 
@@ -25,9 +28,11 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     Raises:
         TailorError: what is wrong with run id, GPUs, model or data.
     """
+    refuse_job_folder("storage", exp.storage)
     storage = Storage(exp.storage)
     refuse_other_configuration(storage, run_id, exp)
     check_placement(exp)
+    check_wandb(exp)
     check_available(exp.model, exp.task.max_length)
     prepare_data(exp, emit)
     return RunFolder.create(storage, run_id, to_json(exp), overrides_of(exp), ignore=_FREE)
@@ -55,7 +60,7 @@ def check_placement(exp: ExperimentBase) -> None:
         PlacementError: with what is asked and what is there.
     """
     engine = exp.engine
-    if device_of(exp) == "cpu" or engine.address is not None:
+    if device_of(exp) == "cpu" or (engine.address or os.environ.get("RAY_ADDRESS", "local")) != "local":
         return
     import torch
 
@@ -79,10 +84,16 @@ def prepare_data(exp: ExperimentBase, emit: OnEvent) -> None:
     """Makes the inputs of all seeds, named by content; if that fails, folders made for them go again.
 
     Raises:
-        DataError, ModelError: see `runs.inputs.make_inputs`.
+        DataError, ModelError, StorageError: see `runs.inputs.make_inputs`.
     """
-    artifacts = Path(exp.storage) / "artifacts"
-    new = [folder for folder in (artifacts, *artifacts.parents) if not folder.exists()]
+    storage = Storage(exp.storage)
+    if storage.url.startswith("memory:") and exp.engine.backend != "serial":
+        raise ConfigError(
+            f"'storage' = {storage.url}: its files live in one process, and engine.backend={exp.engine.backend} "
+            "runs in several; use engine.backend=serial, a folder or an object store"
+        )
+    artifacts = Artifacts(storage, "preparing", on_wait=lambda text: emit({"kind": "waiting", "text": text}))
+    new = [folder for folder in (artifacts.folder, *artifacts.folder.parents) if not folder.exists()]
     try:
         for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds):
             emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "checking"})

@@ -7,15 +7,18 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, Protocol
+from datetime import datetime
+from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-Event = Mapping[str, Any]
+from fedtailor.runs.events import Event, describe
+from fedtailor.runs.journal import stamp
+from fedtailor.runs.pace import Pace
+
 LINE_EVERY_S = 10.0
 SHOWN = 3
 
@@ -28,44 +31,6 @@ class Reporter(Protocol):
 
     def close(self) -> None:
         """Leaves the terminal as it was and tells the warnings."""
-
-
-@dataclass
-class Pace:
-    """Speed of one stage, measured from when this process took it up.
-
-    Args:
-        unit: ``rounds`` or ``chunks``.
-        started: monotonic seconds.
-    """
-
-    unit: str
-    started: float
-    clients: int = 0
-    first: int | None = None
-    done: int = 0
-    total: int = 0
-
-    def advance(self, done: int, total: int) -> None:
-        """Notes that ``done`` of ``total`` are committed; those before the first call were done earlier."""
-        self.first = done - 1 if self.first is None else self.first
-        self.done, self.total = done, total
-
-    def elapsed(self, now: float) -> timedelta:
-        """Time since the start, whole seconds."""
-        return timedelta(seconds=round(now - self.started))
-
-    def rate(self, now: float) -> str:
-        """``12.3 clients/s``."""
-        return f"{self.clients / max(now - self.started, 1e-9):.1f} clients/s"
-
-    def eta(self, now: float) -> str:
-        """``ETA 0:01:10``, or blank before the first commit."""
-        own = self.done - (self.first or 0)
-        if not own or self.first is None:
-            return "ETA -:--:--"
-        left = (self.total - self.done) * (now - self.started) / own
-        return f"ETA {timedelta(seconds=round(left))}"
 
 
 @dataclass
@@ -102,14 +67,20 @@ class Notes:
 
 
 class JsonLog:
-    """One JSON object per line and event."""
+    """One JSON object per line and event, as ``events.jsonl`` has them.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    Args:
+        console: where to.
+        run_id: of events that the run itself did not tell.
+    """
+
+    def __init__(self, console: Console, run_id: str) -> None:
+        self._console, self._run_id, self._seq = console, run_id, 0
 
     def __call__(self, event: Event) -> None:
-        """Prints the event with the time of day (UTC)."""
-        stamped = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds"), **event}
+        """Prints the event with time, number and run."""
+        stamped = stamp(event, self._run_id, self._seq)
+        self._seq = stamped["seq"]
         self._console.file.write(json.dumps(stamped, ensure_ascii=False, default=str) + "\n")
         self._console.file.flush()
 
@@ -130,22 +101,20 @@ class Lines:
         self._notes.add(event)
         pace, now = self._pace, time.monotonic()
         if event["kind"] == "stage":
-            self._pace = Pace(_unit(event), now) if event["state"] == "running" else None
+            self._pace = Pace.of(event, now) if event["state"] == "running" else None
             if pace is not None and event["state"] == "done":
                 self._say(f"{_title(event)}  done in {pace.elapsed(now)}, {pace.rate(now)}")
             elif event["state"] != "done":
                 self._say(f"{_title(event)}  {event['state']}")
             self._said = now
-        elif event["kind"] == "segment" and pace is not None:
-            pace.clients += int(event["clients"])
-        elif event["kind"] == "progress" and pace is not None:
-            pace.advance(event["done"], event["total"])
+            return
+        if pace is not None and pace.hear(event) and event["kind"] == "progress":
             if now - self._said >= LINE_EVERY_S:
                 self._said = now
                 counted = f"{event['done']}/{event['total']} {pace.unit}"
                 self._say(f"{event['stage']}  {counted}  {pace.rate(now)}  {pace.eta(now)}")
         elif event["kind"] not in ("warning", "segment", "progress"):
-            self._say(_plain(event))
+            self._say(describe(event))
 
     def close(self) -> None:
         """Tells the warnings."""
@@ -179,13 +148,13 @@ class Bar:
         now = time.monotonic()
         if event["kind"] == "stage":
             self._stage(event, now)
-        elif event["kind"] in ("segment", "progress"):
-            self._advance(event, now)
-        elif event["kind"] == "failure":
+            return
+        self._advance(event, now)
+        if event["kind"] == "failure":
             where = f"{event['client']}  {event['stage']}, round {event['round']}"
             self._console.print(f"[red]✗[/] {escape(where)}: {escape(str(event['reason']))}")
-        elif event["kind"] != "warning":
-            self._console.print(Text(f"  {_plain(event)}", style="dim"))
+        elif event["kind"] not in ("warning", "segment", "progress"):
+            self._console.print(Text(f"  {describe(event)}", style="dim"))
 
     def close(self) -> None:
         """Removes the bar and tells the warnings."""
@@ -203,43 +172,26 @@ class Bar:
         elif state == "reused":
             self._console.print(f"[green]✓[/] {escape(title)}  [dim]already there[/]")
         elif state in ("running", "checking", "preparing"):
-            self._pace = Pace(_unit(event), now)
+            self._pace = Pace.of(event, now)
             unit = self._pace.unit if state == "running" else ""
             self._task = self._bar.add_task(escape(title), total=None, unit=unit, rate="", eta="")
 
     def _advance(self, event: Event, now: float) -> None:
-        if self._pace is None or self._task is None:
+        pace = self._pace
+        if pace is None or self._task is None or not pace.hear(event):
             return
-        if event["kind"] == "segment":
-            self._pace.clients += int(event["clients"])
-            self._bar.update(self._task, rate=self._pace.rate(now))
-        else:
-            self._pace.advance(event["done"], event["total"])
-            self._bar.update(
-                self._task, completed=event["done"], total=event["total"], rate=self._pace.rate(now),
-                eta=self._pace.eta(now),
-            )  # fmt: skip
+        self._bar.update(self._task, rate=pace.rate(now))
+        if event["kind"] == "progress":
+            self._bar.update(self._task, completed=pace.done, total=pace.total, eta=pace.eta(now))
 
 
-def reporter(console: Console, json_log: bool = False) -> Reporter:
+def reporter(console: Console, json_log: bool = False, run_id: str = "") -> Reporter:
     """The fitting reporter: JSON if asked for, a bar on a terminal, lines elsewhere."""
     if json_log:
-        return JsonLog(console)
+        return JsonLog(console, run_id)
     return Bar(console) if console.is_terminal else Lines(console)
-
-
-def _unit(event: Event) -> str:
-    return "chunks" if str(event["stage"]).startswith("personalise") else "rounds"
 
 
 def _title(event: Event) -> str:
     number = f"[{event['number']}/{event['of']}] " if "number" in event else ""
     return f"{number}{event['stage']}"
-
-
-def _plain(event: Event) -> str:
-    """Any other event in one line: its text if it has one, else its fields."""
-    if "text" in event:
-        return str(event["text"])
-    rest = "  ".join(f"{key}={value}" for key, value in event.items() if key != "kind")
-    return f"{event['kind']}  {rest}"

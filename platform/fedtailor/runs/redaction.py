@@ -10,7 +10,9 @@ from typing import Any
 HIDDEN = "***"
 _ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
 _IF_TEXT = {"key", "keys", "token", "tokens"}
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_KNOWN = re.compile(r"\b(?:wandb_v\d_|hf_|gh[opsu]_)\w{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+"""Keys that are recognised by their form: W&B, Hugging Face, GitHub, AWS (its ids; its secrets have no form)."""
+_USER_INFO = re.compile(r"(?<=://)[^/@:\s]+(?::[^@\s]*)?(?=@)")
 _ASSIGNED = re.compile(r"([\w.\-]+)=([^\s,;&'\"]+)")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -20,7 +22,8 @@ def redact(tree: Any) -> Any:
 
     Hidden are texts under a key with the word key or token, any value under one with secret, password or
     the like, ``name=value`` words and ``{"key": name, "value": ...}`` entries for such names, user names
-    and passwords in URLs, and the values that such environment variables have now, wherever they occur.
+    and passwords in URLs, keys of a known form, and the values that such environment variables have now,
+    wherever they occur.
 
     >>> redact({"wandb": {"api_key": "abc"}, "engine": {"token_budget": 64}, "overrides": ["a.token=x"]})
     {'wandb': {'api_key': '***'}, 'engine': {'token_budget': 64}, 'overrides': ['a.token=***']}
@@ -34,10 +37,10 @@ def redact(tree: Any) -> Any:
 
 
 def scrub(text: str) -> str:
-    """A text without the secrets of the environment, ``key=secret`` and passwords in URLs."""
+    """A text without the secrets of the environment, keys of known form, ``key=secret`` and passwords in URLs."""
     for value in _environment_secrets():
         text = text.replace(value, HIDDEN)
-    return _USER_INFO.sub(HIDDEN, _ASSIGNED.sub(_hide_assigned, text))
+    return _KNOWN.sub(HIDDEN, _USER_INFO.sub(HIDDEN, _ASSIGNED.sub(_hide_assigned, text)))
 
 
 def _hide_assigned(found: re.Match[str]) -> str:

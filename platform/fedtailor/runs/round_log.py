@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -120,5 +121,12 @@ class CommittedRounds:
             "rejected": [asdict(failure) for failure in outcome.failures],
             "private_at": dict(state.private_at),
         }
+        if outcome.spent is not None:
+            epsilon = outcome.spent.epsilon
+            record["privacy"] = {
+                "epsilon": epsilon if isfinite(epsilon) else None,
+                "delta": outcome.spent.delta,
+                "draw": outcome.spent.number,
+            }
         self._log.commit(state.round - 1, objects, record)
         self._log.prune(self._keep, HEAVY)

@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +13,10 @@ import pandas as pd
 import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.messages import METRIC_COLUMNS, FloatArray
-from fedtailor.runs import payloads, provenance
+from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray
+from fedtailor.runs import payloads, provenance, timings
 from fedtailor.runs.commit_log import CommitLog
+from fedtailor.runs.journal import Journal, now
 from fedtailor.runs.redaction import redact
 from fedtailor.runs.storage import Storage, join
 
@@ -25,7 +25,6 @@ STATES = ("running", "complete", "failed", "interrupted")
 State = Literal["running", "complete", "failed", "interrupted"]
 METRICS, STRATEGIES, LAMBDA = "metrics.parquet", "strategies.safetensors", "lambda/"
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_TIMING_COLUMNS = ("stage", "round", "client", "seconds")
 Entries = list[dict[str, Any]]
 
 
@@ -39,7 +38,8 @@ class RunFolder:
 
     def __init__(self, storage: Storage, run_id: str) -> None:
         self.storage, self.run_id = storage, run_id
-        self._open_lines: set[str] = set()
+        self._events = Journal(storage, run_id, "events")
+        self._failures = Journal(storage, run_id, "failures")
 
     @classmethod
     def create(
@@ -67,11 +67,12 @@ class RunFolder:
         run = cls(storage, _checked(run_id))
         tree = json.loads(payloads.canonical_json(redact(dict(config))))
         content = {
-            "schema": SCHEMA, "run_id": run_id, "created": _now(), "config_hash": _hash(tree), "config": tree,
+            "schema": SCHEMA, "run_id": run_id, "created": now(), "config_hash": _hash(tree), "config": tree,
             "overrides": redact(list(overrides)), "stages": [], "data": dict(data or {}),
             "versions": provenance.versions(), "git": provenance.source(), "hardware": provenance.hardware(),
         }  # fmt: skip
-        if storage.exists(run_id) or not run._publish(content):
+        mark = run_id if storage.is_local else join(run_id, "run.json")
+        if storage.exists(mark) or not run._publish(content):
             run._compare(tree, ignore)
         return run
 
@@ -121,43 +122,58 @@ class RunFolder:
         """
         if state not in STATES:
             raise StorageError(f"status '{state}' is not one of {', '.join(STATES)}")
-        content = {"state": state, "message": message, "progress": dict(progress or {}), "updated": _now()}
+        content = {"state": state, "message": message, "progress": dict(progress or {}), "updated": now()}
         self.storage.write_json(join(self.run_id, "status.json"), redact(content))
 
     def status(self) -> dict[str, Any]:
         """Content of ``status.json``: state, message, progress, updated."""
         return dict(self.storage.read_json(join(self.run_id, "status.json")))
 
-    def event(self, entry: Mapping[str, Any]) -> None:
-        """Adds a line to ``events.jsonl``, with the time."""
-        self._append("events.jsonl", entry)
+    def event(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds a line to ``events.jsonl`` and returns it: with time, number and run, see `runs.events`."""
+        return self._events.append(entry)
+
+    def shown(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """An event that is shown but not kept, as `event` would return it, with the number of the one before."""
+        return self._events.stamped(entry)
 
     def failure(self, entry: Mapping[str, Any]) -> None:
-        """Adds a line to ``failures.jsonl``, with the time."""
-        self._append("failures.jsonl", entry)
+        """Adds a line to ``failures.jsonl``, with time, number and run."""
+        self._failures.append(entry)
 
     def events(self) -> Entries:
-        """Lines of ``events.jsonl``; one that a crash tore is given as ``{"unreadable": text}``."""
-        return self._lines("events.jsonl")
+        """Kept lines of ``events.jsonl``, see `runs.journal`; a torn one is given as ``{"unreadable": text}``."""
+        return self._events.entries()
 
     def failures(self) -> Entries:
         """Lines of ``failures.jsonl``, as `events`."""
-        return self._lines("failures.jsonl")
+        return self._failures.entries()
 
-    def timing(self, stage: str, index: int, seconds: Mapping[str, float]) -> None:
-        """Keeps wall seconds per client of a round or chunk; outside of commits and digest."""
+    def timing(
+        self, stage: str, index: int, seconds: Mapping[str, float], costs: Mapping[str, ClientCost] | None = None
+    ) -> None:
+        """Keeps what the clients of a round or chunk cost, wall seconds first; outside of commits and digest."""
         if not seconds:
             return
-        rows = [dict(zip(_TIMING_COLUMNS, (stage, index, c, float(s)), strict=True)) for c, s in seconds.items()]
-        name, data = payloads.encode(f"{stage.replace('/', '-')}-{index:06d}", pa.Table.from_pylist(rows))
+        table = timings.encoded(stage, index, seconds, costs or {})
+        name, data = payloads.encode(f"{stage.replace('/', '-')}-{index:06d}", table)
         self.storage.write_bytes(join(self.run_id, "timings", name), data, durable=False)
 
     def timings(self) -> pd.DataFrame:
-        """All kept times: stage, round, client, seconds."""
+        """What every client cost, `runs.timings.COLUMNS`; NaN where an earlier version did not note it."""
         folder = join(self.run_id, "timings")
         names = [name for name in self.storage.list(folder) if name.endswith(payloads.TABLE)]
-        tables = [payloads.read_table(name, self.storage.read_bytes(join(folder, name))) for name in names]
-        return _frame(tables, _TIMING_COLUMNS)
+        return timings.frame([payloads.read_table(name, self.storage.read_bytes(join(folder, name))) for name in names])
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        """Replaces ``progress.json``, how fast the running stage goes, see `runs.pace`; shown, never relied on."""
+        data = json.dumps(progress, indent=2, allow_nan=False).encode()
+        self.storage.write_bytes(join(self.run_id, "progress.json"), data, durable=False)
+
+    def progress(self) -> dict[str, Any]:
+        """Content of ``progress.json``; empty if there is none."""
+        path = join(self.run_id, "progress.json")
+        return dict(self.storage.read_json(path)) if self.storage.exists(path) else {}
 
     def metrics(self, kind: str | None = None) -> pd.DataFrame:
         """Rows of METRIC_COLUMNS of every committed round and chunk, stages in recorded order.
@@ -188,10 +204,12 @@ class RunFolder:
         return found
 
     def _publish(self, content: Mapping[str, Any]) -> bool:
+        status = {"state": "running", "message": "", "progress": {}, "updated": now()}
+        if not self.storage.is_local:
+            return self._publish_remote(content, status)
         new = f".{self.run_id}.{secrets.token_hex(6)}.new"
         try:
             self.storage.write_json(join(new, "run.json"), content)
-            status = {"state": "running", "message": "", "progress": {}, "updated": _now()}
             self.storage.write_json(join(new, "status.json"), status)
             self.storage.move(new, self.run_id)
         except BaseException:
@@ -200,6 +218,18 @@ class RunFolder:
                 return False
             raise
         return True
+
+    def _publish_remote(self, content: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
+        """Without a rename the run exists with its run.json, which comes last and is written once."""
+        if set(self.storage.list(self.run_id)) - {"status.json"}:
+            return False
+        try:
+            self.storage.write_json(join(self.run_id, "status.json"), status)
+            return self.storage.create(join(self.run_id, "run.json"), json.dumps(content, indent=2).encode())
+        except BaseException:
+            if not self.storage.exists(join(self.run_id, "run.json")):
+                self.storage.delete(self.run_id)
+            raise
 
     def _compare(self, tree: Mapping[str, Any], ignore: tuple[str, ...]) -> None:
         path = join(self.run_id, "run.json")
@@ -221,22 +251,6 @@ class RunFolder:
 
     def _update(self, **fields: Any) -> None:
         self.storage.write_json(join(self.run_id, "run.json"), {**self.info(), **fields})
-
-    def _append(self, name: str, entry: Mapping[str, Any]) -> None:
-        path = join(self.run_id, name)
-        # An entry's own keys are ours (``key`` may be a stage's); what they hold may come from anywhere.
-        content = {"time": _now(), **{key: redact(value) for key, value in entry.items()}}
-        line = json.dumps(content, ensure_ascii=False, default=str) + "\n"
-        if name not in self._open_lines and self.storage.exists(path):
-            # A line torn by a crash must not swallow the next one.
-            line = line if self.storage.read_bytes(path)[-1:] in (b"", b"\n") else f"\n{line}"
-        self._open_lines.add(name)
-        self.storage.append(path, line)
-
-    def _lines(self, name: str) -> Entries:
-        path = join(self.run_id, name)
-        text = self.storage.read_bytes(path).decode(errors="replace") if self.storage.exists(path) else ""
-        return [_parsed(line) for line in text.splitlines() if line]
 
 
 def run_ids(storage: Storage) -> list[str]:
@@ -269,19 +283,8 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):
-        return {"unreadable": line}
-
-
 def _frame(tables: Sequence[pa.Table], columns: Sequence[str]) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame({name: [] for name in columns})
     frame: pd.DataFrame = pa.concat_tables(tables).select(list(columns)).to_pandas()
     return frame
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

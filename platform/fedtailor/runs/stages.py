@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fedtailor import NUMERICS_VERSION
 from fedtailor.core.messages import StageSpec
 from fedtailor.methods import build_method
 from fedtailor.runs.experiment import ExperimentBase, base_seed, cohort_size, guards_of, method_section, scaled, to_json
+from fedtailor.runs.privacy_terms import resolved
 
 NUMERIC_ENGINE_KEYS = ("threads", "token_budget", "max_lanes", "segments", "min_segment", "dtype")
 
@@ -55,6 +56,7 @@ class Stage:
         cohort: clients per round.
         budgets: that the stage serves; empty for the base.
         r_max: largest budget that the method is built for.
+        guards: of a round stage, the sections around its method; see `guards_of`.
     """
 
     key: str
@@ -68,6 +70,7 @@ class Stage:
     cohort: int = 0
     budgets: tuple[int, ...] = ()
     r_max: int = 0
+    guards: Mapping[str, Any] = field(default_factory=dict)
 
 
 def method_json(exp: ExperimentBase, method: str) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         "engine": {key: getattr(exp.engine, key) for key in NUMERIC_ENGINE_KEYS},
         "device": device_of(exp),
     }
-    graph = _Graph(exp, seed, common, [])
+    graph = _Graph(exp, seed, common, guards_of(resolved(exp, seen)), [])
     base = graph.base(inputs.model, seen)
     for method in exp.methods:
         built = build_method(method, method_section(exp, method), exp.r_max)
@@ -111,6 +114,7 @@ class _Graph:
     exp: ExperimentBase
     seed: int
     common: Mapping[str, Any]
+    guards: Mapping[str, Any]
     stages: list[Stage]
 
     def base(self, model: str, seen: int) -> str:
@@ -139,10 +143,11 @@ class _Graph:
         self._add(
             stage, budgets=budgets, r_max=r_max, pools=exp.personalise.pools, chunk=exp.personalise.chunk,
             base_dropout=exp.model.base_dropout, adapters=exp.save_adapters,
+            **({"score_train": True} if exp.personalise.score_train else {}),
         )  # fmt: skip
 
     def _policy(self) -> dict[str, Any]:
-        guards = {f"guard/{name}": section for name, section in guards_of(self.exp).items()}
+        guards = {f"guard/{name}": section for name, section in self.guards.items()}
         return {"on_client_failure": self.exp.engine.on_client_failure, "quorum": self.exp.engine.quorum, **guards}
 
     def _add(self, stage: Stage, **own: Any) -> str:
@@ -151,7 +156,8 @@ class _Graph:
             "config": method_json(self.exp, stage.method), "parent": stage.parent, "strategy": stage.strategy,
             "rounds": stage.rounds, "cohort": stage.cohort,
         }  # fmt: skip
-        named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}")
+        guards = {} if stage.kind == "personalise" else self.guards
+        named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}", guards=guards)
         self.stages.append(named)
         return named.artifact
 
@@ -181,11 +187,12 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         max_lanes=exp.engine.max_lanes,
         dtype=exp.engine.dtype,
         save_adapters=exp.save_adapters and stage.kind == "personalise",
+        score_train=exp.personalise.score_train and stage.kind == "personalise",
         cache_dir=cache_dir,
         rounds=stage.rounds,
         device=device_of(exp),
         attention=exp.model.attention,
-        guards={} if stage.kind == "personalise" else guards_of(exp),
+        guards=stage.guards,
         **_overlay(exp, stage),
     )
 

@@ -8,18 +8,21 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from fedtailor.core.durable import sync
 from fedtailor.core.errors import StorageError
-from fedtailor.runs.local_files import MissingFileError, explained, link_new, patiently, publish, sync
+from fedtailor.runs.local_files import MissingFileError, explained, link_new, local_size, patiently, publish
+from fedtailor.runs.redaction import scrub
+from fedtailor.runs.remote_files import RemoteFiles
 
 __all__ = ["MissingFileError", "Storage", "explained", "join", "safe_path"]
 Names = list[str]
+_PASSWORD = re.compile(r"://[^/@:]+:[^@]*@")
 # Parts without slash, backslash or control characters that are neither "." nor "..".
 _SAFE = re.compile(r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+(?:/(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+)*")
 
@@ -52,12 +55,23 @@ class Storage:
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = os.fspath(url)
+        if _PASSWORD.search(self.url):
+            raise StorageError(
+                f"'storage' = {scrub(self.url)}: a password in an address would end up in process lists and logs; give "
+                "it as the store's own variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or configuration file"
+            )
         try:
-            self._fs, root = url_to_fs(self.url)
+            fs, root = url_to_fs(self.url)
         except (ValueError, ImportError) as error:
             raise StorageError(f"'storage' = {self.url!r}: {error}") from error
         self._root = str(root).rstrip("/")
-        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.is_local = isinstance(fs, LocalFileSystem)
+        self._remote = RemoteFiles(fs, self.url)
+
+    @property
+    def address(self) -> str:
+        """The URL, or the absolute path of a local folder: the same place from any working directory."""
+        return self._root if self.is_local else self.url
 
     def full(self, path: str = "") -> str:
         """The path as the file system knows it."""
@@ -75,8 +89,9 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
-        with explained(f"looking for {self.full(path)}"):
-            return os.path.exists(self.full(path)) if self.is_local else bool(self._fresh().exists(self.full(path)))
+        full = self.full(path)
+        with explained(f"looking for {full}"):
+            return os.path.exists(full) if self.is_local else self._remote.exists(full)
 
     def read_bytes(self, path: str) -> bytes:
         """Content of a file.
@@ -86,7 +101,7 @@ class Storage:
         """
         full = self.full(path)
         with explained(f"reading {full}"):
-            return patiently(lambda: Path(full).read_bytes() if self.is_local else bytes(self._fresh().cat_file(full)))
+            return patiently(Path(full).read_bytes) if self.is_local else self._remote.read(full)
 
     def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
         """Replaces a file as a whole; afterwards it survives a power cut, unless ``durable`` is False."""
@@ -95,12 +110,13 @@ class Storage:
             if self.is_local:
                 publish(full, data, os.replace, durable)
             else:
-                patiently(lambda: self._put(full, data))
+                self._remote.write(full, data)
 
     def create(self, path: str, data: bytes, before_visible: Callable[[], None] = lambda: None) -> bool:
         """Writes a file only if there is none; of several writers exactly one gets True.
 
         Args:
+            data: something that no other writer would write; it tells whose file it is.
             before_visible: called when the data is written and the name is not there yet.
 
         Raises:
@@ -118,7 +134,7 @@ class Storage:
                     publish(full, data, appear, durable=True)
                 else:
                     before_visible()
-                    self._put_new(full, data)
+                    self._remote.create(full, data)
             except FileExistsError:
                 return False
         return True
@@ -128,7 +144,7 @@ class Storage:
         full = self.full(path)
         with explained(f"writing {full}"):
             if not self.is_local:
-                self._put(full, data)
+                self._remote.write(full, data)
                 return
             os.makedirs(os.path.dirname(full), exist_ok=True)
             with open(full, "xb") as file:
@@ -154,16 +170,44 @@ class Storage:
                     file.write(text.encode())
             else:
                 old = self.read_bytes(path) if self.exists(path) else b""
-                self._put(full, old + text.encode())
+                self._remote.write(full, old + text.encode())
+
+    def download(self, path: str, target: Path) -> None:
+        """Copies a file to one outside of the storage, in pieces."""
+        full = self.full(path)
+        with explained(f"copying {full} to {target}"):
+            self._remote.download(full, target)
+
+    def upload(self, source: Path, path: str) -> None:
+        """Copies a file into the storage, in pieces; whole at once on object stores only."""
+        full = self.full(path)
+        with explained(f"copying {source} to {full}"):
+            self._remote.upload(source, full)
+
+    def modified(self, path: str) -> float | None:
+        """When a file was written last, by the store's clock, in seconds since 1970; None without a file."""
+        full = self.full(path)
+        with explained(f"looking at {full}"):
+            try:
+                return os.stat(full).st_mtime if self.is_local else self._remote.modified(full)
+            except FileNotFoundError:
+                return None
+
+    def size(self, path: str) -> int:
+        """Bytes of a file or of all files in a folder; 0 where there is nothing."""
+        full = self.full(path)
+        with explained(f"looking at {full}"):
+            try:
+                return local_size(full) if self.is_local else self._remote.size(full)
+            except FileNotFoundError:
+                return 0
 
     def list(self, path: str = "") -> Names:
         """Names in a folder, sorted; empty if there is no such folder."""
         full = self.full(path)
         with explained(f"listing {full}"):
             try:
-                if self.is_local:
-                    return sorted(os.listdir(full))
-                return sorted({n.rstrip("/").rsplit("/", 1)[-1] for n in self._fresh().ls(full, detail=False)})
+                return sorted(os.listdir(full) if self.is_local else self._remote.names(full))
             except FileNotFoundError:
                 return []
 
@@ -172,10 +216,7 @@ class Storage:
         full = self.full(path)
         with explained(f"deleting {full}"):
             if not self.is_local:
-                if self._fresh().isfile(full):
-                    self._fs.rm_file(full)
-                elif self._fs.exists(full):
-                    self._fs.rm(full, recursive=True)
+                self._remote.delete(full)
             elif os.path.isdir(full) and not os.path.islink(full):
                 shutil.rmtree(full)
             else:
@@ -191,9 +232,7 @@ class Storage:
                 sync(os.path.dirname(new))
                 sync(os.path.dirname(old))
                 return
-            for name in self._find(old):
-                self._put(new + name[len(old) :], bytes(self._fs.cat_file(name)))
-        self.delete(source)
+            self._remote.move(old, new)
 
     def read_json(self, path: str) -> Any:
         """Content of a JSON file.
@@ -214,21 +253,3 @@ class Storage:
 
     def _below_root(self, folder: Path) -> bool:
         return folder == Path(self._root) or Path(self._root) in folder.parents
-
-    def _fresh(self) -> Any:
-        self._fs.invalidate_cache()
-        return self._fs
-
-    def _find(self, full: str) -> Names:
-        return [str(name) for name in self._fresh().find(full)]
-
-    def _put(self, full: str, data: bytes) -> None:
-        self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(full, data)
-
-    def _put_new(self, full: str, data: bytes) -> None:
-        # Where `mode` is unknown it would be swallowed by **kwargs and the write would not be exclusive.
-        if "mode" not in signature(self._fs.pipe_file).parameters:
-            raise StorageError(f"{self.url}: the store has no exclusive writes, so no run can be locked on it")
-        self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
-        self._fs.pipe_file(full, data, mode="create")

@@ -19,16 +19,20 @@ from fedtailor.methods import build_method
 from fedtailor.models.classifier import load_classifier, load_config
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.folder import staged_folder
+from fedtailor.runs.artifacts import model_path
 from fedtailor.runs.base_model import write_merged
 from fedtailor.runs.commit_log import CommitLog
 from fedtailor.runs.experiment import base_seed, method_section, nearest
+from fedtailor.runs.file_manifest import published
 from fedtailor.runs.launch import load_experiment
+from fedtailor.runs.node_cache import fetch
+from fedtailor.runs.reporting import refuse_used
 from fedtailor.runs.round_log import CommittedRounds, named
 from fedtailor.runs.run_folder import RunFolder
 
 
 def base_folder(run: RunFolder, seed: int) -> Path:
-    """The run's trained base model.
+    """The run's trained base model; of a remote storage, this node's copy.
 
     Raises:
         StorageError: the run has none, or has not got that far.
@@ -36,10 +40,10 @@ def base_folder(run: RunFolder, seed: int) -> Path:
     own = run.info()["config"]["base"].get("seed")
     key = f"base/seed{seed if own is None else own}"
     stage = _stage(run, key, "the base model is the one that was configured (base=none)")
-    folder = run.storage.local_path(f"artifacts/{stage['artifact']}/model")
-    if not folder.is_dir():
+    path = model_path(str(stage["artifact"]))
+    if not published(run.storage, path):
         raise StorageError(f"run '{run.run_id}' has not finished its base model; resume it first")
-    return folder
+    return fetch(run.storage, path)
 
 
 def export_base(run: RunFolder, seed: int, out: Path) -> None:
@@ -49,7 +53,7 @@ def export_base(run: RunFolder, seed: int, out: Path) -> None:
         StorageError: see `base_folder`, or ``out`` is not empty.
     """
     source = base_folder(run, seed)
-    _refuse_used(out)
+    refuse_used(out)
     with staged_folder(out) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
@@ -83,7 +87,7 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
     files = {name.removeprefix(prefix): chunk.bytes(name) for name in names}
     if not files:
         raise StorageError(f"method '{method}' has no adapter for client '{client}' at budget {budget}")
-    _refuse_used(out)
+    refuse_used(out)
     base, own = base_of(run, seed), _own_part(run, client, seed)
     belongs = base if own is None else out / "base"
     config = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": os.fspath(belongs.resolve())}
@@ -105,7 +109,7 @@ def base_of(run: RunFolder, seed: int) -> Path:
     if run.info()["config"]["base"]["name"] != "none":
         return base_folder(run, seed)
     stage = next(s for s in run.stages() if s["seed"] == seed)
-    return run.storage.local_path(f"artifacts/{stage['parent']}")
+    return fetch(run.storage, model_path(str(stage["parent"])))
 
 
 def _own_part(run: RunFolder, client: str, seed: int) -> tuple[Overlay, Mapping[str, Row], Sequence[str]] | None:
@@ -161,8 +165,3 @@ def _stage(run: RunFolder, key: str, absent: str) -> Mapping[str, Any]:
     if not stages:
         raise StorageError(f"run '{run.run_id}' has not got that far; resume it first")
     raise StorageError(f"run '{run.run_id}' has no stage {key}: {absent}")
-
-
-def _refuse_used(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"--out {out} is there already and not an empty folder")

@@ -5,64 +5,67 @@ A failure here costs nothing: the run folder is complete without it, and ``fedta
 
 from __future__ import annotations
 
-import netrc
-import os
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
-from urllib.parse import quote, urlparse
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-import numpy as np
-
-from fedtailor.core.errors import ConfigError, StorageError
+from fedtailor.core.errors import StorageError
+from fedtailor.core.settings import WandbConfig
+from fedtailor.runs.artifact_lock import lock
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import short_hash
+from fedtailor.runs.wandb_extras import add_extras
+from fedtailor.runs.wandb_key import KEY, KEY_FILE, Mode, api_key, key_in_environment, settled_mode
+from fedtailor.runs.wandb_series import final_results, is_complete, series, settled
+from fedtailor.runs.wandb_session import Identity, session
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Mode = Literal["offline", "online"]
-KEY, KEY_FILE = "WANDB_API_KEY", "WANDB_API_KEY_FILE"
+__all__ = ["KEY", "KEY_FILE", "Place", "address", "final_results", "identity", "place", "sync", "write_report"]
+_WORK = ".wandb-"
 
 
-def sync(run: RunFolder, mode: str, project: str = "fedtailor", entity: str | None = None) -> str:
+def sync(run: RunFolder, config: WandbConfig, mode: str | None = None) -> str:
     """Rebuilds the W&B run of an experiment from its committed Parquet files.
 
     Args:
-        run: its folder; must be local.
+        run: its folder.
+        config: project, entity, group, tags, what to add, how long to wait.
         mode: ``offline`` writes ``<run>/wandb/offline-run-*`` in place of the one before; ``online`` adds
-            what the server's run does not have yet.
-        project: W&B project.
-        entity: W&B user or team; None: the key's default.
+            what the server's run does not have yet; ``auto`` is online if there is a key. Default: the
+            configuration's, and auto where that is disabled.
 
     Returns:
         The folder, or the address of the run.
 
     Raises:
         ConfigError: another mode, or no key for ``online``.
-        StorageError: nothing is committed yet.
+        StorageError: nothing is committed yet, another process syncs this run, or the storage is not local.
+        TrackingError: W&B did not take it.
     """
-    if mode not in get_args(Mode):
-        raise ConfigError(f"'wandb.mode': {mode} cannot be synced; use --mode offline or --mode online")
+    chosen = settled_mode(mode or ("auto" if config.mode == "disabled" else config.mode))
     metrics = run.metrics()
     if metrics.empty:
         raise StorageError(f"run '{run.run_id}' has no committed metrics yet")
-    place = run.storage.local_path(run.run_id)
-    key = _api_key() if mode == "online" else None
-    work = place / f".wandb-{secrets.token_hex(4)}"
-    work.mkdir()
-    try:
-        address = _write(run, metrics, cast(Mode, mode), project, entity, work, key)
-        if mode == "online":
-            return address
-        return str(_replace(place / "wandb", work))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    if chosen == "offline" and not run.storage.is_local:
+        raise StorageError(f"{run.storage.url} is not a local folder: W&B can only be fed online from there")
+    key = api_key() if chosen == "online" else None
+    # Two at once would both send what the server lacks.
+    with lock(run.storage, f"{run.run_id}/wandb.lock", run.run_id):
+        if run.storage.is_local:
+            _sweep(run.storage.local_path(run.run_id))
+        work = _new_work(run)
+        try:
+            told = _write(run, metrics, config, chosen, work, key)
+            return told if chosen == "online" else str(_replace(run.storage.local_path(run.run_id) / "wandb", work))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def identity(run: RunFolder) -> str:
@@ -113,7 +116,7 @@ def write_report(places: Sequence[Place], title: str, text: str, keys: Sequence[
     """
     wr: Any = import_module("wandb_workspaces.reports.v2")
     projects = dict.fromkeys((place.entity, place.project) for place in places)
-    with _key_in_environment():
+    with key_in_environment():
         runsets = [
             wr.Runset(
                 entity=entity,
@@ -137,92 +140,41 @@ def write_report(places: Sequence[Place], title: str, text: str, keys: Sequence[
 def _default_entity() -> str:
     import wandb
 
-    return str(wandb.Api(api_key=_api_key()).default_entity)
+    return str(wandb.Api(api_key=api_key()).default_entity)
 
 
-@contextmanager
-def _key_in_environment() -> Iterator[None]:
-    """For a library that takes no key as an argument."""
-    before, os.environ[KEY] = os.environ.get(KEY), _api_key()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[KEY]
-        else:
-            os.environ[KEY] = before
-
-
-def series(metrics: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Points of all curves in the order of their commits: means over clients, weighted by examples.
-
-    Yields:
-        ``{"round": 3, "strategy/fedp2eft/seed42/psg_loss": 0.12, ...}``, one per stage, seed and round.
-    """
-    rows = metrics[(metrics["stage"] != "personalise") & (metrics["weight"] > 0)]
-    points: Any = rows.groupby(["stage", "method", "seed", "round"], sort=False)
-    for (stage, method, seed, number), point in points:
-        name = f"{stage}/seed{seed}" if stage == "base" else f"{stage}/{method}/seed{seed}"
-        values = {
-            f"{name}/{metric}": float(np.average(part["value"], weights=part["weight"]))
-            for metric, part in point.sort_values(["metric", "client"]).groupby("metric")
-        }
-        yield {"round": int(number), **values}
-
-
-def final_results(metrics: pd.DataFrame) -> tuple[dict[str, float], pd.DataFrame]:
-    """Summary values ``final/<pool>/<method>/r<budget>/<metric>`` and the table per language behind them."""
-    from fedtailor.runs.report.results import AVERAGE, checked, results_table, scores
-
-    scored = scores(checked(metrics))
-    if scored.empty:
-        return {}, scored
-    table = results_table(scored)
-    summary = {}
-    for row in table[table["language"] == AVERAGE].to_dict("records"):
-        budget = f"/r{row['budget']}" if row["budget"] >= 0 else ""
-        summary[f"final/{row['pool']}/{row['method']}{budget}/{row['metric']}"] = float(row["mean"])
-    return summary, table
-
-
-def _write(
-    run: RunFolder,
-    metrics: pd.DataFrame,
-    mode: Mode,
-    project: str,
-    entity: str | None,
-    work: Path,
-    key: str | None,
-) -> str:
+def _write(run: RunFolder, metrics: pd.DataFrame, config: WandbConfig, mode: Mode, work: Path, key: str | None) -> str:
     import wandb
 
-    config = run.info()["config"]
-    quiet = {"console": "off", "silent": True, "disable_git": True, "save_code": False}
-    private = {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True}
-    # Steps are numbered here and grow: a resumed run ignores those it has, so nothing is logged twice.
-    session = wandb.init(
-        mode=mode, project=project, entity=entity, dir=str(work), id=identity(run), name=run.run_id,
-        group=f"{config['task']['name']} x {config['model']['name']}", config=config, resume="allow",
-        reinit="create_new", settings=wandb.Settings(**quiet, **private, **({"api_key": key} if key else {})),
-    )  # fmt: skip
-    try:
-        session.define_metric("round")
-        session.define_metric("*", step_metric="round")
+    asked = run.info()["config"]
+    group = config.group or f"{asked['task']['name']} x {asked['model']['name']}"
+    with session(Identity(identity(run), run.run_id, group, asked), config, mode, work, key) as opened:
         step = 0
-        for step, point in enumerate(series(metrics), 1):
-            session.log(point, step=step)
+        # Steps are numbered here and grow; a resumed run says which one it lacks, so nothing is logged twice.
+        for step, point in enumerate(series(settled(run, metrics)), 1):
+            if step >= opened.starting_step:
+                opened.log(point, step=step)
         summary, table = final_results(metrics)
         if len(table):
             plain = table.astype(object).where(table.notna(), None)
-            results = wandb.Table(columns=list(plain.columns), data=plain.to_numpy())
-            session.log({"results": results}, step=step + 1)
-        session.summary.update(summary)
-    except BaseException:
-        session.finish(exit_code=1)
-        raise
-    address = str(session.url) if mode == "online" else ""
-    session.finish()
-    return address
+            # In the summary, which is replaced; in the history it would take a step that later rounds need.
+            opened.summary["results"] = wandb.Table(columns=list(plain.columns), data=plain.to_numpy())
+        opened.summary.update(summary)
+        if config.artifacts and is_complete(run):
+            add_extras(run, opened, config, mode, step + 1, work)
+        return str(opened.url) if mode == "online" else ""
+
+
+def _new_work(run: RunFolder) -> Path:
+    """A folder for wandb's own files; beside the run where its result is moved there as a whole."""
+    beside = run.storage.local_path(run.run_id) if run.storage.is_local else None
+    return Path(tempfile.mkdtemp(prefix=_WORK, dir=beside))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed syncs left; the caller holds the lock."""
+    for left in folder.glob(f"{_WORK}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _replace(place: Path, work: Path) -> Path:
@@ -234,28 +186,3 @@ def _replace(place: Path, work: Path) -> Path:
     place.mkdir()
     made[0].rename(place / made[0].name)
     return place / made[0].name
-
-
-def _api_key() -> str:
-    """The key from the environment, the file that it names, or ~/.netrc; never from a configuration.
-
-    Raises:
-        ConfigError: there is none, or the file cannot be read.
-    """
-    if found := os.environ.get(KEY):
-        return found
-    if path := os.environ.get(KEY_FILE):
-        try:
-            return Path(path).read_text().strip()
-        except OSError as error:
-            raise ConfigError(f"{KEY_FILE}: {path} cannot be read: {error.strerror}") from error
-    import wandb
-
-    # The server that this version of wandb (or WANDB_BASE_URL) talks to, and the one that older keys are filed under.
-    hosts = [urlparse(url).hostname or "" for url in (wandb.Settings().base_url, "https://api.wandb.ai")]
-    with suppress(OSError, netrc.NetrcParseError):
-        known = netrc.netrc()
-        for host in hosts:
-            if entry := known.authenticators(host):
-                return str(entry[2])
-    raise ConfigError(f"wandb.mode=online needs a key: set {KEY} or {KEY_FILE}, or use wandb.mode=offline")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from fedtailor.runs.report import setting
 from fedtailor.runs.report.evidence import Evidence
+from fedtailor.runs.report.privacy import privacy_sentence
 from fedtailor.runs.report.wording import NOT_RECORDED, at, shown, text
 
 
@@ -31,6 +32,7 @@ class Facts:
         n_modules: L, the number of adapted linear layers.
         failures: number of failed clients, None if the run did not record it. So are ``warnings``.
         scale: a sentence on a run that was made smaller, empty at scale 1.
+        privacy: a sentence on what was done to hide clients, empty without.
         pretrained: a sentence on what the model was pretrained on, empty where it does not say.
         duplicates: a sentence on repeated texts, empty where the data do not say.
         fallbacks: pool to a sentence on clients that have nothing of their own of the base.
@@ -48,6 +50,7 @@ class Facts:
     failures: int | None
     warnings: int | None
     scale: str = ""
+    privacy: str = ""
     pretrained: str = ""
     duplicates: str = ""
     fallbacks: Mapping[str, str] = field(default_factory=dict)
@@ -87,6 +90,7 @@ def read_facts(
         failures=_count(run, status, "failures"),
         warnings=_count(run, status, "warnings"),
         scale=setting.scale_sentence(run),
+        privacy=privacy_sentence(run, frame),
         pretrained=setting.pretrain_sentence(found.pretrain),
         duplicates=setting.duplicates_sentence(found.notes),
         fallbacks={} if frame is None else setting.fallback_sentences(frame),

@@ -98,6 +98,7 @@ def render(content: Content) -> str:
             tie_rule=TIE_RULE,
             comparison_rule=RULE,
             cost_rule=cost.RULE,
+            load_rule=cost.LOAD_RULE,
         )
     )
     return page
@@ -115,6 +116,7 @@ def _environment() -> Environment:
         "method": names.method_name, "pool": names.pool_name, "interval": verdicts.interval_text,
         "pair": verdicts.pair_title, "budget": verdicts.budget_title,
     }  # fmt: skip
+    environment.tests["known"] = lambda value: not math.isnan(value)
     return environment
 
 

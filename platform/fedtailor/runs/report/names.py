@@ -32,6 +32,10 @@ _METRICS = {
     "lambda_target_median": "Median of the λ targets", "lambda_target_min": "Minimum of the λ targets",
     "lambda_target_max": "Maximum of the λ targets", "lambda_target_sd": "SD of the λ targets",
     "ce_gradient_share": "Gradient share of the cross-entropy",
+    "epsilon": "Epsilon spent, with the stages before", "clipped_share": "Share of clients clipped",
+    "update_norm": "Norm of the cohort's mean update", "noise_norm": "Norm of its noise",
+    "noise_to_update": "Noise / update", "secagg_up_bytes": "Bytes up per client",
+    "secagg_down_bytes": "Bytes down per client", "secagg_vanished": "Clients that vanished",
 }  # fmt: skip
 _PARTS = {
     "attention.self.query": "Query", "attention.self.key": "Key", "attention.self.value": "Value",

@@ -52,6 +52,7 @@ def caption(facts: Facts, found: Sequence[Block]) -> list[str]:
         f"Accuracy in percent on {pool_name(block.pool).lower()}: {spread}; the best of each language and budget in "
         "bold.",
         facts.scale,
+        facts.privacy,
         f"Task {facts.task}, model {facts.model} with L = {facts.n_modules} adapted layers, budget rL ranks; "
         f"{clients} in {counted(len(languages_of(found)), 'language')}; seeds {seeds}.",
         facts.pretrained,

@@ -1,0 +1,1 @@
+"""Central differential privacy over clients, its accounting, and simulated secure aggregation."""

@@ -1,0 +1,164 @@
+"""The page: ``bench.md`` from the raw numbers of ``bench.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from targets import TARGETS, speed
+
+Results = Mapping[str, Any]
+
+
+def page(results: Results, figure: str | None) -> str:
+    """All parts that were measured, as Markdown."""
+    parts = ["# Benchmarks", _machine(results["machine"]), "## Targets", _targets(results)]
+    if figure:
+        parts.append(f"![Clients per second by system and regime.]({figure})")
+    for name, make in (("peers", _peers), ("null", _null), ("scale", _scale), ("lanes", _lanes), ("memory", _memory)):
+        if name in results:
+            parts += make(results)
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text."""
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three digits that count, without an exponent for ordinary sizes; a dash for what was not measured.
+
+    >>> number(1234.5), number(0.01234), number(12.34)
+    ('1,234', '0.0123', '12.3')
+    """
+    if value is None or math.isnan(value):
+        return "–"
+    if value == 0:
+        return "0"
+    after = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{after}f}"
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    peaks = "; ".join(
+        f"{kind}: " + ", ".join(f"{n} thread{'s' * (n != '1')} {p / 1e9:,.0f} GFLOP/s" for n, p in by.items())
+        for kind, by in found["peaks"].items()
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return "\n".join(
+        [
+            f"- {found['cpu']}; {found['cores']} cores, {found['memory_gb']:.0f} GB; {found['system']}",
+            f"- Python {found['python']}, {versions}",
+            f"- measured peak of a 1,024 x 1,024 matrix product, {peaks}",
+            f"- {found['when']}; load average before the run {found['load']:.2f}",
+        ]
+    )
+
+
+def _targets(results: Results) -> str:
+    return table(["target", "goal", "measured", ""], [target.line(results) for target in TARGETS])
+
+
+def _peers(results: Results) -> list[str]:
+    parts = [
+        "## The same job through every system",
+        "FedAvg of LoRA (r = 8 on every linear layer of a BERT classifier), one epoch of Adam per client and round. "
+        "All systems read the same weights, texts, cohorts and order of rows. *Ratio*: to the faster plain loop in "
+        "fp32. *Peak*: counted floating-point operations against the measured peak of all cores in the row's type. "
+        "*Parity*: distance of the final parameters to the plain loop's, divided by the way the plain loop went. "
+        "*First step*: from the start of the process. *First round*: not in the other columns. *Memory*: highest sum "
+        "over all processes, pages that they share counted in each. per_client rounds have 8 clients, and a plain "
+        "loop of their own for parity. Systems were measured one after the other, each in fresh processes.",
+    ]
+    for block in results["peers"]["regimes"]:
+        parts += [_regime_title(block["regime"]), _regime_table(results, block)]
+    return parts
+
+
+def _regime_title(regime: Mapping[str, Any]) -> str:
+    least, most = regime["sizes"]
+    return (
+        f"### {regime['name'].capitalize()}: {regime['tokens'] * regime['batch']:,} tokens a step, hidden "
+        f"{regime['hidden']}\n\n{regime['cohort']} of {regime['population']} clients a round, {least} to {most} steps "
+        f"each, {regime['layers']} layers, texts of {regime['tokens']} tokens, {regime['rounds']} rounds."
+    )
+
+
+def _regime_table(results: Results, block: Mapping[str, Any]) -> str:
+    header = [
+        "system", "clients/s (slowest–fastest round)", "ratio", "% of peak", "parity", "first step, s",
+        "first round, s", "memory, MB", "repeats",
+    ]  # fmt: skip
+    base = speed(results, block["regime"]["name"], "plain", "plain_all")
+    rows = []
+    for row in block["rows"]:
+        if row["missing"]:
+            rows.append([row["label"], row["missing"], *["–"] * (len(header) - 2)])
+            continue
+        peak = max(results["machine"]["peaks"][row["dtype"]].values())
+        apart = row.get("parity")
+        parity = "–" if apart is None else f"{apart:.0e}" if apart else "0"
+        spread = f"{number(row['clients_per_s'])} ({number(row['slowest'])}–{number(row['fastest'])})"
+        rows.append(
+            [
+                row["label"], spread, number(base and row["clients_per_s"] / base),
+                f"{100 * row['flops_per_s'] / peak:.1f}", parity, f"{row['first_step_s']:.1f}",
+                f"{row['round_s'][0]:.2f}", f"{row['peak_mb']:,.0f}", str(row["repeats"]),
+            ]
+        )  # fmt: skip
+    return table(header, rows)
+
+
+def _null(results: Results) -> list[str]:
+    rows = []
+    for row in results["null"]["rows"]:
+        cells = [row["cohorts"].get(n) for n in ("10", "100", "1000")]
+        shown = [f"{number(c['ms_per_client'])} ({number(c['p90_ms_per_client'])})" if c else "–" for c in cells]
+        rounds = f"{number(cells[1]['round_ms'])}" if cells[1] else row["missing"]
+        rows.append([row["label"], *shown, rounds, "/".join(str(c["repeats"]) if c else "–" for c in cells)])
+    header = ["system", "10 clients", "100 clients", "1,000 clients", "whole round of 100, ms", "repeats"]
+    return [
+        "## A round that trains nothing, ms per client",
+        "Median (90th percentile); 10,000 shared parameters, one metric per client. Ours samples, broadcasts, sums, "
+        "writes Parquet and safetensors, reads them back, hashes and commits; the others keep nothing on disk.",
+        table(header, rows),
+    ]
+
+
+def _scale(results: Results) -> list[str]:
+    found = results["scale"]
+
+    def lines(part: str, *keys: str) -> list[list[str]]:
+        return [[_cell(row, key) for key in keys] for row in found[part]]
+
+    size = ["population", "cohort", "ms_per_client", "clients_per_s", "driver_mb", "peak_mb", "repeats"]
+    header = ["population", "cohort", "ms per client", "clients/s", "driver, MB", "all processes, MB", "repeats"]
+    return [
+        "## Scale (ours, Ray, lanes)",
+        table(
+            ["regime", "actors", "clients/s", "repeats"],
+            lines("actors", "regime", "actors", "clients_per_s", "repeats"),
+        ),
+        "One or two steps of 64 tokens per client, two actors:",
+        table(header, lines("population", *size) + lines("cohort", *size)),
+    ]
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return row.get("missing", "–") if key == "clients_per_s" else "–"
+    return f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else number(value)
+
+
+def _lanes(results: Results) -> list[str]:
+    header = ["method", "one at a time, s", "lanes, s", "ratio"]
+    return ["## Lanes in one process, 16 clients, 64 tokens a step", table(header, results["lanes"]["rows"])]
+
+
+def _memory(results: Results) -> list[str]:
+    header = ["clients", "driver, peak MB", "actor, peak MB", "s"]
+    return ["## A whole experiment against its population (Ray, two actors)", table(header, results["memory"]["rows"])]

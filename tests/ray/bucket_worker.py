@@ -1,0 +1,23 @@
+"""The real worker in a process that knows ``bucket://`` and logs what it reads from there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import bucket_store
+
+from fedtailor.core.engine import Worker
+from fedtailor.core.messages import StageSpec
+from fedtailor.core.pool import StageInfo
+
+
+class BucketWorker(Worker):
+    """Logs beside the bucket."""
+
+    def open(self, spec: StageSpec) -> StageInfo:
+        os.environ["BUCKET_LOG"] = f"{bucket_store.BucketFileSystem._strip_protocol(spec.storage)}.log"
+        return super().open(spec)

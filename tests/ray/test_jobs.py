@@ -1,0 +1,320 @@
+"""Jobs on a real head with tokens: what `ray job submit` starts, refuses, resumes, ends, and never tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny import TINY
+
+from fedtailor.runs.commit_log import CommitLog
+from fedtailor.runs.digest import digest
+from fedtailor.runs.run_folder import RunFolder
+from fedtailor.runs.storage import Storage
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+CANARY = "canary-7f3a9c2b5d1e8064"
+SMALL = [
+    *TINY, "methods=[base,lora]", "budgets=[1]", "base.rounds=4", "base.cohort=4", "engine.keep_rounds=1",
+    "engine.backend=ray", "engine.actors=1", "engine.num_cpus=0.5",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head."""
+
+    folder: Path
+    env: dict[str, str]
+    gcs: int
+    dashboard: int
+    client: int
+
+    @property
+    def token(self) -> str:
+        return (self.folder / "token").read_text()
+
+    def ask(self, path: str, method: str = "GET") -> Any:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}{path}", method=method)
+        request.add_header("Authorization", f"Bearer {self.token}")
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def ray_job(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """The real command, as a user with a W&B key in the environment types it in the checkout."""
+        command = [str(BIN / "ray"), "job", *words]
+        command[3:3] = ["--address", f"http://127.0.0.1:{self.dashboard}"]
+        env = {**self.env, "WANDB_API_KEY": CANARY}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+    def submit(self, name: str, *words: str, wait: bool = False) -> str:
+        options = ["--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--submission-id", name]
+        done = self.ray_job("submit", *options, *([] if wait else ["--no-wait"]), "--", *words)
+        assert wait or done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def run(self, name: str, storage: Path, *words: str, fault: str | None = None, run_id: str = "run") -> None:
+        planted = ["env", f"FEDTAILOR_FAULT={fault}"] if fault else []
+        self.submit(
+            name, *planted, "python", "-m", "fedtailor", "run", *SMALL, f"storage={storage}", *words, "--run-id", run_id
+        )
+
+    def info(self, name: str) -> dict[str, Any]:
+        return dict(self.ask(f"/api/jobs/{name}"))
+
+    def log(self, name: str) -> str:
+        return str(self.ask(f"/api/jobs/{name}/logs")["logs"])
+
+    def is_live(self, name: str) -> bool:
+        return self.info(name)["status"] in ("PENDING", "RUNNING")
+
+    def waits(self, name: str, condition: Callable[[], bool]) -> None:
+        """Until a live job has got so far."""
+        wait_for(lambda: condition() or not self.is_live(name), lambda: self.log(name))
+        assert self.is_live(name), self.log(name)
+
+    def ends(self, name: str, state: str) -> str:
+        """Waits for a job's end; its log."""
+        wait_for(lambda: not self.is_live(name), lambda: self.log(name))
+        log = self.log(name)
+        assert self.info(name)["status"] == state, log
+        return log
+
+
+def wait_for(condition: Callable[[], Any], otherwise: Callable[[], str] = lambda: "too slow") -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, otherwise()
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # Ray's socket names must stay short
+    token = folder / "token"
+    token.touch(0o600)
+    token.write_text(os.urandom(32).hex())
+    ours = ("RAY_", "FEDTAILOR_", "WANDB_", "PYTHONPATH")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    made = Head(folder, env, free_port(), free_port(), free_port())
+    process = subprocess.Popen(
+        [
+            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus", "2", "--port", str(made.gcs),
+            "--dashboard-host", "127.0.0.1", "--dashboard-port", str(made.dashboard),
+            "--ray-client-server-port", str(made.client), "--dashboard-agent-listen-port", "0",
+            "--temp-dir", str(folder / "ray"), "--object-store-memory", "100000000",
+        ],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: answers(made) or process.poll() is not None)
+        assert process.poll() is None
+        yield made
+    finally:
+        family = [process, *psutil.Process(process.pid).children(recursive=True)]
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(head: Head) -> bool:
+    try:
+        return bool(head.ask("/api/version"))
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The storages of all jobs."""
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the same words in this process, without Ray."""
+    from typer.testing import CliRunner
+
+    from fedtailor.cli import app
+
+    storage = tmp_path_factory.mktemp("reference")
+    words = [*SMALL, f"storage={storage}", "engine.backend=serial", "--run-id", "run"]
+    result = CliRunner().invoke(app, ["run", *words])
+    assert result.exit_code == 0, result.output
+    return digest(Storage(storage), "run")
+
+
+def committed(storage: Path) -> int:
+    found = [f for f in storage.glob("artifacts/base-*") if f.is_dir()]
+    return sum(len(CommitLog(Storage(storage), f"artifacts/{f.name}").all(objects=False)) for f in found)
+
+
+def test_the_code_arrives_with_the_job_and_the_standard_library_s_platform_stays(head: Head) -> None:
+    script = "import actors, fedtailor, platform; print(actors.__file__, fedtailor.__file__, platform.python_version())"
+    log = head.submit("code-1", "python", "-c", script, wait=True)
+    copy = r"\S+/working_dir_files/_ray_pkg_\w+"
+    assert re.search(rf"^{copy}/actors/__init__.py {copy}/platform/fedtailor/__init__.py 3\.\d+", log, re.M), log
+    assert "Job 'code-1' succeeded" in log
+
+
+def test_a_job_gives_the_table_and_the_digest_of_a_local_run(head: Head, runs: Path, reference: str) -> None:
+    head.run("table-1", runs / "table")
+    head.run("nan-1", runs / "nan", "methods=[base]", fault="nan attempt=always stage=base", run_id="nan")
+    log = head.ends("table-1", "SUCCEEDED")
+    assert "Accuracy in %" in log
+    assert re.search(r"seen +Base +\d+\.\d\d", log), log
+    assert "personalise/lora/seed42  done in" in log
+    assert "\x1b" not in log
+    assert "\r" not in log
+    assert digest(Storage(runs / "table"), "run") == reference
+    log = head.ends("nan-1", "FAILED")
+    assert head.info("nan-1")["driver_exit_code"] == 6, log
+    assert re.search(r"seed42, round 0.*\bNaN", log), log
+    assert "fedtailor resume nan" in log
+    assert RunFolder.open(Storage(runs / "nan"), "nan").status()["state"] == "failed"
+
+
+def test_a_run_has_one_live_job_and_goes_on_after_a_kill_and_a_stop(head: Head, runs: Path, reference: str) -> None:
+    place = runs / "chain"
+    storage, state = Storage(place), lambda: RunFolder.open(Storage(place), "run").status()["state"]
+    head.run("run-1", place, fault="hang stage=base round=1")
+    head.waits("run-1", lambda: committed(place) == 1)
+
+    head.run("run-2", place)
+    log = head.ends("run-2", "FAILED")
+    assert head.info("run-2")["driver_exit_code"] == 5, log
+    assert re.search(r"run/LOCK is held by run 'run' \(process \d+ on \S+\)", log), log
+    assert (state(), head.info("run-1")["status"]) == ("running", "RUNNING")
+
+    for process in entrypoints(place):
+        process.send_signal(signal.SIGKILL)
+    head.ends("run-1", "FAILED")
+
+    head.run("run-3", place, fault="slow stage=base round=2 seconds=4")
+    head.waits("run-3", lambda: committed(place) == 2)
+    head.ask("/api/jobs/run-3/stop", "POST")  # as `ray job stop` does
+    log = head.ends("run-3", "STOPPED")
+    assert "stopping at the next segment" in log
+    assert "fedtailor resume run" in log
+    assert state() == "interrupted"
+    assert not storage.exists("run/LOCK")
+
+    head.run("run-4", place)
+    head.ends("run-4", "SUCCEEDED")
+    assert digest(storage, "run") == reference
+
+
+def entrypoints(storage: Path) -> list[psutil.Process]:
+    """The processes of a job's command line."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess):
+            if f"storage={storage}" in " ".join(process.cmdline()):
+                found.append(process)
+    assert found
+    return found
+
+
+def test_a_run_can_be_driven_through_ray_client(head: Head, runs: Path, reference: str) -> None:
+    words = [*SMALL, f"storage={runs}/client", "--address", f"ray://127.0.0.1:{head.client}", "--run-id", "run"]
+    command = [sys.executable, "-m", "fedtailor", "run", *words]
+    env = {**head.env, "WANDB_API_KEY": CANARY, "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}
+    done = subprocess.run(command, cwd=runs, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert digest(Storage(runs / "client"), "run") == reference
+
+
+JOIN = """
+import sys
+from actors.session import ensure_ray
+from fedtailor.core.errors import TailorError
+for address in sys.argv[1:]:
+    try:
+        print("joined", ensure_ray(address).started)
+    except TailorError as error:
+        print(error.exit_code, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, "wants a token, and this process shows none: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"),
+        ({"RAY_AUTH_MODE": "token"}, "couldn't find an authentication token; set RAY_AUTH_TOKEN_PATH=FILE"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "refuses the token that is found in $RAY_AUTH_TOKEN:"),
+    ],
+    ids=["token not sent", "no token", "wrong token"],
+)
+def test_whoever_has_not_the_token_is_told_so_and_refused(
+    head: Head, tmp_path: Path, variables: dict[str, str], told: str
+) -> None:
+    env = {name: value for name, value in head.env.items() if not name.startswith("RAY_AUTH")}
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)]), **variables}
+    addresses = [f"127.0.0.1:{head.gcs}", f"ray://127.0.0.1:{head.client}"]
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, *addresses], env=env, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout + done.stderr
+    for line, address in zip(lines, addresses, strict=True):
+        assert line.startswith("4 ")
+        assert f"engine.address={address}" in line
+        assert told in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_job_tells_the_submitter_s_secrets(head: Head, runs: Path) -> None:
+    """After the other tests: their jobs were submitted with a W&B key in the environment."""
+    jobs = head.ask("/api/jobs/")
+    submitted = [job["submission_id"] for job in jobs if job["type"] == "SUBMISSION"]
+    assert "code-1" in submitted
+    told = head.ray_job("list").stdout
+    assert "code-1" in told
+    texts = [told, json.dumps(jobs), *(head.log(name) for name in submitted)]
+    assert [text for text in texts if CANARY in text or head.token in text] == []
+    names = {file.name for file in files(head, runs)}
+    assert {"run.json", "events.jsonl", "job-driver-code-1.log"} <= names
+    assert [file for file in files(head, runs) if holds(file, CANARY) or holds(file, head.token)] == []
+
+
+def files(head: Head, runs: Path) -> list[Path]:
+    """Whatever Ray or a run has written."""
+    return [file for place in (head.folder / "ray", runs) for file in place.rglob("*") if file.is_file()]
+
+
+def holds(file: Path, text: str) -> bool:
+    with suppress(FileNotFoundError):  # Ray tidies up meanwhile
+        return text.encode() in file.read_bytes()
+    return False

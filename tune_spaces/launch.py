@@ -1,0 +1,166 @@
+"""``fedtailor sweep``: a published grid as runs that share one base, with a table, a preset and a figure at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.driver_actor import run_on_driver
+from actors.placement import ActorPlan, plan_actors
+from actors.session import cluster_nodes, ensure_ray
+from fedtailor.core.errors import ConfigError, Interrupted, SweepError, TailorError
+from fedtailor.core.settings import EngineConfig
+from fedtailor.runs import launch
+from fedtailor.runs.preflight import prepare
+from fedtailor.runs.progress import Reporter, reporter
+from fedtailor.runs.run_folder import RunFolder
+from fedtailor.runs.stop import StopSignals
+from fedtailor.runs.storage import Storage
+from tune_spaces import record
+from tune_spaces.figure import draw
+from tune_spaces.plan import SweepPlan, make_plan
+from tune_spaces.record import Outcome
+from tune_spaces.search import search
+from tune_spaces.signals import TuneSignals
+from tune_spaces.view import failures, show_plan, trials_table
+
+
+def sweep(
+    console: Console,
+    address: str,
+    words: Sequence[str],
+    objective: str | None = None,
+    sweep_id: str | None = None,
+    asha: bool = False,
+    trials_at_once: int | None = None,
+    json_log: Console | None = None,
+) -> Outcome:
+    """Runs a grid, or what is missing of it, and shows the result.
+
+    Args:
+        console: for people.
+        address: ``<paper>/<grid>``.
+        words: presets and overrides.
+        objective: row of OBJECTIVES; default: the paper's.
+        sweep_id: name; default: grid, presets and a hash, so that the same words find the same sweep again.
+        asha: stop hopeless trials early.
+        trials_at_once: most trials at a time; default: as many as fit.
+        json_log: where to write one JSON object per event, instead of showing them.
+
+    Raises:
+        SweepError: trials failed; the others are in the record.
+        Interrupted: stopped by a signal; the same words go on.
+        TailorError: what is wrong with the words, the place or the base.
+    """
+    plan = make_plan(address, words, objective, sweep_id, asha)
+    storage = Storage(plan.config["storage"])
+    folder = storage.local_path(plan.sweep_id)
+    record.refuse_other(storage, plan)
+    outcome = record.settled(storage, plan)
+    if outcome is None:
+        show = reporter(json_log or console, json_log is not None)
+        try:
+            outcome = _run(console, plan, storage, folder, trials_at_once, show)
+        except TailorError as error:
+            error.add_note("The same words take the sweep up again")
+            raise
+        finally:
+            show.close()
+    _conclude(console, storage, folder, outcome)
+    return outcome
+
+
+def _run(
+    console: Console, plan: SweepPlan, storage: Storage, folder: Path, at_once: int | None, show: Reporter
+) -> Outcome:
+    exp = plan.base()
+    session = ensure_ray(exp.engine.address, exp.engine.threads)
+    try:
+        actors, fit = _fit(exp.engine)
+        parallel = min(at_once or fit, fit, len(plan.trials))
+        show_plan(console, plan, storage.url, actors.count, parallel)
+        _train_base(plan, storage, show)
+        with TuneSignals(lambda text: show({"kind": "note", "text": text})) as signals:
+            found = search(plan, folder, actors, at_once, show)
+        # Tune calls a trial that it has not started yet neither stopped nor failed.
+        stopped = () if signals.number is not None else found.stopped
+        outcome = record.examine(storage, plan, stopped, found.errors)
+        record.write(storage, outcome)
+        signals.check()
+        return outcome
+    finally:
+        session.close()
+
+
+def _fit(engine: EngineConfig) -> tuple[ActorPlan, int]:
+    """Workers of a trial (one unless ``engine.actors`` says more), and how many trials fit at once.
+
+    Raises:
+        ConfigError: one actor per client, whose number a group cannot know.
+        PlacementError: not even one trial fits.
+    """
+    if engine.mode != "pool":
+        raise ConfigError(f"'engine.mode': a sweep needs 'pool', got '{engine.mode}'")
+    count = 1 if engine.backend == "serial" else engine.actors or 1
+    actors = plan_actors(engine, cluster_nodes(gpu_memory=engine.memory_gb is not None), count)
+    return actors, max(1, actors.capacity // count)
+
+
+def _train_base(plan: SweepPlan, storage: Storage, show: Reporter) -> None:
+    """What all trials share, before the first: a trial that waited for another's base would hold its CPUs."""
+    exp = plan.base()
+    if record.base_is_there(storage, plan):
+        show({"kind": "note", "text": f"{plan.base_run} is there already"})
+        return
+    backend = launch.run_serial if exp.engine.backend == "serial" else run_on_driver
+    with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
+        try:
+            run = prepare(exp, plan.base_run, show)
+            record.begin(storage, plan)
+            stop.graceful = True
+            launch.launch(backend, run, exp, show, stop)
+        except Interrupted as error:
+            error.exit_code = stop.exit_code
+            raise
+
+
+def _conclude(console: Console, storage: Storage, folder: Path, outcome: Outcome) -> None:
+    """Shows, draws and feeds; failures last, so that they decide the exit code.
+
+    Raises:
+        SweepError: trials failed.
+    """
+    plan, best = outcome.plan, outcome.best
+    console.print(trials_table(outcome))
+    if best is not None:
+        figure, _ = draw(outcome, folder)
+        preset = folder / record.BEST
+        told = ", ".join(f"{key}={value:g}" for key, value in best.values.items())
+        presets = [word for word in plan.words if "=" not in word]
+        console.print(f"[green]best[/]  {told}", highlight=False, soft_wrap=True)
+        if outcome.flat:
+            console.print("[yellow]all trials are equal: here the searched values change nothing[/]")
+        console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
+        again = " ".join(["fedtailor run", *presets, str(preset)])
+        console.print(f"preset: {preset}  use it: {again}", highlight=False, soft_wrap=True)
+    _feed_wandb(console, storage, outcome)
+    failed = failures(outcome)
+    if failed:
+        text = "; ".join(failed)
+        raise SweepError(f"{len(failed)} of {len(outcome.trials)} trials failed: {text}. The same words try them again")
+
+
+def _feed_wandb(console: Console, storage: Storage, outcome: Outcome) -> None:
+    """One W&B run per finished trial, from its committed metrics, grouped by the sweep's name.
+
+    Not Tune's own callback: that would log reports before they are committed, start a second run when a trial is
+    restored, and carry the key into every trial's process.
+    """
+    names = [trial.run_id for trial in outcome.trials if trial.state == "complete"]
+    for name in names:
+        run = RunFolder.open(storage, name)
+        problem = launch.sync_wandb(run, launch.load_experiment(run))
+        if problem:
+            console.print(f"[yellow]W&B:[/] {name}: {problem}; repeat with: fedtailor sync {name}", highlight=False)

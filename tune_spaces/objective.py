@@ -1,0 +1,94 @@
+"""What a trial is judged by: one number from the committed metrics of its personalised clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import pandas as pd
+
+from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.runs.experiment import nearest
+from fedtailor.runs.report.results import averages, by_language, checked
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which rows are averaged, and which way is better.
+
+    Args:
+        pool: clients that are personalised and scored.
+        metric: of the personalising stage.
+        mode: ``max`` or ``min``.
+        says: what it is, for tables and figures.
+    """
+
+    pool: Literal["seen", "unseen"]
+    metric: str
+    mode: Literal["max", "min"]
+    says: str
+
+    @property
+    def on_train(self) -> bool:
+        """Whether clients must be scored on their train split."""
+        return self.metric.startswith("train_")
+
+    @property
+    def share(self) -> bool:
+        """Whether values are shares between 0 and 1."""
+        return self.metric.endswith("accuracy")
+
+    def better(self, value: float) -> float:
+        """The value turned so that larger is better."""
+        return value if self.mode == "max" else -value
+
+    def shown(self, value: float) -> str:
+        """The value for people: accuracies in percent.
+
+        >>> OBJECTIVES["seen_accuracy"].shown(0.61254), OBJECTIVES["seen_loss"].shown(1.5)
+        ('61.25', '1.5000')
+        """
+        return f"{100 * value:.2f}" if self.share else f"{value:.4f}"
+
+
+OBJECTIVES: Final[Mapping[str, Objective]] = {
+    "train_accuracy": Objective("seen", "train_accuracy", "max", "accuracy on the train texts of seen clients"),
+    "train_loss": Objective("seen", "train_loss_after", "min", "loss on the train texts of seen clients"),
+    "seen_accuracy": Objective("seen", "accuracy", "max", "test accuracy of seen clients"),
+    "seen_loss": Objective("seen", "loss", "min", "test loss of seen clients"),
+    "unseen_accuracy": Objective("unseen", "accuracy", "max", "test accuracy of unseen clients"),
+    "unseen_loss": Objective("unseen", "loss", "min", "test loss of unseen clients"),
+}
+
+
+def objective(name: str) -> Objective:
+    """A row of `OBJECTIVES`.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"'--objective': unknown '{name}'{nearest(name, list(OBJECTIVES))} (known: {', '.join(OBJECTIVES)})"
+        )
+    return OBJECTIVES[name]
+
+
+def score(metrics: pd.DataFrame, method: str, judged: Objective) -> float:
+    """The objective of one method: pooled per language, then the mean over languages, budgets and seeds.
+
+    Args:
+        metrics: rows of METRIC_COLUMNS; those of the personalising stage are read.
+        method: row of the METHODS table.
+        judged: which rows.
+
+    Raises:
+        DataError: no row of that kind.
+    """
+    frame = checked(metrics)
+    wanted = (frame["stage"] == "personalise") & (frame["method"] == method) & (frame["pool"] == judged.pool)
+    rows = frame[wanted & (frame["metric"] == judged.metric) & (frame["weight"] > 0)]
+    if rows.empty:
+        raise DataError(f"no {judged.pool} client of '{method}' has the metric '{judged.metric}'")
+    return float(averages(by_language(rows))["value"].mean())

@@ -1,0 +1,190 @@
+"""A sweep before it starts: its trials, their configurations, names and steps. Pure: no Ray, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tune_spaces
+from fedtailor.core.config import validate
+from fedtailor.core.errors import ConfigError
+from fedtailor.runs.experiment import (
+    Experiment,
+    ExperimentBase,
+    check,
+    clients_per_language,
+    compose,
+    to_json,
+)
+from fedtailor.runs.stages import short_hash
+from tune_spaces.grid import Grid, Value, combinations, find
+from tune_spaces.objective import Objective, objective
+
+Content = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Everything that a sweep is, and that a trial must know.
+
+    Args:
+        sweep_id: name of the sweep's folder, and the first part of the names of its runs.
+        address: ``<paper>/<grid>``.
+        grid: what is searched.
+        objective: row of OBJECTIVES.
+        asha: whether hopeless trials are stopped early.
+        words: presets and overrides as typed.
+        config: a trial's configuration as JSON-like data, without the searched values.
+    """
+
+    sweep_id: str
+    address: str
+    grid: Grid
+    objective: str
+    asha: bool
+    words: tuple[str, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def judged(self) -> Objective:
+        """What decides."""
+        return objective(self.objective)
+
+    @property
+    def trials(self) -> list[dict[str, Value]]:
+        """Searched values of each trial, by number."""
+        return combinations(self.grid.space)
+
+    @property
+    def picked(self) -> dict[str, Value]:
+        """What the paper chose, for the searched keys."""
+        chosen = {key: value for paper in tune_spaces.PAPERS for key, value in paper.PICKED.items()}
+        return {key: chosen[key] for key in self.grid.space if key in chosen}
+
+    @property
+    def base_run(self) -> str:
+        """Run that trains the base model before the first trial, and scores it."""
+        return f"{self.sweep_id}-base"
+
+    def number(self, values: Mapping[str, Any]) -> int:
+        """Number of the trial with these values; other keys are ignored."""
+        return self.trials.index({key: values[key] for key in self.grid.space})
+
+    def run_id(self, number: int) -> str:
+        """Run of a trial.
+
+        The width is fixed, so that a listing is in order.
+        """
+        return f"{self.sweep_id}-{number:0{max(2, len(str(len(self.trials) - 1)))}d}"
+
+    def base(self) -> ExperimentBase:
+        """Configuration of `base_run`: the base model as it is, scored on the same clients."""
+        return validate(Experiment, {**self.config, "methods": ["base"]})
+
+    def experiment(self, number: int) -> ExperimentBase:
+        """Configuration of a trial."""
+        return _with(self.config, self.trials[number])
+
+    def chunks(self) -> int:
+        """Commits of one personalising stage."""
+        exp = self.base()
+        clients = len(exp.task.languages) * clients_per_language(exp) * len(exp.personalise.pools)
+        return -(-clients // exp.personalise.chunk)
+
+    def identity(self) -> Content:
+        """What must be equal for a sweep to be taken up again; where it is kept and shown is not part of it."""
+        config = {key: value for key, value in self.config.items() if key not in ("storage", "wandb")}
+        return {
+            "grid": self.address, "method": self.grid.method, "objective": self.objective, "asha": self.asha,
+            "space": {key: list(values) for key, values in self.grid.space.items()}, "config": config,
+        }  # fmt: skip
+
+
+def make_plan(
+    address: str, words: Sequence[str], objective_name: str | None = None, sweep_id: str | None = None,
+    asha: bool = False,
+) -> SweepPlan:  # fmt: skip
+    """Composes a sweep from what was typed.
+
+    The searched method runs alone. Without ``budgets=`` it runs at the largest budget of the configuration, and
+    without ``personalise.pools=`` only clients that the objective looks at are personalised.
+
+    Raises:
+        ConfigError: unknown grid, objective or key, or a word that gives a searched key a value.
+    """
+    grid = find(address, tune_spaces.grids())
+    name = objective_name or grid.objective
+    judged = objective(name)
+    presets = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    given = [word.split("=", 1)[0] for word in overrides]
+    _refuse(address, grid, given)
+    exp = compose(presets, overrides)
+    chosen: Content = {"methods": [grid.method]}
+    if "budgets" not in given:
+        chosen["budgets"] = [exp.budgets[-1]]
+    config = to_json(exp) | chosen | {"storage": _absolute(exp.storage)}
+    stage = config["personalise"] | ({"score_train": True} if judged.on_train else {})
+    if "personalise.pools" not in given:
+        stage["pools"] = [judged.pool]
+    elif judged.pool not in stage["pools"]:
+        raise ConfigError(f"'personalise.pools': --objective {name} needs the {judged.pool} clients")
+    config["personalise"] = stage
+    plan = SweepPlan("", address, grid, name, asha, tuple(words), to_json(validate(Experiment, config)))
+    for number in range(len(plan.trials)):
+        check(plan.experiment(number))
+    found = sweep_id or _default_id(plan, presets)
+    grouped = {**plan.config, "wandb": plan.config["wandb"] | _group(plan.config["wandb"], found)}
+    return SweepPlan(found, address, grid, name, asha, tuple(words), grouped)
+
+
+def steps_of(stages: Sequence[Mapping[str, Any]], chunks: int) -> dict[str, tuple[int, int]]:
+    """Stage key to its first step and its number of steps, over a trial's own stages; the last value of all is
+    the number of steps of the trial. Rounds keep their steps if they end early, so that equal steps compare.
+
+    >>> steps_of([{"key": "base/s", "kind": "base", "rounds": 9}, {"key": "strategy/s", "kind": "strategy",
+    ... "rounds": 5}, {"key": "personalise/s", "kind": "personalise", "rounds": 0}], chunks=2)
+    {'strategy/s': (0, 5), 'personalise/s': (5, 2)}
+    """
+    found, start = {}, 0
+    for stage in stages:
+        if stage["kind"] != "base":
+            count = int(stage["rounds"]) or chunks
+            found[str(stage["key"])] = start, count
+            start += count
+    return found
+
+
+def _with(config: Mapping[str, Any], values: Mapping[str, Value]) -> ExperimentBase:
+    tree: Content = dict(config)
+    for key, value in values.items():
+        node, parts = tree, key.split(".")
+        for part in parts[:-1]:
+            node[part] = dict(node[part])
+            node = node[part]
+        node[parts[-1]] = value
+    return validate(Experiment, tree)
+
+
+def _refuse(address: str, grid: Grid, given: Sequence[str]) -> None:
+    problems = [f"'{key}': is searched by {address}; leave it out" for key in given if key in grid.space]
+    if "methods" in given:
+        problems.append(f"'methods': {address} runs '{grid.method}' alone; leave it out")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _group(wandb: Mapping[str, Any], sweep_id: str) -> Content:
+    return {"group": wandb.get("group") or sweep_id}
+
+
+def _absolute(storage: str) -> str:
+    """Trials run in folders of their own."""
+    return storage if "://" in storage else str(Path(storage).absolute())
+
+
+def _default_id(plan: SweepPlan, presets: Sequence[str]) -> str:
+    names = [Path(name).stem if name.endswith(".yaml") else name for name in presets] or [plan.config["task"]["name"]]
+    return "-".join([plan.address.replace("/", "-"), *names, short_hash(plan.identity())[:8]])
