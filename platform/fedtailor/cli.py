@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from fedtailor import __version__
+from fedtailor import __version__, cli_models
 from fedtailor.core.errors import ConfigError, Interrupted, TailorError
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ app = typer.Typer(
 )
 
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="Name of a run's folder in the storage.")]
-Storage = Annotated[str, typer.Option(help="Where runs are kept; the key 'storage' of the configuration.")]
+Storage = cli_models.Storage
 JsonLog = Annotated[bool, typer.Option("--json-log", help="One JSON object per event instead of a bar.")]
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster: auto, HOST:PORT, ray://HOST:PORT or local; the same as engine.address.")
@@ -280,104 +279,8 @@ def export(
     typer.echo(f"adapter: {out} (peft; belongs to the base model in {belongs})")
 
 
-@app.command()
-def personalise(
-    psg: Annotated[str, typer.Option(metavar="RUN_ID", help="Run with a trained strategy generator (fedp2eft).")],
-    data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet, a data set folder or owner/name[:config].")],
-    budget: Annotated[int, typer.Option(help="r: r L ranks over the L adapted layers.")],
-    out: Annotated[Path, typer.Option(help="New folder.")],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of fedp2eft.finetune: epochs=5 lr=1e-3 batch_size=8."),
-    ] = None,
-    storage: Storage = "./runs",
-    seed: Annotated[int | None, typer.Option(help="Default: the run's first.")] = None,
-    test: Annotated[str | None, typer.Option(help="Rows to score on, like --data.")] = None,
-    test_fraction: Annotated[float | None, typer.Option(help="Share of --data to score on; default: 0.2.")] = None,
-    text: Annotated[str | None, typer.Option(help="Column of the text; default: text, sentence, premise ...")] = None,
-    pair: Annotated[str | None, typer.Option(help="Column of the second text of a pair.")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the label; default: label, category ...")] = None,
-    language: Annotated[str, typer.Option(help="Code for the record; changes no number.")] = "",
-    limit: Annotated[int | None, typer.Option(help="Use at most so many rows of --data.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Also write the whole model, adapter merged.")] = False,
-    base: Annotated[Path | None, typer.Option(help="Another copy of the run's base model.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-) -> None:
-    """Give a client of your own the adapter that a trained strategy generator chooses for it."""
-    from fedtailor.runs.newcomer_data import Columns
-    from fedtailor.runs.newcomer_job import Request, check
-    from fedtailor.runs.newcomer_output import carry_out
-    from fedtailor.runs.newcomer_view import show_ready, show_result
-
-    asked = Request(
-        run_id=psg, data=data, budget=budget, out=out, storage=storage, seed=seed, test=test,
-        test_fraction=test_fraction, columns=Columns(text, pair, label), language=language, words=tuple(words or ()),
-        merge=merge, limit=limit, base=base, device=device,
-    )  # fmt: skip
-    ready = check(asked)
-    console = _console()
-    show_ready(console, ready)
-    show_result(console, ready, carry_out(ready))
-
-
-@app.command()
-def pretrain(
-    task: Annotated[list[str], typer.Option(help="Task whose train texts are read, all languages; repeatable.")],
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default: where model=mini-mbert is looked for.", show_default=False)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates [4000].")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of an update [32].")] = None,
-    block: Annotated[int | None, typer.Option(help="Tokens of a row [128].")] = None,
-    shift: Annotated[bool | None, typer.Option(help="Learn positions beyond the block too; default: yes.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak [0.001].")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps [0.06].")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of matrices [0.01].")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient [1].")] = None,
-    mask: Annotated[float | None, typer.Option(help="Share of tokens to predict [0.3].")] = None,
-    smoothing: Annotated[float | None, typer.Option(help="Languages are drawn by tokens ** this [0.5].")] = None,
-    start: Annotated[str | None, typer.Option(help="Token vectors to begin with: counts (default) or random.")] = None,
-    held_out: Annotated[float | None, typer.Option(help="Share only measured on [0.01].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all draws [42].")] = None,
-    layers: Annotated[int | None, typer.Option(help="[4]")] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="[256]")] = None,
-    heads: Annotated[int | None, typer.Option(help="[4]")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="[1024]")] = None,
-    max_position: Annotated[int | None, typer.Option(help="Longest text that the model can read [256].")] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="WordPieces at most [16000].")] = None,
-    precision: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
-) -> None:
-    """Make a small multilingual base from tasks' train texts, or go on with it: pretrain --task masakhanews."""
-    given = {key: value for key, value in locals().items() if value is not None}
-    from fedtailor.models.pretrain_options import chosen
-    from fedtailor.models.source import pretrained_folder
-    from fedtailor.runs.job_folder import refuse_job_folder
-
-    given["tasks"] = given.pop("task")
-    for other in ("out", "checkpoint_every"):
-        given.pop(other, None)
-    options, folder = chosen(given), out or pretrained_folder()
-    refuse_job_folder("--out", folder)
-    from fedtailor.models.pretrain import pretrain as make
-    from fedtailor.models.pretrain_view import PretrainView
-    from fedtailor.runs.stop import StopSignals
-
-    console = _console()
-    with PretrainView(console) as view, StopSignals(lambda text: view({"kind": "note", "text": text})) as stop:
-
-        def show(event: Mapping[str, Any]) -> None:
-            stop.graceful = stop.graceful or event["kind"] == "start"
-            view(event)
-
-        try:
-            made = make(options, folder, checkpoint_every, show, stop)
-        except Interrupted as error:
-            error.exit_code = stop.exit_code
-            raise
-    told = "made" if made else "there already, made with these options; nothing done"
-    console.print(f"[green]{told}[/]  model: {folder}", highlight=False, soft_wrap=True)
+app.command()(cli_models.personalise)
+app.command()(cli_models.pretrain)
 
 
 def main() -> None:
@@ -393,11 +296,9 @@ def _compose(words: list[str]) -> tuple[list[str], ExperimentBase]:
 
 
 def _console(stderr: bool = False) -> Console:
-    """A console that does not squeeze tables to 80 columns where nobody set a width (files, pipes, CI)."""
-    from rich.console import Console
+    from fedtailor.runs.console import terminal
 
-    console = Console(stderr=stderr)
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
+    return terminal(stderr)
 
 
 def _open(run_id: str, storage: str) -> RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,3 +116,9 @@ def status_table(stages: Sequence[Mapping[str, Any]]) -> Table:
         total = f"/{stage['total']}" if stage["total"] else ""
         table.add_row(escape(stage["key"]), f"{mark} {stage['committed']}{total}".strip(), stage["artifact"])
     return table
+
+
+def terminal(stderr: bool = False) -> Console:
+    """A console that does not squeeze tables to 80 columns where nobody set a width (files, pipes, CI)."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)

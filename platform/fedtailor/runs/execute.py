@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
-from fedtailor.core.early_stop import best_of
 from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.grouping import segments
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
-from fedtailor.core.method import Method, Row
+from fedtailor.core.messages import SegmentJob, SegmentResult, StageSpec
+from fedtailor.core.method import Method
 from fedtailor.core.pool import Pool, StageInfo
 from fedtailor.core.replies import screened
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
-from fedtailor.core.scope import ParamSpec
 from fedtailor.methods.guards import guarded
 from fedtailor.runs.artifact_lock import HeldLock, lock
 from fedtailor.runs.artifacts import Artifacts, artifact_path, model_path
@@ -23,18 +21,17 @@ from fedtailor.runs.base_model import write_base
 from fedtailor.runs.commit_log import CommitLog, Payload
 from fedtailor.runs.digest import DONE
 from fedtailor.runs.experiment import ExperimentBase, base_seed, method_section
+from fedtailor.runs.inherited import Inherited
 from fedtailor.runs.inputs import make_inputs
 from fedtailor.runs.node_cache import RESOLVER, fetch, on_this_node
 from fedtailor.runs.privacy_stages import spending
 from fedtailor.runs.privacy_view import spent_event
 from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, metrics_table, named
 from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.stages import Inputs, Stage, device_of, has_overlay, plan_stages, short_hash, stage_spec
+from fedtailor.runs.stages import Inputs, Stage, device_of, plan_stages, short_hash, stage_spec
 from fedtailor.runs.storage import Storage
 from fedtailor.tasks.tokens import TokenData
 
-RowsOf = Callable[[Sequence[str]], Mapping[str, FloatArray]]
-"""Clients to the flat rows that some of them have."""
 Emit = Callable[[dict[str, Any]], None]
 STRATEGIES = "strategies.safetensors"
 
@@ -61,6 +58,7 @@ class Execution:
         self.exp, self.run, self.emit, self.should_stop = exp, run, emit, should_stop
         self.storage = Storage(exp.storage)
         self.artifacts = Artifacts(self.storage, run.run_id, self._waiting)
+        self._inherited = Inherited(self.storage, exp)
         self._make_pool = make_pool
         self._pool: Pool | None = None
         self._stages: list[Stage] = []
@@ -185,7 +183,7 @@ class Execution:
         rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
         run_rounds(
             plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage),
-            self._overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
+            self._inherited.overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
         )  # fmt: skip
         return info
 
@@ -232,33 +230,6 @@ class Execution:
             f"{stage.artifact}/model", lambda out: write_base(local, method, tensors, data.labels, out)
         )
 
-    def _shared(self, stage: Stage, info: StageInfo) -> Row | None:
-        if not info.shared:
-            return None
-        state = self._rounds_of(stage.strategy, info.shared).newest()
-        return info.initial if state is None else best_of(state.server, state.shared)
-
-    def _private(self, stage: Stage, info: StageInfo) -> RowsOf:
-        """PRIVATE rows as the strategy stage left them; a client that was never sampled keeps its initial ones."""
-        if not info.private or stage.strategy is None:
-            return lambda clients: {}
-        return self._private_rows(stage.strategy)
-
-    def _overlay(self, stage: Stage) -> RowsOf:
-        """What clients keep of their base."""
-        if stage.kind == "base" or not has_overlay(self.exp):
-            return lambda clients: {}
-        return self._private_rows(stage.parent)
-
-    def _private_rows(self, artifact: str) -> RowsOf:
-        rounds = self._rounds_of(artifact, None)
-        at = rounds.private_at()
-        return lambda clients: {c: rounds.private(c, at[c]) for c in clients if c in at}
-
-    def _rounds_of(self, artifact: str | None, shared: Sequence[ParamSpec] | None) -> CommittedRounds:
-        log = CommitLog(self.storage, f"artifacts/{artifact}")
-        return CommittedRounds(log, shared or (), self.exp.engine.keep_rounds)
-
     def _personalise(
         self, stage: Stage, spec: StageSpec, data: TokenData, log: CommitLog
     ) -> tuple[tuple[str, ...], int]:
@@ -266,8 +237,8 @@ class Execution:
         size, engine = self.exp.personalise.chunk, self.exp.engine
         chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
         info = self.pool.open(spec)
-        shared = self._shared(stage, info)
-        own, overlay = self._private(stage, info), self._overlay(stage)
+        shared = self._inherited.shared(stage, info)
+        own, overlay = self._inherited.private(stage, info), self._inherited.overlay(stage)
         for index in range(len(log.all(repair=True)), len(chunks)):
             jobs = [
                 SegmentJob(stage.key, index, number, part, private=own(part), overlay=overlay(part))
