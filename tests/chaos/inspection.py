@@ -143,9 +143,14 @@ def _check_losses(run: RunFolder, scenario: Scenario, findings: Findings) -> Non
     events = [event for event in run.events() if event.get("kind") == "pool"]
     lost = [event for event in events if event.get("event") == "actor_lost"]
     retried = {int(event["round"]) for event in events if event.get("event") == "job_retried"}
+    # A node may go while its actor is still starting, and then no job was lost with it.
+    nodes = [event for event in lost if event.get("how") == "node"]
+    idle = {injury.round for injury in scenario.of("F7")} if any(e.get("during") != "run" for e in nodes) else set()
     for injury in scenario.of("F1", "F2", "F7"):
-        if injury.round not in retried:
+        if injury.round not in retried | idle:
             findings.say(f"I8: {injury} left no job_retried event (rounds {sorted(retried)})")
+    if scenario.of("F7") and not nodes:
+        findings.say("I8: a node was lost, and no event says so")
     if any(not event.get("cause") or not event.get("node") for event in lost if event.get("during") == "run"):
         findings.say(f"I8: a loss without cause or node: {lost}")
     told = {(int(f["round"]), f["kind"]) for f in run.failures()}

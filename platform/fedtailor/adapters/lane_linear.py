@@ -62,7 +62,8 @@ class LaneLinear(nn.Module):
 
     def bind(self, a: Tensor, b: Tensor, lam: Tensor | None, scale: float) -> None:
         """Attaches A (K, r, d_in), B (K, d_out, r) and lambda (K, r), or None for all ones."""
-        self.a, self.b, self.lam, self.scale = a, b, lam, scale
+        # Past Module.__setattr__, whose checks cost more than the rest of a round's bookkeeping.
+        vars(self).update(a=a, b=b, lam=lam, scale=scale)
 
     def bind_own(self, weight: Tensor, bias: Tensor) -> None:
         """Gives every lane a weight (K, d_out, d_in) and bias (K, d_out) in the place of the frozen ones."""
@@ -70,7 +71,7 @@ class LaneLinear(nn.Module):
 
     def unbind(self) -> None:
         """Back to the client's base: the frozen layer and, where one is bound, its overlay."""
-        self.a = self.b = self.lam = self.under = self.own = None
+        vars(self).update(a=None, b=None, lam=None, under=None, own=None)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (k*b, ..., d_in), lanes outermost, to (k*b, ..., d_out)."""

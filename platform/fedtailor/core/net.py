@@ -109,8 +109,11 @@ class LaneNet:
         self.state.training = on
         for module, own in zip(self._dropouts, self.own_dropout, strict=True):
             module.p = own if own_dropout else self.base_dropout
-        # Attention reads its dropout module's p but its own training flag, so the whole model is switched.
-        self.model.train(on and (own_dropout or self.base_dropout > 0))
+        # Attention reads its dropout module's p but its own training flag, so the whole model is switched; seldom,
+        # since a walk over all modules costs as much as a training step of a small model.
+        active = on and (own_dropout or self.base_dropout > 0)
+        if self.model.training != active:
+            self.model.train(active)
         self.state.bypass = False
 
     def logits(self, batch: LaneBatch) -> Tensor:
