@@ -147,7 +147,8 @@ def mutated(rng: random.Random) -> tuple[str, str]:
     leaves = flatten(Experiment())
     numbers = [k for k, v in leaves.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
     kind = rng.choice(["typo", "word", "list", "truth", "negative", "cohort", "method", "task", "nan"])
-    number = rng.choice(numbers)
+    # A bias may have either sign.
+    number = rng.choice([k for k in numbers if kind != "negative" or not k.endswith(".bias")])
     if kind == "typo":
         key = rng.choice(list(leaves))
         at = rng.randrange(len(key))

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,9 +29,18 @@ class Config(BaseModel):
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind in (int, float, int | None, float | None):
+        if isinstance(value, bool) and _is_number(kind):
             raise ValueError("must be a number")  # pydantic would read true as 1
         return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether only a number fits, or None."""
+    if get_origin(annotation) is Annotated:
+        return _is_number(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(_is_number(part) for part in get_args(annotation) if part is not type(None))
+    return annotation in (int, float)
 
 
 C = TypeVar("C", bound=Config)
