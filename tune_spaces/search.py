@@ -140,6 +140,8 @@ def steps_total(plan: SweepPlan) -> int:
 def _found(plan: SweepPlan, results: Any) -> Found:
     stopped, errors = [], {}
     for result in results:
+        if result.config is None:  # asked to end before it had started
+            continue
         number = plan.number(result.config)
         if result.error is not None:
             errors[number] = str(result.error).strip().split("\n")[-1]
