@@ -93,14 +93,14 @@ def small_disk(place: Path, megabytes: int) -> Iterator[None]:
         check=False,
     )  # fmt: skip
     if made.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here ({made.stderr.strip()})")
+        pytest.skip(f"fills a real disk of 8 MB: run as root where tmpfs can be mounted ({made.stderr.strip()})")
     try:
         yield
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="fills a tmpfs, which only Linux has")
 def test_a_disk_that_is_really_full_ends_the_run_and_space_lets_it_go_on(
     clean: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -162,7 +162,7 @@ def test_a_worker_killed_for_its_memory_is_told_as_such_and_the_pool_goes_on_sma
     """F22: Ray's memory monitor watches the whole machine, so its threshold is set a little above what is used now."""
     memory = psutil.virtual_memory()
     if memory.available < 10 * 2**30:
-        pytest.skip("needs 10 GB of free memory")
+        pytest.skip("a worker takes 7 GB until Ray ends it: free 10 GB of memory to run this")
     threshold = (memory.total - memory.available + 4 * 2**30) / memory.total
     system = {"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 50}
     with nodes(2, system=system) as cluster:

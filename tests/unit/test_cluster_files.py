@@ -146,7 +146,8 @@ def test_the_image_copies_all_that_the_package_is_made_of() -> None:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
     roots = {name.split(".")[0] for name in setup["options"]["packages"].split()}
-    copied = set(re.findall(r"^COPY (?!constraints)(\S+)", (CLUSTER / "Dockerfile").read_text(), re.M))
+    copied = set(re.findall(r"^COPY (?!constraints|--from)(\S+)", (CLUSTER / "Dockerfile").read_text(), re.M))
+    assert (CLUSTER / "Dockerfile").read_text().count("COPY --from=code /code .") == 2
     assert copied == (roots - {"fedtailor"}) | {"platform"}
 
 

@@ -19,6 +19,7 @@ _LASTING = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP,
 }  # fmt: skip
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Errors of the caller's or of a store that lacks the operation: trying again cannot help.
 _MISTAKES = (TailorError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError)
 
 
@@ -39,7 +40,7 @@ def remotely(action: Callable[[], T]) -> T:
         except OSError as error:
             if error.errno in _LASTING:
                 raise
-        except Exception:
+        except Exception:  # each store's library has exceptions of its own; the last try below lets one through
             pass
         time.sleep(pause)
     try:
