@@ -19,6 +19,7 @@ import ray
 from actors.metrics import ActorMetrics
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.pool import StageInfo
+from fedtailor.core.ranks import Ranks
 
 FORWARDED = (
     "FEDTAILOR_DATA", "FEDTAILOR_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE",
@@ -65,6 +66,9 @@ class ClientActor:
         environment: variables to set unless they are set already.
         run: run id, for metrics.
         number: of this actor in its pool.
+
+    Attributes:
+        ranks: given to the worker; set before a stage is opened where several processes hold its model together.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class ClientActor:
         run: str = "",
         number: int = 0,
     ) -> None:
+        self.ranks: Ranks | None = None
         self._number, self._metrics = number, ActorMetrics(run, number)
         self._worker_name, self._threads, self._memory_fraction = worker, threads, memory_fraction
         self._worker: Any = None
@@ -101,7 +106,7 @@ class ClientActor:
             jobs: segments of one round, several in one call.
             shared: SHARED state (P,) float32, a read-only view of the object store, or None.
         """
-        where = vars(self._here())
+        where = vars(here())
         results = [self._worker.run(job, shared) for job in jobs]
         for result in results:
             result.host = {**result.host, **where}
@@ -113,15 +118,12 @@ class ClientActor:
     @ray.method(concurrency_group="watch")
     def host(self) -> Host:
         """Pid and node; answers while `run` runs."""
-        return self._here()
+        return here()
 
     @ray.method(concurrency_group="watch")
     def stack(self) -> str:
         """What every thread does now; answers while `run` hangs, unless that holds the interpreter's lock."""
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            return file.read().decode(errors="replace")
+        return stacks()
 
     def _start(self) -> Any:
         for name in THREAD_VARIABLES:
@@ -131,7 +133,7 @@ class ClientActor:
         # A worker without torch (tests) must not pay seconds for importing it.
         if torch := sys.modules.get("torch"):
             self._limit(torch)
-        return worker()
+        return worker() if self.ranks is None else worker(self.ranks)
 
     def _limit(self, torch: Any) -> None:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -141,8 +143,18 @@ class ClientActor:
         if self._memory_fraction is not None and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(self._memory_fraction)
 
-    def _here(self) -> Host:
-        return Host(os.getpid(), ray.get_runtime_context().get_node_id(), socket.gethostname())
+
+def stacks() -> str:
+    """What every thread of this process does now."""
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def here() -> Host:
+    """This process."""
+    return Host(os.getpid(), ray.get_runtime_context().get_node_id(), socket.gethostname())
 
 
 def _fingerprint(info: StageInfo) -> str:

@@ -36,6 +36,18 @@ class Loss:
     stack: str = ""
 
 
+class GroupLostError(Exception):
+    """A group of ranks is gone, whole: one of them died, hung or fell out of step.
+
+    Args:
+        loss: of the rank that was the first.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        super().__init__(loss)
+
+
 def judge(error: BaseException) -> Loss | TailorError:
     """Tells a loss from an answer.
 
@@ -49,6 +61,8 @@ def judge(error: BaseException) -> Loss | TailorError:
             return cause
         if isinstance(cause, _LOST):
             return judge(cause)
+        if isinstance(cause, GroupLostError):
+            return cause.loss
         return WorkerError(f"{type(cause).__name__} in an actor, not retried:\n{error}")
     if isinstance(error, exceptions.ActorUnschedulableError):
         return PlacementError(f"Ray cannot place an actor: {_line(error)}")

@@ -42,6 +42,7 @@ class ActorPlan:
         num_gpus: GPUs of each, a multiple of 1e-4 below 1, or a whole number.
         memory_fraction: share of its GPU's memory that each may allocate; None for whole GPUs and CPU.
         capacity: actors of this size that fit at most.
+        ranks: processes of this size that make up one actor, see `actors.zero_group`.
     """
 
     count: int
@@ -49,13 +50,14 @@ class ActorPlan:
     num_gpus: float
     memory_fraction: float | None
     capacity: int
+    ranks: int = 1
 
 
 def plan_actors(config: EngineConfig, nodes: Sequence[NodeResources], count: int | None = None) -> ActorPlan:
     """Computes the placement from plain numbers, without Ray.
 
     Args:
-        config: ``num_cpus``, ``num_gpus`` or ``memory_gb``, and ``actors`` are read.
+        config: ``num_cpus``, ``num_gpus`` or ``memory_gb``, ``actors`` and ``zero.ranks`` are read.
         nodes: everything that is alive.
         count: number of actors; default ``config.actors``, else one per GPU share, else one per CPU
             up to `MAX_DEFAULT_ACTORS`.
@@ -67,14 +69,15 @@ def plan_actors(config: EngineConfig, nodes: Sequence[NodeResources], count: int
     8
     """
     num_gpus, fraction = _gpu_share(config, nodes)
-    slots = [_slots(node, config.num_cpus, num_gpus) for node in nodes]
-    capacity = sum(slots)
+    slots, ranks = [_slots(node, config.num_cpus, num_gpus) for node in nodes], config.zero.ranks
+    # Ranks of a group may be on several nodes.
+    capacity = sum(slots) // ranks
     asked = count if count is not None else config.actors
     if asked is None:
-        asked = max(1, capacity if num_gpus else min(MAX_DEFAULT_ACTORS, capacity))
+        asked = max(1, capacity if num_gpus else min(max(1, MAX_DEFAULT_ACTORS // ranks), capacity))
     if asked > capacity:
         raise PlacementError(_refusal(config, nodes, slots, asked, num_gpus))
-    return ActorPlan(asked, config.num_cpus, num_gpus, fraction, capacity)
+    return ActorPlan(asked, config.num_cpus, num_gpus, fraction, capacity, ranks)
 
 
 def _gpu_share(config: EngineConfig, nodes: Sequence[NodeResources]) -> tuple[float, float | None]:
@@ -119,10 +122,13 @@ def _refusal(
     gpu = f" and {num_gpus:g} GPU" if num_gpus else ""
     number = "the cohort (or use engine.mode=pool)" if config.mode == "per_client" else "engine.actors"
     keys = f"{number}, engine.num_cpus" + (", engine.num_gpus" if num_gpus else "")
-    return (
-        f"{asked} actors of {config.num_cpus:g} CPU{gpu} each do not fit, at most {sum(slots)} do: "
-        f"{_table(nodes, slots)}. Lower {keys}"
-    )
+    size, ranks = f"{config.num_cpus:g} CPU{gpu}", config.zero.ranks
+    if ranks > 1:
+        return (
+            f"{asked} group(s) of engine.zero.ranks={ranks} processes of {size} each do not fit, at most {sum(slots)} "
+            f"processes do: {_table(nodes, slots)}. Lower engine.zero.ranks, {keys}"
+        )
+    return f"{asked} actors of {size} each do not fit, at most {sum(slots)} do: {_table(nodes, slots)}. Lower {keys}"
 
 
 def _table(nodes: Sequence[NodeResources], slots: Sequence[int] | None = None) -> str:

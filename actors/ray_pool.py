@@ -16,6 +16,7 @@ from actors.metrics import PoolMetrics
 from actors.parts import Parts
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
+from actors.zero_group import ZeroGroup
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
 from fedtailor.core.pool import OnEvent, OnResult, StageInfo
@@ -121,13 +122,25 @@ class RayPool:
         return told
 
     def _make_actor(self, number: int) -> Any:
+        config, together = self._config, self._plan.ranks > 1
         options: dict[str, Any] = {
-            "num_cpus": self._plan.num_cpus,
-            "num_gpus": self._plan.num_gpus,
+            # Who leads ranks takes no place: the ranks do.
+            "num_cpus": 0 if together else self._plan.num_cpus,
+            "num_gpus": 0 if together else self._plan.num_gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
             "concurrency_groups": {"watch": 1},
         }
+        if together:
+            return ray.remote(**options)(ZeroGroup).remote(
+                self._worker,
+                self._plan,
+                config.zero.deadline_s,
+                config.threads,
+                forwarded_environment(),
+                self._run,
+                number,
+            )
         return ray.remote(**options)(ClientActor).remote(
             self._worker, self._config.threads, self._plan.memory_fraction, forwarded_environment(), self._run, number
         )

@@ -25,6 +25,24 @@ TINY = [
     "fedp2eft.finetune.batch_size=16", "fedp2eft.finetune.epochs=1",
 ]  # fmt: skip
 
+TALK = [
+    "task=cldr_instruct", "task.languages=[eng,swa,yor]", "task.clients_per_language=2", "task.max_length=64",
+    "model.hidden_size=16", "model.layers=1", "model.intermediate_size=24", "model.vocab_size=400",
+    "methods=[base,lora,fedp2eft]", "budgets=[1,2]", "r_max=2",
+    "base.rounds=2", "base.cohort=4", "strategy.rounds=2", "strategy.cohort=4", "personalise.chunk=5",
+    "engine.backend=serial", "engine.min_segment=2", "engine.segments=3", "engine.token_budget=2048",
+    "decoding.max_new_tokens=6", "decoding.max_test=4",
+    "fedavg.lr=2e-3", "fedavg.batch_size=16", "fedavg.epochs=1",
+    "lora.lr=5e-3", "lora.batch_size=16", "lora.epochs=1",
+    "fedp2eft.stage1.batch_size=16", "fedp2eft.stage1.epochs=1", "fedp2eft.psg.lr=5e-3",
+    "fedp2eft.finetune.batch_size=16", "fedp2eft.finetune.epochs=1",
+]  # fmt: skip
+"""The same for instructions and responses."""
+
+
+def talk(storage: Path, *overrides: str) -> ExperimentBase:
+    return compose([], [*TALK, f"storage={storage}", *overrides])
+
 
 def tiny(storage: Path, *overrides: str) -> ExperimentBase:
     return compose([], [*TINY, f"storage={storage}", *overrides])

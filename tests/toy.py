@@ -1,13 +1,13 @@
-"""Toy surroundings for tests: a tiny BERT, clients with ragged random texts, a context over them."""
+"""Toy surroundings for tests: a tiny BERT or LLaMA, clients with ragged random texts, a context over them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fedtailor.core.context import ClientContext, Lane, open_params
 from fedtailor.core.features import client_features
@@ -33,6 +33,7 @@ class ToyExamples:
     lengths: np.ndarray
     labels: np.ndarray
     first: np.ndarray | None = None
+    prompt: np.ndarray | None = None
 
 
 def toy_examples(name: str, count: int, longest: int = 9) -> ToyExamples:
@@ -50,6 +51,42 @@ def toy_lanes(sizes: Sequence[int]) -> list[Lane]:
         client = ToyClient(f"seen/xx/{number:02d}", "seen", "xx", size, 5)
         lanes.append(Lane(client, toy_examples(client.id, size, 6 + number)))  # type: ignore[arg-type]
     return lanes
+
+
+def with_prompts(lanes: Sequence[Lane]) -> list[Lane]:
+    """The same lanes, their texts read as instructions with responses."""
+    return [replace(lane, train=as_talk(lane.train, lane.client.id)) for lane in lanes]  # type: ignore[arg-type]
+
+
+def as_talk(examples: ToyExamples, name: str) -> ToyExamples:
+    prompt = numpy_rng("toy", name, "prompt").integers(1, examples.lengths)
+    return replace(examples, prompt=prompt.astype(np.int64))
+
+
+def toy_llama(dtype: torch.dtype = torch.float64, checkpointing: bool = False) -> LaneNet:
+    from fedtailor.models.families import adapted_linears
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = LlamaForCausalLM(config)
+        if dtype is torch.float64:
+            _exact_norms(model)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.data.normal_(0, 0.3)
+    return LaneNet(model.to(dtype), adapted_linears(model, "all-linear"), checkpointing=checkpointing)
+
+
+def _exact_norms(model: torch.nn.Module) -> None:
+    """LLaMA's own norm computes in float32, whatever its input: float64 identities would drown in its rounding."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = torch.nn.RMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
+            model.set_submodule(name, norm)
 
 
 def toy_net(dtype: torch.dtype = torch.float64, dropout: float = 0.1, **sizes: int) -> LaneNet:

@@ -10,7 +10,8 @@ import pandas as pd
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.runs.experiment import nearest
-from fedtailor.runs.report.results import averages, by_language, checked
+from fedtailor.runs.report.metrics import SHARES
+from fedtailor.runs.report.results import averages, checked
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Objective:
     @property
     def share(self) -> bool:
         """Whether values are shares between 0 and 1."""
-        return self.metric.endswith("accuracy")
+        return self.metric.removeprefix("train_") in SHARES
 
     def better(self, value: float) -> float:
         """The value turned so that larger is better."""
         return value if self.mode == "max" else -value
 
     def shown(self, value: float) -> str:
-        """The value for people: accuracies in percent.
+        """The value for people: shares in percent.
 
         >>> OBJECTIVES["seen_accuracy"].shown(0.61254), OBJECTIVES["seen_loss"].shown(1.5)
         ('61.25', '1.5000')
@@ -57,8 +58,10 @@ OBJECTIVES: Final[Mapping[str, Objective]] = {
     "train_loss": Objective("seen", "train_loss_after", "min", "loss on the train texts of seen clients"),
     "seen_accuracy": Objective("seen", "accuracy", "max", "test accuracy of seen clients"),
     "seen_loss": Objective("seen", "loss", "min", "test loss of seen clients"),
+    "seen_rougeL": Objective("seen", "rougeL", "max", "ROUGE-L of the answers of seen clients"),
     "unseen_accuracy": Objective("unseen", "accuracy", "max", "test accuracy of unseen clients"),
     "unseen_loss": Objective("unseen", "loss", "min", "test loss of unseen clients"),
+    "unseen_rougeL": Objective("unseen", "rougeL", "max", "ROUGE-L of the answers of unseen clients"),
 }
 
 
@@ -73,6 +76,15 @@ def objective(name: str) -> Objective:
             f"'--objective': unknown '{name}'{nearest(name, list(OBJECTIVES))} (known: {', '.join(OBJECTIVES)})"
         )
     return OBJECTIVES[name]
+
+
+def for_task(name: str, kind: str) -> str:
+    """What a grid's objective becomes for a task that asks for text: answers to train prompts are not made.
+
+    >>> for_task("train_accuracy", "generation"), for_task("train_accuracy", "classification")
+    ('train_loss', 'train_accuracy')
+    """
+    return "train_loss" if kind == "generation" and name == "train_accuracy" else name
 
 
 def score(metrics: pd.DataFrame, method: str, judged: Objective) -> float:
@@ -91,4 +103,4 @@ def score(metrics: pd.DataFrame, method: str, judged: Objective) -> float:
     rows = frame[wanted & (frame["metric"] == judged.metric) & (frame["weight"] > 0)]
     if rows.empty:
         raise DataError(f"no {judged.pool} client of '{method}' has the metric '{judged.metric}'")
-    return float(averages(by_language(rows))["value"].mean())
+    return float(averages(rows)["value"].mean())

@@ -20,7 +20,7 @@ from fedtailor.runs.experiment import (
 )
 from fedtailor.runs.stages import short_hash
 from tune_spaces.grid import Grid, Value, combinations, find
-from tune_spaces.objective import Objective, objective
+from tune_spaces.objective import Objective, for_task, objective
 
 Content = dict[str, Any]
 
@@ -122,6 +122,9 @@ def make_plan(
     given = [word.split("=", 1)[0] for word in overrides]
     _refuse(address, grid, given)
     exp = compose(presets, overrides)
+    if objective_name is None:
+        name = for_task(name, exp.task.kind)
+        judged = objective(name)
     chosen: Content = {"methods": [grid.method]}
     if "budgets" not in given:
         chosen["budgets"] = [exp.budgets[-1]]

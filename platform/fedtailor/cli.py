@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperGroup
 
-from fedtailor import __version__, cli_models
+from fedtailor import __version__, cli_judge, cli_models
 from fedtailor.core.errors import ConfigError, Interrupted, TailorError
 
 if TYPE_CHECKING:
@@ -130,7 +130,9 @@ def sweep(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="{train,seen,unseen}_{accuracy,loss}; default: what the paper judged by."),
+        typer.Option(
+            help="{train,seen,unseen}_{accuracy,loss} or {seen,unseen}_rougeL; default: what the paper judged by."
+        ),
     ] = None,
     sweep_id: Annotated[str | None, typer.Option(help="Name of the sweep; default: grid, preset and hash.")] = None,
     asha: Annotated[bool, typer.Option("--asha", help="Stop hopeless trials early.")] = False,
@@ -223,13 +225,19 @@ def sync(
 
 
 @app.command()
-def plan(words: Words) -> None:
+def plan(
+    words: Words,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Memory in GB of one GPU (or worker) to plan a language model for; default: here."),
+    ] = None,
+) -> None:
     """Show stages, bytes, memory and work of an experiment without running it; needs no weights."""
     from fedtailor.runs.plan import make_plan
     from fedtailor.runs.plan_view import show_plan
 
     _, exp = _compose(words)
-    show_plan(_console(), make_plan(exp))
+    show_plan(_console(), make_plan(exp, memory_gb))
 
 
 @app.command()
@@ -279,6 +287,7 @@ def export(
     typer.echo(f"adapter: {out} (peft; belongs to the base model in {belongs})")
 
 
+app.command()(cli_judge.judge)
 app.command()(cli_models.personalise)
 app.command()(cli_models.pretrain)
 

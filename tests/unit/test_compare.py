@@ -55,6 +55,7 @@ class Lab:
         data: str = "",
         labels: Sequence[str] = ("a", "b"),
         unfinished: bool = False,
+        metric: str = "accuracy",
     ) -> RunFolder:
         """``artifacts``: method to an artifact shared with another run; ``data``: salt of the clients' texts."""
         defaults = ["methods=[base,lora]", "budgets=[2,8]", "base.name=none", f"storage={self.root}"]
@@ -73,15 +74,17 @@ class Lab:
             self.storage.write_json(f"artifacts/{artifact}/manifest.json", {"labels": list(labels), "clients": content})
         for stage in stages[: -1 if unfinished else None]:
             if not self.storage.exists(f"artifacts/{stage['artifact']}/{DONE}"):
-                self._commit(run, stage, accuracy, clients)
+                self._commit(run, stage, accuracy, clients, metric)
         run.set_status("interrupted" if unfinished else "complete")
         return run
 
-    def _commit(self, run: RunFolder, stage: Mapping[str, Any], accuracy: Accuracy, clients: Sequence[str]) -> None:
+    def _commit(
+        self, run: RunFolder, stage: Mapping[str, Any], accuracy: Accuracy, clients: Sequence[str], metric: str
+    ) -> None:
         method, seed = stage["method"], stage["seed"]
         rows = [
             metric_row(stage="personalise", method=method, seed=seed, pool=client.split("/")[0], budget=budget,
-                       language=client.split("/")[1], client=client, metric="accuracy",
+                       language=client.split("/")[1], client=client, metric=metric,
                        value=accuracy(method, budget, seed, client), weight=100.0)
             for client in clients
             for budget in ((-1,) if method in ("base", "majority") else stage["budgets"])
@@ -344,7 +347,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     (["one", "one"], ConfigError, "needs two different runs or more, got one, one"),
     (["one", "two", "one"], ConfigError, "run 'one' is named twice"),
     (["one", "tow"], StorageError, r"no run 'tow' in .*; did you mean 'two'\? \(runs there: .*one, .*two\)"),
-    (["one", "empty"], StorageError, r"run 'empty' \(running\) has committed no accuracy .* fedtailor resume empty"),
+    (["one", "empty"], StorageError, r"run 'empty' \(running\) has committed no score .* fedtailor resume empty"),
     (["one", "news"], ConfigError, r"different tasks cannot be compared .*'one': cldr, 'news': masakhanews"),
     (["one", "classes"], ConfigError, r"different classes cannot be compared .*'one': a, b; 'classes': a, c"),
 ])  # fmt: skip
@@ -449,3 +452,30 @@ def test_trouble_with_wandb_is_told_and_fails_nothing(lab: Lab, monkeypatch: pyt
     assert told[1] == "No W&B report: OSError: no route to host"
     monkeypatch.setattr(wandb_sink, "place", broken)
     assert compare_runs(lab.storage, ["one", "two"])[0].wandb == ("No link to W&B: OSError: no route to host",)
+
+
+def test_runs_of_generation_are_compared_by_rouge_l(tmp_path: Path) -> None:
+    names, clients = ("one", "two"), tuple(f"seen/{code}/0{k}" for code in ("en", "te") for k in range(3))
+    lab, words = Lab(tmp_path / "runs"), ["task=cldr_instruct"]
+    for run, gain in zip(names, (0.0, 0.1), strict=True):
+        lab.run(run, lambda m, b, s, c, up=gain: 0.3 + up * (m == "lora"), words, clients, labels=("en", "te"),
+                metric="rougeL")  # fmt: skip
+    content = lab.compare(*names)
+    (lora,) = {pair.result.difference for pair in content.pairs if pair.result.method == "lora"}
+    assert lora == pytest.approx(0.1)
+    assert "ROUGE-L in %, mean over languages" in printed(content)
+    out = tmp_path / "out"
+    out.mkdir()
+    write(content, out)
+    for name in ("compare.md", "compare.html"):
+        told = (out / name).read_text("utf-8")
+        assert "ROUGE-L points" in told
+        assert "accuracy" not in told.lower()
+
+
+def test_runs_whose_samples_are_in_other_languages_are_refused(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "runs")
+    for name, labels in (("one", ("en", "te")), ("two", ("en", "fr"))):
+        lab.run(name, words=["task=cldr_instruct"], labels=labels, metric="rougeL", data=name)
+    with pytest.raises(ConfigError, match="runs with different languages cannot be compared"):
+        lab.compare("one", "two")

@@ -37,6 +37,21 @@ def test_the_library_does_not_know_where_it_runs(path: Path) -> None:
     assert not (imported(path) & {"ray", "wandb", "actors", "tune_spaces"}) - allowed
 
 
+def test_deepspeed_is_imported_where_a_base_is_partitioned_and_not_before() -> None:
+    users = {str(p.relative_to(ROOT)) for p in (*LIBRARY.rglob("*.py"), *ROOT.glob("actors/*.py")) if uses_deepspeed(p)}
+    assert users == {"platform/fedtailor/models/partitioned.py"}
+    tree = ast.parse((LIBRARY / "models/partitioned.py").read_text("utf-8"))
+    assert not [node for node in tree.body if "deepspeed" in ast.unparse(node).split("(")[0] and is_import(node)]
+
+
+def uses_deepspeed(path: Path) -> bool:
+    return "deepspeed" in imported(path)
+
+
+def is_import(node: ast.stmt) -> bool:
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
 def test_only_the_command_line_names_a_backend_by_string() -> None:
     naming = {
         str(p.relative_to(LIBRARY))

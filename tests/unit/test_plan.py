@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedtailor.core.settings import ModelConfig, ZeroConfig
+from fedtailor.methods import build_method
+from fedtailor.models.dimensions import dimensions
 from fedtailor.runs.artifacts import Artifacts
-from fedtailor.runs.experiment import compose
+from fedtailor.runs.experiment import compose, method_section, preset_names
+from fedtailor.runs.fit_view import size
 from fedtailor.runs.inputs import make_inputs
+from fedtailor.runs.memory import Load, activation_bytes, base_bytes, base_of_rank, logit_bytes, optimizer_of_rank
 from fedtailor.runs.plan import Plan, make_plan
-from fedtailor.runs.plan_view import duration, show_plan, size
+from fedtailor.runs.plan_view import duration, show_plan
 from fedtailor.runs.stages import plan_stages
 from fedtailor.runs.storage import Storage
 
@@ -131,3 +136,111 @@ def test_numbers_are_shown_for_people() -> None:
         "2 TB",
     ]
     assert [duration(s) for s in (12, 240, 36_000)] == ["12 s", "4 min", "10.0 h"]
+
+
+@pytest.fixture(scope="module")
+def three_billion() -> Plan:
+    """Llama-3.2-3B on Fed-Aya, neither data nor weights at hand, for a GPU of 24 GB."""
+    return planned("fed_aya_llama32_3b", 24)
+
+
+def planned(preset: str, memory_gb: float, *words: str) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEDTAILOR_DATA", raising=False)
+        patch.setattr("fedtailor.runs.plan.try_to_load_from_cache", lambda *_, **__: None)
+        return make_plan(compose([preset], ["storage=/nonexistent/runs", "seeds=[42]", *words]), memory_gb)
+
+
+def advice(*words: str, memory_gb: float = 24, preset: str = "fed_aya_llama32_3b") -> str:
+    found = planned(preset, memory_gb, *words).fit
+    assert found is not None
+    return " ".join(found.advice)
+
+
+def test_the_3b_models_sizes_are_known_without_weights(three_billion: Plan) -> None:
+    assert three_billion.model.layers == 196
+    assert three_billion.sizes["fedp2eft"].generators[0].widths == (392, 784, 6272)
+    assert (three_billion.population.seen, three_billion.population.unseen) == (30, 8)
+    assert "client sizes are unknown" in shown(three_billion)
+    assert "as published, not as found" in shown(three_billion)
+
+
+def test_a_bfloat16_base_counts_two_bytes_and_zero_divides_it(three_billion: Plan) -> None:
+    assert three_billion.fit is not None
+    needs = {option.ranks: option.needs for option in three_billion.fit.options}
+    assert needs[1].weights == 2 * three_billion.model.parameters
+    parts = [needs[n].weights - needs[1].weights // n for n in (2, 4, 8)]
+    assert len(set(parts)) == 1
+    assert needs[2].adapters == needs[1].adapters > 0
+
+
+@pytest.mark.parametrize(("weights", "each"), [("float32", 4.0), ("bfloat16", 2.0), ("8bit", 1.0), ("4bit", 0.5)])
+def test_a_quantised_base_keeps_its_embeddings_in_bfloat16(weights: str, each: float) -> None:
+    model = dimensions(ModelConfig(name="llama-3.2-3b"), kind="generation")
+    inside = sum(a * b for _, a, b in model.linears)
+    assert base_bytes(model, weights) == round(inside * each + (model.parameters - inside) * max(each, 2.0))
+
+
+def test_logits_are_counted_at_response_tokens_of_one_micro_batch_and_checkpointing_spares_activations() -> None:
+    model = dimensions(ModelConfig(name="llama-3.2-3b"), kind="generation")
+    one, four = Load(1, 1, 1024), Load(1, 4, 1024)
+    assert logit_bytes(model, one, "bfloat16") == 1024 * 128_256 * (2 + 4 + 2)
+    assert logit_bytes(model, four, "bfloat16") == 4 * logit_bytes(model, one, "bfloat16")
+    kept = activation_bytes(model, one, ModelConfig(name="llama-3.2-3b"), "bfloat16")
+    spared = activation_bytes(model, one, ModelConfig(name="llama-3.2-3b", checkpointing=True), "bfloat16")
+    assert spared == 2 * 1024 * (28 * 3072 + kept // (2 * 1024 * 28))
+
+
+def test_stages_1_and_2_divide_moments_and_gradients_and_not_the_base() -> None:
+    model = dimensions(ModelConfig(name="llama-3.2-3b"), kind="generation")
+    stages = {n: ZeroConfig(ranks=2, stage=n) for n in (1, 2, 3)}
+    assert [optimizer_of_rank(100, stages[n]) for n in (1, 2, 3)] == [400 + 400, 400 + 200, 1200]
+    assert base_of_rank(model, "bfloat16", stages[2]) == base_bytes(model, "bfloat16")
+    assert base_of_rank(model, "bfloat16", stages[3]) < base_bytes(model, "bfloat16")
+    offloaded = ZeroConfig(ranks=2, offload=True)
+    assert base_of_rank(model, "bfloat16", offloaded) < base_of_rank(model, "bfloat16", stages[3])
+
+
+def test_zero_is_proposed_only_where_one_worker_and_savings_do_not_suffice() -> None:
+    assert advice(memory_gb=80) == "One worker suffices."
+    assert advice(memory_gb=24) == "Does not fit as it is; fits with engine.micro_batch=1."
+    assert "engine.zero.ranks=2 is not needed" in advice("engine.zero.ranks=2", memory_gb=80)
+    assert "engine.zero.ranks=" in advice("engine.micro_batch=1", memory_gb=11)
+    assert "not with 64 ranks either" in advice(memory_gb=2)
+
+
+def test_second_order_methods_are_named_where_zero_is_the_way() -> None:
+    words = ("engine.micro_batch=1", "methods=[lora,fedl2p]", "fedl2p.hypergradient.terms=3")
+    told = advice(*words, memory_gb=11)
+    assert "'methods': fedl2p needs second derivatives" in told
+    assert "fedl2p.hypergradient.terms=0" in told
+
+
+def test_a_plan_of_a_language_model_shows_every_part_with_and_without_zero(three_billion: Plan) -> None:
+    text = shown(three_billion)
+    for words in ("gradients, Adam", "cache of answers", "1 worker", "2 ranks, stage 3", "24 GB each (--memory-gb)"):
+        assert words in text
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_composes(name: str) -> None:
+    layers = [name] if name not in ("small", "laptop") else ["xnli_all", name]
+    assert compose(layers, []).budgets
+
+
+def test_presets_of_fed_aya_are_the_papers() -> None:
+    mobile, llama = compose(["fed_aya_mobilellama"], []), compose(["fed_aya_llama32_3b"], [])
+    base = method_section(mobile, "fedavg").model_dump()
+    assert {k: base[k] for k in ("adapter", "targets", "rank", "scale", "dropout", "lr", "lr_final", "steps")} == {
+        "adapter": "lora", "targets": ("q_proj", "v_proj"), "rank": 16, "scale": 2.0, "dropout": 0.05, "lr": 2e-5,
+        "lr_final": 1e-6, "steps": 10,
+    }  # fmt: skip
+    assert (mobile.base.rounds, mobile.base.cohort, mobile.task.template) == (200, 3, "alpaca")
+    assert (llama.base.name, llama.model.weights, llama.engine.dtype, llama.task.template) == (
+        "none", "bfloat16", "bfloat16", "llama3",
+    )  # fmt: skip
+    for exp in (mobile, llama):
+        assert (exp.strategy.rounds, exp.strategy.cohort, exp.budgets) == (150, 3, (2, 4, 8, 16))
+        assert exp.methods == ("base", "lora", "adalora", "bayestune_lora", "fedl2p", "fedp2eft")
+        for name in ("lora", "adalora", "fedl2p", "fedp2eft", "bayestune_lora"):
+            assert build_method(name, method_section(exp, name), exp.r_max).batch_size == 16

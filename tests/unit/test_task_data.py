@@ -181,7 +181,7 @@ def test_a_language_with_too_little_text_says_how_many_clients_fit() -> None:
 def test_an_unknown_task_is_a_config_error_with_the_nearest_name() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"'task.name' is 'masakanews', allowed: cldr, masakhanews, xnli; did you mean 'masakhanews'",
+        match=r"'task.name' is 'masakanews', allowed: cldr, .*masakhanews, .*; did you mean 'masakhanews'",
     ):
         fingerprint(TaskConfig(name="masakanews"), 0)
 

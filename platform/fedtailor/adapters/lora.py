@@ -17,7 +17,7 @@ from fedtailor.core.method import Row
 from fedtailor.core.net import LaneNet, Site
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
-from fedtailor.models.families import endings
+from fedtailor.models.families import endings, ends
 
 
 def initial_a(site: Site, rank: int, seed: int) -> Tensor:
@@ -43,10 +43,10 @@ def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[Site, LaneLinear
     pairs = list(zip(net.sites, net.layers, strict=True))
     if targets == "all-linear":
         return pairs
-    missing = [t for t in targets if not any(f".{site.name}".endswith(f".{t}") for site in net.sites)]
+    missing = [t for t in targets if not any(ends(site.name, t) for site in net.sites)]
     if missing:
         raise ModelError(f"no adapted layer ends in {missing}; this model has {endings(net.modules)}")
-    return [pair for pair in pairs if any(f".{pair[0].name}".endswith(f".{t}") for t in targets)]
+    return [pair for pair in pairs if any(ends(pair[0].name, t) for t in targets)]
 
 
 @dataclass(frozen=True)

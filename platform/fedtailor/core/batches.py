@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Examples(Protocol):
-    """Tokenised texts or pairs of one client: ids (n, T) padded, lengths (n,), labels (n,), all int64."""
+    """Tokenised texts, pairs or instructions of one client: ids (n, T) padded, lengths (n,), labels (n,), all int64."""
 
     @property
     def input_ids(self) -> IntArray:
@@ -33,19 +33,32 @@ class Examples(Protocol):
     def first(self) -> IntArray | None:
         """Tokens of each pair's first segment (n,); None where there are no segments."""
 
+    @property
+    def prompt(self) -> IntArray | None:
+        """Tokens of each instruction's prompt (n,), at least 1; the rest is the response that is learned. None where
+        texts are classified. `labels` are the examples' groups then, see `tasks.source.Source`."""
+
 
 @dataclass(frozen=True)
 class LaneBatch:
     """One step of the first ``k`` lanes.
 
+    What is learned are m targets per lane, each a class. Of texts these are the rows: m = b, C classes. Of
+    instructions they are the tokens of all responses, C the vocabulary: a response token is classified from the token
+    before it, and whatever works on targets works on both.
+
     Args:
         input_ids: (k, b, T) int64.
         attention_mask: (k, b, T) int64; rows that only pad keep one token, lest a softmax divide by zero.
-        labels: (k, b) int64.
-        rows: (k, b) bool, False where a lane has fewer than b rows.
+        labels: (k, m) int64, the classes.
+        rows: (k, m) bool, False where a lane has fewer than m targets.
         shapes: per lane its own (rows, tokens), without the group's padding.
         token_type_ids: (k, b, T) int64, 1 in the second segment of a pair, else 0 (padding too); None where
             no lane has pairs.
+        positions: (k, m) int64 in [0, b T): from which token of its lane each target is predicted; None: one
+            prediction per row, made by the model's own pooling.
+        owners: (k, m) int64, the row that each target belongs to; None: target i is row i.
+        share: (k,) this part's share of the targets of a step that was cut into parts; None: it is whole.
     """
 
     input_ids: Tensor
@@ -54,6 +67,9 @@ class LaneBatch:
     rows: Tensor
     shapes: tuple[tuple[int, int], ...]
     token_type_ids: Tensor | None = None
+    positions: Tensor | None = None
+    owners: Tensor | None = None
+    share: Tensor | None = None
 
     @property
     def lanes(self) -> int:
@@ -85,7 +101,97 @@ def make_batch(
     segments = None
     if any(e.first is not None for e in examples):
         segments = torch.from_numpy(mask * (np.arange(t) >= first[..., None])).to(device)
-    return LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes, segments)
+    batch = LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes, segments)
+    return batch if examples[0].prompt is None else _with_responses(batch, examples, picks, ids, lengths)
+
+
+def _with_responses(
+    batch: LaneBatch, examples: Sequence[Examples], picks: Sequence[IntArray], ids: IntArray, lengths: IntArray
+) -> LaneBatch:
+    """The batch with every response token as a target, row by row."""
+    k, _, t = ids.shape
+    found: list[tuple[IntArray, IntArray]] = []
+    for lane, (e, pick) in enumerate(zip(examples, picks, strict=True)):
+        assert e.prompt is not None
+        starts, ends = e.prompt[pick], lengths[lane, : len(pick)]
+        counts = ends - starts
+        owner = np.repeat(np.arange(len(pick)), counts)
+        column = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
+        found.append((owner, column))
+    m = max(len(owner) for owner, _ in found)
+    labels, owners, positions = (np.zeros((k, m), dtype=np.int64) for _ in range(3))
+    rows = np.zeros((k, m), dtype=np.bool_)
+    for lane, (owner, column) in enumerate(found):
+        n = len(owner)
+        labels[lane, :n] = ids[lane, owner, column]
+        positions[lane, :n] = owner * t + column - 1
+        owners[lane, :n], rows[lane, :n] = owner, True
+    at = batch.input_ids.device
+    labels_, rows_, positions_, owners_ = (torch.from_numpy(x).to(at) for x in (labels, rows, positions, owners))
+    return replace(batch, labels=labels_, rows=rows_, positions=positions_, owners=owners_)
+
+
+def micro_batches(batch: LaneBatch, rows: int | None, ranks: tuple[int, int] = (0, 1)) -> list[LaneBatch]:
+    """A step cut into parts of at most ``rows`` rows per lane, each with its share of the targets.
+
+    The gradients of ``share * mean over the part's targets`` add up to those of the mean over the step's targets.
+
+    Args:
+        batch: a whole step.
+        rows: most rows of a part; None: no limit.
+        ranks: (index, size) of a group whose members go through a step together: the parts are dealt out in turn.
+            All members get equally many parts; who has too few repeats one at share 0.
+    """
+    index, size = ranks
+    b = batch.input_ids.shape[1]
+    most = min(rows or b, -(-b // size))
+    if most >= b and size == 1:
+        return [batch]
+    starts = list(range(0, b, most))
+    turns = -(-len(starts) // size)
+    parts = []
+    for turn in range(turns):
+        number = turn * size + index
+        part = _part(batch, starts[min(number, len(starts) - 1)], most)
+        if number >= len(starts):
+            assert part.share is not None
+            part = replace(part, share=torch.zeros_like(part.share))
+        parts.append(part)
+    return parts
+
+
+def _part(batch: LaneBatch, start: int, rows: int) -> LaneBatch:
+    """Rows ``start`` to ``start + rows`` of every lane. A lane without rows there keeps one target of share 0."""
+    b, t = batch.input_ids.shape[1:]
+    end = min(start + rows, b)
+    here = batch.rows[:, start:end]
+    if batch.owners is not None:
+        here = batch.rows & (batch.owners >= start) & (batch.owners < end)
+    counts = here.sum(1)
+    if batch.positions is None or batch.owners is None:
+        column = torch.arange(end - start, device=counts.device)
+        taken = {"labels": batch.labels[:, start:end], "rows": column < counts.clamp_min(1).unsqueeze(1)}
+    else:
+        m = max(1, int(counts.max()))
+        # Stable: targets keep their order; those of other parts go to the end, where `rows` is False.
+        order = torch.argsort((~here).to(torch.int8), dim=1, stable=True)[:, :m]
+        taken = {
+            "labels": batch.labels.gather(1, order),
+            "rows": torch.arange(m, device=counts.device) < counts.clamp_min(1).unsqueeze(1),
+            "positions": (batch.positions.gather(1, order) - start * t).clamp(0, (end - start) * t - 1),
+            "owners": (batch.owners.gather(1, order) - start).clamp(0, end - start - 1),
+        }
+    shapes = tuple((max(0, min(n, end) - start), width) for n, width in batch.shapes)
+    types = batch.token_type_ids
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, start:end],
+        attention_mask=batch.attention_mask[:, start:end],
+        shapes=shapes,
+        token_type_ids=None if types is None else types[:, start:end],
+        share=counts.double() / batch.rows.sum(1),
+        **taken,
+    )
 
 
 def training_picks(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:

@@ -47,12 +47,13 @@ class ClientContext:
         round: round index; 0 when personalising, so that chunks do not change a draw.
         num_labels: C.
         pad_id: padding token.
-        features: base-model features of a lane's training texts, (2L,) float32 each, cached.
+        features: base-model features of a lane's training texts, `core.features.feature_size` float32 each, cached.
         budgets: of a personaliser.
         r_max: largest budget of the run.
         rounds: of the stage, for schedules over rounds.
         received: SHARED row as it came, (P,); None without SHARED parameters.
         warn: records a warning about a lane.
+        micro_batch: most rows per lane of one forward pass; a larger step is cut and its gradients are added up.
         extra: for tests and experiments; nothing in the library reads it.
     """
 
@@ -70,6 +71,7 @@ class ClientContext:
     r_max: int = 0
     rounds: int = 0
     received: Tensor | None = None
+    micro_batch: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,13 +79,16 @@ class ClientContext:
         """N of each lane, (K,), in the base's type."""
         return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
 
-    def meta_data(self, pad_to: int | None) -> Tensor:
+    def meta_data(self, pad_to: int | None, count_output: bool = False) -> Tensor:
         """The clients' features, (K, 2L) in the base's type: E(h), SD(h) of FedP2EFT Eq. 6.
 
         Args:
             pad_to: see `core.features.client_features`.
+            count_output: the input of a language model's output embedding is a feature pair too, (K, 2(L + 1)); a
+                classifier has no linear layer beside the L.
         """
-        return torch.stack(list(self.features(self.lanes, pad_to))).to(self.sizes)
+        found = torch.stack(list(self.features(self.lanes, pad_to))).to(self.sizes)
+        return found if count_output else found[:, : 2 * len(self.net.sites)]
 
     def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
         """Rows of every step of every lane.
@@ -123,6 +128,7 @@ def open_params(
     parts: list[Parameters] = [*([adapter] if adapter else []), *modules]
     specs = [spec for part in parts for spec in part.specs(net)]
     params = LaneParams(specs, lanes, net.device, net.param_dtype)
+    params.optimizer_ranks = net.ranks if net.shares_optimizer else None
     for part in parts:
         for name, value in part.initial(net, seed).items():
             params.set(name, value.to(net.device, net.param_dtype))

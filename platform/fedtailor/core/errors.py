@@ -97,6 +97,12 @@ class TrackingError(TailorError):
     exit_code = 7
 
 
+class JudgeError(TailorError):
+    """A judge's endpoint is down, or judgements are missing; the others are kept, the same words ask for the rest."""
+
+    exit_code = 7
+
+
 class WorkerError(TailorError):
     """Actors died or hung more often than the retry policy allows."""
 

@@ -1,8 +1,13 @@
-"""Client meta-data for the strategy generator: mean and SD of every adapted layer's input (FedP2EFT Eq. 6)."""
+"""Client meta-data for the strategy generator: mean and SD of every adapted layer's input (FedP2EFT Eq. 6).
+
+Of instructions the prompts are read, without their responses, as in the public code; the output embedding's input is
+one more pair at the end, which Eq. 6 does not count and the public code does (`ClientContext.meta_data`).
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedtailor.core.batches import Examples, LaneBatch, make_batch
+from fedtailor.core.batches import Examples, IntArray, LaneBatch, make_batch
 from fedtailor.core.net import LaneNet
 from fedtailor.core.seeding import seed_for
 
 FEATURE_BATCH = 16
 """Rows of one forward pass; part of the numbers, so no setting."""
+FEATURE_TOKENS = 4096
+"""Tokens of one forward pass over prompts, which may be long; at least one row."""
 
 
 class _Moments:
@@ -37,41 +44,75 @@ class _Moments:
         return mean, variance**0.5
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """Instructions without their responses, as plain texts."""
+
+    input_ids: IntArray
+    lengths: IntArray
+    labels: IntArray
+    first: IntArray | None = None
+    prompt: IntArray | None = None
+
+    @classmethod
+    def of(cls, examples: Examples, prompt: IntArray, pad_id: int) -> _Prompts:
+        width = int(prompt.max())
+        own = np.arange(width) < prompt[:, None]
+        return cls(np.where(own, examples.input_ids[:, :width], pad_id), prompt, examples.labels)
+
+
+def counts_output(net: LaneNet) -> bool:
+    """Whether there is an output embedding beside the adapted layers, whose input makes one more pair of features."""
+    return net.model.get_output_embeddings() is not None  # type: ignore[operator]
+
+
+def feature_size(net: LaneNet) -> int:
+    """Numbers per client: 2L of a classifier, 2(L + 1) of a language model."""
+    return 2 * (len(net.sites) + counts_output(net))
+
+
 @torch.no_grad()
 def client_features(net: LaneNet, examples: Examples, pad_id: int, pad_to: int | None = None) -> Tensor:
-    """E(h_0), SD(h_0), E(h_1), ... over all training texts of one client, (2L,) float32.
+    """E(h_0), SD(h_0), E(h_1), ... over all training texts (or prompts) of one client, `feature_size` float32.
 
     One client is computed alone and in fixed batches, so that no grouping can change its features.
 
     Args:
         net: base model; bound adapters are bypassed.
-        examples: the client's training texts.
+        examples: the client's training texts, or its instructions, of which the prompts count.
         pad_id: padding token.
         pad_to: None (default): real tokens only. A length: the reference's behaviour, which pads every text
             to the task's fixed length and counts the padding.
     """
-    moments = [_Moments() for _ in net.sites]
+    output = counts_output(net)
+    moments = [_Moments() for _ in range(len(net.sites) + output)]
+    rows_each = FEATURE_BATCH
+    if examples.prompt is not None:
+        examples = _Prompts.of(examples, examples.prompt, pad_id)
+        rows_each = max(1, FEATURE_TOKENS // max(int(examples.lengths.max()), pad_to or 0))
     batch: LaneBatch
     mask: Tensor
 
-    def hook(number: int) -> Any:
-        def read(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            moments[number].add(x if x.dim() == 2 or pad_to is not None else x[mask])
+    def count(number: int, x: Tensor) -> None:
+        moments[number].add(x if x.dim() == 2 or pad_to is not None else x[mask])
 
-        return read
+    def hook(number: int) -> Any:
+        return lambda _module, inputs: count(number, inputs[0])
 
     handles = [layer.register_forward_pre_hook(hook(i)) for i, layer in enumerate(net.layers)]
     net.train_mode(False)
     net.state.bypass = True
     try:
-        for start in range(0, len(examples.labels), FEATURE_BATCH):
-            rows = np.arange(start, min(start + FEATURE_BATCH, len(examples.labels)))
+        for start in range(0, len(examples.labels), rows_each):
+            rows = np.arange(start, min(start + rows_each, len(examples.labels)))
             batch = make_batch([examples], [rows], pad_id, net.device)
             if pad_to is not None:
                 batch = _widen(batch, pad_to, pad_id)
             mask = batch.attention_mask.flatten(0, 1).bool()
-            net.logits(batch)
+            if output:
+                count(len(net.sites), net.hidden(batch))
+            else:
+                net.logits(batch)
     finally:
         net.state.bypass = False
         for handle in handles:
@@ -89,6 +130,15 @@ def _widen(batch: LaneBatch, width: int, pad_id: int) -> LaneBatch:
     return LaneBatch(ids, mask, batch.labels, batch.rows, batch.shapes, types)
 
 
+def _all_see(path: Path, net: LaneNet) -> bool:
+    """The file is there; for all ranks of a group or for none, since they compute together or not at all."""
+    if net.ranks is None:
+        return path.exists()
+    seen = torch.tensor(float(path.exists()), device=net.device)
+    net.ranks.sum_(seen)
+    return int(seen) == net.ranks.size
+
+
 class FeatureCache:
     """Features of each client, computed once per base model; shared by workers through files.
 
@@ -101,13 +151,13 @@ class FeatureCache:
         self._known: dict[str, Tensor] = {}
 
     def get(self, net: LaneNet, client: str, examples: Examples, pad_id: int, pad_to: int | None) -> Tensor:
-        """The client's features (2L,) float32 on the CPU."""
+        """The client's features, `feature_size` float32 on the CPU."""
         key = f"{seed_for(client, pad_to or 0):016x}"
         if key not in self._known:
             path = self._folder / f"{key}.safetensors" if self._folder else None
             self._known[key] = (
-                self._load(path, 2 * len(net.sites))
-                if path and path.exists()
+                self._load(path, feature_size(net))
+                if path and _all_see(path, net)
                 else (self._store(path, client_features(net, examples, pad_id, pad_to)))
             )
         return self._known[key]

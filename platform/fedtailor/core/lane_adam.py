@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtailor.core.lanes import FlatSlice, LaneParams
+from fedtailor.core.ranks import Ranks
 from fedtailor.core.scope import ParamSpec
 
 
@@ -60,8 +61,14 @@ class LaneAdam:
         self._betas, self._eps, self._constant = betas, eps, constant_correction
         self.groups = tuple(groups)
         self.slices: list[list[FlatSlice]] = [params.slices(group.names) for group in groups]
+        self._ranks = params.optimizer_ranks
+        self._own = [[_own_columns(s.value.shape[1], self._ranks) for s in slices] for slices in self.slices]
         self._moments = [
-            [(torch.zeros_like(s.value), torch.zeros_like(s.value)) for s in slices] for slices in self.slices
+            [
+                (torch.zeros_like(s.value[:, own]), torch.zeros_like(s.value[:, own]))
+                for s, own in zip(*both, strict=True)
+            ]
+            for both in zip(self.slices, self._own, strict=True)
         ]
         self._members = [_in_flat_order(params, group.names) for group in self.groups]
         self._rates = [
@@ -83,13 +90,23 @@ class LaneAdam:
         """Updates the first ``lanes`` lanes; the others keep their values, moments and step counts."""
         self.steps[:lanes] += 1
         correction1, correction2 = self._corrections(lanes)
-        for group, slices, moments, rates in zip(self.groups, self.slices, self._moments, self._rates, strict=True):
-            for s, (m, v), rate in zip(slices, moments, rates, strict=True):
-                value, grad = s.value[:lanes], s.grad[:lanes]
+        every = zip(self.groups, self.slices, self._moments, self._rates, self._own, strict=True)
+        for group, slices, moments, rates, owned in every:
+            for s, (m, v), rate, own in zip(slices, moments, rates, owned, strict=True):
+                value, grad = s.value[:lanes, own], s.grad[:lanes, own]
                 step_size = rate.step_size(lanes, correction1).to(value.dtype)
-                self._update(value, grad, m[:lanes], v[:lanes], rate.spread(step_size), correction2.to(value.dtype))
+                spread = rate.spread(step_size, own)
+                self._update(value, grad, m[:lanes], v[:lanes], spread, correction2.to(value.dtype))
                 if group.rounded is not None:
                     value.copy_(value.to(group.rounded))
+                self._collect(s.value[:lanes], own)
+
+    def _collect(self, whole: Tensor, own: slice) -> None:
+        """Fills the columns that other ranks own; exact, since what is added to them is 0."""
+        if self._ranks is not None:
+            whole[:, : own.start] = 0
+            whole[:, own.stop :] = 0
+            self._ranks.sum_(whole)
 
     @torch.no_grad()
     def directions(self, group: int = 0) -> dict[str, Tensor]:
@@ -104,9 +121,12 @@ class LaneAdam:
         lanes = len(self.steps)
         correction1, correction2 = self._corrections(lanes)
         parts = []
-        for m, v in self._moments[group]:
+        for s, (m, v), own in zip(self.slices[group], self._moments[group], self._own[group], strict=True):
             denominator = v.sqrt().div_(correction2.to(v.dtype)).add_(self._eps)
-            parts.append(m / denominator / correction1.to(m.dtype))
+            part = torch.zeros_like(s.value)
+            part[:, own] = m / denominator / correction1.to(m.dtype)
+            self._collect(part, own)
+            parts.append(part)
         members = self._members[group]
         pieces = torch.split_with_sizes(torch.cat(parts, 1), [spec.size for spec in members], 1)
         return {spec.name: piece.view(lanes, *spec.shape) for spec, piece in zip(members, pieces, strict=True)}
@@ -136,8 +156,16 @@ class _Rate:
         # In float64 and before spreading, so that equal rates round as the float does.
         return correction.reciprocal() * (self.lr[:lanes] if isinstance(self.lr, Tensor) else self.lr)
 
-    def spread(self, step_size: Tensor) -> Tensor:
-        return step_size if self.column is None else step_size.index_select(1, self.column)
+    def spread(self, step_size: Tensor, own: slice) -> Tensor:
+        return step_size if self.column is None else step_size.index_select(1, self.column[own])
+
+
+def _own_columns(count: int, ranks: Ranks | None) -> slice:
+    """The columns whose moments are kept here: all, or this rank's share where ranks share the optimizer's state."""
+    if ranks is None:
+        return slice(0, count)
+    each = -(-count // ranks.size)
+    return slice(min(count, ranks.index * each), min(count, (ranks.index + 1) * each))
 
 
 def _in_flat_order(params: LaneParams, names: Sequence[str]) -> list[ParamSpec]:

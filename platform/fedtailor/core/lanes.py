@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtailor.core.ranks import Ranks
 from fedtailor.core.scope import ParamSpec, Scope
 
 # Lane views are strided on purpose (one flat row per lane); autograd then accumulates in place, as wanted.
@@ -37,6 +38,10 @@ class LaneParams:
         device: where the buffers live.
         dtype: float32, or float64 in identity tests.
         trained: False: values only, no gradients, half the memory.
+
+    Attributes:
+        optimizer_ranks: ranks that share the optimizer's state, each keeping its own part of it (ZeRO stage 1;
+            Rajbhandari et al., 2020, section 5.1); None: all of it is kept here.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class LaneParams:
         trained: bool = True,
     ) -> None:
         self.specs, self.lanes = tuple(specs), lanes
+        self.optimizer_ranks: Ranks | None = None
         names = [spec.name for spec in specs]
         if len(set(names)) != len(names):
             raise ValueError(f"parameter declared twice: {sorted({n for n in names if names.count(n) > 1})}")
@@ -91,6 +97,17 @@ class LaneParams:
         """Copies ``value``, (*shape) for all lanes or (K, *shape), into a parameter."""
         with torch.no_grad():
             self._view[name].copy_(value)
+
+    def zero_gradients(self) -> None:
+        """Forgets all gradients."""
+        for grad in self._grad.values():
+            grad.zero_()
+
+    def sum_gradients(self, ranks: Ranks) -> None:
+        """Adds up the gradients of all ranks, in place."""
+        for grad in self._grad.values():
+            if grad.numel():
+                ranks.sum_(grad)
 
     def slices(self, names: Iterable[str]) -> list[FlatSlice]:
         """The given parameters as few flat slices: neighbours in a buffer become one."""

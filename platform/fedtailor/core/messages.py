@@ -60,6 +60,18 @@ class StageSpec:
     """Where model, data and cache are; empty: they are folders of this node."""
     resolver: str = ""
     """``module:function`` that gives the spec with folders of the worker's own node, where ``storage`` is set."""
+    micro_batch: int | None = None
+    """Most rows per lane of one forward pass in training; None: the whole step."""
+    weights: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
+    """How the frozen base is kept."""
+    checkpointing: bool = False
+    """Blocks are computed again in the backward pass instead of keeping their activations."""
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    """Section ``decoding``: how a generation task's answers are made and scored."""
+    save_predictions: bool = False
+    """Answers are kept beside their scores."""
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    """Section ``engine.zero`` where a model spans several ranks; empty: every worker holds a whole one."""
     guards: Mapping[str, Any] = field(default_factory=dict)
     """Sections ``aggregation`` and ``privacy`` that differ from their defaults, see `fedtailor.methods.guards`."""
 
@@ -143,6 +155,8 @@ class SegmentResult:
     """Further results to commit, e.g. ``lambda/<client>`` (L, r_init) float32."""
     adapters: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Exported adapters: ``r8/<client>`` -> file name -> content."""
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    """Answers with question and reference, in client order, where ``save_predictions`` asks for them."""
     failures: list[Failure] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     valid: tuple[str, ...] = ()

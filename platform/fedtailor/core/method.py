@@ -34,6 +34,8 @@ class Capability(Enum):
 
     SECOND_ORDER = "second_order"
     """Gradients of gradients: not under ZeRO, and attention by kernels that have a second derivative."""
+    CLASSES = "classes"
+    """A task that asks for one class per text."""
 
 
 class Parameters(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fedtailor.adapters.lane_embedding import LaneEmbedding
 from fedtailor.adapters.lane_linear import LaneLinear, LaneState, attach
 from fedtailor.core.batches import LaneBatch
+from fedtailor.core.ranks import Ranks
+from fedtailor.core.recompute import replaying
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,18 @@ class Site:
 
 
 class LaneNet:
-    """A frozen classifier whose linear layers can carry one adapter per lane.
+    """A frozen model whose linear layers can carry one adapter per lane.
 
     Args:
-        model: transformers sequence classifier in float32 (or float64 in identity tests).
+        model: transformers sequence classifier or causal language model, in float32 (float64 in identity tests), or
+            in bfloat16 or quantised where ``dtype`` is bfloat16: what is trained stays float32.
         linears: the L layers to adapt, in module order.
         dtype: compute type; bfloat16 turns autocast on.
         base_dropout: dropout probability of the frozen base while adapters train.
+        checkpointing: activations of every block are computed again in the backward pass instead of being kept.
+        ranks: the processes that hold this model together; None: this one alone.
+        verify: raises where the base is no longer what it was; by default nothing can happen to it.
+        shares_optimizer: each of the ranks keeps a part of the optimizer's state only.
     """
 
     def __init__(
@@ -42,10 +49,18 @@ class LaneNet:
         linears: Sequence[tuple[str, nn.Linear]],
         dtype: str = "float32",
         base_dropout: float = 0.0,
+        checkpointing: bool = False,
+        ranks: Ranks | None = None,
+        verify: Callable[[], None] = lambda: None,
+        shares_optimizer: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.checkpointing, self.ranks, self.verify = model, checkpointing, ranks, verify
+        self.shares_optimizer = shares_optimizer
         self.sites = tuple(Site(name, linear.in_features, linear.out_features) for name, linear in linears)
         self.state = LaneState()
+        if checkpointing:
+            how = {"use_reentrant": False, "context_fn": replaying(self.state)}
+            model.gradient_checkpointing_enable(how)  # type: ignore[operator]
         self.layers = attach(model, linears, self.state)
         self.base_dropout = base_dropout
         self.overlay_index: dict[str, int] = {}
@@ -63,8 +78,9 @@ class LaneNet:
 
     @property
     def param_dtype(self) -> torch.dtype:
-        """Type of the base weights."""
-        return next(self.model.parameters()).dtype
+        """Type of what is trained: that of the base weights, or float32 where these are narrower."""
+        base = next(self.model.parameters()).dtype
+        return base if base in (torch.float32, torch.float64) else torch.float32
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -111,26 +127,50 @@ class LaneNet:
             module.p = own if own_dropout else self.base_dropout
         # Attention reads its dropout module's p but its own training flag, so the whole model is switched; seldom,
         # since a walk over all modules costs as much as a training step of a small model.
-        active = on and (own_dropout or self.base_dropout > 0)
+        active = on and (own_dropout or self.base_dropout > 0 or self.checkpointing)
         if self.model.training != active:
             self.model.train(active)
         self.state.bypass = False
 
     def logits(self, batch: LaneBatch) -> Tensor:
-        """Class scores (k, b, C), float32 or the base's type if wider."""
+        """Class scores (k, m, C) of the batch's targets, float32 or the base's type if wider."""
         k, b, t = batch.input_ids.shape
         self.state.shapes, self.state.rows = batch.shapes, b
-        segments = batch.token_type_ids if _takes_segments(self.model) else None
-        device = self.device.type
-        with torch.autocast(device, dtype=self._autocast) if self._autocast else nullcontext():
-            out = self.model(
-                input_ids=batch.input_ids.view(k * b, t),
-                attention_mask=batch.attention_mask.view(k * b, t),
-                **({} if segments is None else {"token_type_ids": segments.view(k * b, t)}),
-            ).logits
+        ids, mask = batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t)
+        with self.autocast():
+            out = self._pooled(batch, ids, mask) if batch.positions is None else self._at(batch.positions, ids, mask)
         out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
-        result: Tensor = out.view(k, b, -1)
-        return result
+        return out.view(k, -1, out.shape[-1])
+
+    def hidden(self, batch: LaneBatch) -> Tensor:
+        """What a language model's output embedding reads, (k b, T, d); no token is scored."""
+        k, b, t = batch.input_ids.shape
+        self.state.shapes, self.state.rows = batch.shapes, b
+        with self.autocast():
+            return self._body(batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t))
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The compute type, for a forward pass."""
+        return torch.autocast(self.device.type, dtype=self._autocast) if self._autocast else nullcontext()
+
+    def _pooled(self, batch: LaneBatch, ids: Tensor, mask: Tensor) -> Tensor:
+        """One prediction per row, (k b, C)."""
+        segments = batch.token_type_ids if _takes_segments(self.model) else None
+        types = {} if segments is None else {"token_type_ids": segments.reshape(ids.shape)}
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask, **types).logits
+        return logits
+
+    def _at(self, positions: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Predictions from some tokens only, (k, m, C): the vocabulary is too wide to score every token."""
+        hidden = self._body(ids, mask)
+        hidden = hidden.view(len(positions), -1, hidden.shape[-1])
+        chosen = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        scores: Tensor = self.model.get_output_embeddings()(chosen)  # type: ignore[operator]
+        return scores
+
+    def _body(self, ids: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]  # type: ignore[operator]
+        return found
 
 
 def _takes_segments(model: nn.Module) -> bool:

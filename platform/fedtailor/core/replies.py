@@ -118,7 +118,7 @@ def _row_problems(result: SegmentResult) -> Iterator[str]:
             yield f"metric {row['metric']} is of client '{row['client']}', which is not counted in it"
         if row["round"] != result.round:
             yield f"metric {row['metric']} of client {row['client']} is of round {row['round']}"
-        key = tuple(row[name] for name in ("client", "budget", "module", "metric"))
+        key = tuple(row[name] for name in ("client", "language", "budget", "module", "metric"))
         if key in keys:
             yield f"metric {row['metric']} of client {row['client']} occurs twice"
         keys.add(key)

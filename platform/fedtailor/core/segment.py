@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,9 +22,9 @@ from fedtailor.core.method import Personalised, Report
 from fedtailor.core.release import Site
 from fedtailor.core.sabotage import Sabotage
 from fedtailor.core.scope import Scope
+from fedtailor.core.scoring import scores_on_test, scores_on_train
 from fedtailor.core.seeding import seed_for
 from fedtailor.core.worker_stage import OpenStage
-from fedtailor.tasks.classification import evaluate
 
 BASE_REF = "base"
 """What an exported adapter calls its base model; a path of this machine would enter committed bytes."""
@@ -43,6 +43,7 @@ class Segment:
         self.result = SegmentResult(job.stage, job.round, job.index, job.attempt)
         self.rows: dict[str, FloatArray] = {}
         self.metrics: dict[str, list[dict[str, Any]]] = {}
+        self.answers: dict[str, list[Mapping[str, Any]]] = {}
         self.failed: dict[str, Failure] = {}
         self.tokens: dict[str, int] = {}
         self.partial: Any = None
@@ -61,6 +62,8 @@ class Segment:
             except TailorError:
                 raise
             except Exception as error:
+                if stage.net.ranks is not None:
+                    raise  # the ranks are out of step now: their group starts again
                 self._one_by_one(clients, error)
             share = (time.perf_counter() - started) / len(clients)
             self.result.seconds |= dict.fromkeys(clients, share)
@@ -73,6 +76,7 @@ class Segment:
         result.valid = tuple(c for c in job.clients if c not in self.failed)
         result.failures = [self.failed[c] for c in job.clients if c in self.failed]
         result.metrics = [row for c in job.clients for row in self.metrics.get(c, [])]
+        result.predictions = [dict(row) for c in job.clients for row in self.answers.get(c, [])]
         result.host = {
             "pid": os.getpid(),
             "node": platform.node(),
@@ -86,7 +90,8 @@ class Segment:
             self.result.warnings.append({"kind": "group-rerun", "clients": list(clients), "reason": _reason(error)})
         for client in clients:
             for record in (
-                self.rows, self.metrics, self.failed, self.result.private, self.result.tensors, self.result.norms,
+                self.rows, self.metrics, self.answers, self.failed, self.result.private, self.result.tensors,
+                self.result.norms,
             ):  # fmt: skip
                 record.pop(client, None)
             try:
@@ -151,30 +156,28 @@ class Segment:
         spec, client = self.stage.spec, lane.client
         return metric_row(
             stage=spec.key.split("/")[0], method=spec.method, seed=spec.seed, round=self.job.round, pool=client.pool,
-            language=client.language, client=client.id, budget=-1 if lane.budget is None else lane.budget, **values,
+            client=client.id, budget=-1 if lane.budget is None else lane.budget,
+            **{"language": client.language, **values},
         )  # fmt: skip
 
     def _personalise(self, ctx: ClientContext) -> None:
-        spec, data = self.stage.spec, self.stage.data
+        spec = self.stage.spec
         made = self.stage.method.personaliser(ctx)
-        tests = [data.examples(lane.client.id, "test") for lane in made.lanes]
         ctx.net.train_mode(False)
-        scores = evaluate(made.logits, tests, data.pad_id, spec.token_budget, ctx.net.device)
-        fitted = self._train_rows(made) if spec.score_train else {}
+        scores = scores_on_test(self.stage, made)
+        fitted = scores_on_train(self.stage, made) if spec.score_train else [()] * len(scores)
         for client, lam in made.strategy.items():
             self.result.tensors[client] = lam.detach().cpu().numpy().astype(np.float32, copy=True)
         for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True)):
             client = lane.client.id
             if client in self.failed:
                 continue  # one bad budget rejects the client whole
-            if not np.isfinite(score.loss_sum):
-                self._reject(client, f"test loss is {score.loss_sum}")
+            if not np.isfinite(score.loss):
+                self._reject(client, f"test loss is {score.loss}")
                 continue
-            weight = float(score.count)
             rows = self.metrics.setdefault(client, [])
-            rows.append(self._row(lane, metric="accuracy", value=score.correct / score.count, weight=weight))
-            rows.append(self._row(lane, metric="loss", value=score.loss_sum / score.count, weight=weight))
-            rows += fitted.get(k, [])
+            rows += [self._row(lane, **values) for values in (*score.rows, *fitted[k])]
+            self.answers.setdefault(client, []).extend(score.answers)
             rows += [
                 self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
                 for name, values in made.metrics.items()
@@ -184,21 +187,6 @@ class Segment:
                 rows.append(self._row(lane, metric="initial_overlay", value=1.0, weight=float(lane.size)))
             if spec.save_adapters and made.export is not None:
                 self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, BASE_REF)
-
-    def _train_rows(self, made: Personalised) -> dict[int, list[dict[str, Any]]]:
-        """Rows of each lane about the texts that it was trained on."""
-        net, data = self.stage.net, self.stage.data
-        texts = [data.examples(lane.client.id, "train") for lane in made.lanes]
-        scores = evaluate(made.logits, texts, data.pad_id, self.stage.spec.token_budget, net.device)
-        return {
-            k: [
-                self._row(lane, metric="train_accuracy", value=score.correct / score.count, weight=float(score.count)),
-                self._row(
-                    lane, metric="train_loss_after", value=score.loss_sum / score.count, weight=float(score.count)
-                ),
-            ]
-            for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True))
-        }
 
     def _rank_rows(self, made: Personalised, k: int, lane: Lane) -> list[dict[str, Any]]:
         if made.ranks is None or not made.selects_ranks:
@@ -212,7 +200,9 @@ class Segment:
 
     def _reject(self, client: str, reason: str, kind: str = "rejected") -> None:
         self.failed[client] = Failure(client, self.job.stage, self.job.round, kind, reason)
-        for record in (self.rows, self.metrics, self.result.private, self.result.tensors, self.result.norms):
+        for record in (
+            self.rows, self.metrics, self.answers, self.result.private, self.result.tensors, self.result.norms,
+        ):  # fmt: skip
             record.pop(client, None)
         adapters = self.result.adapters
         self.result.adapters = {lane: files for lane, files in adapters.items() if lane.partition("/")[2] != client}

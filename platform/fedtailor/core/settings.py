@@ -34,8 +34,32 @@ class Named(Config):
         return {"name": value} if isinstance(value, str) else value
 
 
+FED_AYA_LANGUAGES: tuple[str, ...] = ("ar", "en", "es", "fr", "pt", "ru", "te", "zh")
+"""ISO 639-1 codes of the languages that FedP2EFT keeps of Fed-Aya (A.1)."""
+
+DOLLY_CATEGORIES: tuple[str, ...] = (
+    "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",
+    "open_qa", "summarization",
+)  # fmt: skip
+"""Categories of databricks-dolly-15k, which take the place of languages."""
+
+GENERATION_TASKS: tuple[str, ...] = ("cldr_instruct", "dolly", "fed_aya", "instructions")
+"""Tasks that ask for a response instead of a class."""
+
+NATURAL_CLIENTS: tuple[str, ...] = ("fed_aya", "instructions")
+"""Tasks whose data names the clients: how many there are is known once it is loaded."""
+
 _TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "xnli": {"languages": XNLI_LANGUAGES, "clients_per_language": 20, "max_length": 128},
+    "cldr_instruct": {"max_length": 96, "test_fraction": 0.2},
+    "dolly": {"languages": DOLLY_CATEGORIES, "max_length": 1024, "test_fraction": 0.2},
+    "fed_aya": {
+        "languages": FED_AYA_LANGUAGES,
+        "max_length": 1024,
+        "test_fraction": 0.2,
+        "unseen": ("21", "22", "23", "24", "25", "26", "27", "34"),
+    },
+    "instructions": {"max_length": 1024, "test_fraction": 0.2},
 }
 """Task -> what FedP2EFT (A.4) sets differently from the fields' own defaults for it."""
 
@@ -48,7 +72,8 @@ class TaskConfig(Named):
 
     name: str = "cldr"
     path: str | None = None
-    """Local folder of the dataset; else ``masakhanews`` and ``xnli`` look in $FEDTAILOR_DATA, else on the hub."""
+    """Local folder of the dataset (``fed_aya``, ``dolly``: or the file itself); else $FEDTAILOR_DATA is looked in, else
+    the hub (not for ``fed_aya``). ``instructions`` needs it: a file, a folder of files, or a hub id."""
     languages: tuple[str, ...] = MASAKHANEWS_LANGUAGES
     clients_per_language: Positive = 10
     """n clients per language and pool; 16 x 10 x 2 = 320 in the paper (xnli: 15 x 20 x 2 = 600)."""
@@ -70,6 +95,25 @@ class TaskConfig(Named):
     resample: Natural = 0
     """0: partition the texts. n > 0: every client draws n train texts (and n // 3 + 1 test texts) with
     replacement from its language, for population studies of any size."""
+    template: str = "auto"
+    """Generation only: ``chat`` (the tokenizer's own chat template), ``alpaca``, ``alpaca_input`` (with a section for
+    what follows an instruction's first empty line), ``llama3``, ``auto``: the tokenizer's where it has one, else
+    ``alpaca``; or a text file with the slots ``{instruction}`` and ``{response}``."""
+    overlong: Literal["cut_prompt", "drop"] = "cut_prompt"
+    """Generation only: what becomes of an example whose prompt and response exceed ``max_length`` tokens, in train and
+    test alike: the prompt's instruction is cut at its end (the response then too, if it alone is too long), or the
+    example is left out. Both are counted."""
+    max_examples: Annotated[int, Field(ge=3)] | None = None
+    """instructions, fed_aya and dolly only, for small machines: most examples of a client, train and test together;
+    the first after shuffling by seed. None: all."""
+    unseen: tuple[str, ...] = ()
+    """Tasks whose data names the clients: ids of the unseen pool. Default of fed_aya: 21-27 and 34 (A.1)."""
+    client_column: str = "client"
+    """instructions only: column or key that names the client, as do the two below."""
+    group_column: str | None = None
+    """Column of the group (language) that a result is reported by; None: one group."""
+    split: str = "train"
+    """Split of a data set from the hub."""
     reference_unseen_partition: bool = False
     """Repeat a mistake of the reference code's xnli: deal the unseen pool by the row numbers that the seen pool's
     labels gave, whatever labels these rows have, so that unseen clients have hardly any label skew."""
@@ -102,9 +146,22 @@ class TaskConfig(Named):
         return cls(name=name)
 
     @property
+    def kind(self) -> Literal["classification", "generation"]:
+        """What the task asks for: a class, or a response."""
+        return "generation" if self.name in GENERATION_TASKS else "classification"
+
+    @property
     def clients_used(self) -> int:
         """Clients of one language in one pool that take part: ``clients_kept``, else ``clients_per_language``."""
         return self.clients_kept or self.clients_per_language
+
+    @field_validator("unseen", mode="before")
+    @classmethod
+    def _unseen(cls, value: Any) -> Any:
+        # Ids of clients are often numbers; YAML and the command line then read them as such.
+        if isinstance(value, (list, tuple)):
+            return tuple(str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
+        return value
 
     @field_validator("languages")
     @classmethod
@@ -114,18 +171,25 @@ class TaskConfig(Named):
         return value
 
 
+_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny-llama": {"hidden_size": 128, "layers": 4, "heads": 4, "intermediate_size": 384},
+}
+"""Embedded model -> sizes that differ from the fields' own defaults."""
+
+
 class ModelConfig(Named):
     """Base model before any federated training."""
 
     name: str = "tiny-bert"
-    """``tiny-bert`` (embedded, random weights), ``mini-mbert`` (made by ``fedtailor pretrain``, looked for below
-    $FEDTAILOR_MODELS, else ./models), ``mbert``, any hub id, or a local folder."""
+    """Classification: ``tiny-bert`` (embedded, random weights), ``mini-mbert`` (made by ``fedtailor pretrain``, looked
+    for below $FEDTAILOR_MODELS, else ./models), ``mbert``, any hub id, or a local folder. Generation: ``tiny-llama``
+    (embedded, the default there), ``mobilellama-1.4b``, ``llama-3.2-3b``, any hub id or folder of a causal model."""
     path: str | None = None
     """Local folder with weights and tokenizer for a named preset such as ``mbert`` or ``mini-mbert``."""
     revision: str | None = None
     """Hub revision."""
     hidden_size: Positive = 64
-    """tiny-bert only, as are the four below."""
+    """tiny-bert and tiny-llama (128, 4, 4, 384, 4000) only, as are the four below."""
     layers: Positive = 2
     heads: Positive = 2
     intermediate_size: Positive = 128
@@ -133,10 +197,22 @@ class ModelConfig(Named):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that carry adapters: all but the output embedding (reference: mBERT L = 74, pooler
     and classifier included), or names that end a module path, e.g. ``[query, value]``."""
+    weights: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
+    """How the frozen base is kept; whatever is trained stays float32. Below float32 it needs engine.dtype=bfloat16, and
+    a base that is trained as a whole needs float32. 8bit and 4bit need a GPU and bitsandbytes."""
+    checkpointing: bool = False
+    """Compute activations of every block again in the backward pass instead of keeping them."""
     attention: Literal["sdpa", "eager"] | None = None
     """Attention kernel; default: transformers' choice. For short texts in bfloat16 on a CPU, eager is faster."""
     base_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the frozen base while adapters train; above 0 one client at a time (no lanes)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_defaults(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        name = value.get("name") if isinstance(value, dict) else None
+        return _MODEL_DEFAULTS[name] | value if isinstance(name, str) and name in _MODEL_DEFAULTS else value
 
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:
@@ -177,6 +253,39 @@ class PersonaliseStageConfig(Config):
     score_train: bool = False
     """Also score every personalised model on the texts that it was trained on (``train_accuracy`` and
     ``train_loss_after``), as FedP2EFT does to pick hyper-parameters (A.4)."""
+    save_predictions: bool = False
+    """Generation: keep every answer with its prompt and reference, e.g. for ``fedtailor judge``."""
+
+
+class DecodingConfig(Config):
+    """How answers of a generation task are made and scored (FedP2EFT A.2: greedy, at most 1,024 new tokens)."""
+
+    max_new_tokens: Positive = 1024
+    """Most tokens of an answer."""
+    beams: Positive = 1
+    """1: greedy."""
+    no_repeat_ngram: Natural = 0
+    """No n-gram of this length occurs twice in an answer; 0: no rule."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    tokenizer: Literal["unicode", "ascii"] = "unicode"
+    """How texts are cut into words for ROUGE: letters and digits of any script (Han and kana one by one), or Latin
+    letters only, as the reference's default does, which scores Arabic, Russian, Telugu and Chinese about 0."""
+    max_test: Positive | None = None
+    """Answer at most so many test examples of each client, the first; None: all."""
+
+
+class ZeroConfig(Config):
+    """A base that does not fit one worker: DeepSpeed ZeRO over the ranks of a group (Rajbhandari et al., 2020)."""
+
+    ranks: Positive = 1
+    """Processes (whole GPUs, or gloo on CPUs) that hold the model of one worker together; 1: no group."""
+    stage: Literal[1, 2, 3] = 3
+    """3: the base is partitioned over the ranks. 1: every rank holds the whole base, and its part of the optimizer's
+    state of what is trained. 2 would partition gradients too, and is refused: they are written as one buffer."""
+    offload: bool = False
+    """Stage 3: keep each rank's part of the base in host memory."""
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after which a collective without all ranks is an error and the group starts again."""
 
 
 class AggregationConfig(Named):
@@ -207,7 +316,8 @@ class AggregationConfig(Named):
 
 
 class EngineConfig(Config):
-    """Where and how clients run. Only threads, token_budget, max_lanes, segments and dtype may change numbers."""
+    """Where and how clients run. Only threads, token_budget, max_lanes, segments, micro_batch, zero and dtype may
+    change numbers."""
 
     backend: Literal["ray", "serial"] = "ray"
     actors: Positive | None = None
@@ -231,6 +341,10 @@ class EngineConfig(Config):
     token_budget: Positive = 4096
     """Tokens of one fused step over all lanes."""
     max_lanes: Positive = 32
+    micro_batch: Positive | None = None
+    """Most rows per lane of one forward pass in training; a larger step is cut and its gradients are added up, so that
+    the step stays what it is. None: the whole step at once."""
+    zero: ZeroConfig = ZeroConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type (autocast); whatever is trained stays float32."""
     retries: Natural = 3

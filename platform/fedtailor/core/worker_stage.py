@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fedtailor.adapters.full import FullModel
 from fedtailor.core.context import ClientContext, Lane, open_params
@@ -20,12 +22,19 @@ from fedtailor.core.messages import FloatArray, StageSpec
 from fedtailor.core.method import Method, Overlay, Parameters, as_sent
 from fedtailor.core.net import LaneNet
 from fedtailor.core.pool import StageInfo
+from fedtailor.core.ranks import Ranks
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.methods import build_method
 from fedtailor.methods.guards import guarded
-from fedtailor.models.classifier import load_classifier
+from fedtailor.models.base import load_base
+from fedtailor.models.classifier import load_tokenizer
 from fedtailor.models.families import adapted_linears
+from fedtailor.models.partitioned import load_partitioned
+from fedtailor.tasks.source import TaskKind
 from fedtailor.tasks.tokens import TokenData
+
+_BASE_IS_PARTITIONED = 3
+"""Stage of ZeRO."""
 
 
 def on_this_node(spec: StageSpec) -> StageSpec:
@@ -37,11 +46,37 @@ def on_this_node(spec: StageSpec) -> StageSpec:
     return local
 
 
-def load_net(spec: StageSpec, labels: Sequence[str]) -> LaneNet:
-    """The frozen model of a stage, with its adapted layers wrapped."""
-    model = load_classifier(Path(spec.model_dir), len(labels), labels, attn_implementation=spec.attention)
-    model.to(torch.device(spec.device))  # type: ignore[arg-type]
-    return LaneNet(model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout)
+def load_net(spec: StageSpec, labels: Sequence[str], kind: TaskKind = "classification") -> LaneNet:
+    """The frozen model of a stage for a kind of task, with its adapted layers wrapped."""
+    bits = spec.weights if spec.weights in ("8bit", "4bit") else None
+    dtype = torch.float32 if spec.weights == "float32" else torch.bfloat16
+    folder = Path(spec.model_dir)
+    model = load_base(folder, kind, labels, dtype, attn_implementation=spec.attention, quantisation=bits)
+    if bits is None:  # quantised weights are made on the GPU and stay there
+        model.to(torch.device(spec.device))  # type: ignore[arg-type]
+    return LaneNet(
+        model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout, checkpointing=spec.checkpointing
+    )
+
+
+def load_together(spec: StageSpec, data: TokenData, ranks: Ranks) -> LaneNet:
+    """The frozen model of a stage on the ranks of a group: spread over them, or (ZeRO stage 1) whole on each."""
+    if spec.zero["stage"] != _BASE_IS_PARTITIONED:
+        net = load_net(spec, data.labels, data.kind)
+        net.ranks, net.shares_optimizer = ranks, True
+        return net
+    model, probe = load_partitioned(
+        Path(spec.model_dir),
+        None if data.kind == "generation" else data.labels,
+        torch.bfloat16 if spec.weights == "bfloat16" else torch.float32,
+        ranks.size,
+        offload=bool(spec.zero.get("offload")),
+        attention=spec.attention,
+        device=spec.device,
+    )
+    probe.check()
+    linears = adapted_linears(model, spec.targets)
+    return LaneNet(model, linears, spec.dtype, spec.base_dropout, spec.checkpointing, ranks, probe.check)
 
 
 @dataclass
@@ -67,12 +102,12 @@ class OpenStage:
     overlay: Overlay | None = None
 
     @classmethod
-    def open(cls, spec: StageSpec, net: LaneNet | None = None) -> OpenStage:
+    def open(cls, spec: StageSpec, net: LaneNet | None = None, ranks: Ranks | None = None) -> OpenStage:
         """Loads data and, unless an unchanged one is handed in, the model."""
         torch.set_num_threads(spec.threads)
         data = TokenData.open(Path(spec.data_dir))
         method = guarded(spec.method, spec.method_config, spec.r_max, spec.guards)
-        net = net or load_net(spec, data.labels)
+        net = net or load_net(spec, data.labels, data.kind)
         net.clear_overlay()
         overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
         stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay)
@@ -84,6 +119,11 @@ class OpenStage:
     def trains_base(self) -> bool:
         """Whether the resident weights themselves change."""
         return isinstance(self.method.adapter, FullModel)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model's folder, loaded at first use: it turns a generation task's tokens into text."""
+        return load_tokenizer(self.spec.model_dir, padded=False)
 
     def parts(self) -> list[Parameters]:
         """Adapter and auxiliary modules."""
@@ -154,6 +194,7 @@ class OpenStage:
             r_max=spec.r_max,
             rounds=spec.rounds,
             received=shared,
+            micro_batch=spec.micro_batch,
         )
 
     def _lay_over(self, clients: Sequence[str], rows: Mapping[str, FloatArray]) -> None:

@@ -40,6 +40,8 @@ class FedAvgConfig(Config):
     lr_final: Rate | None = None
     """Cosine decay from lr to this value over the rounds (FedP2EFT's Fed-Aya base: 2e-5 to 1e-6); None: constant."""
     epochs: Positive = 2
+    steps: Positive | None = None
+    """Exactly so many local steps in the place of epochs (Fed-Aya's base: 10, by FedLLM-Bench's recipe)."""
     batch_size: Positive = 32
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """The reference clips at 1.0 (its trainer's default); the paper mentions none."""
@@ -73,7 +75,7 @@ class LocalSgd:
         cfg, full = self.cfg, self.cfg.adapter == "full"
         how = Training(
             cfg.epochs, cfg.batch_size, "train", cfg.max_grad_norm,
-            dropout=0.0 if full else cfg.dropout, own_dropout=full,
+            dropout=0.0 if full else cfg.dropout, own_dropout=full, steps=cfg.steps,
         )  # fmt: skip
         rounded = torch.bfloat16 if cfg.weights == "bfloat16" else None
         names = tuple(spec.name for spec in ctx.params.specs)

@@ -192,6 +192,12 @@ class GeneratedRates:
         return finetune(lanes, selection, self.cfg.finetune, selects_ranks=False, metrics=metrics, rates=wide)
 
 
+def _needs(cfg: FedL2PConfig) -> frozenset[Capability]:
+    """Without Neumann terms the hypergradient needs no Hessian: the first-order option for large models."""
+    first_order = cfg.hypergradient.terms == 0 and cfg.hypergradient.form == "lookahead"
+    return frozenset() if first_order else frozenset({Capability.SECOND_ORDER})
+
+
 def build(cfg: FedL2PConfig, r_max: int) -> Method:
     """FedL2P for LoRA of rank ``r_max``."""
     net = RateNet(cfg.lrnet, cfg.finetune.lr)
@@ -204,7 +210,7 @@ def build(cfg: FedL2PConfig, r_max: int) -> Method:
         personaliser=GeneratedRates(cfg, net),
         aggregator=WeightedMean(),
         server=ServerSgd(cfg.server_lr),
-        requires=frozenset({Capability.SECOND_ORDER}),
+        requires=_needs(cfg),
         batch_size=cfg.finetune.batch_size,
         epochs=cfg.outer_steps * cfg.finetune.epochs,
         per_budget=not cfg.one_for_all,

@@ -28,6 +28,7 @@ from fedtailor.adapters.bayestune_lora import BayesTuneLora
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.context import ClientContext
+from fedtailor.core.features import feature_size
 from fedtailor.core.lane_adam import AdamGroup, LaneAdam
 from fedtailor.core.lanes import LaneParams
 from fedtailor.core.method import Method, Personalised, Report
@@ -55,6 +56,9 @@ class PsgConfig(Config):
     """bfloat16 rounds phi after every step, as the reference's bfloat16 PSG does."""
     features_pad_to: Positive | None = None
     """None: real tokens only. The reference counts padding up to the task's fixed length: give that length."""
+    count_output: bool = False
+    """Language models: the input of the output embedding, which carries no adapter, is one more feature pair, as in the
+    reference (394 inputs in the place of 392 for Llama-3.2-3B). Without effect on classifiers."""
 
 
 class FedP2EFTConfig(Config):
@@ -80,19 +84,22 @@ class FedP2EFTConfig(Config):
         stage1, psg = value.get("stage1", {}), value.get("psg", {})
         if not isinstance(stage1, Mapping) or not isinstance(psg, Mapping):
             return value
-        return {**value, "stage1": {**REFERENCE, **stage1}, "psg": {"weights": "bfloat16", **psg}}
+        return {**value, "stage1": {**REFERENCE, **stage1}, "psg": {"weights": "bfloat16", "count_output": True, **psg}}
 
 
 @dataclass(frozen=True)
 class StrategyGenerator:
-    """Eq. 6: (2L,) features -> Linear -> PReLU -> Linear -> (L, r_init) lambdas, one copy per lane."""
+    """Eq. 6: (i,) features -> Linear -> PReLU -> Linear -> (L, r_init) lambdas, one copy per lane.
+
+    i = 2L, or 2(L + 1) by ``count_output``.
+    """
 
     r_init: int
     cfg: PsgConfig
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Two linear layers and PReLU's slope, all SHARED."""
-        i = 2 * len(net.sites)
+        i = feature_size(net) if self.cfg.count_output else 2 * len(net.sites)
         h, o = self.cfg.hidden_mul * i, len(net.sites) * self.r_init
         shapes = {
             "hidden.weight": (h, i),
@@ -115,7 +122,7 @@ class StrategyGenerator:
         return values
 
     def __call__(self, params: LaneParams, features: Tensor) -> Tensor:
-        """Features (K, 2L) to lambda_hat (K, L, r_init), clamped straight-through."""
+        """Features (K, i) to lambda_hat (K, L, r_init), clamped straight-through."""
         hidden = torch.baddbmm(
             params["psg.hidden.bias"].unsqueeze(2), params["psg.hidden.weight"], features.unsqueeze(2)
         )
@@ -133,7 +140,7 @@ class TwoStages:
 
     def __call__(self, ctx: ClientContext) -> Report:
         """One client's part of a round."""
-        features = ctx.meta_data(self.cfg.psg.features_pad_to)
+        features = ctx.meta_data(self.cfg.psg.features_pad_to, self.cfg.psg.count_output)
         with torch.no_grad():
             start = self.psg(ctx.params, features)
         target, metrics = search_ranks(ctx, start, self.cfg.stage1)
@@ -170,7 +177,8 @@ class GeneratedRanks:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """Personalises every client with the ranks that the generator gives it."""
         with torch.no_grad():
-            lam = self.psg(ctx.params, ctx.meta_data(self.cfg.psg.features_pad_to))
+            psg = self.cfg.psg
+            lam = self.psg(ctx.params, ctx.meta_data(psg.features_pad_to, psg.count_output))
         lanes = budget_lanes(ctx)
         wide = repeat_lanes(lam, ctx)
         selection = prune(wide, budgets_of(lanes), self.cfg.ties, self.cfg.rank_bits)

@@ -15,7 +15,7 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.batches import LaneBatch
 from fedtailor.core.config import Config
 from fedtailor.core.context import ClientContext
-from fedtailor.core.method import Method, Personalised
+from fedtailor.core.method import Capability, Method, Personalised
 from fedtailor.server_optim.sgd import ServerSgd
 
 
@@ -45,4 +45,5 @@ class MajorityClass:
 
 def build(cfg: MajorityConfig, r_max: int) -> Method:
     """A client-only method without a model."""
-    return Method("majority", MajorityClass(), WeightedMean(), ServerSgd())
+    needs = frozenset({Capability.CLASSES})
+    return Method("majority", MajorityClass(), WeightedMean(), ServerSgd(), requires=needs)

@@ -1,1 +1,1 @@
-"""Mergeable metrics."""
+"""Measures of answers, and means that can be joined."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import (
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import torch_rng
-from fedtailor.models.folder import quiet
+from fedtailor.models.folder import explained, quiet
 
 
 def load_classifier(
@@ -62,7 +61,7 @@ def load_classifier(
     config.label2id = {name: i for i, name in enumerate(label_names)}
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     # transformers initialises missing weights from the global generator before they are drawn anew below.
-    with _explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
+    with explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(source),
             config=config,
@@ -88,15 +87,15 @@ def load_classifier(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def load_tokenizer(source: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer that can pad.
+def load_tokenizer(source: str | Path, *, revision: str | None = None, padded: bool = True) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer that can pad, unless ``padded`` is False: then it may lack a padding token.
 
     Raises:
         ModelError: there is none, or it has no padding token.
     """
-    with _explained(source, "a tokenizer"), quiet():
+    with explained(source, "a tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
+    if padded and tokenizer.pad_token_id is None:
         raise ModelError(
             f"{source}: its tokenizer has no padding token, which batches need; set 'pad_token' in its "
             f"tokenizer_config.json (for example to the unknown or end-of-text token)"
@@ -110,7 +109,7 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
     Raises:
         ModelError: it is missing, unreadable, or of an architecture that transformers does not know.
     """
-    with _explained(source, "a model config"), quiet():
+    with explained(source, "a model config"), quiet():
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(source), revision=revision or "main", trust_remote_code=False
         )
@@ -146,15 +145,3 @@ def _initialise(model: nn.Module, names: set[str], spread: float, seed: int) -> 
                 weight.copy_(drawn)
             elif name in names and name.endswith("bias"):
                 weight.zero_()
-
-
-@contextmanager
-def _explained(source: str | Path, what: str) -> Iterator[None]:
-    """Turns whatever the libraries raise for a bad source into one sentence that names it."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        raise ModelError(f"{source}: cannot load {what}: {reason}") from error

@@ -7,10 +7,11 @@ from collections.abc import Set
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSequenceClassification
 
 from fedtailor.core.errors import ModelError
 from fedtailor.models.classifier import load_config, load_tokenizer
+from fedtailor.models.scores import check_kind
+from fedtailor.tasks.source import TaskKind
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -49,12 +50,13 @@ def check_listing(where: str, files: Set[str]) -> None:
         raise ModelError(f"{where} has no tokenizer: expected one of {', '.join(TOKENIZERS)}")
 
 
-def check_folder(folder: Path, max_length: int | None = None) -> None:
-    """Checks that a sequence classifier can be made from a local folder; reads headers, no weights.
+def check_folder(folder: Path, max_length: int | None = None, kind: TaskKind = "classification") -> None:
+    """Checks that a model for a kind of task can be made from a local folder; reads headers, no weights.
 
     Args:
         folder: the model's folder.
         max_length: tokens a text may have; None: not checked.
+        kind: of the task: a sequence classifier, or a causal language model, which may do without a padding token.
 
     Raises:
         ModelError: anything is missing, damaged or of the wrong kind; names the file.
@@ -63,7 +65,7 @@ def check_folder(folder: Path, max_length: int | None = None) -> None:
         raise ModelError(f"model folder {folder} does not exist")
     files = {path.name for path in folder.iterdir()}
     check_listing(f"model folder {folder}", files)
-    shards = [WEIGHTS] if WEIGHTS in files else _shards(folder / INDEX)
+    shards = [WEIGHTS] if WEIGHTS in files else sorted(set(_index(folder / INDEX).values()))
     missing = [shard for shard in shards if shard not in files]
     if missing:
         raise ModelError(
@@ -72,14 +74,26 @@ def check_folder(folder: Path, max_length: int | None = None) -> None:
         )
     for shard in shards:
         _check_header(folder / shard)
-    _check_kind(folder, max_length)
+    _check_use(folder, max_length, kind)
 
 
-def _shards(index: Path) -> list[str]:
+def weight_map(folder: Path) -> dict[str, str]:
+    """Stored tensors of a complete folder and the file that holds each.
+
+    Raises:
+        ModelError: the index of shards cannot be read.
+    """
+    if not (folder / WEIGHTS).exists():
+        return _index(folder / INDEX)
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        return dict.fromkeys(weights.keys(), WEIGHTS)
+
+
+def _index(path: Path) -> dict[str, str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is not an index of weight shards: {error!r}") from error
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not an index of weight shards: {error!r}") from error
 
 
 def _check_header(path: Path) -> None:
@@ -93,14 +107,18 @@ def _check_header(path: Path) -> None:
         ) from error
 
 
-def _check_kind(folder: Path, max_length: int | None) -> None:
+def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
     config = load_config(folder)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise ModelError(f"{folder}: transformers has no sequence classifier of type '{config.model_type}'")
-    tokenizer = load_tokenizer(folder)
+    check_kind(config, kind, str(folder))
+    tokenizer = load_tokenizer(folder, padded=kind == "classification")
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} embeddings"
+        )
+    if kind == "generation" and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{folder}: its tokenizer has no end-of-text token, which closes an answer; set 'eos_token' in its "
+            f"tokenizer_config.json"
         )
     positions = min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", 10**9))
     if max_length is not None and max_length > positions:

@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from importlib import resources
 
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import tiny_bert
+from fedtailor.models import tiny_bert, tiny_llama
 from fedtailor.models.classifier import load_config
 from fedtailor.models.families import adapted_linears, embedding_names
-from fedtailor.models.source import resolve
+from fedtailor.models.scores import check_kind, meta_causal
+from fedtailor.models.source import EMBEDDED_CAUSAL, resolve
+from fedtailor.tasks.source import TaskKind
+
+_PACKAGED = {
+    "mbert": "mbert_config.json",
+    "mobilellama-1.4b": "mobilellama_1_4b_config.json",
+    "llama-3.2-3b": "llama_3_2_3b_config.json",
+}
+"""Presets whose config.json comes with the package, as published, but for what their sizes do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,8 @@ class ModelDimensions:
 
     Attributes:
         linears: (full module path, d_in, d_out) of the L adapted linear layers, in module order.
-        parameters: all parameters of the classifier, head included; tied weights count once.
-        body_parameters: those without the classification head.
+        parameters: all parameters, head or output embedding included; tied weights count once.
+        body_parameters: those without classification head or (unless it is tied) output embedding.
         embedding_parameters: those of the embedding tables (words, positions, token types).
     """
 
@@ -41,21 +50,24 @@ class ModelDimensions:
         return sum(rank * (d_in + d_out) for _, d_in, d_out in self.linears)
 
 
-def dimensions(cfg: ModelConfig, num_labels: int = 2, max_length: int = 256) -> ModelDimensions:
+def dimensions(
+    cfg: ModelConfig, num_labels: int = 2, max_length: int = 256, kind: TaskKind = "classification"
+) -> ModelDimensions:
     """Measures a model on the meta device.
 
-    ``tiny-bert`` is measured at its largest vocabulary, ``mbert`` from the config that comes with fedtailor,
-    anything else from its own config.json.
+    ``tiny-bert`` and ``tiny-llama`` are measured at their largest vocabulary, FedP2EFT's models from the configs that
+    come with fedtailor, anything else from its own config.json.
 
     Args:
         cfg: the model section.
         num_labels: number of classes of the task.
         max_length: tokens of a text; sets the positions of ``tiny-bert`` only.
+        kind: of the task; for generation the number of classes has no meaning.
 
     Raises:
-        ModelError: no config, no classifier of that type, or a layer in ``cfg.targets`` that does not exist.
+        ModelError: no config, no model of that type for the task, or a layer in ``cfg.targets`` that does not exist.
     """
-    model = meta_model(cfg, num_labels, max_length)
+    model = meta_model(cfg, num_labels, max_length, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     tables = set(embedding_names(model))
     linears = adapted_linears(model, cfg.targets)
@@ -67,13 +79,18 @@ def dimensions(cfg: ModelConfig, num_labels: int = 2, max_length: int = 256) -> 
     )
 
 
-def meta_model(cfg: ModelConfig, num_labels: int = 2, max_length: int = 256) -> PreTrainedModel:
-    """The classifier on the meta device: shapes and names without weights. Arguments as `dimensions`.
+def meta_model(
+    cfg: ModelConfig, num_labels: int = 2, max_length: int = 256, kind: TaskKind = "classification"
+) -> PreTrainedModel:
+    """The model on the meta device: shapes and names without weights. Arguments as `dimensions`.
 
     Raises:
-        ModelError: no config, or no classifier of that type.
+        ModelError: no config, or no model of that type for the task.
     """
-    config = _config(cfg, max_length)
+    config = model_config(cfg, max_length)
+    check_kind(config, kind, f"model={cfg.name}")
+    if kind == "generation":
+        return meta_causal(config)
     config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
     config.label2id = {name: i for i, name in config.id2label.items()}
     with torch.device("meta"):
@@ -83,16 +100,24 @@ def meta_model(cfg: ModelConfig, num_labels: int = 2, max_length: int = 256) -> 
     return model
 
 
-def mbert_config() -> PretrainedConfig:
-    """Dimensions of google-bert/bert-base-multilingual-cased (a copy in the package)."""
-    with resources.as_file(resources.files("fedtailor.models") / "mbert_config.json") as path:
-        return BertConfig.from_json_file(path)
+def packaged_config(name: str) -> PretrainedConfig | None:
+    """Dimensions of a preset, from the copy in the package; None: there is none."""
+    if name not in _PACKAGED:
+        return None
+    with resources.as_file(resources.files("fedtailor.models") / _PACKAGED[name]) as path:
+        return load_config(path)
 
 
-def _config(cfg: ModelConfig, max_length: int) -> PretrainedConfig:
+def model_config(cfg: ModelConfig, max_length: int) -> PretrainedConfig:
+    """The config that a model section stands for. Arguments as `dimensions`.
+
+    Raises:
+        ModelError: it is not to be had.
+    """
     source = resolve(cfg)
+    if source.kind == "embedded" and cfg.name == EMBEDDED_CAUSAL:
+        return tiny_llama.llama_config(cfg, max_length, cfg.vocab_size)
     if source.kind == "embedded":
         return tiny_bert.bert_config(cfg, max_length, cfg.vocab_size, [])
-    if cfg.name == "mbert" and source.kind == "hub":
-        return mbert_config()
-    return load_config(source.location, source.revision)
+    known = packaged_config(cfg.name) if source.kind == "hub" else None
+    return known or load_config(source.location, source.revision)

@@ -11,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtailor.core.errors import ModelError
 
+_SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+"""What BERT calls a layer -> what LLaMA calls it: papers write "query and value" for both."""
+
 Targets = Literal["all-linear"] | tuple[str, ...]
 
 
@@ -24,7 +27,8 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
     Args:
         model: the base model, without adapters; may live on the meta device.
         targets: ``all-linear``, or names that end a module path at a dot: ``query`` matches
-            ``bert.encoder.layer.0.attention.self.query``, ``output.dense`` also ``attention.output.dense``.
+            ``bert.encoder.layer.0.attention.self.query``, ``output.dense`` also ``attention.output.dense``; see
+            `ends` for names that families share.
 
     Returns:
         (full module path, layer) pairs; each name is unique.
@@ -39,13 +43,13 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
         chosen = [(name, layer) for name, layer in candidates if layer is not output]
     else:
         names = [name for name, _ in candidates]
-        unknown = [t for t in targets if not any(_ends(name, t) for name in names)]
+        unknown = [t for t in targets if not any(ends(name, t) for name in names)]
         if unknown or not targets:
             raise ModelError(
                 f"'model.targets' {list(targets)}: no linear layer ends in {unknown or 'any of them'}; "
                 f"this model has {endings(names)}"
             )
-        chosen = [(name, layer) for name, layer in candidates if any(_ends(name, t) for t in targets)]
+        chosen = [(name, layer) for name, layer in candidates if any(ends(name, t) for t in targets)]
     if not chosen:
         raise ModelError(f"{type(model).__name__} has no linear layer that could carry an adapter")
     convolutions = [name for name, layer in chosen if isinstance(layer, Conv1D)]
@@ -69,8 +73,13 @@ def embedding_names(model: nn.Module) -> list[str]:
     return [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)]
 
 
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
+def ends(name: str, target: str) -> bool:
+    """Whether a target means this module path.
+
+    >>> ends("model.layers.0.self_attn.q_proj", "query"), ends("model.layers.0.mlp.up_proj", "proj")
+    (True, False)
+    """
+    return any(f".{name}".endswith(f".{t}") for t in (target, _SAME_ROLE.get(target, target)))
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedtailor.core.durable import sync
+from fedtailor.core.errors import ModelError
 
 
 def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -33,6 +34,18 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def explained(source: str | Path, what: str) -> Iterator[None]:
+    """Turns whatever the libraries raise for a bad source into one `ModelError` that names it."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise ModelError(f"{source}: cannot load {what}: {reason}") from error
 
 
 @contextmanager

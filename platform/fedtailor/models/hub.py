@@ -9,17 +9,30 @@ import difflib
 import hashlib
 import shutil
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
+from fedtailor.models.causal import load_causal
+from fedtailor.models.causal_folder import write_causal
 from fedtailor.models.classifier import load_classifier, load_tokenizer
 from fedtailor.models.completeness import check_folder, check_listing
-from fedtailor.models.dimensions import ModelDimensions, dimensions
+from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model, packaged_config
 from fedtailor.models.folder import save_folder
-from fedtailor.models.source import EMBEDDED, PRESETS, PRETRAINED, ModelSource, resolve
+from fedtailor.models.scores import check_kind
+from fedtailor.models.source import (
+    EMBEDDED,
+    EMBEDDED_CAUSAL,
+    EMBEDDED_KINDS,
+    PRESETS,
+    PRETRAINED,
+    ModelSource,
+    resolve,
+)
+from fedtailor.tasks.source import TaskKind
 
 __all__ = [
     "EMBEDDED",
@@ -30,6 +43,7 @@ __all__ = [
     "dimensions",
     "fetch",
     "fingerprint",
+    "load_causal",
     "load_classifier",
     "load_tokenizer",
     "materialise",
@@ -39,58 +53,71 @@ __all__ = [
 PRETRAINING = "pretrain.json"
 """What a pretrained folder was made from; it goes along so that reports can say it."""
 
-_PARTS = (".json", ".model", ".safetensors", ".txt")
+_PARTS = (".jinja", ".json", ".model", ".safetensors", ".txt")
 """Endings of the files that decide what a model computes."""
 
 
-def check_available(cfg: ModelConfig, max_length: int | None = None) -> None:
-    """Checks, before any work, that the configured model can be loaded; downloads nothing.
+def check_available(cfg: ModelConfig, max_length: int | None = None, kind: TaskKind = "classification") -> None:
+    """Checks, before any work, that the configured model can be loaded and serves the task; downloads nothing.
 
     Args:
         cfg: the model section.
         max_length: tokens a text may have; checked where the model's files are local.
+        kind: of the task.
 
     Raises:
-        ModelError: a folder, its weights, shards or tokenizer are missing or unusable, or a hub id is neither
-            in the local cache nor reachable; says what was expected where, and what to do.
+        ModelError: a folder, its weights, shards or tokenizer are missing or unusable, a hub id is neither in the
+            local cache nor reachable, or the model is of the other kind; says what was expected where, and what to do.
     """
     source = resolve(cfg)
     if source.kind == "embedded":
+        _check_embedded(cfg, kind)
         return
     if source.kind == "folder":
-        check_folder(Path(source.location), max_length)
+        check_folder(Path(source.location), max_length, kind)
+        _check_checkpointing(cfg, kind)
         return
+    known = packaged_config(cfg.name)
+    if known is not None:
+        check_kind(known, kind, f"model={cfg.name}")
     cached = _cached(source)
-    if cached is not None and (constants.HF_HUB_OFFLINE or _complete(cached)):
-        check_folder(cached, max_length)
+    if cached is not None and (constants.HF_HUB_OFFLINE or _complete(cached, kind)):
+        check_folder(cached, max_length, kind)
+        _check_checkpointing(cfg, kind)
         return
     if constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source)}")
-    check_listing(_title(source), _remote_files(source))
+        raise ModelError(
+            f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source, kind)}"
+        )
+    check_listing(_title(source), _remote(source, kind)[1])
 
 
-def fetch(source: ModelSource) -> Path:
+def fetch(source: ModelSource, kind: TaskKind = "classification") -> Path:
     """The folder with the model's files; a hub id is downloaded unless it is complete in the local cache.
+
+    Args:
+        source: where the model is.
+        kind: of the task.
 
     Raises:
         ModelError: the source is the embedded model, or the download fails.
     """
     if source.kind == "embedded":
-        raise ModelError(f"{EMBEDDED} is built from the task's texts and cannot be fetched")
+        raise ModelError(f"{source.name} is built from the task's texts and cannot be fetched")
     if source.kind == "folder":
         return Path(source.location)
     cached = _cached(source)
-    if cached is not None and _complete(cached):
+    if cached is not None and _complete(cached, kind):
         return cached
     try:
         folder = snapshot_download(
             source.location,
             revision=source.revision,
-            allow_patterns=["model*.safetensors", "*.json", "*.txt", "*.model"],
+            allow_patterns=["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
             ignore_patterns=["*/*"],
         )
     except Exception as error:
-        raise ModelError(f"cannot download {_title(source)}: {_first_line(error)}; {_advice(source)}") from error
+        raise ModelError(f"cannot download {_title(source)}: {_first_line(error)}; {_advice(source, kind)}") from error
     return Path(folder)
 
 
@@ -107,7 +134,7 @@ def fingerprint(source: ModelSource) -> str:
         ModelError: a folder without such files, or a hub id that is neither cached nor reachable.
     """
     if source.kind == "embedded":
-        return f"{EMBEDDED}:{source.location}"
+        return f"{source.name}:{source.location}"
     if source.kind == "hub":
         return f"{source.location}@{_commit(source)}"
     folder = Path(source.location)
@@ -116,28 +143,33 @@ def fingerprint(source: ModelSource) -> str:
         raise ModelError(f"model folder {folder} does not exist or holds no model files")
     total = hashlib.sha256()
     for path in files:
-        with path.open("rb") as stream:
-            total.update(f"{path.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        state = path.stat()
+        total.update(f"{path.name}\0{_sha256(path, state.st_size, state.st_mtime_ns)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
-def materialise(cfg: ModelConfig, labels: Sequence[str], seed: int, out: Path) -> Path:
-    """Writes the folder that all stages start from: the model in fp32 with a head for the task's labels.
+def materialise(
+    cfg: ModelConfig, labels: Sequence[str], seed: int, out: Path, kind: TaskKind = "classification"
+) -> Path:
+    """Writes the folder that all stages start from; the same bytes for the same arguments and library versions.
 
-    A head for other labels is replaced; so is a missing one (``load_classifier``). The same bytes for the
-    same model, labels, seed and library versions.
+    For classification it is the model in fp32 with a head for the task's labels: a head for other labels is replaced,
+    so is a missing one (``load_classifier``). For generation the weights stay what they are (`write_causal`).
 
     Args:
-        cfg: the model section; not the embedded model, which ``tiny_bert.build`` writes.
-        labels: class names in the order of their ids.
+        cfg: the model section; not an embedded model, which ``tiny_bert.build`` or ``tiny_llama.build`` writes.
+        labels: class names in the order of their ids; without meaning for generation.
         seed: run seed of a fresh head.
         out: folder to make or replace, as a whole.
+        kind: of the task.
 
     Raises:
         ModelError: see ``check_available`` and ``fetch``.
     """
-    folder = fetch(resolve(cfg))
-    check_folder(folder)
+    folder = fetch(resolve(cfg), kind)
+    check_folder(folder, kind=kind)
+    if kind == "generation":
+        return write_causal(folder, out)
     model = load_classifier(folder, len(labels), labels, seed=seed, replace_head=True)
     tokenizer = load_tokenizer(folder)
     # Decoder-only classifiers read the last token that is not padding and need to know which that is.
@@ -150,14 +182,36 @@ def materialise(cfg: ModelConfig, labels: Sequence[str], seed: int, out: Path) -
     return out
 
 
+def _check_embedded(cfg: ModelConfig, kind: TaskKind) -> None:
+    made_for = EMBEDDED_KINDS[cfg.name]
+    if made_for != kind:
+        other = next(name for name, its_kind in EMBEDDED_KINDS.items() if its_kind == kind)
+        raise ModelError(
+            f"'model.name' ({cfg.name}) is for tasks of {made_for}, and this task is one of {kind}: use model={other}, "
+            f"or another model that can do it"
+        )
+
+
+def _check_checkpointing(cfg: ModelConfig, kind: TaskKind) -> None:
+    if cfg.checkpointing and not meta_model(cfg, kind=kind).supports_gradient_checkpointing:
+        raise ModelError(f"'model.checkpointing': transformers cannot do that with model={cfg.name}; set it to false")
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, modified_ns: int) -> str:
+    """Of a file of this size and time; a run asks once per seed, and a large model takes a while."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _cached(source: ModelSource) -> Path | None:
     found = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, kind: TaskKind) -> bool:
     try:
-        check_folder(folder)
+        check_folder(folder, kind=kind)
     except ModelError:
         return False
     return True
@@ -172,15 +226,11 @@ def _commit(source: ModelSource) -> str:
     return _remote(source)[0]
 
 
-def _remote_files(source: ModelSource) -> frozenset[str]:
-    return _remote(source)[1]
-
-
-def _remote(source: ModelSource) -> tuple[str, frozenset[str]]:
+def _remote(source: ModelSource, kind: TaskKind = "classification") -> tuple[str, frozenset[str]]:
     try:
         info = HfApi().model_info(source.location, revision=source.revision, timeout=10)
     except Exception as error:
-        raise ModelError(f"cannot reach {_title(source)}: {_first_line(error)}; {_advice(source)}") from error
+        raise ModelError(f"cannot reach {_title(source)}: {_first_line(error)}; {_advice(source, kind)}") from error
     return str(info.sha), frozenset(part.rfilename for part in info.siblings or [])
 
 
@@ -189,12 +239,12 @@ def _title(source: ModelSource) -> str:
     return f"model '{source.location}'{at} on the Hugging Face hub"
 
 
-def _advice(source: ModelSource) -> str:
-    near = difflib.get_close_matches(source.name, [EMBEDDED, PRETRAINED, *PRESETS], n=1)
+def _advice(source: ModelSource, kind: TaskKind = "classification") -> str:
+    near = difflib.get_close_matches(source.name, [*EMBEDDED_KINDS, PRETRAINED, *PRESETS], n=1)
     hint = f"did you mean '{near[0]}'? " if near and near[0] != source.name else ""
     return (
         f"{hint}Give a local folder with 'model.path=FOLDER', fetch it once with "
-        f"'hf download {source.location}', or use model={EMBEDDED}"
+        f"'hf download {source.location}', or use model={EMBEDDED if kind == 'classification' else EMBEDDED_CAUSAL}"
     )
 
 

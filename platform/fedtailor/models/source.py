@@ -11,8 +11,12 @@ from typing import Literal
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
+from fedtailor.tasks.source import TaskKind
 
 EMBEDDED = "tiny-bert"
+EMBEDDED_CAUSAL = "tiny-llama"
+EMBEDDED_KINDS: dict[str, TaskKind] = {EMBEDDED: "classification", EMBEDDED_CAUSAL: "generation"}
+"""Models that are built from a task's texts, and the kind of task that each is for."""
 PRETRAINED = "mini-mbert"
 """The small multilingual base that ``fedtailor pretrain`` makes."""
 
@@ -20,8 +24,10 @@ PRESETS: dict[str, str] = {
     "mbert": "google-bert/bert-base-multilingual-cased",
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
+    "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Base",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
 }
-"""Short names of hub ids; ``model.path`` puts a local copy in their place."""
+"""Short names of hub ids; ``model.path`` puts a local copy in their place. FedP2EFT A.2 has mbert and the last two."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -52,10 +58,10 @@ def resolve(cfg: ModelConfig) -> ModelSource:
     Raises:
         ModelError: a name that can be neither, a path given for the embedded model, or ``mini-mbert`` not made yet.
     """
-    if cfg.name == EMBEDDED:
+    if cfg.name in EMBEDDED_KINDS:
         if cfg.path is not None:
             raise ModelError(
-                f"'model.path' ({cfg.path}) has no meaning for {EMBEDDED}; name the model it holds instead"
+                f"'model.path' ({cfg.path}) has no meaning for {cfg.name}; name the model it holds instead"
             )
         sizes = (cfg.hidden_size, cfg.layers, cfg.heads, cfg.intermediate_size, cfg.vocab_size)
         return ModelSource("embedded", cfg.name, "x".join(str(size) for size in sizes))
@@ -68,8 +74,8 @@ def resolve(cfg: ModelConfig) -> ModelSource:
         return ModelSource("folder", cfg.name, str(folder))
     if not _HUB_ID.fullmatch(cfg.name):
         raise ModelError(
-            f"'model.name' ({cfg.name}) is neither {EMBEDDED}, {PRETRAINED}, a preset ({', '.join(PRESETS)}), "
-            f"a hub id (owner/name) nor a folder"
+            f"'model.name' ({cfg.name}) is neither {EMBEDDED}, {EMBEDDED_CAUSAL}, {PRETRAINED}, a preset "
+            f"({', '.join(PRESETS)}), a hub id (owner/name) nor a folder"
         )
     return ModelSource("hub", cfg.name, PRESETS.get(cfg.name, cfg.name), cfg.revision)
 

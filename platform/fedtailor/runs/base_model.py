@@ -12,8 +12,10 @@ from torch import Tensor
 from fedtailor.core.errors import CapabilityError
 from fedtailor.core.messages import StageSpec
 from fedtailor.core.method import Method, Row
-from fedtailor.models.classifier import load_classifier, load_tokenizer
+from fedtailor.models.base import load_base
+from fedtailor.models.classifier import load_tokenizer
 from fedtailor.models.folder import save_folder
+from fedtailor.tasks.source import TaskKind
 
 
 @runtime_checkable
@@ -24,20 +26,36 @@ class Mergeable(Protocol):
         """Writes ``tensors`` into ``weights``, in place and in float32."""
 
 
-def write_base(spec: StageSpec, method: Method, tensors: Mapping[str, Row], labels: Sequence[str], out: Path) -> None:
-    """Writes initial model + SHARED parameters as one model; LoRA is merged in float32.
+def write_base(
+    spec: StageSpec,
+    method: Method,
+    tensors: Mapping[str, Row],
+    labels: Sequence[str],
+    out: Path,
+    kind: TaskKind = "classification",
+) -> None:
+    """Writes initial model + SHARED parameters as one model in float32, whatever type the stage kept its base in.
+
+    A bfloat16 model could not hold what a LoRA of a few rounds adds to it.
 
     Raises:
         CapabilityError: the method's adapter cannot become plain weights.
     """
     if not isinstance(method.adapter, Mergeable):
         raise CapabilityError(f"{method.name}: its parameters cannot be merged into a base model")
-    write_merged(Path(spec.model_dir), labels, method.adapter, tensors, out)
+    write_merged(Path(spec.model_dir), labels, method.adapter, tensors, out, kind)
 
 
-def write_merged(source: Path, labels: Sequence[str], part: Mergeable, tensors: Mapping[str, Row], out: Path) -> None:
-    """Writes the model in ``source`` with further parameters merged, as a whole."""
-    model = load_classifier(source, len(labels), labels)
+def write_merged(
+    source: Path,
+    labels: Sequence[str],
+    part: Mergeable,
+    tensors: Mapping[str, Row],
+    out: Path,
+    kind: TaskKind = "classification",
+) -> None:
+    """Writes the model in ``source`` with further parameters merged, in float32, as a whole."""
+    model = load_base(source, kind, labels)
     with torch.no_grad():
         part.merge(dict(model.named_parameters()), tensors)
     save_folder(model, load_tokenizer(source), out)

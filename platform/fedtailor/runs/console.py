@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtailor.core.errors import ConfigError, TailorError
+from fedtailor.core.settings import NATURAL_CLIENTS
 from fedtailor.runs.redaction import scrub
 
 if TYPE_CHECKING:
@@ -76,13 +77,15 @@ def show_privacy(console: Console, exp: ExperimentBase, width: int, seen: int | 
     """
     from fedtailor.runs.privacy_terms import privacy_lines, seen_clients
 
+    if seen is None and exp.task.name in NATURAL_CLIENTS:
+        return  # how many clients there are is not known before the data is
     for number, line in enumerate(privacy_lines(exp, seen or seen_clients(exp))):
         name = "privacy" if not number else ""
         console.print(f"  [dim]{name:<{width}}[/] {escape(line)}", highlight=False)
 
 
 def summary_table(metrics: pd.DataFrame) -> Table | None:
-    """Methods by budgets, mean accuracy over languages in %, for each pool; None without results."""
+    """Methods by budgets, the run's measure in % as the mean over languages, for each pool; None without results."""
     from fedtailor.runs.report.names import method_name, pool_name
     from fedtailor.runs.report.results import blocks, checked, scores
 
@@ -91,7 +94,8 @@ def summary_table(metrics: pd.DataFrame) -> Table | None:
         return None
     budgets = list(dict.fromkeys(block.budget for block in found))
     names = ["" if budget is None else f"r = {budget}" for budget in budgets]
-    title = "Accuracy in %, mean over languages" + (" and seeds" if len(found[0].seeds) > 1 else "")
+    measure = found[0].measure
+    title = f"{measure.title} in %, {measure.mean}" + (" and seeds" if len(found[0].seeds) > 1 else "")
     table = plain_table("clients", "method", *names, title=title, numbers=names)
     for pool in dict.fromkeys(block.pool for block in found):
         here = {block.budget: block for block in found if block.pool == pool}

@@ -1,7 +1,7 @@
 """One hash over everything a run computed: equal digests mean equal results.
 
 It covers, per stage and commit, the record (cohort, weights, counts) and the values of all objects: global
-and server state, PRIVATE state, adapters, metrics. Times, hosts, attempts, events and file formats are
+and server state, PRIVATE state, adapters, metrics. Times, hosts, attempts, events, kept answers and file formats are
 outside. Values count, not files, and pruned objects count by the hash that their commit keeps, so neither a
 retry nor pruning changes it.
 """
@@ -14,6 +14,7 @@ from typing import Any
 from fedtailor.core.errors import StorageError
 from fedtailor.runs.commit_log import Commit
 from fedtailor.runs.payloads import canonical_json, sha256
+from fedtailor.runs.predictions import PREDICTIONS
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.storage import Storage, join
 
@@ -52,7 +53,7 @@ def commits_digest(commits: list[Commit]) -> str:
         {
             "index": c.index,
             "record": dict(c.record),
-            "objects": {name: c.objects[name].content for name in c.objects},
+            "objects": {name: c.objects[name].content for name in c.objects if name != PREDICTIONS},
         }
         for c in commits
     ]

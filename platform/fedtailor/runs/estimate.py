@@ -6,13 +6,14 @@ trained; embedding tables cost none. Texts are taken at their longest, so real r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 from fedtailor.adapters.full import FullModel
 from fedtailor.core.method import Method
 from fedtailor.models.dimensions import ModelDimensions
+from fedtailor.runs import memory
 from fedtailor.runs.experiment import ExperimentBase, method_section
 from fedtailor.runs.stages import Stage
 
@@ -50,6 +51,9 @@ class Estimate:
         weights: bytes of the resident model.
         trained: bytes of what is trained, with gradients and moments, over all lanes.
         activations: bytes kept for the backward pass.
+        logits: of a language model, bytes of its training logits.
+        cache: of a language model, bytes of keys and values while it answers.
+        adapters: the part of ``trained`` that is values.
     """
 
     updates: int
@@ -60,11 +64,14 @@ class Estimate:
     weights: int
     trained: int
     activations: int
+    logits: int = 0
+    cache: int = 0
+    adapters: int = 0
 
     @property
     def memory(self) -> int:
-        """Bytes of a worker, without Python and its libraries."""
-        return self.weights + self.trained + self.activations
+        """Bytes of a worker, or of each rank of a group, without Python and its libraries."""
+        return self.weights + self.trained + max(self.activations + self.logits, self.cache)
 
 
 def estimate(
@@ -86,7 +93,7 @@ def estimate(
         population: the clients.
     """
     shared, own = numbers
-    wire = shared * FLOAT * stage.cohort
+    wire, fixed = shared * FLOAT * stage.cohort, None
     if stage.kind == "personalise":
         passes = _passes(method_section(exp, stage.method), len(stage.budgets), method.personaliser.budgeted)
         pools = [population.train if pool == "seen" else population.train_unseen for pool in exp.personalise.pools]
@@ -95,6 +102,7 @@ def estimate(
         trained, share = dims.adapter_parameters(stage.r_max) if passes else 0, 1.0
     else:
         passes, rows = method.epochs, list(population.train)
+        fixed = getattr(method_section(exp, stage.method), "steps", None)
         updates = stage.rounds * stage.cohort
         trained, share = shared + own, updates / max(1, len(rows))
     full = isinstance(method.adapter, FullModel)
@@ -103,13 +111,16 @@ def estimate(
     if rows:
         tokens = sum(rows) * share * passes * exp.task.max_length
         steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
+        if fixed is not None:
+            steps = updates * fixed
+            tokens = float(steps * method.batch_size * exp.task.max_length)
         flops = tokens * (6 if full else 4) * body
         if stage.kind == "personalise":
             lanes = len(stage.budgets) if method.personaliser.budgeted else 1
             flops += 2.0 * population.test * exp.task.max_length * body * lanes
     each = len(stage.budgets) if stage.kind == "personalise" and method.personaliser.budgeted else 1
     lanes = each if not method.lanes or exp.model.base_dropout else _lanes(exp, method, each)
-    return Estimate(
+    known = Estimate(
         updates=updates,
         steps=steps,
         flops=flops,
@@ -118,6 +129,27 @@ def estimate(
         weights=dims.parameters * FLOAT,
         trained=trained * FLOAT * ADAM_STATES * lanes,
         activations=_activations(exp, method, dims, lanes) if passes else 0,
+        adapters=trained * FLOAT * lanes,
+    )
+    return known if exp.task.kind == "classification" else _of_language_model(exp, known, method, dims, lanes)
+
+
+def _of_language_model(
+    exp: ExperimentBase, known: Estimate, method: Method, dims: ModelDimensions, lanes: int
+) -> Estimate:
+    """The memory of a language model, or of one rank of the group that holds it."""
+    model, engine, zero = exp.model, exp.engine, exp.engine.zero
+    rows = min(ceil(method.batch_size / zero.ranks), engine.micro_batch or method.batch_size)
+    load = memory.Load(lanes, rows, exp.task.max_length)
+    trains = known.activations > 0
+    answers = known.down == 0  # personalised clients are asked; nothing travels then
+    return replace(
+        known,
+        weights=memory.base_of_rank(dims, model.weights, zero),
+        trained=known.adapters + memory.optimizer_of_rank(known.adapters // FLOAT, zero),
+        activations=memory.activation_bytes(dims, load, model, engine.dtype) if trains else 0,
+        logits=memory.logit_bytes(dims, load, engine.dtype) if trains else 0,
+        cache=memory.cache_bytes(dims, lanes, exp.task.max_length, engine, exp.decoding) if answers else 0,
     )
 
 

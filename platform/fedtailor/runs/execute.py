@@ -24,6 +24,7 @@ from fedtailor.runs.experiment import ExperimentBase, base_seed, method_section
 from fedtailor.runs.inherited import Inherited
 from fedtailor.runs.inputs import make_inputs
 from fedtailor.runs.node_cache import RESOLVER, fetch, on_this_node
+from fedtailor.runs.predictions import PREDICTIONS, predictions_table
 from fedtailor.runs.privacy_stages import spending
 from fedtailor.runs.privacy_view import spent_event
 from fedtailor.runs.round_log import METRICS, SHARED, CommittedRounds, metrics_table, named
@@ -227,7 +228,8 @@ class Execution:
             tensors = commit.tensors(SHARED)
         local = on_this_node(spec)
         self.artifacts.replace(
-            f"{stage.artifact}/model", lambda out: write_base(local, method, tensors, data.labels, out)
+            f"{stage.artifact}/model",
+            lambda out: write_base(local, method, tensors, data.labels, out, self.exp.task.kind),
         )
 
     def _personalise(
@@ -267,6 +269,9 @@ class Execution:
         if len(failures) > (1 - engine.quorum) * len(clients):
             raise RoundError(f"{stage.key}, chunk {index}: {len(failures)} of {len(clients)} clients failed")
         objects: dict[str, Payload] = {METRICS: metrics_table(row for r in results for row in r.metrics)}
+        answers = [row for result in results for row in result.predictions]
+        if answers:
+            objects[PREDICTIONS] = predictions_table(answers)
         strategies = {f"lambda/{client}": lam for r in results for client, lam in r.tensors.items()}
         if strategies:
             objects[STRATEGIES] = strategies

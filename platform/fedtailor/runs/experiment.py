@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, create_model, field_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from fedtailor.core.config import Config, deviations, merge_layers, validate
 from fedtailor.core.errors import ConfigError
+from fedtailor.core.method import Capability
 from fedtailor.core.privacy_settings import PrivacyConfig
 from fedtailor.core.settings import (
+    GENERATION_TASKS,
+    NATURAL_CLIENTS,
     AggregationConfig,
     BaseStageConfig,
+    DecodingConfig,
     EngineConfig,
     ModelConfig,
     PersonaliseStageConfig,
@@ -26,7 +30,7 @@ from fedtailor.core.settings import (
     TaskConfig,
     WandbConfig,
 )
-from fedtailor.methods import METHODS
+from fedtailor.methods import METHODS, build_method
 from fedtailor.tasks.task import TASKS
 
 
@@ -51,10 +55,24 @@ class ExperimentBase(Config):
     base: BaseStageConfig = BaseStageConfig()
     strategy: StrategyStageConfig = StrategyStageConfig()
     personalise: PersonaliseStageConfig = PersonaliseStageConfig()
+    decoding: DecodingConfig = DecodingConfig()
     aggregation: AggregationConfig = AggregationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     engine: EngineConfig = EngineConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_task(cls, value: Any) -> Any:
+        """A task that asks for text starts from a language model, and from methods that can answer."""
+        task = value.get("task") if isinstance(value, dict) else None
+        name = task.get("name") if isinstance(task, dict) else getattr(task, "name", task)
+        if name not in GENERATION_TASKS:
+            return value
+        usual = cls.model_fields["methods"].default
+        follow = {"methods": tuple(m for m in usual if m != "majority"), **value}
+        model = value.get("model", {})
+        return follow | {"model": {"name": "tiny-llama", **model}} if isinstance(model, dict) else follow
 
     @field_validator("methods", "seeds", "budgets")
     @classmethod
@@ -177,21 +195,62 @@ def check(experiment: ExperimentBase) -> None:
             f"'budgets': {experiment.budgets[-1]} is above 'r_max' = {experiment.r_max}; a trained strategy serves "
             f"budgets up to r_max (allowed: 1 ... {experiment.r_max})"
         )
-    seen = len(experiment.task.languages) * clients_per_language(experiment)
+    problems += _task_problems(experiment)
+    # Imported late: the rules need this module's own names.
+    from fedtailor.runs.model_rules import model_problems
+    from fedtailor.runs.zero_rules import zero_problems
+
+    problems += model_problems(experiment)
+    problems += zero_problems(experiment)
+    if experiment.task.name not in NATURAL_CLIENTS:
+        problems += _population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_population(exp: ExperimentBase, seen: int) -> None:
+    """Rules about the number of clients, for data that names them and is loaded now.
+
+    Args:
+        exp: checked configuration.
+        seen: clients that cohorts are drawn from.
+
+    Raises:
+        ConfigError: a cohort that the seen pool cannot give, or that privacy cannot use.
+    """
+    if problems := _population_problems(exp, seen):
+        raise ConfigError(problems)
+
+
+def _population_problems(exp: ExperimentBase, seen: int) -> list[str]:
+    from fedtailor.runs.privacy_rules import privacy_problems
+
+    problems = []
     for name in ("base", "strategy"):
-        cohort = cohort_size(getattr(experiment, name).cohort, seen)
+        cohort = cohort_size(getattr(exp, name).cohort, seen)
         if cohort > seen:
             problems.append(
                 f"'{name}.cohort': {cohort} clients asked, the seen pool has {seen} (allowed: 1 ... {seen})"
             )
         if cohort < 1:
-            problems.append(f"'{name}.cohort': {getattr(experiment, name).cohort} of {seen} seen clients is nobody")
-    # Imported late: the rules need this module's own names.
-    from fedtailor.runs.privacy_rules import privacy_problems
+            problems.append(f"'{name}.cohort': {getattr(exp, name).cohort} of {seen} seen clients is nobody")
+    return problems + privacy_problems(exp, seen)
 
-    problems += privacy_problems(experiment, seen)
-    if problems:
-        raise ConfigError(problems)
+
+def _task_problems(exp: ExperimentBase) -> list[str]:
+    """What methods need and the task has not."""
+    if exp.task.name not in GENERATION_TASKS:
+        return []
+    needy = [
+        name
+        for name in exp.methods
+        if Capability.CLASSES in build_method(name, method_section(exp, name), exp.r_max).requires
+    ]
+    able = ", ".join(name for name in METHODS if name not in needy)
+    return [
+        f"'methods': {name} answers with classes, and task '{exp.task.name}' asks for text (allowed: {able})"
+        for name in needy
+    ]
 
 
 def scaled(number: int, scale: float) -> int:

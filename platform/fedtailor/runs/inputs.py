@@ -6,13 +6,17 @@ import hashlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedtailor.core.settings import ModelConfig
-from fedtailor.models import hub
+from transformers import PreTrainedTokenizerBase
+
+from fedtailor.core.settings import GENERATION_TASKS, NATURAL_CLIENTS, ModelConfig, TaskConfig
+from fedtailor.models import hub, tiny_llama
 from fedtailor.models.classifier import load_tokenizer
+from fedtailor.models.source import EMBEDDED_KINDS
 from fedtailor.models.tiny_bert import build
 from fedtailor.runs.artifacts import Artifacts
-from fedtailor.runs.experiment import ExperimentBase, scaled_task, to_json
+from fedtailor.runs.experiment import ExperimentBase, check_population, scaled_task, to_json
 from fedtailor.runs.stages import Inputs, short_hash
+from fedtailor.tasks import prompts
 from fedtailor.tasks.task import TaskData, prepare
 from fedtailor.tasks.tokens import tokenise
 
@@ -26,6 +30,7 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
         artifacts: where they are kept.
 
     Raises:
+        ConfigError: a cohort above the seen clients, where only the data tells how many there are.
         DataError, ModelError: see `tasks` and `models`; nothing half made is left behind.
         StorageError: the storage or this node's cache failed.
     """
@@ -35,7 +40,7 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
     model = artifacts.ensure(model_name, lambda out: _model(exp, seed, data, out))
     tokens_name = tokens_artifact(exp, data_name, model_name)
     tokenizer = load_tokenizer(model)
-    artifacts.ensure(tokens_name, lambda out: _tokens(data, tokenizer, exp.task.max_length, out))
+    artifacts.ensure(tokens_name, lambda out: _tokens(data, tokenizer, exp.task, out))
     return Inputs(data_name, model_name, tokens_name)
 
 
@@ -43,29 +48,43 @@ def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskDat
     # The name is the content's hash, so the data is always made; that takes seconds and catches changed files.
     task = scaled_task(exp)
     with TemporaryDirectory(dir=artifacts.folder, prefix=".data-") as made:
-        name = f"data-{prepare(task, seed, Path(made)).hash[:16]}"
+        data = prepare(task, seed, Path(made))
+        if task.name in NATURAL_CLIENTS:
+            check_population(exp, len(data.pool("seen")))
+        name = f"data-{data.hash[:16]}"
         folder = artifacts.ensure(name, lambda out: _move_files(Path(made), out))
     return TaskData.open(folder), name
 
 
 def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
-    """Name of the initial model: depends on the task only through labels, length and (tiny-bert) train texts."""
-    content = {"model": _identity(exp.model), "labels": list(data.labels), "seed": seed}
-    if exp.model.name == "tiny-bert":
+    """Name of the initial model: depends on the task only through kind, labels, length and (embedded) train texts.
+
+    A language model that is not embedded gets no new weights: seeds share it.
+    """
+    content: dict[str, object] = {"model": _identity(exp.model)}
+    if data.kind == "classification":
+        content |= {"labels": list(data.labels), "seed": seed}
+    else:
+        content |= {"kind": data.kind}
+    if exp.model.name in EMBEDDED_KINDS:
+        content |= {"seed": seed}
         content |= {"texts": _texts_hash(data), "max_length": exp.task.max_length}
     return f"model-{short_hash(content)}"
 
 
 def tokens_artifact(exp: ExperimentBase, data: str, model: str) -> str:
     """Name of the tokenised clients."""
-    return f"tokens-{short_hash([data, model, exp.task.max_length])}"
+    content: list[object] = [data, model, exp.task.max_length]
+    if exp.task.name in GENERATION_TASKS:
+        content += [prompts.identity(exp.task.template), exp.task.overlong]
+    return f"tokens-{short_hash(content)}"
 
 
 def _identity(cfg: ModelConfig) -> dict[str, object]:
     plain = to_json(cfg)
-    for key in ("targets", "base_dropout", "path", "attention"):
+    for key in ("targets", "base_dropout", "path", "attention", "weights", "checkpointing"):
         plain.pop(key)
-    if cfg.name != "tiny-bert":
+    if cfg.name not in EMBEDDED_KINDS:
         return {"source": hub.fingerprint(hub.resolve(cfg))}
     return plain
 
@@ -81,12 +100,14 @@ def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
     if exp.model.name == "tiny-bert":
         # Seen train texts only: an unseen client's words must not shape the vocabulary.
         build(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
+    elif exp.model.name == "tiny-llama":
+        tiny_llama.build(data.train_texts("seen"), exp.model, exp.task.max_length, seed, out)
     else:
-        hub.materialise(exp.model, data.labels, seed, out)
+        hub.materialise(exp.model, data.labels, seed, out, data.kind)
 
 
-def _tokens(data: TaskData, tokenizer: object, max_length: int, out: Path) -> None:
-    tokenise(data, tokenizer, max_length, out)  # type: ignore[arg-type]
+def _tokens(data: TaskData, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, out: Path) -> None:
+    tokenise(data, tokenizer, task.max_length, out, task.template, task.overlong)
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -36,14 +36,15 @@ def _tasks() -> Table:
 
 
 def _models() -> Table:
-    from fedtailor.models.source import EMBEDDED, PRESETS, PRETRAINED
+    from fedtailor.models.source import EMBEDDED, EMBEDDED_CAUSAL, PRESETS, PRETRAINED
 
     table = plain_table("model", "what it is")
     table.add_row(EMBEDDED, "embedded: built from the task's own texts, random weights, no download")
+    table.add_row(EMBEDDED_CAUSAL, "embedded, for generation: a small LLaMA, made in the same way")
     table.add_row(PRETRAINED, "made once with: fedtailor pretrain --task masakhanews --task xnli")
     for name, hub_id in PRESETS.items():
         table.add_row(name, f"{hub_id}; model.path=FOLDER takes a local copy")
-    table.add_row("[dim]OWNER/NAME[/]", "any sequence classifier of the Hugging Face hub")
+    table.add_row("[dim]OWNER/NAME[/]", "any sequence classifier or causal language model of the Hugging Face hub")
     table.add_row("[dim]FOLDER[/]", "a local Hugging Face folder")
     return table
 

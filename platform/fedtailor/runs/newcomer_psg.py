@@ -128,6 +128,11 @@ def checked_fingerprint(storage: Storage, psg: TrainedPsg) -> str:
 
 
 def _refuse_unserved(run_id: str, exp: ExperimentBase, seed: int, budget: int) -> None:
+    if exp.task.kind != "classification":
+        raise ConfigError(
+            f"run '{run_id}' is of task '{exp.task.name}': a newcomer brings texts and classes, so only runs of "
+            "classification tasks can serve it"
+        )
     if METHOD not in exp.methods:
         raise ConfigError(
             f"run '{run_id}' has no strategy generator: its methods are {', '.join(exp.methods)}; "

@@ -15,6 +15,7 @@ from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.method import Method
 from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import Scope
+from fedtailor.core.settings import NATURAL_CLIENTS
 from fedtailor.methods import build_method
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
@@ -22,13 +23,16 @@ from fedtailor.models.source import resolve
 from fedtailor.runs.digest import DONE
 from fedtailor.runs.estimate import Estimate, Population, estimate
 from fedtailor.runs.experiment import ExperimentBase, base_seed, clients_per_language, method_section, scaled_task
+from fedtailor.runs.fit import Fit, capacity, fit
 from fedtailor.runs.inputs import model_artifact, tokens_artifact
 from fedtailor.runs.stages import Inputs, Stage, plan_stages
 from fedtailor.runs.storage import Storage
 from fedtailor.tasks.task import TaskData, prepare
 
-EMBEDDED_TASKS = frozenset({"cldr"})
+EMBEDDED_TASKS = frozenset({"cldr", "cldr_instruct"})
 """Tasks whose data come with the package."""
+PUBLISHED = {"fed_aya": 38}
+"""Natural clients of a data set as its paper has them (FedP2EFT A.1), for plans without the data."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class MethodSizes:
     ephemeral: int
     generators: tuple[Generator, ...]
 
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """SHARED ones, and the others."""
+        return self.shared, self.private + self.ephemeral
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -71,7 +80,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `plan_view` shows."""
+    """All that `plan_view` shows; ``fit`` for language models only."""
 
     exp: ExperimentBase
     model: ModelDimensions
@@ -79,10 +88,15 @@ class Plan:
     population: Population
     stages: Sequence[StagePlan]
     notes: Sequence[str]
+    fit: Fit | None = None
 
 
-def make_plan(exp: ExperimentBase) -> Plan:
+def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     """Computes the plan of a checked configuration.
+
+    Args:
+        exp: whole configuration.
+        memory_gb: memory of one worker to plan for; by default what is found here.
 
     Raises:
         DataError: ``task.path`` is given and unusable.
@@ -91,8 +105,8 @@ def make_plan(exp: ExperimentBase) -> Plan:
     notes: list[str] = []
     data = {seed: _data(exp, seed, notes) for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds)}
     found = {seed: data[base_seed(exp, seed)] for seed in exp.seeds}
-    population = _population(exp, next(iter(found.values())))
-    dims = dimensions(exp.model, population.classes, exp.task.max_length)
+    population = _population(exp, next(iter(found.values())), notes)
+    dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task.kind)
     methods = {name: build_method(name, method_section(exp, name), exp.r_max) for name in _used(exp)}
     sizes = {name: method_sizes(exp, method, population.classes) for name, method in methods.items()}
     stages: list[StagePlan] = []
@@ -103,15 +117,26 @@ def make_plan(exp: ExperimentBase) -> Plan:
         for stage in plan_stages(exp, seed, names, population.seen):
             there = storage.exists(f"artifacts/{stage.artifact}/{DONE}") if known else None
             size, method = sizes[stage.method], methods[stage.method]
-            work = estimate(exp, stage, method, (size.shared, size.private + size.ephemeral), dims, population)
+            work = estimate(exp, stage, method, size.numbers, dims, population)
             if all(known_stage.stage.key != stage.key for known_stage in stages):
                 stages.append(StagePlan(stage, there, work))
-    return Plan(exp, dims, sizes, population, stages, list(dict.fromkeys(notes)))
+    fitting = None
+    if exp.task.kind == "generation":
+
+        def largest(other: ExperimentBase) -> Estimate:
+            works = (
+                estimate(other, row.stage, methods[row.stage.method], sizes[row.stage.method].numbers, dims, population)
+                for row in stages
+            )
+            return max(works, key=lambda work: work.memory)
+
+        fitting = fit(exp, capacity(exp, memory_gb), largest)
+    return Plan(exp, dims, sizes, population, stages, list(dict.fromkeys(notes)), fitting)
 
 
 def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
     """Sums a method's declared parameters by owner, on a model without weights."""
-    model = meta_model(exp.model, classes, exp.task.max_length)
+    model = meta_model(exp.model, classes, exp.task.max_length, exp.task.kind)
     own_layers = method.name == exp.base.name
     net = LaneNet(model, adapted_linears(model, "all-linear" if own_layers else exp.model.targets))
     parts = [*([method.adapter] if method.adapter else []), *method.modules]
@@ -178,8 +203,17 @@ def _sizes(data: TaskData) -> Population:
     )
 
 
-def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | None) -> Population:
+def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | None, notes: list[str]) -> Population:
+    """The clients as prepared, else as configured; of natural clients only their data tells the number."""
     if found is not None:
         return found[0]
+    if exp.task.name in PUBLISHED:
+        clients, unseen = PUBLISHED[exp.task.name], len(exp.task.unseen)
+        notes.append(f"{clients} clients, {unseen} of them unseen: as published, not as found in the data.")
+        return Population(seen=clients - unseen, unseen=unseen)
+    if exp.task.name in NATURAL_CLIENTS:
+        raise DataError(
+            f"task '{exp.task.name}' has the clients that its data has, and the data is not here: give task.path"
+        )
     clients = len(exp.task.languages) * clients_per_language(exp)
     return Population(seen=clients, unseen=clients)

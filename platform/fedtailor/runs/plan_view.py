@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedtailor.runs.console import plain_table, show_privacy
+from fedtailor.runs.fit_view import show_fit, size
 from fedtailor.runs.past_times import seconds_per_client
 from fedtailor.runs.plan import Plan, StagePlan
 from fedtailor.runs.privacy_terms import masked_traffic
@@ -19,19 +20,13 @@ def show_plan(console: Console, plan: Plan) -> None:
     _show_header(console, plan)
     _show_trained(console, plan)
     _show_stages(console, plan)
-    _show_memory(console, plan)
+    if plan.fit is None:
+        _show_memory(console, plan)
+    else:
+        show_fit(console, plan.fit, [(_name(row), row.estimate) for row in _first_seed(plan)], plan.exp)
     _show_work(console, plan)
     for note in plan.notes:
         console.print(f"[yellow]•[/] {escape(note)}", highlight=False)
-
-
-def size(count: float) -> str:
-    """Bytes for people: ``2.85 MB`` (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _show_header(console: Console, plan: Plan) -> None:
@@ -42,7 +37,8 @@ def _show_header(console: Console, plan: Plan) -> None:
     rows = {
         "task": f"{exp.task.name}: {people.seen} seen and {people.unseen} unseen clients, "
         f"{len(exp.task.languages)} languages; {texts}",
-        "model": f"{exp.model.name}: {model.parameters:,} parameters, L = {model.layers} adapted linear layers",
+        "model": f"{exp.model.name}{_kept(plan)}: {model.parameters:,} parameters, L = {model.layers} adapted linear "
+        "layers",
         "budgets": f"r = {', '.join(map(str, exp.budgets))} (r L = "
         f"{', '.join(str(r * model.layers) for r in exp.budgets)} ranks); r_max = {exp.r_max}",
         "seeds": ", ".join(map(str, exp.seeds)),
@@ -50,6 +46,11 @@ def _show_header(console: Console, plan: Plan) -> None:
     for name, value in rows.items():
         console.print(f"[bold]{name:<8}[/] {escape(value)}", highlight=False)
     show_privacy(console, exp, 6, people.seen)
+
+
+def _kept(plan: Plan) -> str:
+    """How a language model's base is kept."""
+    return "" if plan.fit is None else f" in {plan.exp.model.weights}"
 
 
 def _show_trained(console: Console, plan: Plan) -> None:

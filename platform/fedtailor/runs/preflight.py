@@ -13,10 +13,12 @@ from fedtailor.runs.artifacts import Artifacts
 from fedtailor.runs.experiment import Experiment, ExperimentBase, base_seed, overrides_of, to_json
 from fedtailor.runs.inputs import make_inputs
 from fedtailor.runs.job_folder import refuse_job_folder
+from fedtailor.runs.model_rules import check_weights
 from fedtailor.runs.run_folder import RunFolder
 from fedtailor.runs.stages import device_of
 from fedtailor.runs.storage import Storage
 from fedtailor.runs.wandb_key import check_wandb
+from fedtailor.tasks.prompts import check_name
 
 _FREE = ("storage", "wandb", "engine.address")
 """Keys that may change between two starts of one run."""
@@ -33,7 +35,10 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     refuse_other_configuration(storage, run_id, exp)
     check_placement(exp)
     check_wandb(exp)
-    check_available(exp.model, exp.task.max_length)
+    check_available(exp.model, exp.task.max_length, exp.task.kind)
+    check_weights(exp)
+    if exp.task.kind == "generation":
+        check_name(exp.task.template)
     prepare_data(exp, emit)
     return RunFolder.create(storage, run_id, to_json(exp), overrides_of(exp), ignore=_FREE)
 

@@ -12,6 +12,7 @@ import torch
 
 from fedtailor import NUMERICS_VERSION
 from fedtailor.core.messages import StageSpec
+from fedtailor.core.settings import GENERATION_TASKS
 from fedtailor.methods import build_method
 from fedtailor.runs.experiment import ExperimentBase, base_seed, cohort_size, guards_of, method_section, scaled, to_json
 from fedtailor.runs.privacy_terms import resolved
@@ -96,6 +97,7 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         "attention": exp.model.attention,
         "engine": {key: getattr(exp.engine, key) for key in NUMERIC_ENGINE_KEYS},
         "device": device_of(exp),
+        **_choices(exp),
     }
     graph = _Graph(exp, seed, common, guards_of(resolved(exp, seen)), [])
     base = graph.base(inputs.model, seen)
@@ -144,6 +146,8 @@ class _Graph:
             stage, budgets=budgets, r_max=r_max, pools=exp.personalise.pools, chunk=exp.personalise.chunk,
             base_dropout=exp.model.base_dropout, adapters=exp.save_adapters,
             **({"score_train": True} if exp.personalise.score_train else {}),
+            **({"decoding": to_json(exp.decoding)} if exp.task.name in GENERATION_TASKS else {}),
+            **({"predictions": True} if exp.personalise.save_predictions else {}),
         )  # fmt: skip
 
     def _policy(self) -> dict[str, Any]:
@@ -160,6 +164,18 @@ class _Graph:
         named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}", guards=guards)
         self.stages.append(named)
         return named.artifact
+
+
+def _choices(exp: ExperimentBase) -> dict[str, Any]:
+    """Settings that change numbers but are seldom made; left out where they are not, so that names stay."""
+    chosen: dict[str, Any] = {}
+    if exp.model.weights != "float32":
+        chosen["weights"] = exp.model.weights
+    if exp.engine.micro_batch is not None:
+        chosen["micro_batch"] = exp.engine.micro_batch
+    if exp.engine.zero.ranks > 1:
+        chosen["zero"] = exp.engine.zero.ranks
+    return chosen
 
 
 def device_of(exp: ExperimentBase) -> str:
@@ -192,6 +208,12 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         rounds=stage.rounds,
         device=device_of(exp),
         attention=exp.model.attention,
+        micro_batch=exp.engine.micro_batch,
+        weights=exp.model.weights,
+        checkpointing=exp.model.checkpointing,
+        decoding=to_json(exp.decoding),
+        save_predictions=exp.personalise.save_predictions and stage.kind == "personalise",
+        zero=to_json(exp.engine.zero) if exp.engine.zero.ranks > 1 else {},
         guards=stage.guards,
         **_overlay(exp, stage),
     )

@@ -16,7 +16,8 @@ from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.core.method import Overlay, Row
 from fedtailor.core.net import LaneNet
 from fedtailor.methods import build_method
-from fedtailor.models.classifier import load_classifier, load_config
+from fedtailor.models.base import load_base
+from fedtailor.models.classifier import load_config
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.folder import staged_folder
 from fedtailor.runs.artifacts import model_path
@@ -127,7 +128,7 @@ def _own_part(run: RunFolder, client: str, seed: int) -> tuple[Overlay, Mapping[
         return None
     named_labels = dict(load_config(base_folder(run, seed)).id2label or {})
     labels = [str(name) for _, name in sorted(named_labels.items())]
-    model = load_classifier(base_folder(run, seed), len(labels), labels)
+    model = load_base(base_folder(run, seed), exp.task.kind, labels)
     specs = overlay.specs(LaneNet(model, adapted_linears(model)))
     return overlay, named(specs, np.asarray(rounds.private(client, at[client]), np.float32)), labels
 

@@ -14,24 +14,24 @@ from fedtailor.core.batches import Examples, LaneBatch, make_batch
 
 
 def lane_cross_entropy(logits: Tensor, batch: LaneBatch) -> Tensor:
-    """Mean cross-entropy of each lane over its own rows.
+    """Mean cross-entropy of each lane over its own targets: texts, or response tokens.
 
     Args:
-        logits: (k, b, C).
-        batch: labels and valid rows (k, b).
+        logits: (k, m, C).
+        batch: labels and valid targets (k, m).
 
     Returns:
         (k,).
     """
     k, b, classes = logits.shape
-    each = functional.cross_entropy(logits.reshape(k * b, classes), batch.labels.view(k * b), reduction="none")
+    each = functional.cross_entropy(logits.reshape(k * b, classes), batch.labels.reshape(k * b), reduction="none")
     weight = batch.rows.to(each.dtype)
     return (each.view(k, b) * weight).sum(1) / weight.sum(1)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Counts over a lane's test texts."""
+    """Counts over a lane's targets: test texts, or the tokens of test responses."""
 
     correct: int
     loss_sum: float
@@ -58,7 +58,8 @@ def evaluate(
     sizes = [len(t.labels) for t in tests]
     width = max(int(t.lengths.max()) for t in tests)
     rows = max(1, token_budget // (len(tests) * width))
-    correct, losses = np.zeros(len(tests), np.int64), np.zeros(len(tests), np.float64)
+    correct, count = np.zeros(len(tests), np.int64), np.zeros(len(tests), np.int64)
+    losses = np.zeros(len(tests), np.float64)
     for start in range(0, max(sizes), rows):
         # Lanes are ordered by training size, so any of them may run out of test texts first: it stays in the
         # batch with its last text, which is not counted again.
@@ -68,8 +69,9 @@ def evaluate(
         counted = batch.rows & alive.unsqueeze(1)
         scores = logits(batch)
         k, b, classes = scores.shape
-        each = functional.cross_entropy(scores.reshape(k * b, classes), batch.labels.view(k * b), reduction="none")
+        each = functional.cross_entropy(scores.reshape(k * b, classes), batch.labels.reshape(k * b), reduction="none")
         hits = (scores.argmax(-1) == batch.labels) & counted
         correct += hits.sum(1).cpu().numpy()
         losses += (each.view(k, b).double() * counted).sum(1).cpu().numpy()
-    return [Score(int(c), float(loss), n) for c, loss, n in zip(correct, losses, sizes, strict=True)]
+        count += counted.sum(1).cpu().numpy()
+    return [Score(int(c), float(loss), int(n)) for c, loss, n in zip(correct, losses, count, strict=True)]

@@ -19,14 +19,23 @@ def check(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool) -> 
     Raises:
         ModelError: it has no PAD token, or max_length leaves no room beside special tokens.
     """
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no PAD token; set one before tokenising")
+    check_pad(tokenizer)
     special = tokenizer.num_special_tokens_to_add(pair=paired)
     if max_length <= special:
         raise ModelError(
             f"'task.max_length' is {max_length}, but the tokenizer adds {special} special tokens to a "
             f"{'pair' if paired else 'text'}"
         )
+
+
+def check_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that batches can be padded.
+
+    Raises:
+        ModelError: the tokenizer has no PAD token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no PAD token; set one before tokenising")
 
 
 def encode(

@@ -11,6 +11,7 @@ from fedtailor.core.errors import DataError
 
 Pool = Literal["seen", "unseen"]
 Split = Literal["train", "test"]
+TaskKind = Literal["classification", "generation"]
 POOLS: tuple[Pool, ...] = ("seen", "unseen")
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -21,7 +22,9 @@ class Example(NamedTuple):
     text: str
     label: int
     pair: str | None = None
-    """The second text (hypothesis) of a sentence-pair task."""
+    """The second text (hypothesis) of a sentence-pair task; the response of an instruction."""
+    history: str | None = None
+    """Earlier turns of a conversation, system message included: JSON of ``[{"role": ..., "content": ...}, ...]``."""
 
     @property
     def normal(self) -> str:
@@ -43,24 +46,52 @@ class LanguagePool:
 
 
 @dataclass(frozen=True)
-class Source:
-    """All texts of a task.
+class Owner:
+    """A client that the data itself names (annotator, category), with its examples in a fixed order.
 
     Args:
-        labels: class names; a label is an index into them.
+        name: last part of the client's id ``pool/language/name``, without a slash.
+        pool: ``seen`` or ``unseen``.
+        language: the group that most of its examples belong to.
+        train: examples to learn from.
+        test: examples to be judged by.
+    """
+
+    name: str
+    pool: Pool
+    language: str
+    train: Sequence[Example]
+    test: Sequence[Example]
+
+    def split(self, name: Split) -> Sequence[Example]:
+        """The examples of one split."""
+        return self.train if name == "train" else self.test
+
+
+@dataclass(frozen=True)
+class Source:
+    """All texts of a task, by language (`pools`, dealt to clients later) or by client (`owners`).
+
+    Args:
+        labels: class names; a label is an index into them. Of instructions: the groups (languages, categories) that
+            results are reported by, each example belonging to one.
         pools: pool -> language -> texts. A class that a language lacks is legal.
         notes: counts of what was dropped or found, and rules that were followed, for the manifest.
         disjoint: the source promises that no normalised text occurs in two pools or two splits.
+        kind: ``classification`` (text to class) or ``generation`` (instruction to response).
+        owners: the clients, where the data names them; `pools` is empty then.
     """
 
     labels: tuple[str, ...]
-    pools: Mapping[Pool, Mapping[str, LanguagePool]]
+    pools: Mapping[Pool, Mapping[str, LanguagePool]] = field(default_factory=dict)
     notes: Mapping[str, int | str] = field(default_factory=dict)
     disjoint: bool = False
+    kind: TaskKind = "classification"
+    owners: tuple[Owner, ...] = ()
 
     @property
     def paired(self) -> bool:
-        """The examples are pairs of texts.
+        """The examples are pairs of texts, as instructions and their responses are.
 
         Raises:
             DataError: some are and some are not.
@@ -70,10 +101,11 @@ class Source:
             raise DataError("some examples are pairs of texts and some are single texts; a task has one kind")
         return kinds == {True}
 
-    def parts(self) -> Iterator[tuple[Pool, str, LanguagePool]]:
-        """(pool, language, texts), seen before unseen, languages in alphabetical order."""
+    def parts(self) -> Iterator[tuple[Pool, str, LanguagePool | Owner]]:
+        """(pool, language, texts), seen before unseen, languages in alphabetical order, or owners in their order."""
         for pool in POOLS:
-            for language in sorted(self.pools[pool]):
+            yield from ((pool, owner.language, owner) for owner in self.owners if owner.pool == pool)
+            for language in sorted(self.pools.get(pool, {})):
                 yield pool, language, self.pools[pool][language]
 
 

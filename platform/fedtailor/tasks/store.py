@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from fedtailor.core.errors import DataError
 from fedtailor.tasks.arrow import BLOCK, open_stream
-from fedtailor.tasks.source import Split
+from fedtailor.tasks.source import Split, TaskKind
 
 Ints = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int32]
 
 TEXTS = pa.schema(
     {
@@ -30,6 +31,9 @@ TEXTS = pa.schema(
 """texts.arrow: every text of the source once; its row number is its name."""
 PAIRS = TEXTS.append(pa.field("pair", pa.large_string()))
 """texts.arrow of a sentence-pair task."""
+INSTRUCTIONS = PAIRS.append(pa.field("history", pa.large_string()))
+"""texts.arrow of a generation task: `text` is the instruction, `pair` its response, `label` the example's group and
+`language` that group's name, `history` the turns before it as JSON, or null."""
 EXAMPLES = pa.schema({"client": pa.int32(), "test": pa.bool_(), "row": pa.int32()})
 """examples.arrow: client (index into the manifest's clients), split, row of texts.arrow; train first."""
 
@@ -49,6 +53,15 @@ class Client:
     language: str
     n_train: int
     n_test: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A client with its rows of the text table, (n_train,) and (n_test,) int32."""
+
+    client: Client
+    train: Rows
+    test: Rows
 
 
 @dataclass(frozen=True)
@@ -119,8 +132,13 @@ class TaskData:
         return cls(path, manifest, members, tuple(open_stream(path / "texts.arrow", manifest["rows"])))
 
     @property
+    def kind(self) -> TaskKind:
+        """What the task asks for: a class, or a response."""
+        return kind_of(self.manifest)
+
+    @property
     def labels(self) -> tuple[str, ...]:
-        """Class names."""
+        """Class names; of a generation task the groups that results are reported by."""
         return tuple(self.manifest["labels"])
 
     @property
@@ -143,11 +161,11 @@ class TaskData:
 
     @property
     def paired(self) -> bool:
-        """The examples are pairs of texts."""
+        """The examples are pairs of texts; an instruction and its response are one too."""
         return bool(self.batches) and "pair" in self.batches[0].schema.names
 
     def texts(self, client_id: str, split: Split) -> tuple[list[str], Ints]:
-        """A client's texts and their labels, (n,) int64; of a pair the first text, see `pairs`."""
+        """A client's texts (of a pair the first one, see `pairs`) or instructions, and their labels, (n,) int64."""
         rows = self.members.rows_of(client_id, split)
         return self._column("text", rows), np.array(self._column("label", rows), dtype=np.int64)
 
@@ -156,11 +174,32 @@ class TaskData:
         rows = self.members.rows_of(client_id, split)
         return self._column("pair", rows) if self.paired else None
 
+    def responses(self, client_id: str, split: Split) -> list[str]:
+        """The responses in the order of `texts`.
+
+        Raises:
+            DataError: the task asks for classes.
+        """
+        return self._of_instructions("pair", client_id, split)
+
+    def history(self, client_id: str, split: Split) -> list[str | None]:
+        """The turns before each instruction in the order of `texts`: JSON, or None where it is the first.
+
+        Raises:
+            DataError: the task asks for classes.
+        """
+        return self._of_instructions("history", client_id, split)
+
+    def _of_instructions(self, column: str, client_id: str, split: Split) -> list[Any]:
+        if self.kind != "generation":
+            raise DataError(f"{self.path}: a {self.kind} task has labels and no responses")
+        return self._column(column, self.members.rows_of(client_id, split))
+
     def _column(self, name: str, rows: Ints) -> list[Any]:
         return [self.batches[row // BLOCK].column(name)[int(row % BLOCK)].as_py() for row in rows]
 
     def train_texts(self, pool: str = "seen") -> Iterator[str]:
-        """The pool's train texts (both texts of a pair), each row once, in the table's order."""
+        """The pool's train texts (both of a pair, an instruction and its response), each row once, in table order."""
         names = ["pool", "split", "text", *(["pair"] if self.paired else [])]
         for batch in self.batches:
             columns = (batch.column(name).to_pylist() for name in names)
@@ -176,6 +215,11 @@ def clients_of(manifest: Mapping[str, Any]) -> tuple[Client, ...]:
         pool, language, _ = entry["id"].split("/")
         clients.append(Client(entry["id"], pool, language, entry["n_train"], entry["n_test"]))
     return tuple(clients)
+
+
+def kind_of(manifest: Mapping[str, Any]) -> TaskKind:
+    """The kind of a task or of its tokens; manifests that do not name one are of classification."""
+    return "generation" if manifest.get("kind") == "generation" else "classification"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
@@ -17,32 +16,30 @@ import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.settings import TaskConfig
-from fedtailor.tasks import cldr, leakage, masakhanews, xnli
+from fedtailor.tasks import cldr, cldr_instruct, dolly, fed_aya, instructions, leakage, masakhanews, xnli
 from fedtailor.tasks.arrow import BLOCK, write_stream
+from fedtailor.tasks.owners import check_instructions, check_owners, keep_share, own_holdings
 from fedtailor.tasks.partition import Shard, client_id, partition, resample
 from fedtailor.tasks.reuse import Shards, keep_first, repeat_on
 from fedtailor.tasks.source import SPLITS, Example, Pool, Source
-from fedtailor.tasks.store import EXAMPLES, PAIRS, TEXTS, Client, TaskData
+from fedtailor.tasks.store import EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, Client, Holding, TaskData
 
 __all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare"]
 
 TASKS: Final[Mapping[str, Callable[[TaskConfig, int], Source]]] = {
     "cldr": cldr.load,
+    "cldr_instruct": cldr_instruct.load,
     "masakhanews": masakhanews.load,
     "xnli": xnli.load,
+    "dolly": dolly.load,
+    "fed_aya": fed_aya.load,
+    "instructions": instructions.load,
 }
 """Task name -> function that loads its texts."""
 
-Rows = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class _Holding:
-    """A client with its rows of the text table, (n_train,) and (n_test,) int32."""
-
-    client: Client
-    train: Rows
-    test: Rows
+_PLACE = {"path", "max_length", "template", "overlong"}
+"""Keys that say where a task is read or how it becomes tokens, not what it holds."""
+_INSTRUCTIONS_ONLY = {"unseen", "client_column", "group_column", "split", "max_examples"}
 
 
 def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
@@ -51,12 +48,12 @@ def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
     Equal (cfg, seed) give equal bytes. `out` should be a fresh folder; the caller makes it final.
 
     Raises:
-        ConfigError: unknown task.
-        DataError: see the task's load function, `partition` and `leakage.check`.
+        ConfigError: unknown task, or a key that this task's clients rule out.
+        DataError: see the task's load function, `partition`, `owners` and `leakage.check`.
     """
     source, holdings = _dealt(cfg, seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_stream(out / "texts.arrow", PAIRS if source.paired else TEXTS, _text_batches(source))
+    write_stream(out / "texts.arrow", _schema(source), _text_batches(source))
     write_stream(out / "examples.arrow", EXAMPLES, _example_batches(holdings))
     manifest = _manifest(cfg, seed, source, holdings)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
@@ -75,6 +72,12 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{hint}")
     source = TASKS[cfg.name](cfg, seed)
+    if source.owners:
+        _refuse_dealing(cfg)
+        check_owners(source)
+    if source.kind == "generation":
+        check_instructions(source)
+        return source
     found = {e.label for _, _, part in source.parts() for e in part.train}
     if len(found) == 1:
         only = source.labels[found.pop()]
@@ -82,9 +85,24 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
     return source
 
 
-def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[_Holding]]:
+def _refuse_dealing(cfg: TaskConfig) -> None:
+    """Raises ConfigError for keys that deal texts to clients, where the data names its clients."""
+    dealing = {"task.resample": cfg.resample, "task.reference_unseen_partition": cfg.reference_unseen_partition}
+    problems = [
+        f"'{key}' deals texts to clients, and the clients of task {cfg.name!r} hold their own (remove it)"
+        for key, value in dealing.items()
+        if value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[Holding]]:
     """The texts that stay, and who holds which."""
     source = _load(cfg, seed)
+    if source.owners:
+        source = keep_share(source, cfg.clients_used, cfg.clients_per_language)
+        return source, list(own_holdings(source))
     shards: Shards = {(pool, lang): _shards(source, pool, lang, cfg, seed) for pool, lang, _ in source.parts()}
     if cfg.clients_used < cfg.clients_per_language:
         source, shards = keep_first(source, shards, cfg.clients_used)
@@ -101,14 +119,14 @@ def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: in
     return partition(part, pool, language, n, cfg.alpha, seed)
 
 
-def _holdings(source: Source, shards: Shards, clients: int) -> Iterator[_Holding]:
+def _holdings(source: Source, shards: Shards, clients: int) -> Iterator[Holding]:
     first = 0
     for pool, language, part in source.parts():
         for index, shard in enumerate(shards[pool, language]):
             name = client_id(pool, language, index, clients)
             client = Client(name, pool, language, len(shard.train), len(shard.test))
             test = shard.test + first + len(part.train)
-            yield _Holding(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
+            yield Holding(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
         first += len(part.train) + len(part.test)
 
 
@@ -116,18 +134,26 @@ def _examples(source: Source) -> Iterator[tuple[str, str, str, Example]]:
     for pool, language, part in source.parts():
         for split in SPLITS:
             for example in part.split(split):
-                yield pool, language, split, example
+                yield pool, source.labels[example.label] if source.owners else language, split, example
+
+
+def _schema(source: Source) -> pa.Schema:
+    if source.kind == "generation":
+        return INSTRUCTIONS
+    return PAIRS if source.paired else TEXTS
 
 
 def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
-    schema = PAIRS if source.paired else TEXTS
-    rows = ((pool, language, split, e.text, e.label, e.pair) for pool, language, split, e in _examples(source))
+    schema = _schema(source)
+    rows = (
+        (pool, language, split, e.text, e.label, e.pair, e.history) for pool, language, split, e in _examples(source)
+    )
     while block := list(islice(rows, BLOCK)):
         columns = [list(column) for column in zip(*block, strict=True)]
         yield pa.record_batch(columns[: len(schema)], schema=schema)
 
 
-def _example_batches(holdings: Sequence[_Holding]) -> Iterator[pa.RecordBatch]:
+def _example_batches(holdings: Sequence[Holding]) -> Iterator[pa.RecordBatch]:
     rows = np.concatenate([part for h in holdings for part in (h.train, h.test)])
     sizes = np.array([(len(h.train), len(h.test)) for h in holdings])
     clients = np.repeat(np.arange(len(holdings), dtype=np.int32), sizes.sum(axis=1))
@@ -137,18 +163,22 @@ def _example_batches(holdings: Sequence[_Holding]) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch([clients[cut], test[cut], rows[cut]], schema=EXAMPLES)
 
 
-def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[_Holding]) -> dict[str, Any]:
+def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[Holding]) -> dict[str, Any]:
     examples = [e for *_, e in _examples(source)]
-    digests = [_digest(e) for e in examples]
+    digests = [_digest(e, source) for e in examples]
     labels = np.array([e.label for e in examples], dtype=np.int64)
     clients = [_client_entry(h, digests, labels, len(source.labels)) for h in holdings]
-    content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients]]
+    generation = source.kind == "generation"
+    content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients], *(["generation"] * generation)]
+    hidden = _PLACE if generation else _PLACE | _INSTRUCTIONS_ONLY
     return {
+        # Manifests from before there were two kinds stay what they were.
+        **({"kind": source.kind} if generation else {}),
         "task": cfg.name,
-        "config": cfg.model_dump(mode="json", exclude={"path", "max_length"}),
+        "config": cfg.model_dump(mode="json", exclude=hidden),
         "seed": seed,
         "labels": list(source.labels),
-        "languages": sorted(cfg.languages),
+        "languages": sorted({o.language for o in source.owners} or cfg.languages),
         "class_counts": _class_counts(source),
         "notes": dict(source.notes) | leakage.check(source) | {"unused_test_texts": _unused(source)},
         "rows": len(examples),
@@ -157,13 +187,15 @@ def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[_Ho
     }
 
 
-def _digest(example: Example) -> bytes:
+def _digest(example: Example, source: Source) -> bytes:
+    if source.kind == "generation":
+        return hashlib.sha256(json.dumps(example, ensure_ascii=False).encode()).digest()
     texts = example.text if example.pair is None else f"{example.text}\0{example.pair}"
     return hashlib.sha256(f"{example.label}\0{texts}".encode()).digest()
 
 
 def _client_entry(
-    holding: _Holding, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
+    holding: Holding, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
 ) -> dict[str, Any]:
     content = hashlib.sha256(f"{len(holding.train)}/{len(holding.test)}".encode())
     for row in chain(holding.train, holding.test):
@@ -179,17 +211,21 @@ def _client_entry(
 
 
 def _class_counts(source: Source) -> dict[str, list[int]]:
-    counts = {}
+    counts: dict[str, npt.NDArray[np.int64]] = {}
     for pool, language, part in source.parts():
         for split in SPLITS:
-            found = [e.label for e in part.split(split)]
-            counts[f"{pool}/{language}/{split}"] = np.bincount(found, minlength=len(source.labels)).tolist()
-    return counts
+            # Clients of one predominant language are counted together.
+            found = np.bincount([e.label for e in part.split(split)], minlength=len(source.labels))
+            key = f"{pool}/{language}/{split}"
+            counts[key] = counts.get(key, 0) + found
+    return {key: found.tolist() for key, found in counts.items()}
 
 
 def _unused(source: Source) -> int:
-    """Test texts of a class that their pool's train part in that language lacks."""
+    """Test texts of a class that their pool's train part in that language lacks; of clients' own texts none."""
     unused = 0
+    if source.owners:
+        return unused
     for _, _, part in source.parts():
         classes = {e.label for e in part.train}
         unused += sum(e.label not in classes for e in part.test)

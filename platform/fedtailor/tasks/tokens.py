@@ -15,10 +15,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from fedtailor.tasks import instruction_tokens, templates
 from fedtailor.tasks.arrow import BLOCK, open_stream, write_stream
-from fedtailor.tasks.encoding import check, encode
-from fedtailor.tasks.source import Split
-from fedtailor.tasks.store import Client, Membership, TaskData, clients_of, read_manifest
+from fedtailor.tasks.encoding import check, check_pad, encode
+from fedtailor.tasks.source import Split, TaskKind
+from fedtailor.tasks.store import Client, Membership, TaskData, clients_of, kind_of, read_manifest
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
@@ -38,43 +39,63 @@ class Examples:
         lengths: int64 (n,), tokens of each text, special tokens included.
         labels: int64 (n,).
         first: int64 (n,), tokens of each pair's first segment; None where there are no segments.
+        prompt: int64 (n,), tokens of each instruction's prompt; None for classification.
     """
 
     input_ids: Ints
     lengths: Ints
     labels: Ints
     first: Ints | None = None
+    prompt: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def tokenise(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, out: Path) -> TokenData:
+def tokenise(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    out: Path,
+    template: str = "auto",
+    overlong: templates.Overlong = "cut_prompt",
+) -> TokenData:
     """Writes ``manifest.json``, ``tokens.arrow`` and ``examples.arrow`` to `out` and opens them.
 
     Texts are cut to `max_length` tokens, special tokens included; of a pair, the longer text is cut first. A text
     that has no token at all becomes one unknown (else end, else pad) token, so that no example is empty.
 
+    Instructions are written by `template`; those that are too long follow `overlong`, in train and test alike, and
+    are counted in the manifest. ``answers.arrow`` keeps their texts.
+
     Raises:
         ModelError: the tokenizer has no PAD token, its segments are not two in a row, or max_length leaves no room
-            beside special tokens.
+            beside special tokens or the template; see `templates.encode` for instructions, as for the next two.
+        ConfigError: no such template.
+        DataError: a client has only over-long examples, and these are dropped; names it.
     """
-    check(tokenizer, max_length, data.paired)
     out.mkdir(parents=True, exist_ok=True)
-    lengths: list[int] = []
     digest = hashlib.sha256(data.hash.encode())
-    segments = data.paired and "token_type_ids" in tokenizer.model_input_names
-    rows = _batches(data, tokenizer, max_length, lengths, digest)
-    write_stream(out / "tokens.arrow", SEGMENTS if segments else TOKENS, rows)
-    copyfile(data.path / "examples.arrow", out / "examples.arrow")
-    manifest = {
+    if data.kind == "generation":
+        made = instruction_tokens.write(data, tokenizer, max_length, out, template, overlong, digest)
+        lengths, held, notes = made.lengths, made.held, made.notes
+    else:
+        check(tokenizer, max_length, data.paired)
+        found: list[int] = []
+        segments = data.paired and "token_type_ids" in tokenizer.model_input_names
+        rows = _batches(data, tokenizer, max_length, found, digest)
+        write_stream(out / "tokens.arrow", SEGMENTS if segments else TOKENS, rows)
+        copyfile(data.path / "examples.arrow", out / "examples.arrow")
+        lengths, notes = np.array(found, dtype=np.int64), {}
+        held = [_held(data, client.id) for client in data.clients]
+    manifest = notes | {
         "labels": list(data.labels),
-        "pad_id": int(tokenizer.pad_token_id),
+        "pad_id": tokenizer.pad_token_id,
         "max_length": max_length,
         "data_hash": data.hash,
         "hash": digest.hexdigest(),
         "rows": len(lengths),
-        "clients": _client_entries(data, np.array(lengths, dtype=np.int64)),
+        "clients": [_client_entry(c.id, *rows, lengths) for c, rows in zip(data.clients, held, strict=True)],
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return TokenData.open(out)
@@ -98,10 +119,42 @@ def examples_of(
     check(tokenizer, max_length, pairs is not None)
     ids, first = encode(tokenizer, texts, pairs, max_length)
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    input_ids = np.full((len(ids), int(lengths.max(initial=0))), tokenizer.pad_token_id, dtype=np.int64)
+    input_ids = _padded(ids, tokenizer)
+    return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
+
+
+def instructions_of(
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[templates.Sample],
+    labels: Ints,
+    max_length: int,
+    template: str = "auto",
+) -> Examples:
+    """Tokenises instructions that are in memory, by the rules of `tokenise`; what is too long is cut.
+
+    Args:
+        tokenizer: of the base model.
+        samples: n instructions, with or without a response.
+        labels: (n,) group indices.
+        max_length: most tokens of prompt and response.
+        template: see ``task.template``.
+
+    Raises:
+        ConfigError, ModelError, DataError: see `templates.encode`.
+    """
+    check_pad(tokenizer)
+    rows = [row for row in templates.encode(template, tokenizer, samples, max_length) if row is not None]
+    ids = [row.ids for row in rows]
+    lengths = np.array([len(row) for row in ids], dtype=np.int64)
+    prompt = np.array([row.prompt_tokens for row in rows], dtype=np.int64)
+    return Examples(_padded(ids, tokenizer), lengths, labels.astype(np.int64), prompt=prompt)
+
+
+def _padded(ids: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> Ints:
+    input_ids = np.full((len(ids), max(map(len, ids), default=0)), tokenizer.pad_token_id, dtype=np.int64)
     for row, target in zip(ids, input_ids, strict=True):
         target[: len(row)] = row
-    return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
+    return input_ids
 
 
 def _batches(
@@ -121,14 +174,14 @@ def _batches(
             yield pa.record_batch([*columns, pa.array(first)], schema=SEGMENTS)
 
 
-def _client_entries(data: TaskData, lengths: Ints) -> list[dict[str, Any]]:
-    entries = []
-    for c in data.clients:
-        rows = [lengths[data.members.rows_of(c.id, split)] for split in ("train", "test")]
-        entry = {"id": c.id, "n_train": c.n_train, "n_test": c.n_test}
-        entry |= {"longest": int(max(r.max() for r in rows)), "train_tokens": int(rows[0].sum())}
-        entries.append(entry)
-    return entries
+def _held(data: TaskData, client: str) -> tuple[Ints, Ints]:
+    return data.members.rows_of(client, "train"), data.members.rows_of(client, "test")
+
+
+def _client_entry(client: str, train: Ints, test: Ints, lengths: Ints) -> dict[str, Any]:
+    longest = int(max(lengths[train].max(), lengths[test].max()))
+    sizes = {"id": client, "n_train": len(train), "n_test": len(test)}
+    return sizes | {"longest": longest, "train_tokens": int(lengths[train].sum())}
 
 
 @dataclass(frozen=True)
@@ -139,7 +192,9 @@ class TokenData:
     manifest: Mapping[str, Any] = field(repr=False)
     members: Membership = field(repr=False)
     batches: tuple[tuple[Ints, Ids, Ids, Ids | None], ...] = field(repr=False)
-    """(offsets, ids, labels, tokens of the first segments) of each block."""
+    """(offsets, ids, labels, tokens of the first segments or of the prompts) of each block."""
+    texts: tuple[pa.RecordBatch, ...] = field(repr=False, default=())
+    """Of instructions: question and answer of each row."""
 
     @classmethod
     def open(cls, path: Path | str) -> TokenData:
@@ -154,9 +209,10 @@ class TokenData:
         blocks = []
         for batch in open_stream(path / "tokens.arrow", manifest["rows"]):
             ids, label = batch.column("ids"), batch.column("label")
-            first = batch.column("first").to_numpy() if "first" in batch.schema.names else None
-            blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy(), first))
-        return cls(path, manifest, members, tuple(blocks))
+            part = next((batch.column(n).to_numpy() for n in ("first", "prompt") if n in batch.schema.names), None)
+            blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy(), part))
+        texts = open_stream(path / "answers.arrow", manifest["rows"]) if kind_of(manifest) == "generation" else ()
+        return cls(path, manifest, members, tuple(blocks), tuple(texts))
 
     @property
     def clients(self) -> tuple[Client, ...]:
@@ -164,8 +220,13 @@ class TokenData:
         return self.members.clients
 
     @property
+    def kind(self) -> TaskKind:
+        """``classification`` or ``generation``."""
+        return kind_of(self.manifest)
+
+    @property
     def labels(self) -> tuple[str, ...]:
-        """Class names."""
+        """Class names; of instructions the groups that results are reported by."""
         return tuple(self.manifest["labels"])
 
     @property
@@ -206,13 +267,27 @@ class TokenData:
         rows = self.members.rows_of(client_id, split)
         input_ids = np.full((len(rows), self.longest(client_id)), self.pad_id, dtype=np.int64)
         lengths = np.empty(len(rows), dtype=np.int64)
-        labels, first = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
+        labels, part = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
-            offsets, ids, block_labels, block_first = self.batches[row // BLOCK]
+            offsets, ids, block_labels, block_part = self.batches[row // BLOCK]
             start, end = offsets[row % BLOCK], offsets[row % BLOCK + 1]
             input_ids[i, : end - start] = ids[start:end]
             lengths[i], labels[i] = end - start, block_labels[row % BLOCK]
-            if block_first is not None:
-                first[i] = block_first[row % BLOCK]
+            if block_part is not None:
+                part[i] = block_part[row % BLOCK]
+        if self.kind == "generation":
+            return Examples(input_ids, lengths, labels, prompt=part)
         segments = bool(self.batches) and self.batches[0][3] is not None
-        return Examples(input_ids, lengths, labels, first if segments else None)
+        return Examples(input_ids, lengths, labels, part if segments else None)
+
+    def answers(self, client_id: str, split: Split) -> list[str]:
+        """The reference responses, in the order of `examples`; whole, even where tokens were cut."""
+        return self._texts("answer", client_id, split)
+
+    def questions(self, client_id: str, split: Split) -> list[str]:
+        """The instructions without template and history, in the order of `examples`."""
+        return self._texts("question", client_id, split)
+
+    def _texts(self, column: str, client_id: str, split: Split) -> list[str]:
+        rows = self.members.rows_of(client_id, split)
+        return [self.texts[row // BLOCK].column(column)[int(row % BLOCK)].as_py() for row in rows]

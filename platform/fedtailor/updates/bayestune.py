@@ -94,7 +94,7 @@ def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tu
         lam = clamp_lambda(raw)
         use_lambda(net, raw if cfg.forward == "raw" else lam)
         ce = lane_cross_entropy(net.logits(batch), batch)
-        ce_sum[:k] += ce.detach()
+        ce_sum[:k] += ce.detach() if batch.share is None else ce.detach() * batch.share.to(ce.dtype)
         penalty = cfg.alpha_s * sparsity(column_norms(net, params, k), lam) + cfg.alpha_p * hyper_prior(lam)
         return ce + penalty / sizes[:k]
 
@@ -111,6 +111,8 @@ def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tu
         AdamGroup((LAMBDA,), cfg.lambda_lr, zero_grad=not cfg.accumulate_lambda_grad),
     ]
     trace = train(ctx, groups, how, loss, log_share)
+    if net.ranks is not None:
+        net.ranks.sum_(ce_sum)
     for lane, steps in zip(ctx.lanes, trace.steps.tolist(), strict=True):
         if steps < FEW_STEPS:
             ctx.warn(lane, f"the rank search has only {steps} step(s) on {lane.size} examples: lambda hardly moves")

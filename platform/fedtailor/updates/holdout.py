@@ -19,12 +19,13 @@ class Rows:
     lengths: IntArray
     labels: IntArray
     first: IntArray | None
+    prompt: IntArray | None = None
 
     @classmethod
     def of(cls, examples: Examples, rows: IntArray) -> Rows:
         """The given rows."""
-        first = None if examples.first is None else examples.first[rows]
-        return cls(examples.input_ids[rows], examples.lengths[rows], examples.labels[rows], first)
+        first, prompt = (None if part is None else part[rows] for part in (examples.first, examples.prompt))
+        return cls(examples.input_ids[rows], examples.lengths[rows], examples.labels[rows], first, prompt)
 
 
 def held_out(size: int, share: float) -> int:

@@ -56,7 +56,8 @@ class HypergradientConfig(Config):
     """Defaults: FedP2EFT A.4 (FedL2P)."""
 
     terms: Natural = 3
-    """Q, terms of the Neumann series after the first; 0 is the plain one-step lookahead."""
+    """Q, terms of the Neumann series after the first; 0 is the plain one-step lookahead, which needs no second
+    derivative: the first-order option where that does not fit (ZeRO, fused attention)."""
     psi: Rate = 0.1
     """Step of the Neumann series."""
     pairs: Positive = 16
@@ -125,11 +126,12 @@ def cotangent(
         One tensor like each of ``params``.
     """
     share = 1 / cfg.pairs if cfg.share_losses else 1.0
+    if not cfg.terms and cfg.form == "lookahead":
+        gradient = torch.autograd.grad(lane_cross_entropy(logits(validation), validation).sum(), params)
+        return [cfg.psi * g for g in gradient] if cfg.times_psi else list(gradient)
     # Fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         gradient = torch.autograd.grad(lane_cross_entropy(logits(validation), validation).sum(), params)
-        if not cfg.terms and cfg.form == "lookahead":
-            return [cfg.psi * g for g in gradient] if cfg.times_psi else list(gradient)
         loss = share * lane_cross_entropy(logits(train), train).sum()
         product = hessian_product(torch.autograd.grad(loss, params, create_graph=True), params)
         v = neumann(gradient, product, cfg.terms, cfg.psi)

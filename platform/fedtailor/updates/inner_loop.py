@@ -15,6 +15,7 @@ from fedtailor.core.batches import IntArray, LaneBatch
 from fedtailor.core.context import ClientContext
 from fedtailor.core.lane_adam import AdamGroup, LaneAdam
 from fedtailor.core.lanes import clip_lanes
+from fedtailor.updates.local_training import backward, cross_entropy_of
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,12 @@ def fine_tune(ctx: ClientContext, rates: Tensor, how: InnerLoop) -> FineTuned:
     try:
         for number, batch in enumerate(ctx.batches([[np.concatenate(step) for step in lane] for lane in steps])):
             optimizer.zero_grad()
-            losses = _loss(ctx.net.logits(batch), batch, [lane[number] for lane in steps[: batch.lanes]])
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            totals[: batch.lanes] += losses.detach()
+            if how.hold_first:
+                losses = _loss(ctx.net.logits(batch), batch, [lane[number] for lane in steps[: batch.lanes]])
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+                totals[: batch.lanes] += losses.detach()
+            else:
+                totals[: batch.lanes] += backward(ctx, batch, cross_entropy_of(ctx))
             if how.max_grad_norm is not None:
                 clip_lanes(optimizer.slices[0], how.max_grad_norm, batch.lanes)
             optimizer.step(batch.lanes)
@@ -106,12 +110,14 @@ def fine_tune(ctx: ClientContext, rates: Tensor, how: InnerLoop) -> FineTuned:
 
 def _loss(logits: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]]) -> Tensor:
     """The sum over each lane's batches, which share a step, of their mean cross-entropies, (k,)."""
-    k, b, classes = logits.shape
-    each = functional.cross_entropy(logits.reshape(k * b, classes), batch.labels.view(k * b), reduction="none")
-    rows = each.new_zeros(max(len(step) for step in steps), k, b)
+    k, m, classes = logits.shape
+    each = functional.cross_entropy(logits.reshape(k * m, classes), batch.labels.reshape(k * m), reduction="none")
+    rows = each.new_zeros(max(len(step) for step in steps), k, m)
+    owners = torch.arange(m, device=each.device).expand(k, m) if batch.owners is None else batch.owners
     for lane, step in enumerate(steps):
         start = 0
         for part, pick in enumerate(step):
-            rows[part, lane, start : start + len(pick)] = 1
+            own = (owners[lane] >= start) & (owners[lane] < start + len(pick))
+            rows[part, lane] = (own & batch.rows[lane]).to(each.dtype)
             start += len(pick)
-    return ((each.view(k, b) * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)
+    return ((each.view(k, m) * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)

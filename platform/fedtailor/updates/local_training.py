@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedtailor.core.batches import LaneBatch, lane_batches
+from fedtailor.core.batches import IntArray, LaneBatch, lane_batches, micro_batches
 from fedtailor.core.context import ClientContext
 from fedtailor.core.lane_adam import AdamGroup, LaneAdam
 from fedtailor.core.lanes import clip_lanes
@@ -31,6 +32,7 @@ class Training:
         clip_groups: indices of the groups that are measured and clipped together.
         dropout: probability of adapter dropout.
         own_dropout: the model keeps its own dropout (full fine-tuning).
+        steps: exactly so many steps, in as many passes as that takes, in the place of ``epochs``.
     """
 
     epochs: int
@@ -40,6 +42,7 @@ class Training:
     clip_groups: tuple[int, ...] = (0,)
     dropout: float = 0.0
     own_dropout: bool = False
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,28 @@ class Trace:
 def cross_entropy_of(ctx: ClientContext) -> LaneLoss:
     """Mean cross-entropy of each running lane, (k,)."""
     return lambda batch: lane_cross_entropy(ctx.net.logits(batch), batch)
+
+
+def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:
+    """Adds the gradient of a step's loss to ``ctx.params``, part by part, over all ranks; the loss of each lane, (k,).
+
+    A step is cut where ``ctx.micro_batch`` or the number of ranks asks for it; the result is that of the whole step,
+    to rounding.
+    """
+    ranks, total = ctx.net.ranks, torch.zeros(batch.lanes, dtype=torch.float64, device=ctx.net.device)
+    if ranks and ranks.index:
+        # A gradient that is kept over steps (a switch) is counted once, on rank 0.
+        ctx.params.zero_gradients()
+    for part in micro_batches(batch, ctx.micro_batch, (ranks.index, ranks.size) if ranks else (0, 1)):
+        values = loss(part)
+        if part.share is not None:
+            values = values * part.share.to(values.dtype)
+        values.sum().backward()  # type: ignore[no-untyped-call]
+        total += values.detach()
+    if ranks:
+        ctx.params.sum_gradients(ranks)
+        ranks.sum_(total)
+    return total
 
 
 def train(
@@ -78,7 +103,7 @@ def train(
     loss = loss or cross_entropy_of(ctx)
     optimizer = LaneAdam(ctx.params, groups)
     clipped = [s for index in how.clip_groups for s in optimizer.slices[index]]
-    picks = ctx.training_batches(how.epochs, how.batch_size, how.purpose)
+    picks = _picks(ctx, how)
     totals = torch.zeros(len(ctx.lanes), dtype=torch.float64, device=ctx.net.device)
     for group in optimizer.slices:
         for s in group:
@@ -89,9 +114,7 @@ def train(
     try:
         for step, batch in enumerate(lane_batches([x.train for x in ctx.lanes], picks, ctx.pad_id, ctx.net.device)):
             optimizer.zero_grad()
-            values = loss(batch)
-            values.sum().backward()  # type: ignore[no-untyped-call]
-            totals[: batch.lanes] += values.detach()
+            totals[: batch.lanes] += backward(ctx, batch, loss)
             if after_backward:
                 after_backward(batch, step)
             if how.max_grad_norm is not None:
@@ -103,3 +126,11 @@ def train(
         ctx.net.train_mode(False)
     steps = torch.tensor([len(p) for p in picks], device=totals.device)
     return Trace(totals / steps, steps)
+
+
+def _picks(ctx: ClientContext, how: Training) -> list[list[IntArray]]:
+    """Rows of every step of every lane."""
+    if how.steps is None:
+        return ctx.training_batches(how.epochs, how.batch_size, how.purpose)
+    passes = max(math.ceil(how.steps / math.ceil(lane.size / how.batch_size)) for lane in ctx.lanes)
+    return [lane[: how.steps] for lane in ctx.training_batches(passes, how.batch_size, how.purpose)]

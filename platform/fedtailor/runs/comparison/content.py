@@ -10,16 +10,13 @@ from fedtailor.runs.comparison.differences import Differences, Row
 from fedtailor.runs.comparison.pairs import RunPair, compare_pairs
 from fedtailor.runs.comparison.read import Side
 from fedtailor.runs.comparison.tables import Budget, Line, PoolTable, pool_tables
+from fedtailor.runs.report.metrics import Measure
 from fedtailor.runs.report.names import in_method_order, method_name
 from fedtailor.runs.report.results import Cell
 from fedtailor.runs.report.tables import ABSENT, percent, points
 from fedtailor.runs.report.verdicts import MARKS, interval_text, p_text
 from fedtailor.runs.report.wording import spread
 
-TABLE_RULE = (
-    "Accuracy in percent, mean over languages: mean (SD) over seeds; the best of each budget in bold. Clients and "
-    "seeds are those behind a row. A method without budgets has the same number at each."
-)
 PairKey = tuple[int, int, str]
 """Run, earlier run, method."""
 
@@ -43,6 +40,19 @@ class Comparison:
     pairs: tuple[RunPair, ...]
     notes: tuple[str, ...]
     wandb: tuple[str, ...] = ()
+
+    @property
+    def measure(self) -> Measure:
+        """What the runs' clients are scored by."""
+        return self.sides[0].measure
+
+    @property
+    def table_rule(self) -> str:
+        """What the tables of results show."""
+        return (
+            f"{self.measure.title} in percent, {self.measure.mean}: mean (SD) over seeds; the best of each budget in "
+            "bold. Clients and seeds are those behind a row. A method without budgets has the same number at each."
+        )
 
     @property
     def run_ids(self) -> tuple[str, ...]:

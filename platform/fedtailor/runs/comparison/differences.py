@@ -17,7 +17,12 @@ ABSENT_KEY = "not set"
 Row = tuple[str, tuple[str, ...]]
 """Name or key, and a text per run."""
 _NEUTRAL = ("storage", "save_adapters", "wandb.")
-_ENGINE = {f"engine.{k}" for k in (*NUMERIC_ENGINE_KEYS, "on_client_failure", "quorum", "num_gpus", "memory_gb")}
+_ENGINE = {
+    f"engine.{key}"
+    for key in (
+        *NUMERIC_ENGINE_KEYS, "micro_batch", "zero.ranks", "on_client_failure", "quorum", "num_gpus", "memory_gb",
+    )
+}  # fmt: skip
 """Keys of the engine that can change a number; GPU keys choose the device."""
 _ORIGINS = ("versions.fedtailor", "versions.torch", "git.sha")
 _DIGITS = 12
@@ -100,16 +105,16 @@ def notes(sides: Sequence[Side]) -> tuple[str, ...]:
         done, total = side.stages
         if done < total:
             found.append(f"{side.run_id} is unfinished ({done} of {total} stages); its numbers are of what is there.")
-    for pool in in_pool_order(pool for side in sides for pool in side.accuracy["pool"]):
+    for pool in in_pool_order(pool for side in sides for pool in side.values["pool"]):
         spoken = {
             side.run_id: frozenset(here["language"])
             for side in sides
-            if len(here := side.accuracy[side.accuracy["pool"] == pool])
+            if len(here := side.values[side.values["pool"] == pool])
         }
         if len(set(spoken.values())) > 1:
             counts = ", ".join(f"{run_id}: {len(codes)}" for run_id, codes in spoken.items())
-            found.append(f"The runs average over different languages of the {pool} pool ({counts}).")
-    seeds = {side.run_id: sorted(set(side.accuracy["seed"])) for side in sides}
+            found.append(f"The runs average over different {sides[0].measure.groups} of the {pool} pool ({counts}).")
+    seeds = {side.run_id: sorted(set(side.values["seed"])) for side in sides}
     if len({tuple(values) for values in seeds.values()}) > 1:
         listed = ", ".join(f"{run_id}: {_plain(values)}" for run_id, values in seeds.items())
         found.append(f"The runs average over different seeds ({listed}).")
@@ -122,7 +127,7 @@ def _state(side: Side) -> str:
 
 
 def _clients(side: Side) -> str:
-    counts = side.accuracy.groupby("pool")["client"].nunique()
+    counts = side.values.groupby("pool")["client"].nunique()
     return " + ".join(f"{counts[pool]} {pool}".strip() for pool in in_pool_order(counts.index))
 
 

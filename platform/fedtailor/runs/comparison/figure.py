@@ -1,4 +1,4 @@
-"""Accuracy against the budget, a line per run and method: colour tells the method, dashes and marker the run."""
+"""Scores against the budget, a line per run and method: colour tells the method, dashes and marker the run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from matplotlib.lines import Line2D
 
 from fedtailor.runs.comparison.tables import Line, PoolTable
 from fedtailor.runs.report.fonts import drawable
+from fedtailor.runs.report.metrics import ACCURACY, Measure
 from fedtailor.runs.report.names import method_name, pool_name, shortened
 from fedtailor.runs.report.plots import PERCENT
 from fedtailor.runs.report.significance import NOT_COMPARED
 from fedtailor.runs.report.style import INK, MUTED, Drawing, Look, looks
 
-NAME, TITLE = "compare", "Accuracy of the runs"
+NAME = "compare"
 _MARKERS = "os^DvPX*"
 _DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
     (0, ()), (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)),
@@ -24,12 +25,13 @@ _DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
 _LONGEST = 44
 
 
-def draw(run_ids: Sequence[str], tables: Sequence[PoolTable]) -> Drawing:
+def draw(run_ids: Sequence[str], tables: Sequence[PoolTable], measure: Measure = ACCURACY) -> Drawing:
     """A panel per pool; with fewer than two budgets, methods take their place on the axis.
 
     Args:
         run_ids: names for the legend, in order.
         tables: one per pool, at least one.
+        measure: what they show.
     """
     shown = {line.method for table in tables for line in table.lines}
     hidden = shown & set(NOT_COMPARED) if shown - set(NOT_COMPARED) else set()
@@ -43,9 +45,9 @@ def draw(run_ids: Sequence[str], tables: Sequence[PoolTable]) -> Drawing:
         axis.set_title(pool_name(table.pool))
         axis.yaxis.set_major_formatter(PERCENT)
         axis.tick_params(labelleft=True)
-    axes[0].set_ylabel("accuracy, mean over languages")
+    axes[0].set_ylabel(f"{measure.phrase}, {measure.mean}")
     _legends(figure, run_ids, look if curves else {}, curves)
-    return Drawing(NAME, TITLE, _caption(tables, hidden, curves), figure)
+    return Drawing(NAME, f"{measure.title} of the runs", _caption(tables, hidden, curves, measure), figure)
 
 
 def _curves(axis: Axes, table: PoolTable, lines: Sequence[Line], look: Mapping[str, Look], n_runs: int) -> None:
@@ -115,13 +117,13 @@ def _legends(figure: Figure, run_ids: Sequence[str], look: Mapping[str, Look], c
                       handlelength=1.3)  # fmt: skip
 
 
-def _caption(tables: Sequence[PoolTable], hidden: set[str], curves: bool) -> str:
+def _caption(tables: Sequence[PoolTable], hidden: set[str], curves: bool, measure: Measure) -> str:
     several = max(line.seeds for table in tables for line in table.lines) > 1
     flat = any(line.flat for table in tables for line in table.lines if line.method not in hidden)
     floor = f" {', '.join(sorted(map(method_name, hidden)))} is in the table only." if hidden else ""
     return (
         ("Colour: method; dashes and marker: run. " if curves else "Marker: run. ")
-        + "Mean over languages, then over seeds"
+        + f"{measure.mean.capitalize()}, then over seeds"
         + ("; error bars: ± SD over seeds" if several else "; one seed, so no error bars")
         + ("; thin lines without markers: methods without a budget" if curves and flat else "")
         + "."

@@ -49,7 +49,7 @@ def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None
 def write(content: Comparison, folder: Path) -> None:
     """Writes all files; equal runs give equal bytes."""
     with styled(content.run_ids):
-        drawing = draw(content.run_ids, content.tables)
+        drawing = draw(content.run_ids, content.tables, content.measure)
         _, svg = save(drawing, folder)
     for name, table in (
         ("compare.csv", results_csv(content.sides)),

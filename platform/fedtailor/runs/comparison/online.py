@@ -49,5 +49,5 @@ def _links(places: Sequence[wandb_sink.Place]) -> list[str]:
 
 def _keys(sides: Sequence[Side]) -> list[str]:
     """Summary values that `wandb_sink.final_results` gives to all runs."""
-    keys = [set(wandb_sink.final_results(side.accuracy)[0]) for side in sides]
+    keys = [set(wandb_sink.final_results(side.values)[0]) for side in sides]
     return sorted(set.intersection(*keys))

@@ -6,7 +6,6 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedtailor.runs.comparison.content import (
-    TABLE_RULE,
     Comparison,
     behind,
     cell_text,
@@ -14,7 +13,7 @@ from fedtailor.runs.comparison.content import (
     pair_text,
     pair_title,
 )
-from fedtailor.runs.comparison.pairs import RULE
+from fedtailor.runs.comparison.pairs import rule
 from fedtailor.runs.report.html import inline_svg
 from fedtailor.runs.report.names import method_name, pool_name
 from fedtailor.runs.report.style import Drawing
@@ -33,8 +32,8 @@ def page(content: Comparison, drawing: Drawing, svg: str) -> str:
     grids = [(table, grid) for table in content.tables if (grid := content.grid(table.pool))]
     text: str = environment.get_template("compare.html.jinja").render(
         run_ids=content.run_ids, facts=content.facts, changed=content.changed, notes=content.notes,
-        tables=content.tables, grids=grids, wandb=content.wandb, drawing=drawing, table_rule=TABLE_RULE,
-        pair_rule=RULE, svg=inline_svg(svg, "f0", drawing.title), style=_style(environment),
+        tables=content.tables, grids=grids, wandb=content.wandb, drawing=drawing, table_rule=content.table_rule,
+        pair_rule=rule(content.measure), svg=inline_svg(svg, "f0", drawing.title), style=_style(environment),
     )  # fmt: skip
     return text
 

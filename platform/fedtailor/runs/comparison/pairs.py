@@ -1,6 +1,6 @@
 """The same method in two runs: paired differences over the clients that both runs have.
 
-A client's accuracy is averaged over the seeds for which the two runs have the same clients, told by content. The test
+A client's score is averaged over the seeds for which the two runs have the same clients, told by content. The test
 and its correction are those of `fedtailor.runs.report.significance`.
 """
 
@@ -15,15 +15,16 @@ import pandas as pd
 
 from fedtailor.runs.comparison.read import Side
 from fedtailor.runs.comparison.tables import Budget, PoolTable
+from fedtailor.runs.report.metrics import Measure
 from fedtailor.runs.report.names import in_method_order
-from fedtailor.runs.report.results import client_accuracy
+from fedtailor.runs.report.results import client_scores
 from fedtailor.runs.report.significance import LEVEL, NOT_COMPARED, Pair, holm, paired
 
-RULE = (
-    "Later run minus earlier run, in accuracy points. Each client's accuracy is averaged over the seeds for which both "
+_RULE = (
+    "Later run minus earlier run, in {phrase} points. Each client's {phrase} is averaged over the seeds for which both "
     "runs have the same clients (the same texts); the difference is then tested over clients with a paired t-test "
     "(two-sided), which takes clients as independent. p-values are Holm-corrected over all pairs of a pool and budget, "
-    f"methods without a budget by themselves; ▲ better and ▼ worse mark those below {LEVEL:g}. The 95 % intervals are "
+    "methods without a budget by themselves; ▲ better and ▼ worse mark those below {level:g}. The 95 % intervals are "
     "of the single comparisons, without correction. With few seeds this says little on how the runs would fare when "
     "trained anew."
 )
@@ -52,9 +53,14 @@ class RunPair:
     result: Pair
 
 
+def rule(measure: Measure) -> str:
+    """What the tests are, for readers of a comparison."""
+    return _RULE.format(phrase=measure.phrase, level=LEVEL)
+
+
 def compare_pairs(sides: Sequence[Side], tables: Sequence[PoolTable]) -> tuple[tuple[RunPair, ...], tuple[str, ...]]:
     """All pairs of runs, in order of pool, budget, runs, method; and why a pair of runs has none."""
-    accuracy = [_client_accuracy(side) for side in sides]
+    scores = [_client_scores(side) for side in sides]
     joined: list[tuple[int, int, tuple[int, ...], pd.DataFrame]] = []
     reasons = []
     for (i, a), (j, b) in combinations(enumerate(sides), 2):
@@ -62,8 +68,8 @@ def compare_pairs(sides: Sequence[Side], tables: Sequence[PoolTable]) -> tuple[t
         if why:
             reasons.append(why)
             continue
-        here = accuracy[i][accuracy[i]["seed"].isin(seeds)]
-        both = here.merge(accuracy[j], on=_KEYS, suffixes=("_other", ""))
+        here = scores[i][scores[i]["seed"].isin(seeds)]
+        both = here.merge(scores[j], on=_KEYS, suffixes=("_other", ""))
         both = both[~both["method"].isin(NOT_COMPARED)]
         if both.empty:
             reasons.append(f"{a.run_id} and {b.run_id} have no method, budget and client in common: no paired test.")
@@ -82,7 +88,7 @@ def _families(table: PoolTable) -> tuple[Budget, ...]:
 def shared_seeds(a: Side, b: Side) -> tuple[tuple[int, ...], str]:
     """Seeds for which two runs have the same clients, or a sentence on why there are none."""
     names = f"{a.run_id} and {b.run_id}"
-    common = sorted({int(s) for s in a.accuracy["seed"]} & {int(s) for s in b.accuracy["seed"]})
+    common = sorted({int(s) for s in a.values["seed"]} & {int(s) for s in b.values["seed"]})
     if not common:
         return (), f"{names} have no seed in common: no paired test."
     unknown = [side.run_id for side in (a, b) if not any(seed in side.people for seed in common)]
@@ -111,9 +117,9 @@ def pairs_csv(sides: Sequence[Side], pairs: Sequence[RunPair]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _client_accuracy(side: Side) -> pd.DataFrame:
-    """As `client_accuracy`; a method with budgets and a stray row without is taken at its budgets."""
-    table = client_accuracy(side.accuracy)
+def _client_scores(side: Side) -> pd.DataFrame:
+    """As `client_scores`; a method with budgets and a stray row without is taken at its budgets."""
+    table = client_scores(side.values)
     largest = table.groupby(["pool", "method"])["budget"].transform("max")
     return table[(table["budget"] >= 0) | (largest < 0)]
 

@@ -13,6 +13,7 @@ from fedtailor.runs.comparison.people import People, people_of
 from fedtailor.runs.digest import digest
 from fedtailor.runs.experiment import nearest
 from fedtailor.runs.launch import committed_stages
+from fedtailor.runs.report.metrics import Measure, primary
 from fedtailor.runs.report.results import checked, scores
 from fedtailor.runs.report.wording import at, text
 from fedtailor.runs.run_folder import RunFolder, run_ids
@@ -47,9 +48,14 @@ class Side:
         return self.folder.run_id
 
     @property
-    def accuracy(self) -> pd.DataFrame:
-        """Accuracies of personalised clients, rows of METRIC_COLUMNS."""
-        return self.scored[self.scored["metric"] == "accuracy"]
+    def measure(self) -> Measure:
+        """What the run's clients are scored by."""
+        return primary(self.scored)
+
+    @property
+    def values(self) -> pd.DataFrame:
+        """Scores of personalised clients by the run's measure, rows of METRIC_COLUMNS."""
+        return self.scored[self.scored["metric"] == self.measure.name]
 
 
 def open_sides(storage: Storage, names: Sequence[str]) -> tuple[Side, ...]:
@@ -88,22 +94,23 @@ def _refuse_names(storage: Storage, names: Sequence[str]) -> None:
 def _refuse_tasks(tasks: Mapping[str, str]) -> None:
     if len(set(tasks.values())) > 1:
         listed = ", ".join(f"'{run_id}': {task}" for run_id, task in tasks.items())
-        raise ConfigError(f"runs of different tasks cannot be compared by accuracy ({listed})")
+        raise ConfigError(f"runs of different tasks cannot be compared ({listed})")
 
 
 def _refuse_labels(sides: Sequence[Side]) -> None:
+    names = f"{sides[0].measure.groups}" if sides[0].measure.own_groups else "classes"
     labels = {side.run_id: next(iter(side.people.values())).labels for side in sides if side.people}
-    if len({frozenset(names) for names in labels.values()}) > 1:
-        listed = "; ".join(f"'{run_id}': {', '.join(names)}" for run_id, names in labels.items())
-        raise ConfigError(f"runs with different classes cannot be compared by accuracy ({listed})")
+    if len({frozenset(own) for own in labels.values()}) > 1:
+        listed = "; ".join(f"'{run_id}': {', '.join(own)}" for run_id, own in labels.items())
+        raise ConfigError(f"runs with different {names} cannot be compared ({listed})")
 
 
 def _side(folder: RunFolder) -> Side:
     state = str(folder.status()["state"])
     scored = scores(checked(folder.metrics("personalise")))
-    if not (scored["metric"] == "accuracy").any():
+    if not (scored["metric"] == primary(scored).name).any():
         raise StorageError(
-            f"run '{folder.run_id}' ({state}) has committed no accuracy of a personalised client; "
+            f"run '{folder.run_id}' ({state}) has committed no score of a personalised client; "
             f"go on with it: fedtailor resume {folder.run_id}"
         )
     listed = committed_stages(folder)

@@ -24,7 +24,7 @@ class Line:
 
     Args:
         run: index of the run.
-        cells: budget to accuracy, mean over languages, then over seeds; a method without budgets has the same at all.
+        cells: budget to score, mean over languages, then over seeds; a method without budgets has the same at all.
         flat: the method has no budgets.
         clients: fewest and most clients behind a cell.
         seeds: most seeds behind a cell.
@@ -75,7 +75,7 @@ def results_csv(sides: Sequence[Side]) -> pd.DataFrame:
 
 def _averages(sides: Sequence[Side]) -> pd.DataFrame:
     """Rows of `results_table` for the mean over languages, with ``run``, the run's index."""
-    table = pd.concat([results_table(side.accuracy).assign(run=k) for k, side in enumerate(sides)], ignore_index=True)
+    table = pd.concat([results_table(side.values).assign(run=k) for k, side in enumerate(sides)], ignore_index=True)
     table = table[table["language"] == AVERAGE]
     # As in a report: a method with budgets and a stray row without is taken at its budgets.
     largest = table.groupby(["run", "pool", "method"])["budget"].transform("max")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedtailor.runs.comparison.content import (
-    TABLE_RULE,
     Comparison,
     behind,
     cell_text,
@@ -14,7 +13,7 @@ from fedtailor.runs.comparison.content import (
     pair_title,
 )
 from fedtailor.runs.comparison.differences import Row
-from fedtailor.runs.comparison.pairs import RULE
+from fedtailor.runs.comparison.pairs import rule
 from fedtailor.runs.comparison.tables import PoolTable
 from fedtailor.runs.report.markup import MARKDOWN, escape, pipes
 from fedtailor.runs.report.names import method_name, pool_name
@@ -29,11 +28,15 @@ def markdown(content: Comparison) -> str:
         parts.append("\n".join(f"- {_plain(note)}" for note in content.notes))
     parts += ["## What differs", _changes(content)]
     for table in content.tables:
-        parts += [f"## {_plain(pool_name(table.pool))}: accuracy (%)", _plain(TABLE_RULE), pipes(_results(ids, table))]
-    parts.append("![Accuracy per budget](compare.svg)")
+        parts += [
+            f"## {_plain(pool_name(table.pool))}: {content.measure.phrase} (%)",
+            _plain(content.table_rule),
+            pipes(_results(ids, table)),
+        ]
+    parts.append(f"![{content.measure.title} per budget](compare.svg)")
     for table in content.tables:
         if content.grid(table.pool):
-            parts += [f"## {_plain(pool_name(table.pool))}: paired differences", _plain(RULE)]
+            parts += [f"## {_plain(pool_name(table.pool))}: paired differences", _plain(rule(content.measure))]
             parts.append(pipes(_pairs(content, table)))
     if content.wandb:
         parts += ["## W&B", "\n".join(f"- {sentence}" for sentence in content.wandb)]

@@ -21,6 +21,7 @@ from fedtailor.runs.comparison.make import PAGE
 from fedtailor.runs.comparison.pairs import RunPair
 from fedtailor.runs.comparison.tables import PoolTable
 from fedtailor.runs.console import plain_table
+from fedtailor.runs.report.metrics import Measure
 from fedtailor.runs.report.names import method_name, pool_name, shortened
 from fedtailor.runs.report.significance import LEVEL
 from fedtailor.runs.report.verdicts import budget_title
@@ -39,7 +40,7 @@ def show(console: Console, content: Comparison, out: Path) -> None:
     else:
         console.print("[bold]What differs[/]  no key that can change a number", highlight=False)
     for table in content.tables:
-        console.print(_results(letters, table))
+        console.print(_results(letters, table, content.measure))
         if content.grid(table.pool):
             console.print(_pairs(content, letters, table))
     if content.pairs:
@@ -68,9 +69,9 @@ def _transposed(name: str, letters: Sequence[str], rows: Sequence[Row], title: s
     return table
 
 
-def _results(letters: Sequence[str], table: PoolTable) -> Table:
+def _results(letters: Sequence[str], table: PoolTable, measure: Measure) -> Table:
     heads = [budget_title(budget) for budget in table.budgets]
-    title = f"{escape(pool_name(table.pool))}: accuracy in %, mean over languages (SD over seeds)"
+    title = f"{escape(pool_name(table.pool))}: {measure.phrase} in %, {measure.mean} (SD over seeds)"
     shown = plain_table("run", "method", *heads, _SUM, title=title, numbers=(*heads, _SUM))
     for number, line in enumerate(table.lines):
         cells = []

@@ -10,9 +10,11 @@ from typing import Any
 import pandas as pd
 
 from fedtailor.core.messages import FloatArray
-from fedtailor.runs.report import cost, figures, html, results, significance, summary, tables, verdicts
+from fedtailor.runs.report import cost, figures, html, results, side_by_side, significance, summary, tables, verdicts
+from fedtailor.runs.report import metrics as metrics_of
 from fedtailor.runs.report.evidence import Evidence, gather
 from fedtailor.runs.report.facts import Facts, read_facts
+from fedtailor.runs.report.metrics import Measure
 from fedtailor.runs.report.names import in_pool_order
 
 __all__ = ["Evidence", "gather", "write_report"]
@@ -42,14 +44,15 @@ def write_report(
     Returns:
         files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
         ``table_<pool>.md``, ``.csv`` and ``.tex``, ``significance.md``, ``.csv`` and ``.tex``, ``cost.csv``,
-        ``figures/<name>.png`` and ``.svg``.
+        ``metrics_<pool>.md``, ``.csv`` and ``.tex`` (generation), ``figures/<name>.png`` and ``.svg``.
 
     Raises:
-        DataError: a metric column is missing, a number is given twice, or an accuracy is outside [0, 1].
+        DataError: a metric column is missing, a number is given twice, or a share is outside [0, 1].
     """
     frame = results.checked(metrics)
     scored = results.scores(frame)
-    found = results.blocks(scored)
+    measure, found = metrics_of.primary(scored), results.blocks(scored)
+    beside = side_by_side.beside(scored)
     known = evidence or Evidence()
     facts = read_facts(run, len(modules), frame, known)
     pairs = significance.compare(scored, found)
@@ -59,18 +62,24 @@ def write_report(
     _csv(out / "results.csv", results.results_table(scored))
     _write(
         out / "summary.json",
-        json.dumps(_summary(facts.run_id, found, pairs), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        json.dumps(_summary(facts.run_id, measure, found, pairs, beside), indent=2, ensure_ascii=False, allow_nan=False)
+        + "\n",
     )
-    _write_tables(facts, found, pairs, out)
+    _write_tables(facts, measure, found, pairs, out)
+    _write_beside(facts, beside, out)
     if len(spent):
         _csv(out / "cost.csv", spent)
     drawn = figures.draw(frame, found, strategies, modules, known, out / "figures")
-    content = html.Content(facts, run, found, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent)
+    content = html.Content(
+        facts, run, found, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent, beside
+    )
     _write(out / "report.html", html.render(content))
     return {path.relative_to(out).as_posix(): path for path in _report_files(out)}
 
 
-def _write_tables(facts: Facts, found: Sequence[results.Block], pairs: Sequence[significance.Pair], out: Path) -> None:
+def _write_tables(
+    facts: Facts, measure: Measure, found: Sequence[results.Block], pairs: Sequence[significance.Pair], out: Path
+) -> None:
     for pool in in_pool_order(block.pool for block in found):
         blocks, name = [block for block in found if block.pool == pool], f"table_{tables.file_label(pool)}"
         _write(out / f"{name}.md", tables.markdown_table(facts, blocks))
@@ -78,25 +87,39 @@ def _write_tables(facts: Facts, found: Sequence[results.Block], pairs: Sequence[
         _csv(out / f"{name}.csv", tables.csv_table(blocks))
     if pairs:
         _csv(out / "significance.csv", significance.table(pairs))
-        _write(out / "significance.md", verdicts.markdown(pairs, facts.scale))
-        _write(out / "significance.tex", verdicts.latex(pairs, facts.scale))
+        _write(out / "significance.md", verdicts.markdown(pairs, facts.scale, measure))
+        _write(out / "significance.tex", verdicts.latex(pairs, facts.scale, measure))
 
 
-def _summary(run_id: str, found: list[results.Block], pairs: list[significance.Pair]) -> dict[str, Any]:
+def _write_beside(facts: Facts, beside: Sequence[side_by_side.Beside], out: Path) -> None:
+    for table in beside:
+        name = f"metrics_{tables.file_label(table.pool)}"
+        _write(out / f"{name}.md", side_by_side.markdown(facts, table))
+        _write(out / f"{name}.tex", side_by_side.latex(facts, table))
+        _csv(out / f"{name}.csv", side_by_side.csv_table(table))
+
+
+def _summary(
+    run_id: str,
+    measure: Measure,
+    found: list[results.Block],
+    pairs: list[significance.Pair],
+    beside: Sequence[side_by_side.Beside],
+) -> dict[str, Any]:
     return {
         "run_id": run_id,
-        "metric": "accuracy",
+        "metric": measure.name,
         "unit": "fraction",
         "seeds": sorted({seed for block in found for seed in block.seeds}),
         "tie_rule": results.TIE_RULE,
-        "comparison_rule": significance.RULE,
-        "results": summary.summary_records(found, pairs),
+        "comparison_rule": significance.rule(measure),
+        "results": summary.summary_records(found, pairs, beside),
     }
 
 
 def _report_files(out: Path) -> list[Path]:
     stems = ("report.html", "results.csv", "summary.json", "cost.csv", "significance.*")
-    patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "figures/*.png", "figures/*.svg")
+    patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "metrics_*", "figures/*.png", "figures/*.svg")
     return sorted(path for pattern in patterns for path in out.glob(pattern))
 
 

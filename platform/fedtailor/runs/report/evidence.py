@@ -27,7 +27,8 @@ class Evidence:
     Args:
         clients: client, pool, language, n_train, n_test: one row per client of the data.
         class_counts: client to number of train texts per class, in the order of ``labels``.
-        labels: classes of the task.
+        labels: classes of the task, or the groups of a generation task's examples.
+        kind: ``classification`` or ``generation``.
         notes: what preparing the data found or dropped, by name.
         pretrain: content of the model folder's ``pretrain.json``.
         times: stage, round, client, seconds: seconds of a worker per client.
@@ -37,6 +38,7 @@ class Evidence:
     clients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(_CLIENT_COLUMNS)))
     class_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    kind: str = "classification"
     notes: Mapping[str, int | str] = field(default_factory=dict)
     pretrain: Mapping[str, Any] | None = None
     times: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(_TIME_COLUMNS)))
@@ -61,6 +63,7 @@ def gather(run: RunFolder) -> Evidence:
         clients=pd.DataFrame(rows, columns=list(_CLIENT_COLUMNS)),
         class_counts={str(c["id"]): tuple(c["train_classes"]) for c in manifest.get("clients", ())},
         labels=tuple(str(label) for label in manifest.get("labels", ())),
+        kind=str(manifest.get("kind", "classification")),
         notes=dict(manifest.get("notes", {})),
         pretrain=_pretrain(run.storage, info),
         times=run.timings(),

@@ -13,11 +13,13 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedtailor.runs.report import cost, names, tables, verdicts
+from fedtailor.core.settings import NATURAL_CLIENTS
+from fedtailor.runs.report import cost, names, side_by_side, tables, verdicts
 from fedtailor.runs.report.facts import Facts
 from fedtailor.runs.report.fonts import can_draw, embedded
+from fedtailor.runs.report.metrics import ACCURACY, Measure
 from fedtailor.runs.report.results import REFERENCE, TIE_RULE, Block
-from fedtailor.runs.report.significance import RULE, Pair, against
+from fedtailor.runs.report.significance import Pair, against, rule
 from fedtailor.runs.report.style import GRID, INK, MUTED, Drawing, Missing
 from fedtailor.runs.report.wording import at, counted, leaves, text
 
@@ -50,6 +52,7 @@ class Content:
         notes: sentences on incomplete data.
         ties: (method, budget) to share of ranks tied at the threshold.
         spent: `cost.cost`.
+        beside: all measures of a generation run, a table per pool.
     """
 
     facts: Facts
@@ -60,6 +63,12 @@ class Content:
     notes: Sequence[str]
     ties: Mapping[tuple[str, int], float]
     spent: pd.DataFrame
+    beside: Sequence[side_by_side.Beside] = ()
+
+    @property
+    def measure(self) -> Measure:
+        """What the tables show."""
+        return self.found[0].measure if self.found else ACCURACY
 
 
 def render(content: Content) -> str:
@@ -72,6 +81,8 @@ def render(content: Content) -> str:
         .get_template("report.html.jinja")
         .render(
             facts=facts,
+            measure=content.measure,
+            beside=[(table, list(side_by_side.lines(table))) for table in content.beside],
             tiles=_tiles(facts, run, pools),
             headlines=[_headline(blocks, versus) for blocks in pools.values()],
             pools=pools,
@@ -96,7 +107,7 @@ def render(content: Content) -> str:
             stages=_stages(run.get("stages")),
             provenance=[(key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)],
             tie_rule=TIE_RULE,
-            comparison_rule=RULE,
+            comparison_rule=rule(content.measure),
             cost_rule=cost.RULE,
             load_rule=cost.LOAD_RULE,
         )
@@ -139,19 +150,21 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
     seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
     languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
+    natural = at(run.get("config"), "task.name") in NATURAL_CLIENTS
+    measure = next((b.measure for blocks in pools.values() for b in blocks), ACCURACY)
     clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
     tiles = [
         ("Task", facts.task),
         ("Model", facts.model),
         ("Adapted layers L", str(facts.n_modules)),
         ("Clients", clients),
-        ("Languages", str(len(languages)) if languages else ""),
+        (measure.groups.capitalize(), str(len(languages)) if languages else ""),
         ("Budgets r", ", ".join(map(str, budgets))),
         ("Seeds", ", ".join(map(str, seeds))),
         ("Base", facts.base_line),
         ("Strategy", facts.strategy_line),
         ("Scale", text(at(run.get("config"), "scale") or 1)),
-        ("Alpha (label skew)", text(at(run.get("config"), "task.alpha"))),
+        *([] if natural else [("Alpha (label skew)", text(at(run.get("config"), "task.alpha")))]),
         ("Status", facts.status),
         ("Failures", text(facts.failures)),
         ("Warnings", text(facts.warnings)),
@@ -165,8 +178,10 @@ def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, st
     where = "" if block.budget is None or method in block.without_budget else f" at r = {block.budget}"
     ties = [names.method_name(m) for m in block.methods if block.average[m].best and m != method]
     shared = f" (shared with {', '.join(ties)})" if ties else ""
+    measure = block.measure
+    told = measure.mean if measure.name == ACCURACY.name else f"{measure.title}, {measure.mean}"
     pool, top = names.pool_name(block.pool), tables.percent(block.average[method].mean)
-    best = f"{pool}: {names.method_name(method)}{where} has the highest mean over languages, {top} %{shared}"
+    best = f"{pool}: {names.method_name(method)}{where} has the highest {told}, {top} %{shared}"
     pair = versus.get((block.pool, block.budget, method))
     if pair is None:
         return f"{best}."

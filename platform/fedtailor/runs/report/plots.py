@@ -1,4 +1,4 @@
-"""Accuracy per language and accuracy against the budget."""
+"""A run's measure (accuracy, ROUGE-L) per language and against the budget."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedtailor.runs.report.labels import language_label
+from fedtailor.runs.report.metrics import ACCURACY, Measure
 from fedtailor.runs.report.names import (
     in_method_order,
     in_pool_order,
@@ -21,20 +22,27 @@ from fedtailor.runs.report.results import Block
 from fedtailor.runs.report.significance import NOT_COMPARED
 from fedtailor.runs.report.style import GRID, Drawing, Look, Missing, looks
 
-LANGUAGES, BUDGETS = "Accuracy per language", "Accuracy against the budget"
 PERCENT = FuncFormatter(lambda value, position: f"{100 * value:g}%")
 _FLAT = ("majority", "base")
+
+
+def _per_group(measure: Measure) -> str:
+    return f"{measure.title} per {measure.group}"
+
+
+def _by_budget(measure: Measure) -> str:
+    return f"{measure.title} against the budget"
 
 
 def per_language(found: Sequence[Block]) -> list[Drawing | Missing]:
     """One figure per pool, a panel per budget: a row per language, a mark per method."""
     if not found:
-        return [Missing(LANGUAGES, "no personalised client was tested")]
+        return [Missing(_per_group(ACCURACY), "no personalised client was tested")]
     return [_language_figure([b for b in found if b.pool == pool]) for pool in in_pool_order(b.pool for b in found)]
 
 
 def _language_figure(found: Sequence[Block]) -> Drawing:
-    codes = sorted({code for block in found for code in block.languages})
+    measure, codes = found[0].measure, sorted({code for block in found for code in block.languages})
     means = {code: [cell.mean for b in found for (name, _), cell in b.cells.items() if name == code] for code in codes}
     codes = sorted(codes, key=lambda code: (np.mean(means[code]), code))
     look, floor = _shown(found)
@@ -54,11 +62,12 @@ def _language_figure(found: Sequence[Block]) -> Drawing:
     _legend(figure, look)
     pool, several = found[0].pool, len(found[0].seeds) > 1
     return Drawing(
-        f"accuracy_per_language_{''.join(c for c in pool if c.isalnum()) or 'all'}",
-        f"{LANGUAGES}: {pool_name(pool).lower()}",
-        "Accuracy pooled over a language's clients, mean over seeds"
+        f"{measure.name}_per_{measure.group}_{''.join(c for c in pool if c.isalnum()) or 'all'}",
+        f"{_per_group(measure)}: {pool_name(pool).lower()}",
+        f"{measure.title} pooled over a {measure.group}'s {'examples' if measure.own_groups else 'clients'}, mean over "
+        "seeds"
         + (", bars: ± SD over seeds" if several else "")
-        + f". Languages are sorted by their mean over all methods.{floor}",
+        + f". {measure.groups.capitalize()} are sorted by their mean over all methods.{floor}",
         figure,
     )  # fmt: skip
 
@@ -81,7 +90,7 @@ def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, 
             look[method],
             [(y, block.cells[code, method]) for y, code in enumerate(codes) if (code, method) in block.cells],
         )
-        # Methods of close accuracy stay apart: each has its own height within the row.
+        # Methods of close scores stay apart: each has its own height within the row.
         shift = 0.0 if method not in moved else 0.5 * (0.5 - (moved.index(method) + 0.5) / len(moved))
         x, at = [cell.mean for _, cell in cells], [y + shift for y, _ in cells]
         spread = [cell.sd or 0.0 for _, cell in cells]
@@ -102,9 +111,10 @@ def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, 
 
 def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
     """A panel per pool: mean over languages against the budget, error bars of one SD over seeds."""
+    measure = found[0].measure if found else ACCURACY
     budgets = sorted({b.budget for b in found if b.budget is not None})
     if len(budgets) < 2:
-        return [Missing(BUDGETS, "needs two budgets or more")]
+        return [Missing(_by_budget(measure), "needs two budgets or more")]
     look, floor = _shown(found)
     pools = in_pool_order(block.pool for block in found)
     flat = {m for block in found for m in block.without_budget}
@@ -121,16 +131,16 @@ def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
         axis.set_xlabel("budget r (ranks per adapted layer)")
         axis.yaxis.set_major_formatter(PERCENT)
         axis.tick_params(labelleft=True)
-    axes[0].set_ylabel("accuracy, mean over languages")
+    axes[0].set_ylabel(f"{measure.phrase}, {measure.mean}")
     _legend(figure, look, dashed=flat)
     several = max(len(block.seeds) for block in found) > 1
     caption = (
-        "Mean over languages, then over seeds"
+        f"{measure.mean.capitalize()}, then over seeds"
         + ("; error bars and shaded bands: ± SD over seeds" if several else "; one seed, so no error bars")
         + ". Dashed: methods without a budget. Whether two methods differ is a matter of the paired comparisons."
         + floor
     )
-    return [Drawing("accuracy_vs_budget", BUDGETS, caption, figure)]
+    return [Drawing(f"{measure.name}_vs_budget", _by_budget(measure), caption, figure)]
 
 
 def _budget_line(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from fedtailor.runs.report.names import in_pool_order, pool_name
 from fedtailor.runs.report.style import GRID, MUTED, Drawing, Missing
 
 CLIENTS, CLASSES = "Clients and texts per language", "Classes per language"
+SAMPLES = "What the clients' examples are in"
 _POOL_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
 _MOST_CLASSES = 14
 _BAR = 0.36
@@ -82,10 +83,12 @@ def _bars(axis: Axes, values: pd.Series[float], pools: Sequence[str], codes: Seq
 
 def _classes_figure(evidence: Evidence) -> Drawing | Missing:
     labels = evidence.labels
+    title, said, name = _classes_words(evidence)
     if not labels or not evidence.class_counts:
-        return Missing(CLASSES, "the run folder does not say which data it used")
+        return Missing(title, "the run folder does not say which data it used")
     if len(labels) > _MOST_CLASSES:
-        return Missing(CLASSES, f"{len(labels)} classes are too many to show (at most {_MOST_CLASSES})")
+        what = "groups" if evidence.kind == "generation" else "classes"
+        return Missing(title, f"{len(labels)} {what} are too many to show (at most {_MOST_CLASSES})")
     homes = evidence.clients.set_index("client")
     counts = pd.DataFrame.from_dict(dict(evidence.class_counts), orient="index").loc[list(homes.index)]
     pools = in_pool_order(homes["pool"])
@@ -102,15 +105,26 @@ def _classes_figure(evidence: Evidence) -> Drawing | Missing:
     axes[0].set_ylim(-0.6, len(codes) - 0.4)
     figure.legend(
         handles=[axes[0].containers[k] for k in range(len(labels))],
-        labels=[class_label(label, k) for k, label in enumerate(labels)],
-        loc="outside upper left", ncols=min(len(labels), 7), fontsize=8.5, columnspacing=1.1, handlelength=1.1,
+        labels=[name(label, k) for k, label in enumerate(labels)],
+        loc="outside upper left", ncols=-(-len(labels) // -(-len(labels) // 7)), fontsize=8.5, columnspacing=1.1, handlelength=1.1,
     )  # fmt: skip
     return Drawing(
         "classes_per_language",
-        CLASSES,
-        "Classes of the train texts of a language's clients, as shares (first seed). Single clients are more uneven.",
+        title,
+        f"{said} Single clients are more uneven.",
         figure,
     )
+
+
+def _classes_words(evidence: Evidence) -> tuple[str, str, Callable[[str, int], str]]:
+    """Title, sentence and names of the parts."""
+    if evidence.kind != "generation":
+        return CLASSES, "Classes of the train texts of a language's clients, as shares (first seed).", class_label
+    said = (
+        "Languages or groups of the train examples of clients by their predominant one, as shares (first seed). Scores "
+        "count an example for its own, not for the client's."
+    )
+    return SAMPLES, said, lambda label, _: language_label(label)
 
 
 def _shares(axis: Axes, totals: pd.DataFrame, colours: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """From metric rows to the numbers of a table: pooled languages, mean and SD over seeds, wins.
 
-A language's accuracy is pooled, sum(correct) / sum(n) over its clients, once per seed; mean and sample SD are
-over seeds (one seed: no SD). The average weighs languages equally. All sums run in sorted order, so the order
+A language's score is pooled, sum(value * n) / sum(n) over its clients (accuracy: correct answers over examples), once
+per seed; mean and sample SD are over seeds (one seed: no SD). A client of a generation task has a row for each language
+of its examples. The average weighs languages equally. All sums run in sorted order, so the order
 of the rows does not change a byte.
 """
 
@@ -15,11 +16,11 @@ import pandas as pd
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS
+from fedtailor.runs.report.metrics import ACCURACY, LOSS, SCORES, SHARES, Measure, primary
 from fedtailor.runs.report.names import in_method_order, in_pool_order
 
 AVERAGE = "average"
 REFERENCE = "base"
-SCORES = ("accuracy", "loss")
 RESULT_COLUMNS = (
     "pool", "language", "method", "budget", "metric", "mean", "sd", "n_clients", "n_examples", "n_seeds",
 )  # fmt: skip
@@ -47,7 +48,9 @@ class Block:
     Args:
         budget: r, or None where no method of the run has budgets.
         cells: (language, method) to cell; absent pairs were not measured.
+        loss: method to the mean over languages of the loss.
         without_budget: methods that are the same in every block.
+        measure: what the cells are.
     """
 
     pool: str
@@ -62,13 +65,14 @@ class Block:
     seeds: tuple[int, ...]
     loss: Mapping[str, Cell] = field(default_factory=dict)
     without_budget: frozenset[str] = frozenset()
+    measure: Measure = ACCURACY
 
 
 def checked(metrics: pd.DataFrame) -> pd.DataFrame:
     """The metric rows, sorted by all coordinates.
 
     Raises:
-        DataError: a column is missing, a coordinate is measured twice, or an accuracy is outside [0, 1].
+        DataError: a column is missing, a coordinate is measured twice, or a share is outside [0, 1].
     """
     missing = [name for name in METRIC_COLUMNS if name not in metrics.columns]
     if missing:
@@ -85,11 +89,11 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
         raise DataError(
             f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: {row.metric} is given twice"
         )
-    wrong = scored[(scored["metric"] == "accuracy") & ~scored["value"].between(0, 1)]
+    wrong = scored[scored["metric"].isin(SHARES) & ~scored["value"].between(0, 1)]
     if len(wrong):
         row = wrong.iloc[0]
         raise DataError(
-            f"client {row.client}, {row.method}, budget {row.budget}: accuracy {row.value} is not in [0, 1]"
+            f"client {row.client}, {row.method}, budget {row.budget}: {row.metric} {row.value} is not in [0, 1]"
         )
     return frame
 
@@ -111,13 +115,14 @@ def by_language(scored: pd.DataFrame) -> pd.DataFrame:
     return table.assign(value=table["total"] / table["n_examples"]).drop(columns="total")
 
 
-def averages(pooled: pd.DataFrame) -> pd.DataFrame:
-    """As `by_language`, language `AVERAGE`: the unweighted mean over languages."""
+def averages(scored: pd.DataFrame) -> pd.DataFrame:
+    """As `by_language`, language `AVERAGE`: the unweighted mean over languages. A client counts once."""
     keys = [name for name in _GROUP if name != "language"]
-    table = pooled.groupby(keys, as_index=False).agg(
-        value=("value", "mean"), n_examples=("n_examples", "sum"), n_clients=("n_clients", "sum")
+    table = (
+        by_language(scored).groupby(keys, as_index=False).agg(value=("value", "mean"), n_examples=("n_examples", "sum"))
     )
-    return table.assign(language=AVERAGE)
+    people = scored.groupby(keys)["client"].nunique().rename("n_clients").reset_index()
+    return table.merge(people, on=keys).assign(language=AVERAGE)
 
 
 def results_table(scored: pd.DataFrame) -> pd.DataFrame:
@@ -127,7 +132,7 @@ def results_table(scored: pd.DataFrame) -> pd.DataFrame:
     seeds differ).
     """
     pooled = by_language(scored)
-    table = pd.concat([pooled, averages(pooled)], ignore_index=True)
+    table = pd.concat([pooled, averages(scored)], ignore_index=True)
     table = table.groupby([name for name in _GROUP if name != "seed"], as_index=False).agg(
         mean=("value", "mean"),
         sd=("value", "std"),
@@ -146,34 +151,39 @@ def results_table(scored: pd.DataFrame) -> pd.DataFrame:
     return table[list(RESULT_COLUMNS)]
 
 
-def blocks(scored: pd.DataFrame) -> list[Block]:
-    """Every (pool, budget) in order; methods without budgets appear in each block."""
-    table = results_table(scored)
-    accuracy = table[table["metric"] == "accuracy"]
-    budgets = sorted(set(accuracy["budget"]) - {-1}) or [-1]
+def blocks(scored: pd.DataFrame, measure: Measure | None = None) -> list[Block]:
+    """Every (pool, budget) in order; methods without budgets appear in each block.
+
+    Args:
+        scored: rows of `scores`.
+        measure: what the cells are; default: the run's primary one.
+    """
+    measure, table = measure or primary(scored), results_table(scored)
+    values = table[table["metric"] == measure.name]
+    budgets = sorted(set(values["budget"]) - {-1}) or [-1]
     of_pool = {str(pool): rows for pool, rows in scored.groupby("pool")}
     return [
-        _block(of_pool[pool], budget, table[table["pool"] == pool])
-        for pool in in_pool_order(accuracy["pool"])
+        _block(of_pool[pool], budget, table[table["pool"] == pool], measure)
+        for pool in in_pool_order(values["pool"])
         for budget in budgets
-        if ((accuracy["pool"] == pool) & accuracy["budget"].isin([budget, -1])).any()
+        if ((values["pool"] == pool) & values["budget"].isin([budget, -1])).any()
     ]
 
 
-def _block(scored: pd.DataFrame, budget: int, table: pd.DataFrame) -> Block:
+def _block(scored: pd.DataFrame, budget: int, table: pd.DataFrame, measure: Measure) -> Block:
     pool = str(scored["pool"].iloc[0])
     here = table[table["budget"].isin([budget, -1])]
     # A method with budgets and a stray row without is shown at its budget.
     here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["language", "method", "metric"])
-    accuracy = here[here["metric"] == "accuracy"]
-    methods = in_method_order(accuracy["method"])
-    languages = tuple(sorted(set(accuracy["language"]) - {AVERAGE}))
+    values = here[here["metric"] == measure.name]
+    methods = in_method_order(values["method"])
+    languages = tuple(sorted(set(values["language"]) - {AVERAGE}))
     cells: dict[tuple[str, str], Cell] = {}
     for name in (*languages, AVERAGE):
-        cells |= {(name, method): cell for method, cell in _mark_best(_cells(accuracy, name)).items()}
+        cells |= {(name, method): cell for method, cell in _mark_best(_cells(values, name)).items()}
     of_language = {key: cell for key, cell in cells.items() if key[0] != AVERAGE}
-    total = accuracy[accuracy["language"] == AVERAGE]
-    at = dict(zip(accuracy["method"], accuracy["budget"], strict=True))
+    total = values[values["language"] == AVERAGE]
+    at = dict(zip(values["method"], values["budget"], strict=True))
     return Block(
         pool=pool,
         budget=None if budget == -1 else budget,
@@ -185,8 +195,9 @@ def _block(scored: pd.DataFrame, budget: int, table: pd.DataFrame) -> Block:
         n_clients=scored["client"].nunique(),
         n_examples=float(total["n_examples"].max()),
         seeds=tuple(sorted({int(seed) for seed in scored["seed"]})),
-        loss=_cells(here[here["metric"] == "loss"], AVERAGE),
+        loss=_cells(here[here["metric"] == LOSS], AVERAGE),
         without_budget=frozenset(method for method in methods if at[method] == -1),
+        measure=measure,
     )
 
 
@@ -203,9 +214,13 @@ def _mark_best(cells: dict[str, Cell]) -> dict[str, Cell]:
     return {method: Cell(cell.mean, cell.sd, bool(cell.mean >= top - _TIE)) for method, cell in cells.items()}
 
 
-def client_accuracy(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy per (pool, method, budget, seed, client), ``value``, pooled over the client's languages."""
-    rows = accuracy.assign(total=accuracy["value"] * accuracy["weight"])
+def client_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Score per (pool, method, budget, seed, client), ``value``, pooled over the client's languages.
+
+    Args:
+        rows: of `scores`, of one metric.
+    """
+    rows = rows.assign(total=rows["value"] * rows["weight"])
     keys = ["pool", "method", "budget", "seed", "client"]
     table = rows.groupby(keys, as_index=False)[["total", "weight"]].sum()
     return table.assign(value=table["total"] / table["weight"]).drop(columns="total")

@@ -1,9 +1,9 @@
 """Is one method better than another? Paired t-tests over clients, Holm-corrected, per pool and budget.
 
-A client's accuracy is averaged over the seeds that both methods have; the test is on the differences between
-the two methods over clients (Student's t for paired samples). Within a pool and budget, the p-values of all pairs
-are corrected together: S. Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scand. J. Statist. 6
-(1979), 65-70.
+A client's score (its accuracy, or the mean over its answers) is averaged over the seeds that both methods have; the
+test is on the differences between the two methods over clients (Student's t for paired samples). Within a pool and
+budget, the p-values of all pairs are corrected together: S. Holm, A Simple Sequentially Rejective Multiple Test
+Procedure, Scand. J. Statist. 6 (1979), 65-70.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from fedtailor.runs.report.metrics import ACCURACY, Measure, primary
 from fedtailor.runs.report.names import in_method_order
-from fedtailor.runs.report.results import REFERENCE, Block, client_accuracy
+from fedtailor.runs.report.results import REFERENCE, Block, client_scores
 
 LEVEL = 0.05
 CENTRES = (REFERENCE, "lora", "fedp2eft")
 """Every other method is compared with each of these."""
 NOT_COMPARED = ("majority",)
 """A floor, no method."""
-RULE = (
-    "Each client's accuracy is averaged over seeds; the difference of two methods is then tested over clients with a "
+_RULE = (
+    "Each client's {phrase} is averaged over seeds; the difference of two methods is then tested over clients with a "
     "paired t-test (two-sided), which takes clients as independent. p-values are Holm-corrected over all pairs of a "
-    f"pool and budget; below {LEVEL:g} the verdict is 'better' or 'worse', else 'undecided'. The 95 % intervals are "
+    "pool and budget; below {level:g} the verdict is 'better' or 'worse', else 'undecided'. The 95 % intervals are "
     "of the single comparisons, without correction."
 )
 Verdict = Literal["better", "worse", "undecided"]
@@ -46,7 +47,7 @@ class Pair:
 
     Args:
         budget: r, None where no method of the run has budgets.
-        difference: mean over clients of accuracy(method) - accuracy(other).
+        difference: mean over clients of score(method) - score(other).
         interval: 95 % confidence interval of the difference.
         p: two-sided, of this test alone; ``p_holm`` corrected over the pairs of the same pool and budget.
     """
@@ -77,7 +78,7 @@ def compare(scored: pd.DataFrame, found: Sequence[Block]) -> list[Pair]:
         scored: rows of `results.scores`.
         found: blocks of the tables.
     """
-    clients = client_accuracy(scored[scored["metric"] == "accuracy"])
+    clients = client_scores(scored[scored["metric"] == primary(scored).name])
     pairs = []
     for block in found:
         here = clients[(clients["pool"] == block.pool) & clients["budget"].isin([-1, block.budget or -1])]
@@ -86,6 +87,11 @@ def compare(scored: pd.DataFrame, found: Sequence[Block]) -> list[Pair]:
         wide = here.pivot_table(index=["client", "seed"], columns="method", values="value")
         pairs += _corrected([_pair(block, wide, one, other) for one, other in _opponents(block.methods)])
     return pairs
+
+
+def rule(measure: Measure = ACCURACY) -> str:
+    """What the tests are, for readers of a report."""
+    return _RULE.format(phrase=measure.phrase, level=LEVEL)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -139,7 +145,7 @@ def paired(blank: Pair, gain: npt.NDArray[np.float64]) -> Pair:
         blank: its coordinates: pool, budget and who is compared.
         gain: (n,) difference per client, a fraction.
     """
-    # Equal accuracies must give exactly no difference, whatever the rounding of the means.
+    # Equal scores must give exactly no difference, whatever the rounding of the means.
     values: npt.NDArray[np.float64] = np.round(gain, _NOISE)
     mean, n = float(values.mean()) if len(values) else float("nan"), len(values)
     known = replace(blank, n_clients=n, difference=mean)

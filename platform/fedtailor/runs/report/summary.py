@@ -7,13 +7,20 @@ from typing import Any
 
 import pandas as pd
 
+from fedtailor.runs.report.metrics import primary
 from fedtailor.runs.report.names import in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.runs.report.results import Block
+from fedtailor.runs.report.side_by_side import Beside
 from fedtailor.runs.report.significance import Pair, against
 
 
-def summary_records(found: Sequence[Block], pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """``summary.json``: a record per (pool, budget, method), in fractions; null where there is no number."""
+def summary_records(
+    found: Sequence[Block], pairs: Sequence[Pair], beside: Sequence[Beside] = ()
+) -> list[dict[str, Any]]:
+    """``summary.json``: a record per (pool, budget, method), in fractions; null where there is no number.
+
+    Records of generation runs have every measure's mean and SD under ``metrics``.
+    """
     versus = against(pairs)
     records = []
     for block in found:
@@ -31,9 +38,18 @@ def summary_records(found: Sequence[Block], pairs: Sequence[Pair]) -> list[dict[
                     "versus_base": _comparison(versus.get((block.pool, block.budget, method))),
                     "loss_mean": loss.mean if loss else None,
                     "loss_sd": loss.sd if loss else None,
+                    **_metrics(block, method, beside),
                 }
             )
     return records
+
+
+def _metrics(block: Block, method: str, beside: Sequence[Beside]) -> dict[str, Any]:
+    here = [b for table in beside for b in table.at(block.budget) if table.pool == block.pool]
+    if not here:
+        return {}
+    cells = {b.measure.name: b.average[method] for b in here if method in b.average}
+    return {"metrics": {name: {"mean": cell.mean, "sd": cell.sd} for name, cell in cells.items()}}
 
 
 def _comparison(pair: Pair | None) -> dict[str, Any] | None:
@@ -52,10 +68,10 @@ def _comparison(pair: Pair | None) -> dict[str, Any] | None:
 
 def gaps(scored: pd.DataFrame) -> list[str]:
     """A sentence for each (pool, method, budget) that lacks clients or seeds which other methods have."""
-    accuracy, sentences = scored[scored["metric"] == "accuracy"], []
-    for pool in in_pool_order(accuracy["pool"]):
-        rows = accuracy[accuracy["pool"] == pool]
-        full = rows[["seed", "client", "language"]].drop_duplicates()
+    values, sentences = scored[scored["metric"] == primary(scored).name], []
+    for pool in in_pool_order(values["pool"]):
+        rows = values[values["pool"] == pool].drop_duplicates(["method", "budget", "seed", "client"])
+        full = rows[["seed", "client"]].drop_duplicates()
         for method in in_method_order(rows["method"]):
             for budget, own in rows[rows["method"] == method].groupby("budget"):
                 lost = len(full) - len(own)

@@ -43,23 +43,23 @@ def caption(facts: Facts, found: Sequence[Block]) -> list[str]:
         facts: facts of the run.
         found: the blocks of one pool, at least one.
     """
-    block = found[0]
+    block, measure = found[0], found[0].measure
     clients = counted(block.n_clients, "client")
     seeds = ", ".join(str(seed) for seed in block.seeds)
     spread = "mean (SD) over seeds" if len(block.seeds) > 1 else "one seed, so no SD (–)"
     changed = "; ".join(f"{o.key}: {o.default} → {o.value}" for o in facts.overrides)
     sentences = [
-        f"Accuracy in percent on {pool_name(block.pool).lower()}: {spread}; the best of each language and budget in "
-        "bold.",
+        f"{measure.title} in percent on {pool_name(block.pool).lower()}: {spread}; the best of each {measure.group} "
+        "and budget in bold.",
         facts.scale,
         facts.privacy,
         f"Task {facts.task}, model {facts.model} with L = {facts.n_modules} adapted layers, budget rL ranks; "
-        f"{clients} in {counted(len(languages_of(found)), 'language')}; seeds {seeds}.",
+        f"{clients} in {counted(len(languages_of(found)), measure.group)}; seeds {seeds}.",
         facts.pretrained,
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
         facts.fallbacks.get(block.pool, ""),
         facts.duplicates,
-        "A language is pooled over its clients; Average weighs languages equally; Wins counts the languages where no "
+        f"{measure.pooling}; Average weighs {measure.groups} equally; Wins counts the {measure.groups} where no "
         "method is better at that budget, ties for each.",
         f"Departures from the defaults (default → used): {changed or 'none'}.",
         f"Run {facts.run_id}"
@@ -72,7 +72,7 @@ def caption(facts: Facts, found: Sequence[Block]) -> list[str]:
 def markdown_table(facts: Facts, found: Sequence[Block]) -> str:
     """One pool as Markdown, one block per budget, columns padded so that the source reads as well."""
     sentences = [escape(sentence, MARKDOWN) for sentence in caption(facts, found)]
-    parts = [f"# {escape(pool_name(found[0].pool), MARKDOWN)}: accuracy (%)", "\n".join(sentences)]
+    parts = [f"# {escape(pool_name(found[0].pool), MARKDOWN)}: {found[0].measure.phrase} (%)", "\n".join(sentences)]
     for block in found:
         rows = _rows(block, lambda word: escape(word, MARKDOWN), lambda word: f"**{word}**", " ")
         parts += [f"## {block_title(block)}", pipes(rows)]
@@ -156,7 +156,7 @@ def _rows(block: Block, escape: Callable[[str], str], bold: Callable[[str], str]
         mean = percent(cell.mean)
         return f"{bold(mean) if cell.best else mean}{gap}({escape(percent(cell.sd))})"
 
-    rows = [["Language", *(escape(method_name(m)) for m in block.methods)]]
+    rows = [[block.measure.group.capitalize(), *(escape(method_name(m)) for m in block.methods)]]
     for code in block.languages:
         name = language_name(code)
         label = escape(name if name == code else f"{name} ({code})")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedtailor.runs.report.markup import LATEX, MARKDOWN, escape, pipes
+from fedtailor.runs.report.metrics import ACCURACY, Measure
 from fedtailor.runs.report.names import in_method_order, in_pool_order, method_name, pool_name
-from fedtailor.runs.report.significance import RULE, Pair, Verdict
+from fedtailor.runs.report.significance import Pair, Verdict, rule
 from fedtailor.runs.report.tables import ABSENT, file_label, points
 
 MARKS: Mapping[Verdict, str] = {"better": "▲", "undecided": "", "worse": "▼"}
@@ -74,14 +75,15 @@ def _where(at: Mapping[int | None, Pair], verdict: str) -> str:
     return f" (r = {', '.join(hits)})"
 
 
-def markdown(pairs: Sequence[Pair], scale: str = "") -> str:
+def markdown(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCURACY) -> str:
     """``significance.md``: a table per pool, a row per pair, a column per budget.
 
     Args:
         pairs: all comparisons.
         scale: a sentence on a run that was made smaller.
+        measure: what is compared.
     """
-    parts = ["# Paired comparisons over clients", escape(_caption(scale), MARKDOWN)]
+    parts = ["# Paired comparisons over clients", escape(_caption(scale, measure), MARKDOWN)]
     for pool in in_pool_order(pair.pool for pair in pairs):
         budgets, rows = grid(pairs, pool)
         body = [["Pair", *(escape(budget_title(b), MARKDOWN) for b in budgets)]]
@@ -94,7 +96,7 @@ def markdown(pairs: Sequence[Pair], scale: str = "") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def latex(pairs: Sequence[Pair], scale: str = "") -> str:
+def latex(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCURACY) -> str:
     """``significance.tex`` (booktabs): a float per pool; arguments as in `markdown`."""
     floats = [r"% needs \usepackage[utf8]{inputenc} and the packages amssymb, booktabs, graphicx"]
     for pool in in_pool_order(pair.pool for pair in pairs):
@@ -104,7 +106,7 @@ def latex(pairs: Sequence[Pair], scale: str = "") -> str:
             " & ".join([escape(pair_title(key), LATEX), *(escape(_cell(at.get(b)), LATEX) for b in budgets)]) + r" \\"
             for key, at in rows.items()
         ]
-        words = escape(f"{pool_name(pool)} ({_clients(pairs, pool)}). {_caption(scale)}", LATEX)
+        words = escape(f"{pool_name(pool)} ({_clients(pairs, pool)}). {_caption(scale, measure)}", LATEX)
         floats.append("\n".join([
             r"\begin{table*}[p]", r"\centering\scriptsize",
             rf"\caption{{{words}}}\label{{tab:pairs-{file_label(pool)}}}",
@@ -115,12 +117,12 @@ def latex(pairs: Sequence[Pair], scale: str = "") -> str:
     return "\n\n".join(floats) + "\n"
 
 
-def _caption(scale: str) -> str:
+def _caption(scale: str, measure: Measure) -> str:
     lead = (
-        "Mean difference in accuracy (points), its 95 % interval, and the corrected p; ▲ better, ▼ worse, no mark "
-        "undecided."
+        f"Mean difference in {measure.phrase} (points), its 95 % interval, and the corrected p; ▲ better, ▼ worse, no "
+        "mark undecided."
     )
-    return " ".join(part for part in (lead, scale, RULE) if part)
+    return " ".join(part for part in (lead, scale, rule(measure)) if part)
 
 
 def _clients(pairs: Sequence[Pair], pool: str) -> str:

@@ -1,0 +1,112 @@
+"""Task ``dolly``: databricks-dolly-15k, 15,011 instructions written by people, in 8 categories (CC BY-SA 3.0).
+
+A category takes the place that a language has in the multilingual tasks: it is shuffled by seed and halved into the
+seen and the unseen pool, and each half is dealt to ``task.clients_per_language`` clients of that category alone, at
+random and in equal sizes. Results are reported by category.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.core.seeding import numpy_rng
+from fedtailor.core.settings import DOLLY_CATEGORIES, TaskConfig
+from fedtailor.tasks.instruction_rows import Dropped, read_turn
+from fedtailor.tasks.natural_clients import MIN_EXAMPLES, held_out
+from fedtailor.tasks.row_files import Row, find_file, hub_rows, read_rows
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
+
+HUB_ID = "databricks/databricks-dolly-15k"
+FILES = ("databricks-dolly-15k.jsonl", "databricks-dolly-15k.json")
+
+
+def load(cfg: TaskConfig, seed: int) -> Source:
+    """Instructions by pool and category from ``task.path``, else $FEDTAILOR_DATA/dolly, else the hub.
+
+    The context of an instruction belongs to it (see `instruction_rows`). Rows without a response or an instruction, and
+    rows that repeat an earlier one, are dropped and counted.
+
+    Args:
+        cfg: `path`, `languages` (the categories), `clients_per_language`, `test_fraction` and `max_examples` are used.
+        seed: run seed.
+
+    Raises:
+        ConfigError: unknown category in ``task.languages``, or ``task.unseen``, which has no meaning here.
+        DataError: missing or damaged file, a row of another shape or category (names file and line), a category with
+            too few rows for its clients, or the hub cannot be reached.
+    """
+    _check(cfg)
+    file = find_file(cfg.path, "dolly", FILES)
+    rows = read_rows(file) if file else hub_rows(HUB_ID, "train")
+    notes: dict[str, int | str] = {}
+    by_category = _by_category(rows, cfg.languages, notes)
+    pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
+    for category, examples in by_category.items():
+        order = numpy_rng(seed, "dolly", category).permutation(len(examples))
+        shuffled = [examples[i] for i in order]
+        middle = (len(shuffled) + 1) // 2
+        for pool, half in zip(POOLS, (shuffled[:middle], shuffled[middle:]), strict=True):
+            pools[pool][category] = _pool(half, f"{pool} pool of category {category!r}", cfg)
+    return Source(labels=cfg.languages, pools=pools, notes=notes, disjoint=True, kind="generation")
+
+
+def _check(cfg: TaskConfig) -> None:
+    problems = []
+    for category in cfg.languages:
+        if category not in DOLLY_CATEGORIES:
+            near = get_close_matches(category, DOLLY_CATEGORIES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            allowed = ", ".join(DOLLY_CATEGORIES)
+            problems.append(f"'task.languages' has {category!r}, no category of dolly; allowed: {allowed}{hint}")
+    if cfg.unseen:
+        problems.append(
+            f"'task.unseen' ({', '.join(cfg.unseen)}) has no meaning for task=dolly: half of every category's rows "
+            "makes the unseen clients"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _by_category(
+    rows: Iterator[Row], categories: Sequence[str], notes: dict[str, int | str]
+) -> dict[str, list[Example]]:
+    found: dict[str, list[Example]] = {category: [] for category in categories}
+    dropped, repeated, read = Dropped(), 0, 0
+    known: set[str] = set()
+    for row in rows:
+        read += 1
+        category = row.values.get("category")
+        if category not in DOLLY_CATEGORIES:
+            allowed = ", ".join(DOLLY_CATEGORIES)
+            raise DataError(f"{row.where}: 'category' is {category!r}; allowed: {allowed}")
+        turn = read_turn(row)
+        if category not in found or not dropped.keeps(turn):
+            continue
+        example = Example(turn.text, categories.index(category), turn.response, turn.history)
+        if example.normal in known:
+            repeated += 1
+            continue
+        known.add(example.normal)
+        found[category].append(example)
+    notes |= {"rows_read": read, **dropped.notes, "dropped_repeated_rows": repeated}
+    return found
+
+
+def _pool(examples: Sequence[Example], where: str, cfg: TaskConfig) -> LanguagePool:
+    """Train and test of one pool; under ``task.max_examples`` all clients get the same numbers of both."""
+    n = cfg.clients_per_language
+    each = len(examples) // n
+    if each < MIN_EXAMPLES:
+        raise DataError(
+            f"the {where} has {len(examples)} rows for {n} clients (task.clients_per_language); "
+            f"at most {len(examples) // MIN_EXAMPLES} would have the {MIN_EXAMPLES} rows that are needed"
+        )
+    if cfg.max_examples is None:
+        tests = max(n, held_out(len(examples), cfg.test_fraction))
+        tests = min(tests, len(examples) - 2 * n)
+    else:
+        each = min(each, cfg.max_examples)
+        examples, tests = examples[: n * each], n * held_out(each, cfg.test_fraction)
+    return LanguagePool(train=tuple(examples[tests:]), test=tuple(examples[:tests]))

@@ -1,0 +1,149 @@
+"""Task ``fed_aya``: instructions in many languages by the people who wrote them (FedLLM-Bench, arXiv 2406.04845).
+
+The file is FedLLM-Bench's ``aya_38c_25k.json``; a client's number is its place there, from 0. As in FedP2EFT (section
+4.1.1, A.1), 8 languages are kept, clients 21 to 27 and 34 are unseen, and every client is split 80 % / 20 % into train
+and test. Results are reported by the language of each example; a client's own language is the one that most of its
+examples have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.core.settings import TaskConfig
+from fedtailor.tasks.fed_aya_file import CODES, client_name, find, language_code, language_of, read_clients, read_list
+from fedtailor.tasks.instruction_rows import Dropped, read_turn
+from fedtailor.tasks.local_files import read_text
+from fedtailor.tasks.natural_clients import MIN_EXAMPLES, Held, check_unseen, owners
+from fedtailor.tasks.row_files import Row, find_file, parse_json
+from fedtailor.tasks.source import Example, Source
+
+EVALUATION_FILE = "test_datasets.json"
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """One open-ended question of FedLLM-Bench's evaluation of Fed-Aya.
+
+    Args:
+        language: ISO 639-1 code.
+        instruction: the question.
+        reference: an answer by a person.
+    """
+
+    language: str
+    instruction: str
+    reference: str
+
+
+def load(cfg: TaskConfig, seed: int) -> Source:
+    """The clients of Fed-Aya from ``task.path``, else $FEDTAILOR_DATA/fed_aya.
+
+    Rows in other languages than ``task.languages``, and rows without a response or an instruction, are dropped and
+    counted. A client that has too few examples in these languages, but enough in all, is left out and named.
+
+    Args:
+        cfg: `path`, `languages` (codes, or English names such as ``Telugu``), `unseen`, `test_fraction`,
+            `max_examples` and `drop_duplicates` are used.
+        seed: run seed.
+
+    Raises:
+        ConfigError: a language twice, or one that occurs nowhere in the file.
+        DataError: no file (says where to get it), a damaged file, a row of another shape (names client and row), a
+            client with too few examples, or an unseen client that does not exist.
+    """
+    languages = _languages(cfg.languages)
+    path = find(cfg.path)
+    clients = read_clients(path)
+    counts = Counter(language_of(row) for rows in clients.values() for row in rows)
+    _check_languages(languages, counts, path)
+    unseen = [client_name(int(name), len(clients)) if name.isdecimal() else name for name in cfg.unseen]
+    check_unseen(unseen, clients)
+    dropped = Dropped()
+    held = {name: _held(rows, languages, dropped) for name, rows in clients.items()}
+    few = [name for name in held if len(held[name]) < MIN_EXAMPLES <= _usable(clients[name])]
+    kept = {name: examples for name, examples in held.items() if name not in few}
+    if not kept:
+        raise DataError(f"{path}: no client has {MIN_EXAMPLES} examples in {', '.join(languages)} (task.languages)")
+    notes: dict[str, int | str] = {
+        "rows_read": counts.total(),
+        "dropped_other_languages": sum(n for code, n in counts.items() if code not in languages),
+        **dropped.notes,
+        "clients_without_these_languages": ", ".join(few) or "none",
+    }
+    cfg = cfg.model_copy(update={"unseen": tuple(name for name in unseen if name in kept)})
+    found = owners(kept, languages, cfg, seed)
+    return Source(labels=languages, notes=notes, kind="generation", owners=tuple(found))
+
+
+def evaluation_prompts(path: Path | str | None = None) -> tuple[EvaluationPrompt, ...]:
+    """FedLLM-Bench's open-ended evaluation prompts of Fed-Aya, 20 in each of 8 languages, in the file's order.
+
+    Args:
+        path: the file ``test_datasets.json`` or ``.json.gz``, or its folder; default: $FEDTAILOR_DATA/fed_aya_eval.
+
+    Raises:
+        DataError: no such file (says where to get it), or a damaged one.
+    """
+    file = find_file(None if path is None else str(path), "fed_aya_eval", (EVALUATION_FILE,))
+    if file is None:
+        raise DataError(
+            f"the evaluation prompts of Fed-Aya are evaluation/open_ended/aya_evaluation/{EVALUATION_FILE} of "
+            "https://github.com/rui-ye/FedLLM-Bench; put that file into fed_aya_eval/ in the folder that "
+            "FEDTAILOR_DATA names"
+        )
+    content = parse_json(read_text(file), str(file))
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected an object language -> list of prompts, found {type(content).__name__}")
+    return tuple(
+        _prompt(language_code(language), row)
+        for language, rows in content.items()
+        for row in read_list(rows, f"{file}, language {language!r}")
+    )
+
+
+def _prompt(language: str, row: Row) -> EvaluationPrompt:
+    instruction, reference = row.values.get("instruction"), row.values.get("reference")
+    if isinstance(instruction, str) and isinstance(reference, str) and instruction.strip() and reference.strip():
+        return EvaluationPrompt(language, instruction, reference)
+    raise DataError(f"{row.where}: a prompt has a text 'instruction' and a text 'reference'")
+
+
+def _languages(names: Sequence[str]) -> tuple[str, ...]:
+    codes = tuple(map(language_code, names))
+    twice = sorted(code for code, n in Counter(codes).items() if n > 1)
+    if twice:
+        raise ConfigError(f"'task.languages' ({', '.join(names)}) names a language twice: {', '.join(twice)}")
+    return codes
+
+
+def _check_languages(languages: Sequence[str], found: Mapping[str, int], path: Path) -> None:
+    problems = []
+    for language in languages:
+        if language not in found:
+            near = [name for name in get_close_matches(language, [*found, *CODES], n=3) if name != language]
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            there = ", ".join(sorted(found))
+            problems.append(f"'task.languages' has {language!r}, which no row of {path} has; allowed: {there}{hint}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _held(rows: Sequence[Row], languages: Sequence[str], dropped: Dropped) -> list[Held]:
+    """A client's usable examples in these languages."""
+    held = []
+    for row in rows:
+        language, turn = language_of(row), read_turn(row)
+        if language in languages and dropped.keeps(turn):
+            held.append(Held(Example(turn.text, languages.index(language), turn.response, turn.history)))
+    return held
+
+
+def _usable(rows: Sequence[Row]) -> int:
+    """A client's examples in any language."""
+    return sum(map(Dropped().keeps, map(read_turn, rows)))
