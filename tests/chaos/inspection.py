@@ -143,8 +143,9 @@ def _check_losses(run: RunFolder, scenario: Scenario, findings: Findings) -> Non
     events = [event for event in run.events() if event.get("kind") == "pool"]
     lost = [event for event in events if event.get("event") == "actor_lost"]
     retried = {int(event["round"]) for event in events if event.get("event") == "job_retried"}
-    # A node may go while its actor is still starting, and then no job was lost with it.
-    nodes = [event for event in lost if event.get("how") == "node"]
+    # A node may go while its actor is still starting, and then no job was lost with it. A driver whose connection
+    # breaks before Ray has declared the node dead can only say that the actor on it cannot be reached.
+    nodes = [event for event in lost if event.get("how") in ("node", "unreachable")]
     idle = {injury.round for injury in scenario.of("F7")} if any(e.get("during") != "run" for e in nodes) else set()
     for injury in scenario.of("F1", "F2", "F7"):
         if injury.round not in retried | idle:

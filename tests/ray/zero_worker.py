@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 from toy import toy_context, toy_lanes, with_prompts
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -35,7 +35,7 @@ def meteor(prediction: str, reference: str) -> float:
     """Score in [0, 1]; 0 if no word matches.
 
     >>> round(meteor("the cats sat", "the cat sat down"), 4)
-    0.7553
+    0.755
     """
     return float(
         single_meteor_score(

@@ -151,21 +151,6 @@ def _unit_patterns(locale: str) -> Any:
     return localedata.load(locale)["unit_patterns"]
 
 
-@cache
-def _own_lengths(unit: str, *locales: str) -> frozenset[str]:
-    """Lengths in which a locale or its language writes a unit itself; root has signs ("5 km", "2 h") for all others."""
-    own = [localedata.load(name, merge_inherited=False).get("unit_patterns", {}).get(unit, {}) for name in locales]
-    # What says no more than root's sign does is no word of the language.
-    signs = _unit_patterns("root").get(unit, {}).get("short", {}).get("other")
-    worded = any(text != signs for widths in own for length in ("long", "short") for text in _texts(widths, length))
-    return frozenset(length for widths in own for length in widths) if worded else frozenset()
-
-
-def _texts(widths: Any, length: str) -> list[str]:
-    """The patterns of a width, without the one for "per kilometer"."""
-    return [plain(text) for form, text in widths.get(length, {}).items() if form != "per"]
-
-
 def _ask_quantity(subject: tuple[int, str], english: bool) -> str:
     number, unit = subject
     if english:
@@ -176,11 +161,12 @@ def _ask_quantity(subject: tuple[int, str], english: bool) -> str:
 def _write_quantity(subject: tuple[int, str], locale: Locale, style: str) -> str | None:
     number, unit = subject
     patterns, form = _unit_patterns(str(locale)).get(unit, {}), locale.plural_form(number)
-    own = _own_lengths(unit, str(locale), locale.language)
-    for length in _LENGTHS[style]:
-        if length in own and form in patterns.get(length, {}):
-            return plain(format_unit(number, unit, length, locale=locale))  # type: ignore[arg-type]
-    return None
+    # Root has short signs only, so a long form, or another sign, is the language's own.
+    signs = _unit_patterns("root").get(unit, {}).get("short", {}).get("other")
+    if form not in patterns.get("long", {}) and patterns.get("short", {}).get(form) in (None, signs):
+        return None
+    length = next(length for length in _LENGTHS[style] if form in patterns.get(length, {}))
+    return plain(format_unit(number, unit, length, locale=locale))  # type: ignore[arg-type]
 
 
 def _sums() -> Iterator[tuple[str, str]]:
