@@ -82,7 +82,7 @@ def test_clients_may_keep_a_part_of_their_language_model(tmp_path: Path, base: s
 
 
 def test_methods_that_answer_with_classes_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="majority answers with classes.*allowed: base"):
+    with pytest.raises(ConfigError, match=r"majority answers with classes.*allowed: base"):
         compose([], [*TALK, "methods=[majority,lora]"])
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import run_tiny, tiny
+from tiny import run_tiny, talk, tiny
 from transformers import AutoModelForSequenceClassification
 
+from fedtailor.models.causal import load_causal
 from fedtailor.models.classifier import load_classifier
 from fedtailor.runs.commit_log import CommitLog
 from fedtailor.runs.takeaway import base_folder, export_client
@@ -70,3 +71,23 @@ def test_a_client_that_keeps_a_part_of_its_base_takes_it_along(tmp_path: Path, b
     common = AutoModelForSequenceClassification.from_pretrained(base_folder(run, 42))
     shared = PeftModel.from_pretrained(common, str(tmp_path / "out" / sampled)).eval()
     assert abs(loss_of(shared, data, sampled) - float(losses[sampled])) > 1e-4, "its own part matters"
+
+
+@pytest.mark.parametrize("method", ["lora", "fedp2eft"])
+def test_peft_reproduces_the_answers_loss_of_a_language_model(tmp_path: Path, method: str) -> None:
+    """Mean over the client's answers of the mean loss of an answer's tokens."""
+    run = run_tiny(talk(tmp_path, f"methods=[{method}]", "budgets=[2]", "save_adapters=true", "decoding.max_test=4"))
+    data = TokenData.open(next((tmp_path / "artifacts").glob("tokens-*")))
+    frame = run.metrics().query("metric == 'loss' and stage == 'personalise'")
+    client = frame.client.iloc[0]
+    own = frame[frame.client == client]
+    export_client(run, client, method, 2, 42, tmp_path / "out")
+    model = PeftModel.from_pretrained(load_causal(base_folder(run, 42)), str(tmp_path / "out")).eval()
+    test = data.examples(client, "test")
+    losses = []
+    for ids, prompt, length in zip(test.input_ids[:4], test.prompt[:4], test.lengths[:4], strict=True):
+        row = torch.from_numpy(ids[:length])[None]
+        with torch.no_grad():
+            scores = model(input_ids=row).logits[0, prompt - 1 : -1]
+        losses.append(float(torch.nn.functional.cross_entropy(scores, row[0, prompt:])))
+    assert float((own.value * own.weight).sum() / own.weight.sum()) == pytest.approx(sum(losses) / 4, abs=1e-5)

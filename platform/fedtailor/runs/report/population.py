@@ -106,7 +106,8 @@ def _classes_figure(evidence: Evidence) -> Drawing | Missing:
     figure.legend(
         handles=[axes[0].containers[k] for k in range(len(labels))],
         labels=[name(label, k) for k, label in enumerate(labels)],
-        loc="outside upper left", ncols=-(-len(labels) // -(-len(labels) // 7)), fontsize=8.5, columnspacing=1.1, handlelength=1.1,
+        loc="outside upper left", ncols=-(-len(labels) // -(-len(labels) // 7)), fontsize=8.5, columnspacing=1.1,
+        handlelength=1.1,
     )  # fmt: skip
     return Drawing(
         "classes_per_language",
