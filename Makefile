@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
-.PHONY: demo test check unit bench chaos clean
+.PHONY: demo test check unit bench bench-3b chaos clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
@@ -30,6 +30,9 @@ unit: $(VENV)/.ready   ## the fast part
 
 bench: $(VENV)/.ready  ## speed and memory beside a plain loop, Flower and pfl; a part: BENCH='--only null'
 	$(BIN)/python tests/benchmarks $(BENCH)
+
+bench-3b: $(VENV)/.ready  ## Llama-3.2-3B's architecture under ZeRO-3 on two CPU ranks: 16 GB of memory, 7 GB of disk
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/three_billion.py
 
 chaos: $(VENV)/.ready  ## kills, signals and full disks, with real processes; then the seeded soak (about an hour)
 	$(PYTEST) tests/chaos -m ''

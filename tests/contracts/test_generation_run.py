@@ -13,6 +13,7 @@ from fedtailor.core.method import Capability
 from fedtailor.methods import METHODS, build_method
 from fedtailor.runs.digest import digest
 from fedtailor.runs.experiment import compose
+from fedtailor.runs.newcomer_psg import open_psg
 from fedtailor.runs.run_folder import RunFolder
 
 MEASURES = {"rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss"}
@@ -90,3 +91,8 @@ def test_a_task_that_asks_for_text_has_its_own_default_model_and_methods() -> No
     exp = compose([], ["task=cldr_instruct"])
     assert exp.model.name == "tiny-llama"
     assert "majority" not in exp.methods
+
+
+def test_a_newcomer_with_classes_is_refused_by_a_run_that_answers(clean: RunFolder) -> None:
+    with pytest.raises(ConfigError, match=r"task 'cldr_instruct'.*only runs of classification tasks"):
+        open_psg(clean.storage, clean.run_id, None, 2, None)

@@ -95,8 +95,8 @@ def test_adapters_of_a_group_give_the_same_scores_in_plain_peft(
         np.testing.assert_allclose(own, together.tensors["logits"][number], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("fault", ["kill", "freeze", "bug"])
-def test_a_rank_that_dies_hangs_or_falls_out_of_step_restarts_the_group_and_the_result_is_the_same(
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+def test_a_rank_that_dies_or_hangs_restarts_the_group_and_the_result_is_the_same(
     pool: tuple[RayPool, list[dict[str, Any]]], together: SegmentResult, folder: Path, fault: str
 ) -> None:
     pool[0].open(zero_stage(folder, **{fault: True}))
@@ -127,3 +127,22 @@ def test_an_exported_adapter_with_empty_tensors_is_refused(
     pool[0].open(zero_stage(folder, empty_export=True))
     with pytest.raises(WorkerError, match=r"the adapter r2/seen/xx/00 is refused: .* is empty"):
         pool[0].run([JOB], None, lambda _: None)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_whole_run_under_zero_has_the_numbers_of_one_process(cluster: None, tmp_path: Path, stage: int) -> None:
+    from tiny import run_tiny, talk
+
+    few = [
+        "base=none", "methods=[fedp2eft]", "strategy.rounds=1", "strategy.cohort=2", "personalise.pools=[unseen]",
+        "decoding.max_new_tokens=2", "budgets=[2]",
+    ]  # fmt: skip
+    keys = ["stage", "client", "budget", "module", "metric", "language"]
+    alone = run_tiny(talk(tmp_path / "alone", *few)).metrics().set_index(keys).value
+    zero = ["engine.backend=ray", "engine.actors=1", "engine.num_cpus=0.5", f"engine.zero={{ranks: 2, stage: {stage}}}"]
+    exp = talk(tmp_path / "zero", *few, *zero)
+    found = run_tiny(exp, pool=lambda on_event: RayPool(exp.engine, on_event)).metrics().set_index(keys).value
+    assert len(found) == len(alone)
+    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
+    # Rows are dealt out to the ranks, so that sums are rounded differently somewhere.
+    assert (found != alone).any()

@@ -122,8 +122,6 @@ class ZeroWorker:
         for fault in ("kill", "freeze"):
             if self._config.get(fault) and self._ranks is not None and self._ranks.index == 1 and self._first(fault):
                 os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
-        if self._config.get("bug") and self._ranks is not None and self._ranks.index == 1 and self._first("bug"):
-            raise ZeroDivisionError("out of step")
 
     def _first(self, name: str) -> bool:
         """Whether no process has been here before."""

@@ -110,8 +110,11 @@ class ClientContext:
     def use_dropout(self, probability: float, purpose: str) -> None:
         """Gives every lane its own generator for adapter dropout."""
         self.net.state.dropout = probability
+        # Ranks have other rows of a step: they must not drop the same of them.
+        rank = f"/{self.net.ranks.index}" if self.net.ranks and self.net.ranks.index else ""
         self.net.state.generators = [
-            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}") for lane in self.lanes
+            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}{rank}")
+            for lane in self.lanes
         ]
 
     def fork(self, lanes: Sequence[Lane], adapter: Adapter | None, modules: Sequence[Parameters] = ()) -> ClientContext:

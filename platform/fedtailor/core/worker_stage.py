@@ -107,7 +107,8 @@ class OpenStage:
         torch.set_num_threads(spec.threads)
         data = TokenData.open(Path(spec.data_dir))
         method = guarded(spec.method, spec.method_config, spec.r_max, spec.guards)
-        net = net or load_net(spec, data.labels, data.kind)
+        if net is None:
+            net = load_together(spec, data, ranks) if ranks else load_net(spec, data.labels, data.kind)
         net.clear_overlay()
         overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
         stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay)

@@ -166,7 +166,7 @@ def _start_at_body(model: PreTrainedModel, offload: Any) -> None:
 
     DeepSpeed orders what it fetches ahead by passes, and frees what a pass has left behind.
     """
-    called = []
+    called = list[bool]()
 
     def begin(*_: object) -> None:
         if not called:
