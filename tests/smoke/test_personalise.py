@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 import fedtailor.runs.newcomer as newcomer
 from fedtailor.cli import app
-from fedtailor.core.settings import ModelConfig, TaskConfig
+from fedtailor.core.settings import ModelConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.models.tiny_bert import build
 from fedtailor.tasks import cldr
 from fedtailor.tasks.store import TaskData

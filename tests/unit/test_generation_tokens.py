@@ -12,7 +12,7 @@ from instruction_cases import byte_tokenizer
 
 from fedtailor.core.batches import make_batch
 from fedtailor.core.errors import DataError, ModelError
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.runs.experiment import compose
 from fedtailor.runs.inputs import tokens_artifact
 from fedtailor.tasks.task import TaskData, prepare

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from fedtailor.cli import app
 from fedtailor.core.errors import ConfigError, DataError, Interrupted, ModelError, StorageError
 from fedtailor.core.seeding import torch_rng
-from fedtailor.core.settings import ModelConfig, TaskConfig
+from fedtailor.core.settings import ModelConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.models import hub, pretrain_blocks, pretrain_checkpoint, pretrain_start, source, tiny_bert
 from fedtailor.models.classifier import load_classifier, load_tokenizer
 from fedtailor.models.pretrain import pretrain

@@ -11,7 +11,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 
-from fedtailor.core.settings import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES
+from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES
 from fedtailor.runs.report import fonts, labels, names
 from fedtailor.runs.report.style import Drawing, save, styled
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.settings import MASAKHANEWS_LANGUAGES, TaskConfig
+from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks import cldr
 from fedtailor.tasks.locales import FED_AYA, MASAKHANEWS, XNLI, locale_for
 from fedtailor.tasks.source import Source, normalise

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.settings import MASAKHANEWS_LANGUAGES, TaskConfig
+from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks import cldr_instruct, cldr_names
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.cldr_stock import KINDS

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import leakage, task
 from fedtailor.tasks.arrow import BLOCK
 from fedtailor.tasks.source import Example, LanguagePool, Source

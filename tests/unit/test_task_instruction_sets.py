@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.settings import DOLLY_CATEGORIES, FED_AYA_LANGUAGES, TaskConfig
+from fedtailor.core.task_settings import DOLLY_CATEGORIES, FED_AYA_LANGUAGES, TaskConfig
 from fedtailor.tasks import dolly, fed_aya, instructions
 from fedtailor.tasks.instruction_rows import read_turn
 from fedtailor.tasks.row_files import Row

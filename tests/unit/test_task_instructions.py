@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.runs.artifacts import Artifacts
 from fedtailor.runs.experiment import check_population, compose
 from fedtailor.runs.inputs import make_inputs

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import masakhanews
 from fedtailor.tasks.masakhanews import load, read_tsv
 from fedtailor.tasks.source import Source, normalise

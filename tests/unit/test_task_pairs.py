@@ -12,7 +12,7 @@ from fedtailor.core.batches import lane_batches, make_batch, training_picks
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.features import client_features
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.models.tiny_bert import build_tokenizer
 from fedtailor.tasks import task
 from fedtailor.tasks.source import Example, LanguagePool, Source

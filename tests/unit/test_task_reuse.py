@@ -7,7 +7,7 @@ import pytest
 
 from fedtailor.core.config import validate
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.settings import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES, TaskConfig
+from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES, TaskConfig
 from fedtailor.runs.experiment import compose, overrides_of
 from fedtailor.tasks import cldr, task
 from fedtailor.tasks.source import Example, LanguagePool, Source

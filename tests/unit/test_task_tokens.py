@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fedtailor.core.errors import DataError, ModelError
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import task
 from fedtailor.tasks.source import Example, LanguagePool, Source
 from fedtailor.tasks.task import TaskData, prepare

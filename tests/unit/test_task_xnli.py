@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.settings import XNLI_LANGUAGES, TaskConfig
+from fedtailor.core.task_settings import XNLI_LANGUAGES, TaskConfig
 from fedtailor.tasks import xnli
 from fedtailor.tasks.source import Example, LanguagePool, Source, normalise
 from fedtailor.tasks.task import TaskData, prepare

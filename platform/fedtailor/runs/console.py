@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtailor.core.errors import ConfigError, TailorError
-from fedtailor.core.settings import NATURAL_CLIENTS
+from fedtailor.core.task_settings import NATURAL_CLIENTS
 from fedtailor.runs.redaction import scrub
 
 if TYPE_CHECKING:

@@ -17,8 +17,6 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.core.method import Capability
 from fedtailor.core.privacy_settings import PrivacyConfig
 from fedtailor.core.settings import (
-    GENERATION_TASKS,
-    NATURAL_CLIENTS,
     AggregationConfig,
     BaseStageConfig,
     DecodingConfig,
@@ -27,9 +25,9 @@ from fedtailor.core.settings import (
     PersonaliseStageConfig,
     Positive,
     StrategyStageConfig,
-    TaskConfig,
     WandbConfig,
 )
+from fedtailor.core.task_settings import GENERATION_TASKS, NATURAL_CLIENTS, TaskConfig
 from fedtailor.methods import METHODS, build_method
 from fedtailor.tasks.task import TASKS
 

@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.settings import GENERATION_TASKS, NATURAL_CLIENTS, ModelConfig, TaskConfig
+from fedtailor.core.settings import ModelConfig
+from fedtailor.core.task_settings import GENERATION_TASKS, NATURAL_CLIENTS, TaskConfig
 from fedtailor.models import hub, tiny_llama
 from fedtailor.models.classifier import load_tokenizer
 from fedtailor.models.source import EMBEDDED_KINDS

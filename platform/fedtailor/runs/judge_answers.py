@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.settings import GENERATION_TASKS
+from fedtailor.core.task_settings import GENERATION_TASKS
 from fedtailor.runs.experiment import nearest
 from fedtailor.runs.predictions import PREDICTIONS, SCHEMA
 from fedtailor.runs.run_folder import RunFolder

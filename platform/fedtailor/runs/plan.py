@@ -15,7 +15,7 @@ from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.method import Method
 from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import Scope
-from fedtailor.core.settings import NATURAL_CLIENTS
+from fedtailor.core.task_settings import NATURAL_CLIENTS
 from fedtailor.methods import build_method
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears

@@ -12,7 +12,7 @@ import torch
 
 from fedtailor import NUMERICS_VERSION
 from fedtailor.core.messages import StageSpec
-from fedtailor.core.settings import GENERATION_TASKS
+from fedtailor.core.task_settings import GENERATION_TASKS
 from fedtailor.methods import build_method
 from fedtailor.runs.experiment import ExperimentBase, base_seed, cohort_size, guards_of, method_section, scaled, to_json
 from fedtailor.runs.privacy_terms import resolved

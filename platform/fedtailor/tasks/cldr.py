@@ -15,7 +15,7 @@ from babel import Locale
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import seed_for
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks.locales import locale_for
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, normalise
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import cldr_names
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.cldr_stock import KINDS, Language, languages_of

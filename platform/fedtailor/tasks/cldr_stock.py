@@ -13,7 +13,7 @@ from babel import Locale
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import seed_for
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import cldr_names
 from fedtailor.tasks.cldr_rules import rules
 from fedtailor.tasks.locales import locale_for

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.settings import DOLLY_CATEGORIES, TaskConfig
+from fedtailor.core.task_settings import DOLLY_CATEGORIES, TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
 from fedtailor.tasks.natural_clients import MIN_EXAMPLES, held_out
 from fedtailor.tasks.row_files import Row, find_file, hub_rows, read_rows

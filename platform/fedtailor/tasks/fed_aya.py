@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks.fed_aya_file import CODES, client_name, find, language_code, language_of, read_clients, read_list
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
 from fedtailor.tasks.local_files import read_text

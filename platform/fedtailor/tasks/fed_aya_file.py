@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.settings import FED_AYA_LANGUAGES
+from fedtailor.core.task_settings import FED_AYA_LANGUAGES
 from fedtailor.tasks.local_files import read_text
 from fedtailor.tasks.locales import FED_AYA
 from fedtailor.tasks.row_files import Row, find_file, parse_json

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.settings import MASAKHANEWS_LANGUAGES, TaskConfig
+from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks.local_files import local_folder, read_text
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks.partition import MIN_TEST, MIN_TRAIN
 from fedtailor.tasks.source import Example, Owner, Pool, Split
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.settings import TaskConfig
+from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import cldr, cldr_instruct, dolly, fed_aya, instructions, leakage, masakhanews, xnli
 from fedtailor.tasks.arrow import BLOCK, write_stream
 from fedtailor.tasks.owners import check_instructions, check_owners, keep_share, own_holdings

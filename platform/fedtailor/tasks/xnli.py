@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.settings import XNLI_LANGUAGES, TaskConfig
+from fedtailor.core.task_settings import XNLI_LANGUAGES, TaskConfig
 from fedtailor.tasks.local_files import local_folder, read_text
 from fedtailor.tasks.parallel import Rows, places, premise_keys
 from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, Split

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedtailor.core.settings import NATURAL_CLIENTS
+from fedtailor.core.task_settings import NATURAL_CLIENTS
 from fedtailor.runs.report import cost, names, side_by_side, tables, verdicts
 from fedtailor.runs.report.facts import Facts
 from fedtailor.runs.report.fonts import can_draw, embedded
