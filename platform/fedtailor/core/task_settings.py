@@ -91,6 +91,9 @@ class TaskConfig(Named):
     max_examples: Annotated[int, Field(ge=3)] | None = None
     """instructions, fed_aya and dolly only, for small machines: most examples of a client, train and test together;
     the first after shuffling by seed. None: all."""
+    names: Rate = 0.5
+    """cldr_instruct only: concentration of each kind of names, in units of ``alpha``. At 0.5 a third of an average
+    client's examples are names, which have to be known; the rest follow rules, which can be learned from others."""
     unseen: tuple[str, ...] = ()
     """Tasks whose data names the clients: ids of the unseen pool. Default of fed_aya: 21-27 and 34 (A.1)."""
     client_column: str = "client"

@@ -76,12 +76,15 @@ def check_placement(exp: ExperimentBase) -> None:
     else:
         asked, share = f"engine.num_gpus={engine.num_gpus:g}", engine.num_gpus
         capacity = int(len(sizes) / share) if share >= 1 else len(sizes) * int(1 / share)
-    wanted = engine.actors or 1
+    ranks = engine.zero.ranks
+    wanted = (engine.actors or 1) * ranks
     if capacity < wanted:
         gpus = ", ".join(f"{size:.1f} GB" for size in sizes) or "none"
+        who = f"{wanted} actor(s)" if ranks == 1 else f"{wanted} process(es) (engine.zero.ranks={ranks} of each actor)"
+        lower = "engine.actors or the share" if ranks == 1 else "engine.zero.ranks or engine.actors"
         raise PlacementError(
-            f"{asked} for {wanted} actor(s) cannot be placed: this machine's GPUs ({gpus}) hold {capacity}. "
-            "Lower engine.actors or the share, use engine.num_gpus=0, or join a cluster with engine.address"
+            f"{asked} for {who} cannot be placed: this machine's GPUs ({gpus}) hold {capacity}. "
+            f"Lower {lower}, use engine.num_gpus=0, or join a cluster with engine.address"
         )
 
 

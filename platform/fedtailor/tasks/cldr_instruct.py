@@ -36,10 +36,6 @@ LANGUAGES: Final = (0.4, 0.3, 0.2, 0.1)
 """Probabilities of 1, 2, 3 and 4 languages."""
 SIDE: Final = (0.2, 0.4)
 """Share of the examples that are in other languages than the predominant one, where there are others: from, to."""
-NAMES: Final = 0.5
-"""Concentration of a kind of names, in units of ``task.alpha``: a third of an average client's examples are names,
-which have to be known, the rest can be learned from other examples."""
-
 _NAME_WORDINGS = (
     "What is {} called in {language}?",
     "How do you say {} in {language}?",
@@ -76,7 +72,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
 
     Args:
         cfg: `languages` (codes of `tasks.locales` or Babel locale names), `clients_per_language`, `test_fraction`,
-            and `alpha` of the Dirichlet mix of kinds are used.
+            `alpha` of the Dirichlet mix of kinds and `names` in it are used.
         seed: run seed.
 
     Raises:
@@ -100,7 +96,7 @@ def profile(cfg: TaskConfig, seed: int, pool: Pool, language: str, index: int) -
     others = sorted(set(cfg.languages) - {language})
     more = min(int(rng.choice(len(LANGUAGES), p=LANGUAGES)), len(others))
     chosen: list[int] = rng.choice(len(others), size=more, replace=False).tolist() if more else []
-    concentration = [cfg.alpha * (1.0 if kind in rules() else NAMES) for kind in KINDS]
+    concentration = [cfg.alpha * (1.0 if kind in rules() else cfg.names) for kind in KINDS]
     return Profile(
         languages=(language, *(others[i] for i in chosen)),
         style=STYLES[int(rng.integers(len(STYLES)))],

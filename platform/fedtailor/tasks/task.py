@@ -39,7 +39,7 @@ TASKS: Final[Mapping[str, Callable[[TaskConfig, int], Source]]] = {
 
 _PLACE = {"path", "max_length", "template", "overlong"}
 """Keys that say where a task is read or how it becomes tokens, not what it holds."""
-_INSTRUCTIONS_ONLY = {"unseen", "client_column", "group_column", "split", "max_examples"}
+_INSTRUCTIONS_ONLY = {"unseen", "names", "client_column", "group_column", "split", "max_examples"}
 
 
 def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:

@@ -225,7 +225,8 @@ class Encoder:
         return self._length(self._ids([self.template.prompt("")])[0])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
+        # Texts above the model's length are cut later: the tokenizer need not warn of them.
+        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         found: list[list[int]] = (
             self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"] if texts else []
         )
