@@ -181,15 +181,15 @@ def test_workers_never_hand_out_or_keep_live_weights(tmp_path: Path) -> None:
 def test_a_client_that_fails_at_one_budget_leaves_no_row_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtailor.core import segment
+    from fedtailor.core import scoring
 
-    honest = segment.evaluate
+    honest = scoring.evaluate
 
     def second_budget_breaks(*arguments: Any) -> Any:
         scores = honest(*arguments)
         return [scores[0], replace(scores[1], loss_sum=float("nan")), *scores[2:]]
 
-    monkeypatch.setattr(segment, "evaluate", second_budget_breaks)
+    monkeypatch.setattr(scoring, "evaluate", second_budget_breaks)
     overrides = ("methods=[lora]", "engine.on_client_failure=drop", "engine.token_budget=100000", "save_adapters=true")
     run = run_tiny(tiny(tmp_path, "base.rounds=1", *overrides))
     frame = run.metrics("personalise")

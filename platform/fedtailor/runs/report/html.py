@@ -150,7 +150,7 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
     seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
     languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
-    natural = at(run.get("config"), "task.name") in NATURAL_CLIENTS
+    evenly = at(run.get("config"), "task.name") in (*NATURAL_CLIENTS, "dolly")  # no Dirichlet draw
     measure = next((b.measure for blocks in pools.values() for b in blocks), ACCURACY)
     clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
     tiles = [
@@ -164,7 +164,7 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
         ("Base", facts.base_line),
         ("Strategy", facts.strategy_line),
         ("Scale", text(at(run.get("config"), "scale") or 1)),
-        *([] if natural else [("Alpha (label skew)", text(at(run.get("config"), "task.alpha")))]),
+        *([] if evenly else [("Alpha (label skew)", text(at(run.get("config"), "task.alpha")))]),
         ("Status", facts.status),
         ("Failures", text(facts.failures)),
         ("Warnings", text(facts.warnings)),

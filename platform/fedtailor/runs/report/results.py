@@ -211,7 +211,10 @@ def _cells(table: pd.DataFrame, language: str) -> dict[str, Cell]:
 
 def _mark_best(cells: dict[str, Cell]) -> dict[str, Cell]:
     top = max((cell.mean for cell in cells.values()), default=np.nan)
-    return {method: Cell(cell.mean, cell.sd, bool(cell.mean >= top - _TIE)) for method, cell in cells.items()}
+    # Where all score zero there is no best: nobody has learned anything yet.
+    return {
+        method: Cell(cell.mean, cell.sd, bool(top > 0 and cell.mean >= top - _TIE)) for method, cell in cells.items()
+    }
 
 
 def client_scores(rows: pd.DataFrame) -> pd.DataFrame:
