@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from fedtailor.core.config import Config, validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import Natural, Positive, Rate
+from fedtailor.core.task_settings import GENERATION_TASKS
 from fedtailor.tasks.task import TASKS
 
 
@@ -75,9 +76,9 @@ class PretrainOptions(Config):
     @field_validator("tasks")
     @classmethod
     def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in value if name not in TASKS]
-        if unknown:
-            raise ValueError(f"allowed: {', '.join(TASKS)}")
+        allowed = [name for name in TASKS if name not in GENERATION_TASKS]
+        if not set(value) <= set(allowed):
+            raise ValueError(f"allowed: {', '.join(allowed)}")
         return tuple(sorted(set(value)))
 
     @model_validator(mode="after")
