@@ -192,7 +192,7 @@ def main() -> None:
         play(folder)
     finally:
         if not asked.keep:
-            shutil.rmtree(folder / "model", ignore_errors=True)
+            shutil.rmtree(folder / "model" if asked.folder else folder, ignore_errors=True)
 
 
 def play(folder: Path) -> None:
