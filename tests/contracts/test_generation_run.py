@@ -18,6 +18,8 @@ from fedtailor.runs.run_folder import RunFolder
 
 MEASURES = {"rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss"}
 ANSWERING = [name for name in METHODS if Capability.CLASSES not in build_method(name, {}, 2).requires]
+BASES = ("feddpa", "dept")
+"""Methods that train a base of which every client keeps a part."""
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +68,15 @@ def test_personal_training_lowers_the_loss(clean: RunFolder) -> None:
     assert loss["lora"] < loss["base"]
 
 
-@pytest.mark.parametrize("method", [name for name in ANSWERING if name not in ("base", "lora", "fedp2eft")])
+@pytest.mark.parametrize("method", [name for name in ANSWERING if name not in ("base", "lora", "fedp2eft", *BASES)])
 def test_every_method_that_can_answer_does(clean: RunFolder, method: str) -> None:
-    if method in ("feddpa", "dept"):
-        pytest.skip("a base method: tested below")
     exp = talk(Path(clean.storage.url), f"methods=[{method}]", "budgets=[2]", *(
         ("fedl2p.outer_steps=1", "fedl2p.hypergradient.pairs=2") if method == "fedl2p" else ()
     ))  # fmt: skip
     assert set(scores(run_tiny(exp, f"only-{method}")).metric) == MEASURES
 
 
-@pytest.mark.parametrize("base", ["feddpa", "dept"])
+@pytest.mark.parametrize("base", BASES)
 def test_clients_may_keep_a_part_of_their_language_model(tmp_path: Path, base: str) -> None:
     exp = talk(tmp_path, f"base.name={base}", f"{base}.batch_size=16", "methods=[base,lora]", "budgets=[1]")
     assert set(scores(run_tiny(exp)).metric) == MEASURES
