@@ -21,7 +21,7 @@ import psutil
 import pytest
 from clusters import QUICK
 from inspection import committed, full_digest, open_run
-from test_jobs import BIN, SMALL, Head, answers, free_port, wait_for
+from test_jobs import BIN, SMALL, Head, answers, environment, free_port, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos_long]
 OWN_PIDS = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -66,14 +66,7 @@ def head() -> Iterator[Head]:
     if shutil.which("unshare") is None or subprocess.run([*OWN_PIDS, "true"], capture_output=True).returncode:
         pytest.skip("no PID namespaces here: allow unprivileged user namespaces, or run as root")
     folder = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))  # Ray's socket names must stay short
-    token = folder / "token"
-    token.touch(0o600)
-    token.write_text(os.urandom(32).hex())
-    ours = ("RAY_", "FEDTAILOR_", "WANDB_", "PYTHONPATH")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+    env = environment(folder)
     made = Head(folder, env, free_port(), free_port(), free_port())
     part = Part(
         [

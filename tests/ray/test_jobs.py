@@ -113,17 +113,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # Ray's socket names must stay short
+def environment(folder: Path) -> dict[str, str]:
+    """What a cluster with a token of its own, kept in ``folder``, and its commands run in."""
     token = folder / "token"
     token.touch(0o600)
     token.write_text(os.urandom(32).hex())
     ours = ("RAY_", "FEDTAILOR_", "WANDB_", "PYTHONPATH")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # Ray's socket names must stay short
+    env = environment(folder)
     made = Head(folder, env, free_port(), free_port(), free_port())
     process = subprocess.Popen(
         [

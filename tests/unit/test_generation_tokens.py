@@ -45,9 +45,9 @@ def task(folder: Path, values: list[dict[str, Any]]) -> TaskData:
 def data(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
     turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
     asked = [*turns, {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Now this."}]
-    talks = [{"client": "old", "group": "work", "messages": asked}]
+    talks = [{"client": "old", "group": "office", "messages": asked}]
     talks += [
-        {"client": "old", "group": "work", "messages": [{"role": "user", "content": f"Q{i}"}, *asked[1:2]]}
+        {"client": "old", "group": "office", "messages": [{"role": "user", "content": f"Q{i}"}, *asked[1:2]]}
         for i in range(9)
     ]
     folder = tmp_path_factory.mktemp("task")
@@ -183,9 +183,9 @@ def test_a_missing_file_of_answers_is_named(data: TaskData, tmp_path: Path) -> N
 
 
 def test_instructions_in_memory_become_the_same_tokens(data: TaskData, tokens: TokenData) -> None:
-    wanted = samples(data, "seen/work/old", "train")
+    wanted = samples(data, "seen/office/old", "train")
     made = instructions_of(byte_tokenizer(), wanted, np.zeros(len(wanted)), MAX_LENGTH, "alpaca")
-    stored = tokens.examples("seen/work/old", "train")
+    stored = tokens.examples("seen/office/old", "train")
     width = made.input_ids.shape[1]
     assert (made.input_ids == stored.input_ids[:, :width]).all()
     assert (made.prompt == stored.prompt).all()

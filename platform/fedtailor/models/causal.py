@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from fedtailor.core.errors import ModelError
-from fedtailor.models.classifier import load_config
-from fedtailor.models.folder import explained, quiet
+from fedtailor.models.classifier import load_config, read_weights
 from fedtailor.models.scores import check_kind
 
 Quantisation = Literal["8bit", "4bit"]
@@ -41,23 +40,10 @@ def load_causal(
     """
     config = load_config(source, revision)
     check_kind(config, "generation", str(source))
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    if quantisation:
-        options["quantization_config"] = _bits(quantisation, dtype)
-    # transformers draws missing weights from the global generator before they are found missing below.
-    with explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(source),
-            config=config,
-            revision=revision or "main",
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
-    model, info = loaded
+    options = {"quantization_config": _bits(quantisation, dtype)} if quantisation else {}
+    model, info = read_weights(
+        AutoModelForCausalLM, source, config, dtype, revision=revision, attention=attn_implementation, **options
+    )
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if absent:
         raise ModelError(

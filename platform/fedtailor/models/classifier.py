@@ -59,20 +59,9 @@ def load_classifier(
     stored = [str(name) for _, name in sorted(dict(config.id2label or {}).items())]
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    # transformers initialises missing weights from the global generator before they are drawn anew below.
-    with explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            str(source),
-            config=config,
-            revision=revision or "main",
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
+    model, info = read_weights(
+        AutoModelForSequenceClassification, source, config, dtype, revision=revision, attention=attn_implementation
+    )
     missing = set(info["missing_keys"])
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     _check_body(model, source, missing | mismatched)
@@ -85,6 +74,51 @@ def load_classifier(
         fresh = set(_head_names(model)) | missing
         _initialise(model, fresh, float(getattr(config, "initializer_range", 0.02)), seed)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def read_weights(
+    auto: Any,
+    source: str | Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    attention: str | None = None,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Reads a model from safetensors; what is missing or misshapen is for the caller to judge.
+
+    Args:
+        auto: transformers' class for the kind of model.
+        source: folder or hub id.
+        config: of the model.
+        dtype: type of all weights.
+        revision: hub revision.
+        attention: ``eager``, ``sdpa``, ...; default: transformers' choice.
+        options: further arguments of ``from_pretrained``.
+
+    Returns:
+        The model and transformers' loading info (``missing_keys``, ``mismatched_keys``).
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    if attention:
+        options["attn_implementation"] = attention
+    # transformers draws missing weights from the global generator, which is not ours to move.
+    with explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
+        found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+            str(source),
+            config=config,
+            revision=revision or "main",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    return found
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None, padded: bool = True) -> PreTrainedTokenizerBase:
