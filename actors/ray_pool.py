@@ -19,7 +19,7 @@ from actors.session import RaySession, cluster_nodes, ensure_ray
 from actors.zero_group import ZeroGroup
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
-from fedtailor.core.pool import OnEvent, OnResult, StageInfo
+from fedtailor.core.pool import Meanwhile, OnEvent, OnResult, StageInfo, nothing
 from fedtailor.core.settings import EngineConfig
 
 WORKER = "fedtailor.core.engine:Worker"
@@ -93,14 +93,20 @@ class RayPool:
         self._metrics.open(spec.key)
         return self._crew.open(spec)
 
-    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
+    def run(
+        self,
+        jobs: Sequence[SegmentJob],
+        shared: FloatArray | None,
+        on_result: OnResult,
+        meanwhile: Meanwhile = nothing,
+    ) -> list[SegmentResult]:
         """See `Pool.run`."""
         if not self._per_client:
-            return self._play(jobs, shared, lambda _, result: on_result(result))
+            return self._play(jobs, shared, lambda _, result: on_result(result), meanwhile)
         parts = Parts(jobs, resolve(self._merge), on_result)
         self._plan = plan_actors(self._config, self._nodes, max(1, len(parts.units)))
         self._crew.hire(self._plan.count)
-        self._play(parts.units, shared, parts.add)
+        self._play(parts.units, shared, parts.add, meanwhile)
         return parts.results()
 
     def close(self) -> None:
@@ -145,13 +151,17 @@ class RayPool:
             self._worker, self._config.threads, self._plan.memory_fraction, forwarded_environment(), self._run, number
         )
 
-    def _play(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, accepted: Accepted) -> list[SegmentResult]:
+    def _play(
+        self, jobs: Sequence[SegmentJob], shared: FloatArray | None, accepted: Accepted, meanwhile: Meanwhile
+    ) -> list[SegmentResult]:
         """Runs jobs to the end; on an error calls under way are left to finish unheard."""
         self._round += 1
         ledger = JobLedger(jobs, self._costs, self._config.retries)
         reference = None if shared is None or not jobs else ray.put(shared)
         served: set[Member] = set()
         began = time.monotonic()
+        self._feed(ledger, reference, served)
+        meanwhile()
         while not ledger.finished:
             self._feed(ledger, reference, served)
             self._metrics.waiting(ledger.waiting)

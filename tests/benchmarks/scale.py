@@ -13,7 +13,7 @@ from measure import Measured, measure
 from regimes import REGIMES, Regime
 from systems import ACTORS, CORES, ours
 
-SMALL = Regime("scale", 64, 2, 8, 8, (1, 2), 50, 100, 6, 4)
+SMALL = Regime("scale", 64, 2, 8, 8, (1, 2), 50, 100, 41, 4)
 POPULATIONS, COHORTS = (100, 1000, 10_000), (10, 100, 1000)
 
 
@@ -52,7 +52,7 @@ def _population(jobs: Path, say: Any, populations: Sequence[int]) -> list[dict[s
 def _cohort(jobs: Path, say: Any, cohorts: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
     for cohort in cohorts:
-        regime = replace(SMALL, population=POPULATIONS[-1], cohort=cohort, rounds=12 if cohort < 100 else 5)
+        regime = replace(SMALL, population=POPULATIONS[-1], cohort=cohort, rounds=41 if cohort <= 100 else 9)
         seen = _run(write_job(regime, jobs / f"cohort-{cohort}"), f"actors={ACTORS}")
         rows.append({"population": regime.population, "cohort": cohort, **_cell(seen, regime)})
         say(f"scale: cohort {cohort:,}: {rows[-1].get('ms_per_client', seen.missing)}")

@@ -14,7 +14,7 @@ from tiny import open_run, tiny
 
 from fedtailor.core.engine import Worker
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
-from fedtailor.core.pool import OnEvent, Pool, SerialPool
+from fedtailor.core.pool import Meanwhile, OnEvent, Pool, SerialPool, nothing
 from fedtailor.core.settings import EngineConfig
 from fedtailor.runs import journal, launch
 from fedtailor.runs.events import KINDS, QUIET, describe, name_of, problems
@@ -37,10 +37,14 @@ class TroubledPool(SerialPool):
         self._worker = BreakingWorker()
 
     def run(
-        self, jobs: Any, shared: FloatArray | None, on_result: Callable[[SegmentResult], None]
+        self,
+        jobs: Any,
+        shared: FloatArray | None,
+        on_result: Callable[[SegmentResult], None],
+        meanwhile: Meanwhile = nothing,
     ) -> list[SegmentResult]:
         self._on_event(RETRIED)
-        results = super().run(jobs, shared, on_result)
+        results = super().run(jobs, shared, on_result, meanwhile)
         results[0].warnings.append({"kind": "client-warning", "client": "a", "reason": "few examples"})
         return results
 

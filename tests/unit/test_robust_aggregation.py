@@ -17,6 +17,7 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.core.faults import VARIABLE
 from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.core.method import Aggregator, Method, Row
+from fedtailor.core.pool import Meanwhile
 from fedtailor.core.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.methods import build_method
@@ -156,7 +157,10 @@ class Liars:
             weights = weights - 0.3 * gradient(weights, x, y)
         return weights.ravel().astype(np.float32)
 
-    def run(self, jobs: Sequence[SegmentJob], shared: Row, on_result: object) -> list[SegmentResult]:
+    def run(
+        self, jobs: Sequence[SegmentJob], shared: Row, on_result: object, meanwhile: Meanwhile
+    ) -> list[SegmentResult]:
+        meanwhile()
         sent = {client: self.trained(client, shared) for job in jobs for client in job.clients}
         honest = [row for client, row in sent.items() if client not in LIARS]
         if self.attack:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedtailor.core.settings import EngineConfig
 
 OnResult = Callable[[SegmentResult], None]
+Meanwhile = Callable[[], None]
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -35,6 +36,10 @@ class StageInfo:
     r_init: int
 
 
+def nothing() -> None:
+    """No work for the driver."""
+
+
 class Pool(Protocol):
     """Runs segments of one open stage at a time."""
 
@@ -45,17 +50,25 @@ class Pool(Protocol):
     def open(self, spec: StageSpec) -> StageInfo:
         """Prepares all workers for a stage; closes the one before it."""
 
-    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
+    def run(
+        self,
+        jobs: Sequence[SegmentJob],
+        shared: FloatArray | None,
+        on_result: OnResult,
+        meanwhile: Meanwhile = nothing,
+    ) -> list[SegmentResult]:
         """Runs jobs and returns one result each, in job order.
 
         Args:
             jobs: segments of one round or chunk.
             shared: SHARED state (P,) float32, or None where the method has none.
             on_result: called once per accepted result, as they come, for progress only.
+            meanwhile: the driver's own work, called once, as soon as the workers have theirs.
 
         Raises:
             WorkerError: a job was lost more often than ``engine.retries``.
             TailorError: whatever the worker raised on purpose.
+            Exception: whatever ``meanwhile`` raised.
         """
 
     def close(self) -> None:
@@ -80,8 +93,15 @@ class SerialPool:
         """See `Pool.open`."""
         return self._worker.open(spec)
 
-    def run(self, jobs: Sequence[SegmentJob], shared: FloatArray | None, on_result: OnResult) -> list[SegmentResult]:
+    def run(
+        self,
+        jobs: Sequence[SegmentJob],
+        shared: FloatArray | None,
+        on_result: OnResult,
+        meanwhile: Meanwhile = nothing,
+    ) -> list[SegmentResult]:
         """See `Pool.run`."""
+        meanwhile()
         results = []
         for job in jobs:
             result = self._worker.run(job, shared)

@@ -135,6 +135,10 @@ def run_rounds(
 ) -> RoundState:
     """Runs what is missing of a stage and returns its last state.
 
+    The driver commits a round while the workers play the next one, so that far storage costs no time; nothing is
+    concluded from the next round before that commit is there. Where clients have PRIVATE state, which they get from
+    the commit, and where releases are paid for in epsilon, the next round begins after the commit.
+
     Args:
         plan: numbers of the stage.
         method: built record.
@@ -151,6 +155,14 @@ def run_rounds(
         RoundError: no valid update, or fewer than the quorum; nothing of that round is kept.
     """
     state = log.newest() or RoundState(0, initial, method.server.init(initial))
+    closed: list[RoundOutcome] = []
+
+    def settle() -> None:
+        while closed:
+            outcome = closed.pop()
+            log.commit(outcome)
+            on_round(outcome)
+
     while state.round < plan.rounds and not _stopped(method, state):
         cohort = cohort_of(plan, state.round)
         jobs = [
@@ -166,11 +178,15 @@ def run_rounds(
             )
             for index, clients in enumerate(_pieces(plan, cohort))
         ]
-        results = pool.run(jobs, state.shared, on_result) if jobs else []
-        outcome = close_round(plan, method, state, cohort, results, spend)
-        log.commit(outcome)
-        on_round(outcome)
-        state = outcome.state
+        try:
+            results = pool.run(jobs, state.shared, on_result, settle) if jobs else []
+        finally:
+            settle()
+        closed.append(close_round(plan, method, state, cohort, results, spend))
+        state = closed[0].state
+        if method.release is not None or closed[0].private:
+            settle()
+    settle()
     return state
 
 
