@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedtailor.core.allocator import keep_freed_memory
 from fedtailor.core.errors import TailorError
 from fedtailor.core.faults import FaultPlan, planned
 from fedtailor.core.group_answer import check_answer
@@ -25,6 +26,8 @@ class Worker:
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._ranks = ranks
+        if ranks is None:  # the weights that ranks gather come and go: theirs go back to the system
+            keep_freed_memory()
         self._stage: OpenStage | None = None
         self._faults: FaultPlan | None = None
 

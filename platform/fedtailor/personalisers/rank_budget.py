@@ -5,15 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AdaLoraConfig as PeftConfig
-from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor
 
 from fedtailor.core.lanes import LaneParams
 from fedtailor.core.net import LaneNet
+
+if TYPE_CHECKING:
+    # At run time only where it is used: peft takes half a second, and every worker imports every method.
+    from peft import AdaLoraConfig as PeftConfig
 
 NAME = "default"
 Pattern = dict[str, list[bool]]
@@ -48,6 +50,8 @@ class Schedule:
 
     def as_peft(self) -> PeftConfig:
         """The same as peft is told."""
+        from peft import AdaLoraConfig as PeftConfig
+
         return PeftConfig(
             init_r=self.init, target_r=self.target, total_step=self.steps, deltaT=self.delta_t,
             tinit=int(self.t_init * self.steps + 1e-9), tfinal=self.steps - self.last,
@@ -87,6 +91,8 @@ class RankBudget:
     """
 
     def __init__(self, net: LaneNet, params: LaneParams, schedule: Schedule) -> None:
+        from peft.tuners.adalora.layer import RankAllocator
+
         self._model, self._schedule = _PeftNames(net, params), schedule
         self._allocator: Any = RankAllocator(self._model, schedule.as_peft(), NAME)  # type: ignore[no-untyped-call]
         self._pattern: Pattern = {}
