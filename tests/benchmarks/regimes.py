@@ -58,7 +58,7 @@ class Regime:
 REGIMES = (
     Regime("overhead-bound", 64, 2, 8, 8, (2, 6), 32, 64, 17, 16),
     Regime("mixed", 128, 2, 32, 8, (2, 6), 32, 64, 9, 8),
-    Regime("compute-bound", 512, 2, 128, 16, (1, 2), 8, 16, 7, 1),
+    Regime("compute-bound", 512, 2, 128, 16, (1, 2), 8, 16, 6, 1),
 )
 
 
