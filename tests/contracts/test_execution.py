@@ -14,7 +14,7 @@ from tiny import run_tiny, tiny
 from fedtailor.core.engine import Worker
 from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
-from fedtailor.core.pool import Meanwhile, OnResult, SerialPool, nothing
+from fedtailor.core.pool import SerialPool
 from fedtailor.runs.digest import digest
 from fedtailor.runs.run_folder import RunFolder
 
@@ -95,13 +95,7 @@ class Saboteur(SerialPool):
         super().__init__(config, on_event)
         self.spoil, self.how = spoil, how
 
-    def run(
-        self,
-        jobs: Sequence[SegmentJob],
-        shared: FloatArray | None,
-        on_result: OnResult,
-        meanwhile: Meanwhile = nothing,
-    ) -> list[SegmentResult]:
+    def run(self, *call: Any, **named: Any) -> list[SegmentResult]:
         stage = self._worker._stage
         assert stage is not None
         original, spoil, how = type(stage).context, self.spoil, self.how
@@ -119,7 +113,7 @@ class Saboteur(SerialPool):
 
         type(stage).context = context  # type: ignore[method-assign]
         try:
-            return super().run(jobs, shared, on_result, meanwhile)
+            return super().run(*call, **named)
         finally:
             type(stage).context = original  # type: ignore[method-assign]
 
@@ -165,14 +159,10 @@ def test_workers_never_hand_out_or_keep_live_weights(tmp_path: Path) -> None:
 
     class Poisoner(SerialPool):
         def run(
-            self,
-            jobs: Sequence[SegmentJob],
-            shared: FloatArray | None,
-            on_result: OnResult,
-            meanwhile: Meanwhile = nothing,
+            self, jobs: Sequence[SegmentJob], shared: FloatArray | None, *rest: Any, **named: Any
         ) -> list[SegmentResult]:
             if shared is None:
-                return super().run(jobs, shared, on_result, meanwhile)
+                return super().run(jobs, shared, *rest, **named)
             first = Worker.run(self._worker, jobs[0], shared)
             total = first.partial.total.copy()
             # Whatever is done to an answer or to the broadcast must not reach the next call.
@@ -181,7 +171,7 @@ def test_workers_never_hand_out_or_keep_live_weights(tmp_path: Path) -> None:
             again = Worker.run(self._worker, jobs[0], poisoned)
             poisoned[:] = np.nan
             kept.append((total, again.partial.total))
-            return super().run(jobs, shared, on_result, meanwhile)
+            return super().run(jobs, shared, *rest, **named)
 
     run_tiny(exp, pool=lambda on_event: Poisoner(exp.engine, on_event))
     for first, again in kept:

@@ -14,7 +14,7 @@ from tiny import open_run, tiny
 
 from fedtailor.core.engine import Worker
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
-from fedtailor.core.pool import Meanwhile, OnEvent, Pool, SerialPool, nothing
+from fedtailor.core.pool import OnEvent, Pool, SerialPool
 from fedtailor.core.settings import EngineConfig
 from fedtailor.runs import journal, launch
 from fedtailor.runs.events import KINDS, QUIET, describe, name_of, problems
@@ -36,15 +36,9 @@ class TroubledPool(SerialPool):
         super().__init__(config, on_event)
         self._worker = BreakingWorker()
 
-    def run(
-        self,
-        jobs: Any,
-        shared: FloatArray | None,
-        on_result: Callable[[SegmentResult], None],
-        meanwhile: Meanwhile = nothing,
-    ) -> list[SegmentResult]:
+    def run(self, *call: Any, **named: Any) -> list[SegmentResult]:
         self._on_event(RETRIED)
-        results = super().run(jobs, shared, on_result, meanwhile)
+        results = super().run(*call, **named)
         results[0].warnings.append({"kind": "client-warning", "client": "a", "reason": "few examples"})
         return results
 

@@ -16,8 +16,8 @@ KEPT = 512 * 2**20
 def keep_freed_memory() -> bool:
     """Tells glibc to use freed buffers again instead of giving them back to the system after every step.
 
-    By default each activation above some 100 kB is mapped anew, and zeroed page by page by the kernel, thousands of
-    times a round. Changes no number.
+    By default large buffers and the end of the heap go back when they are freed, so every step asks for the same pages
+    again, which the kernel zeroes first: up to 600,000 a round. Changes no number.
 
     Returns:
         Whether this C library can be told so; others (musl, macOS) are left as they are.

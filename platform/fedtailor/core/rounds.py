@@ -135,9 +135,10 @@ def run_rounds(
 ) -> RoundState:
     """Runs what is missing of a stage and returns its last state.
 
-    The driver commits a round while the workers play the next one, so that far storage costs no time; nothing is
-    concluded from the next round before that commit is there. Where clients have PRIVATE state, which they get from
-    the commit, and where releases are paid for in epsilon, the next round begins after the commit.
+    The driver commits a round while the workers play the next one, each the piece that it was handed first; further
+    pieces wait for the commit, and nothing is concluded from the next round before it is there. Where clients have
+    PRIVATE state, which they get from the commit, and where releases are paid for in epsilon, the next round begins
+    after the commit.
 
     Args:
         plan: numbers of the stage.
