@@ -17,9 +17,8 @@ import numpy as np
 import ray
 
 from actors.metrics import ActorMetrics
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
-from fedtailor.core.pool import StageInfo
-from fedtailor.core.ranks import Ranks
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
+from fedtailor.core.scope import Ranks
 
 FORWARDED = (
     "FEDTAILOR_DATA", "FEDTAILOR_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE",
@@ -60,7 +59,7 @@ class ClientActor:
     exception it is and not as an actor that died.
 
     Args:
-        worker: ``module:Class`` with ``open`` and ``run`` as `fedtailor.core.engine.Worker` has them.
+        worker: ``module:Class`` with ``open`` and ``run`` as `fedtailor.worker.worker.Worker` has them.
         threads: torch and BLAS threads.
         memory_fraction: share of the GPU's memory that this process may allocate, or None.
         environment: variables to set unless they are set already.

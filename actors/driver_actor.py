@@ -12,13 +12,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.client_actor import forwarded_environment, resolve
-from actors.faults import Loss, judge
 from actors.metrics import CommitMetrics
+from actors.ray_errors import Loss, judge
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
 from fedtailor.core.errors import WorkerError
-from fedtailor.core.pool import OnEvent
 from fedtailor.core.settings import EngineConfig
+from fedtailor.federated.pool import OnEvent
 
 POLL_S = 0.25
 """Longest time between two looks at ``should_stop``."""

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from fedtailor.core.memory import peak_rss
 from fedtailor.core.messages import SegmentResult
+from fedtailor.worker.costs import peak_rss
 
 PREFIX = "fedtailor_"
+
 TAGS = ("run", "stage")
+
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
 """Upper ends of the classes of `fedtailor_round_seconds`."""
 

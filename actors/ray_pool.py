@@ -1,29 +1,87 @@
-"""The pool that runs segments on Ray actors; equal to `SerialPool` byte for byte in ``pool`` mode."""
+"""Segments on actors, lost ones retried.
+
+The pool that runs segments on Ray actors; equal to `SerialPool` byte for byte in ``pool`` mode.
+
+Segments as single-client jobs and back, for the mode with one actor per client.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from actors.client_actor import ClientActor, Host, forwarded_environment, resolve
-from actors.crew import Answer, Crew, Member
-from actors.ledger import Costs, JobLedger
+from actors.job_queue import Costs, JobLedger
 from actors.metrics import PoolMetrics
-from actors.parts import Parts
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
+from actors.supervisor import Answer, Crew, Member
 from actors.zero_group import ZeroGroup
 from fedtailor.core.errors import WorkerError
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
-from fedtailor.core.pool import Meanwhile, OnEvent, OnResult, StageInfo, nothing
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.settings import EngineConfig
+from fedtailor.federated.pool import Meanwhile, OnEvent, OnResult, nothing
 
-WORKER = "fedtailor.core.engine:Worker"
-MERGE = "fedtailor.core.engine:merge_results"
+
+def single_clients(job: SegmentJob) -> list[SegmentJob]:
+    """One job per client, in client order, each with its own private state only."""
+    if len(job.clients) <= 1:
+        return [job]
+    return [
+        replace(job, clients=(name,), private={k: row for k, row in job.private.items() if k == name})
+        for name in job.clients
+    ]
+
+
+class Parts:
+    """Joins a segment's results when the last one is there, in client order whatever came first.
+
+    Args:
+        jobs: the segments.
+        merge: joins the results of one segment.
+        on_result: called once per joined segment.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[SegmentJob],
+        merge: Callable[[Sequence[SegmentResult]], SegmentResult],
+        on_result: OnResult,
+    ) -> None:
+        self._merge, self._on_result = merge, on_result
+        pieces = [single_clients(job) for job in jobs]
+        self.units: list[SegmentJob] = [unit for piece in pieces for unit in piece]
+        """All single-client jobs, segment by segment."""
+        self._segment = [i for i, piece in enumerate(pieces) for _ in piece]
+        self._found: list[dict[int, SegmentResult]] = [{} for _ in pieces]
+        self._sizes = [len(piece) for piece in pieces]
+        self._merged: list[SegmentResult | None] = [None] * len(pieces)
+
+    def add(self, position: int, result: SegmentResult) -> None:
+        """Takes the result of ``units[position]``."""
+        segment = self._segment[position]
+        found = self._found[segment]
+        found[position] = result
+        if len(found) == self._sizes[segment]:
+            merged = self._merge([found[i] for i in sorted(found)])
+            self._merged[segment] = merged
+            found.clear()
+            self._on_result(merged)
+
+    def results(self) -> list[SegmentResult]:
+        """The joined results in job order."""
+        return [result for result in self._merged if result is not None]
+
+
+WORKER = "fedtailor.worker.worker:Worker"
+
+MERGE = "fedtailor.worker.worker:merge_results"
+
 Accepted = Callable[[int, SegmentResult], None]
 
 

@@ -20,12 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import actors
 import fedtailor
-from actors.auth_token import provide_token
 from actors.client_actor import THREAD_VARIABLES
-from actors.join import join
+from actors.join import join, provide_token
 from actors.placement import NodeResources
 
 PROBE_S = 30.0
+
 _MIB = 2**20
 
 

@@ -1,7 +1,7 @@
 """A client that needs several processes: N ranks in one placement group that look like one actor of the pool.
 
 DeepSpeed ZeRO (Rajbhandari et al., SC 2020) spreads the frozen base over the ranks; see
-`fedtailor.models.partitioned`. All ranks run the same segments; each has its rows of every step. The group lives and
+`fedtailor.models.zero`. All ranks run the same segments; each has its rows of every step. The group lives and
 dies as a whole: a rank that is lost, hangs or falls out of step ends all of them, the pool starts a new group, and the
 segment is played again from what the last commit left.
 """
@@ -17,17 +17,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.client_actor import Host, here
-from actors.faults import GroupLostError, Loss, judge
 from actors.placement import ActorPlan
+from actors.ray_errors import GroupLostError, Loss, judge
 from actors.zero_rank import RankAnswer, ZeroRank
 from fedtailor.core.errors import PlacementError, TailorError, WorkerError
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec
-from fedtailor.core.pool import StageInfo
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 
 START_S = 120.0
 """Seconds until ranks that Ray does not place are an error."""
+
 CAUSE_S = 3.0
 """How long a rank's error waits for the death of another rank that may have caused it."""
+
 STACK_S = 3.0
 
 
@@ -62,7 +63,7 @@ class ZeroGroup:
 
     def open(self, spec: StageSpec) -> str:
         """Opens a stage on all ranks; starts them if they are not there, or hold another base."""
-        from fedtailor.core.engine import same_base
+        from fedtailor.worker.worker import same_base
 
         if self._spec is not None and not same_base(self._spec, spec):
             # DeepSpeed cannot let go of a model that it has partitioned.

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtailor.core.pool import Pool, SerialPool
-from fedtailor.runs.execute import Execution
-from fedtailor.runs.experiment import ExperimentBase, compose, overrides_of, to_json
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import ExperimentBase, overrides_of, to_json
+from fedtailor.experiment.execute import Execution
+from fedtailor.federated.pool import Pool
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.worker.worker import SerialPool
 
 TINY = [
     "task.languages=[eng,amh,yor]", "task.clients_per_language=3", "task.max_length=16",
@@ -67,7 +69,7 @@ def run_tiny(
 
 
 def run_with_fault(storage: Path, overrides: tuple[str, ...], fault: str | None) -> None:
-    """For a process of its own: the tiny experiment, with one of `runs.faults`' points armed."""
+    """For a process of its own: the tiny experiment, with one of `core.faults`' points armed."""
     import os
 
     import torch

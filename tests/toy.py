@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedtailor.core.context import ClientContext, Lane, open_params
-from fedtailor.core.features import client_features
-from fedtailor.core.method import Adapter, Parameters
-from fedtailor.core.net import LaneNet
 from fedtailor.core.seeding import numpy_rng
+from fedtailor.federated.context import ClientContext, Lane, open_params
+from fedtailor.lanes.features import client_features
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import Adapter, Parameters
 
 CLASSES, VOCAB = 4, 120
 

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fedtailor.runs.report.names import method_name
-from fedtailor.runs.report.style import MUTED, SEQUENTIAL, Drawing, looks, plain, save, styled
+from fedtailor.report.names import method_name
+from fedtailor.report.style import MUTED, SEQUENTIAL, Drawing, looks, plain, save, styled
 from tune_spaces.grid import Value
-from tune_spaces.record import Outcome, Trial
+from tune_spaces.results import Outcome, Trial
 
 NAME = "grid"
 

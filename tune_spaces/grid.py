@@ -1,4 +1,9 @@
-"""What a published search is: a method, the values that were tried, and what decided."""
+"""What a search is and what decides it.
+
+What a published search is: a method, the values that were tried, and what decided.
+
+What a trial is judged by: one number from the committed metrics of its personalised clients.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,17 @@ import difflib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, Literal
 
-from fedtailor.core.errors import ConfigError
+import pandas as pd
+
+from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.experiment.config import nearest
+from fedtailor.report.metrics import SHARES
+from fedtailor.report.scores import averages, checked
 
 Value = int | float
+
 Space = Mapping[str, tuple[Value, ...]]
 """Dotted key to the values that were tried; the trials are all combinations, the last key fastest."""
 
@@ -21,7 +33,7 @@ class Grid:
     Args:
         method: row of the METHODS table; the trials run it alone.
         space: values of every key, all in the method's own section.
-        objective: row of `tune_spaces.objective.OBJECTIVES` that decides unless another is named.
+        objective: row of `tune_spaces.grid.OBJECTIVES` that decides unless another is named.
         says: what the paper says about the search, in one line, with the place.
     """
 
@@ -51,3 +63,95 @@ def find(address: str, grids: Mapping[str, Grid]) -> Grid:
     close = difflib.get_close_matches(address, list(grids), n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     raise ConfigError(f"unknown sweep '{address}'{hint} (known: {', '.join(grids)})")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which rows are averaged, and which way is better.
+
+    Args:
+        pool: clients that are personalised and scored.
+        metric: of the personalising stage.
+        mode: ``max`` or ``min``.
+        says: what it is, for tables and figures.
+    """
+
+    pool: Literal["seen", "unseen"]
+    metric: str
+    mode: Literal["max", "min"]
+    says: str
+
+    @property
+    def on_train(self) -> bool:
+        """Whether clients must be scored on their train split."""
+        return self.metric.startswith("train_")
+
+    @property
+    def share(self) -> bool:
+        """Whether values are shares between 0 and 1."""
+        return self.metric.removeprefix("train_") in SHARES
+
+    def better(self, value: float) -> float:
+        """The value turned so that larger is better."""
+        return value if self.mode == "max" else -value
+
+    def shown(self, value: float) -> str:
+        """The value for people: shares in percent.
+
+        >>> OBJECTIVES["seen_accuracy"].shown(0.61254), OBJECTIVES["seen_loss"].shown(1.5)
+        ('61.25', '1.5000')
+        """
+        return f"{100 * value:.2f}" if self.share else f"{value:.4f}"
+
+
+OBJECTIVES: Final[Mapping[str, Objective]] = {
+    "train_accuracy": Objective("seen", "train_accuracy", "max", "accuracy on the train texts of seen clients"),
+    "train_loss": Objective("seen", "train_loss_after", "min", "loss on the train texts of seen clients"),
+    "seen_accuracy": Objective("seen", "accuracy", "max", "test accuracy of seen clients"),
+    "seen_loss": Objective("seen", "loss", "min", "test loss of seen clients"),
+    "seen_rougeL": Objective("seen", "rougeL", "max", "ROUGE-L of the answers of seen clients"),
+    "unseen_accuracy": Objective("unseen", "accuracy", "max", "test accuracy of unseen clients"),
+    "unseen_loss": Objective("unseen", "loss", "min", "test loss of unseen clients"),
+    "unseen_rougeL": Objective("unseen", "rougeL", "max", "ROUGE-L of the answers of unseen clients"),
+}
+
+
+def objective(name: str) -> Objective:
+    """A row of `OBJECTIVES`.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"'--objective': unknown '{name}'{nearest(name, list(OBJECTIVES))} (known: {', '.join(OBJECTIVES)})"
+        )
+    return OBJECTIVES[name]
+
+
+def for_task(name: str, kind: str) -> str:
+    """What a grid's objective becomes for a task that asks for text: answers to train prompts are not made.
+
+    >>> for_task("train_accuracy", "generation"), for_task("train_accuracy", "classification")
+    ('train_loss', 'train_accuracy')
+    """
+    return "train_loss" if kind == "generation" and name == "train_accuracy" else name
+
+
+def score(metrics: pd.DataFrame, method: str, judged: Objective) -> float:
+    """The objective of one method: pooled per language, then the mean over languages, budgets and seeds.
+
+    Args:
+        metrics: rows of METRIC_COLUMNS; those of the personalising stage are read.
+        method: row of the METHODS table.
+        judged: which rows.
+
+    Raises:
+        DataError: no row of that kind.
+    """
+    frame = checked(metrics)
+    wanted = (frame["stage"] == "personalise") & (frame["method"] == method) & (frame["pool"] == judged.pool)
+    rows = frame[wanted & (frame["metric"] == judged.metric) & (frame["weight"] > 0)]
+    if rows.empty:
+        raise DataError(f"no {judged.pool} client of '{method}' has the metric '{judged.metric}'")
+    return float(averages(rows)["value"].mean())

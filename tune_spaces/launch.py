@@ -1,4 +1,9 @@
-"""``fedtailor sweep``: a published grid as runs that share one base, with a table, a preset and a figure at the end."""
+"""Fedtailor sweep, its tables.
+
+``fedtailor sweep``: a published grid as runs that share one base, with a table, a preset and a figure at the end.
+
+How a sweep looks in a terminal.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +11,87 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+import tune_spaces
 from actors.driver_actor import run_on_driver
 from actors.placement import ActorPlan, plan_actors
 from actors.session import cluster_nodes, ensure_ray
+from fedtailor.cli.terminal import plain_table
 from fedtailor.core.errors import ConfigError, Interrupted, SweepError, TailorError
 from fedtailor.core.settings import EngineConfig
-from fedtailor.runs import launch
-from fedtailor.runs.preflight import prepare
-from fedtailor.runs.progress import Reporter, reporter
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.stop import StopSignals
-from fedtailor.runs.storage import Storage
-from tune_spaces import record
+from fedtailor.experiment import launch
+from fedtailor.experiment.launch import prepare
+from fedtailor.experiment.stop import StopSignals
+from fedtailor.report.wandb import sync_wandb
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tracking.progress import Reporter, reporter
+from tune_spaces import results
 from tune_spaces.figure import draw
+from tune_spaces.grid import combinations
 from tune_spaces.plan import SweepPlan, make_plan
-from tune_spaces.record import Outcome
-from tune_spaces.search import search
-from tune_spaces.signals import TuneSignals
-from tune_spaces.view import failures, show_plan, trials_table
+from tune_spaces.results import Outcome, Trial
+from tune_spaces.search import TuneSignals, search
+
+COLOURS = {"complete": "green", "stopped": "yellow", "failed": "red", "unfinished": "dim"}
+
+
+def grids_table() -> Table:
+    """Every published grid: what ``fedtailor sweep`` can be given."""
+    table = plain_table("sweep", "method", "trials", "values", "decided by", numbers=("trials",))
+    for address, grid in tune_spaces.grids().items():
+        values = "\n".join(f"{key} = {', '.join(f'{v:g}' for v in found)}" for key, found in grid.space.items())
+        count = str(len(combinations(grid.space)))
+        table.add_row(address, grid.method, count, escape(values), escape(f"{grid.objective}\n{grid.says}"))
+    return table
+
+
+def show_plan(console: Console, plan: SweepPlan, where: str, workers: int, at_once: int) -> None:
+    """What is about to run."""
+    console.print(f"[bold]{escape(plan.sweep_id)}[/]  [dim]in {escape(where)}[/]", highlight=False)
+    rows = {
+        "grid": f"{plan.address}: {len(plan.trials)} trials of {plan.grid.method}",
+        "judged by": f"{plan.objective} ({plan.judged.says}; {plan.grid.says})",
+        "budgets, seeds": f"{', '.join(map(str, plan.config['budgets']))}; {', '.join(map(str, plan.config['seeds']))}",
+        "at once": f"{at_once} trial(s) of {workers} worker(s)" + (", hopeless ones stopped by ASHA" * plan.asha),
+        "first": f"{plan.base_run} trains what all trials share, so that none waits for another",
+    }
+    for name, value in rows.items():
+        console.print(f"  [dim]{name:<14}[/] {escape(value)}", highlight=False, soft_wrap=True)
+
+
+def trials_table(outcome: Outcome) -> Table:
+    """All trials with the value that decides; the best in bold."""
+    plan, best, paper = outcome.plan, outcome.best, outcome.plan.picked
+    unit = " in %" if plan.judged.share else ""
+    table = plain_table(
+        "trial", *plan.grid.space, f"{plan.objective}{unit}", "state", "",
+        title=f"{plan.sweep_id}: {plan.judged.says}{unit}", numbers=(*plan.grid.space, f"{plan.objective}{unit}"),
+    )  # fmt: skip
+    for trial in outcome.trials:
+        equal = best is not None and trial is not best and trial.value == best.value
+        notes = ["best"] * (trial is best) + ["equal"] * equal + ["the paper's choice"] * (dict(trial.values) == paper)
+        shown = plan.judged.shown(trial.value) if trial.value is not None else ""
+        style = "bold" if trial is best else None
+        told = f"[{COLOURS[trial.state]}]{trial.state}[/]"
+        numbers = (f"{value:g}" for value in trial.values.values())
+        table.add_row(f"{trial.number:02d}", *numbers, shown, told, ", ".join(notes), style=style)
+    if outcome.reference is not None:
+        blank = ("" for _ in plan.grid.space)
+        table.add_row("base", *blank, plan.judged.shown(outcome.reference), "", "not personalised")
+    return table
+
+
+def failures(outcome: Outcome) -> list[str]:
+    """One line for each trial that failed."""
+    return [_failure(trial) for trial in outcome.of_state("failed")]
+
+
+def _failure(trial: Trial) -> str:
+    values = ", ".join(f"{key}={value:g}" for key, value in trial.values.items())
+    return f"{trial.run_id} ({values}): {trial.message}"
 
 
 def sweep(
@@ -57,8 +124,8 @@ def sweep(
     plan = make_plan(address, words, objective, sweep_id, asha)
     storage = Storage(plan.config["storage"])
     folder = storage.local_path(plan.sweep_id)
-    record.refuse_other(storage, plan)
-    outcome = record.settled(storage, plan)
+    results.refuse_other(storage, plan)
+    outcome = results.settled(storage, plan)
     if outcome is None:
         show = reporter(json_log or console, json_log is not None)
         try:
@@ -86,8 +153,8 @@ def _run(
             found = search(plan, folder, actors, at_once, show)
         # Tune calls a trial that it has not started yet neither stopped nor failed.
         stopped = () if signals.number is not None else found.stopped
-        outcome = record.examine(storage, plan, stopped, found.errors)
-        record.write(storage, outcome)
+        outcome = results.examine(storage, plan, stopped, found.errors)
+        results.write(storage, outcome)
         signals.check()
         return outcome
     finally:
@@ -111,14 +178,14 @@ def _fit(engine: EngineConfig) -> tuple[ActorPlan, int]:
 def _train_base(plan: SweepPlan, storage: Storage, show: Reporter) -> None:
     """What all trials share, before the first: a trial that waited for another's base would hold its CPUs."""
     exp = plan.base()
-    if record.base_is_there(storage, plan):
+    if results.base_is_there(storage, plan):
         show({"kind": "note", "text": f"{plan.base_run} is there already"})
         return
     backend = launch.run_serial if exp.engine.backend == "serial" else run_on_driver
     with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
         try:
             run = prepare(exp, plan.base_run, show)
-            record.begin(storage, plan)
+            results.begin(storage, plan)
             stop.graceful = True
             launch.launch(backend, run, exp, show, stop)
         except Interrupted as error:
@@ -136,7 +203,7 @@ def _conclude(console: Console, storage: Storage, folder: Path, outcome: Outcome
     console.print(trials_table(outcome))
     if best is not None:
         figure, _ = draw(outcome, folder)
-        preset = folder / record.BEST
+        preset = folder / results.BEST
         told = ", ".join(f"{key}={value:g}" for key, value in best.values.items())
         presets = [word for word in plan.words if "=" not in word]
         console.print(f"[green]best[/]  {told}", highlight=False, soft_wrap=True)
@@ -161,6 +228,6 @@ def _feed_wandb(console: Console, storage: Storage, outcome: Outcome) -> None:
     names = [trial.run_id for trial in outcome.trials if trial.state == "complete"]
     for name in names:
         run = RunFolder.open(storage, name)
-        problem = launch.sync_wandb(run, launch.load_experiment(run))
+        problem = sync_wandb(run, launch.load_experiment(run))
         if problem:
             console.print(f"[yellow]W&B:[/] {name}: {problem}; repeat with: fedtailor sync {name}", highlight=False)

@@ -10,17 +10,10 @@ from typing import Any
 import tune_spaces
 from fedtailor.core.config import validate
 from fedtailor.core.errors import ConfigError
-from fedtailor.runs.experiment import (
-    Experiment,
-    ExperimentBase,
-    check,
-    clients_per_language,
-    compose,
-    to_json,
-)
-from fedtailor.runs.stages import short_hash
-from tune_spaces.grid import Grid, Value, combinations, find
-from tune_spaces.objective import Objective, for_task, objective
+from fedtailor.experiment.compose import check, compose
+from fedtailor.experiment.config import Experiment, ExperimentBase, clients_per_language, to_json
+from fedtailor.experiment.stages import short_hash
+from tune_spaces.grid import Grid, Objective, Value, combinations, find, for_task, objective
 
 Content = dict[str, Any]
 

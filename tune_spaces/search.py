@@ -1,15 +1,22 @@
-"""The search itself: Ray Tune over the grid, one placement group per trial, taken up again where it was left."""
+"""Ray Tune over the grid; signals.
+
+The search itself: Ray Tune over the grid, one placement group per trial, taken up again where it was left.
+
+Ctrl-C and SIGTERM while Tune searches: it writes its state and ends; a second signal ends at once.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 from ray import tune
@@ -18,22 +25,25 @@ from ray.tune.schedulers import ASHAScheduler
 
 from actors.client_actor import forwarded_environment
 from actors.placement import ActorPlan
-from fedtailor.core.errors import StorageError
-from fedtailor.runs.progress import LINE_EVERY_S
+from fedtailor.core.errors import Interrupted, StorageError
+from fedtailor.tracking.progress import LINE_EVERY_S
 from tune_spaces.plan import SweepPlan, steps_of
-from tune_spaces.record import TUNE
+from tune_spaces.results import TUNE
 from tune_spaces.trial import Surroundings, play
 
 RETRIES: Final = 2
 """How often a trial whose process died is started again; it goes on from its last commit."""
+
 REDUCTION: Final = 3
 """ASHA keeps one in so many trials at every rung."""
+
 _ENVIRONMENT: Final = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with `verbose=0`: silence; the new output prints boxes all the same
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV and TensorBoard would repeat what is committed
     "TUNE_GLOBAL_CHECKPOINT_S": "2",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
 Listener = Callable[[str, Any, Mapping[str, Any]], None]
 
 
@@ -124,8 +134,8 @@ def _scheduler(plan: SweepPlan) -> ASHAScheduler | None:
 
 def steps_total(plan: SweepPlan) -> int:
     """Steps of one trial, before any of its stages is planned: as `trial.Watch` counts them, at the most."""
+    from fedtailor.experiment.config import method_section, scaled
     from fedtailor.methods import build_method
-    from fedtailor.runs.experiment import method_section, scaled
 
     exp = plan.experiment(0)
     method = build_method(plan.grid.method, method_section(exp, plan.grid.method), exp.r_max)
@@ -214,3 +224,60 @@ class _Callback(tune.Callback):
 def _say(what: str, trial: Any, result: Mapping[str, Any] | None = None) -> None:
     if _listener is not None:
         _listener(what, trial, result or trial.last_result or {})
+
+
+_OURS = (signal.SIGINT, signal.SIGTERM)
+
+_TUNES = signal.SIGUSR1
+"""What Tune takes for the wish to end in order, however it is configured."""
+
+
+@dataclass
+class TuneSignals:
+    """``with TuneSignals(tell) as signals: tuner.fit(); signals.number``.
+
+    Tune's own handler knows SIGINT only and hides which signal came, so it is turned off.
+
+    Args:
+        tell: shows a sentence when the first signal comes.
+        number: the first signal that came.
+    """
+
+    tell: Callable[[str], None]
+    number: int | None = None
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> TuneSignals:
+        """Takes over the signals."""
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        self._before = {number: signal.getsignal(number) for number in (*_OURS, _TUNES)}
+        for number in _OURS:
+            signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Ends with the signal's exit code if one came.
+
+        Raises:
+            Interrupted: 130 for Ctrl-C, 143 for SIGTERM.
+        """
+        if self.number is not None:
+            raise self._ended("stopped: what is committed is kept")
+
+    def _received(self, number: int, _: FrameType | None) -> None:
+        first, self.number = self.number is None, self.number or number
+        if first and signal.getsignal(_TUNES) != self._before[_TUNES]:
+            self.tell("stopping: the trials end at their last commit; once more (Ctrl-C) stops at once")
+            signal.raise_signal(_TUNES)
+            return
+        raise self._ended("stopped at once: what is committed is kept")
+
+    def _ended(self, text: str) -> Interrupted:
+        error = Interrupted(text)
+        error.exit_code = 128 + (self.number or signal.SIGINT)
+        return error

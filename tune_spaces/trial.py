@@ -14,19 +14,21 @@ import pandas as pd
 from ray import tune
 
 from fedtailor.core.errors import DataError, Interrupted, LockedError
-from fedtailor.core.pool import OnEvent
 from fedtailor.core.settings import EngineConfig
-from fedtailor.runs import launch
-from fedtailor.runs.experiment import ExperimentBase, overrides_of, to_json
-from fedtailor.runs.round_log import METRICS
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment import launch
+from fedtailor.experiment.config import ExperimentBase, overrides_of, to_json
+from fedtailor.federated.pool import OnEvent
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import METRICS
+from fedtailor.storage.run_folder import RunFolder
 from tune_spaces.plan import SweepPlan, steps_of
-from tune_spaces.record import is_complete, value_of
+from tune_spaces.results import is_complete, value_of
 
 FREE = ("storage", "wandb")
 """Keys that may differ when a trial is taken up again."""
+
 DYING_S = 60.0
+
 ROUND_LOSSES = ("val_loss", "train_loss")
 """Metrics of a round that tell how it goes, the first that a method has."""
 

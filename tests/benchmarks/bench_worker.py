@@ -6,8 +6,8 @@ import os
 import time
 from typing import Any
 
-from fedtailor.core.engine import Worker
-from fedtailor.core.lane_adam import LaneAdam
+from fedtailor.lanes.adam import LaneAdam
+from fedtailor.worker.worker import Worker
 
 
 class StampedWorker(Worker):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from fedtailor.runs.report.style import INK, MUTED, Drawing, save, styled
+from fedtailor.report.style import INK, MUTED, Drawing, save, styled
 
 OURS, PEERS, PLAIN = "#d55e00", "#0072b2", "#9aa0a8"
 

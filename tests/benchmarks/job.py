@@ -15,15 +15,14 @@ from regimes import CLASSES, LEARNING_RATE, RANK, SCALE, VOCAB, Regime
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
-from fedtailor.core.batches import training_picks
 from fedtailor.core.messages import StageSpec
-from fedtailor.core.rounds import RoundPlan, cohort_of
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig
-from fedtailor.core.worker_stage import OpenStage
-from fedtailor.tasks.arrow import BLOCK, write_stream
-from fedtailor.tasks.store import EXAMPLES
+from fedtailor.federated.rounds import RoundPlan, cohort_of
+from fedtailor.lanes.batches import training_picks
+from fedtailor.tasks.store import BLOCK, EXAMPLES, write_stream
 from fedtailor.tasks.tokens import TOKENS
+from fedtailor.worker.open_stage import OpenStage
 
 STAGE, SEED = "base/seed0", 0
 disable_progress_bar()

@@ -9,8 +9,8 @@ from statistics import median
 import torch
 from toy import ToyClient, ToyExamples, toy_context, toy_net
 
-from fedtailor.core.context import Lane
-from fedtailor.core.method import Method
+from fedtailor.federated.context import Lane
+from fedtailor.federated.method import Method
 from fedtailor.methods import build_method
 
 CLIENTS, EXAMPLES, TOKENS, REPEATS = 16, 64, 8, 5

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec, metric_row
-from fedtailor.core.pool import StageInfo
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import ParamSpec, Scope
 
 SIZE = 10_000

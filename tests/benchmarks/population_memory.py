@@ -15,7 +15,7 @@ from tiny import run_tiny, tiny
 
 def main() -> None:
     from actors.ray_pool import RayPool
-    from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES
+    from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES
 
     per_language, folder = int(sys.argv[1]), Path(sys.argv[2])
     exp = tiny(

@@ -14,13 +14,14 @@ from null_worker import NullWorker
 from plain_model import report
 from regimes import REGIMES
 
-from fedtailor.core.pool import Pool, SerialPool
-from fedtailor.core.rounds import RoundPlan, run_rounds
 from fedtailor.core.settings import EngineConfig
+from fedtailor.federated.pool import Pool
+from fedtailor.federated.rounds import RoundPlan, run_rounds
 from fedtailor.methods import build_method
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.round_log import CommittedRounds
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import CommittedRounds
+from fedtailor.worker.worker import SerialPool
 
 ROUNDS = {10: 60, 100: 60, 1000: 20}
 

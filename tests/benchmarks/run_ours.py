@@ -17,13 +17,14 @@ from bench_worker import StampedWorker
 from job import round_plan, stage_spec
 from regimes import Regime
 
-from fedtailor.core.pool import Pool, SerialPool
-from fedtailor.core.rounds import RoundOutcome, run_rounds
 from fedtailor.core.settings import EngineConfig
+from fedtailor.federated.pool import Pool
+from fedtailor.federated.rounds import RoundOutcome, run_rounds
 from fedtailor.methods import build_method
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.round_log import CommittedRounds
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import CommittedRounds
+from fedtailor.worker.worker import SerialPool
 
 
 def open_pool(engine: EngineConfig, events: list[dict[str, Any]]) -> Pool:

@@ -32,19 +32,17 @@ for place in (HERE, HERE.parent):
 
 from toy import ToyClient, ToyExamples
 
-from fedtailor.core.context import ClientContext, Lane, open_params
-from fedtailor.core.features import client_features
-from fedtailor.core.group_answer import check_answer
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec, metric_row
-from fedtailor.core.net import LaneNet
-from fedtailor.core.pool import StageInfo
-from fedtailor.core.ranks import Ranks
-from fedtailor.core.scope import Scope
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
+from fedtailor.core.scope import Ranks, Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig
+from fedtailor.federated.context import ClientContext, Lane, open_params
+from fedtailor.lanes.features import client_features
+from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
 from fedtailor.models.families import adapted_linears
-from fedtailor.models.partitioned import base_bytes, load_partitioned
+from fedtailor.models.zero import base_bytes, load_partitioned
+from fedtailor.worker.worker import check_answer
 
 TOKENS, PROMPT = 16, 8
 CONFIG = "llama_3_2_3b_config.json"

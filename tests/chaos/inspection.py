@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow.compute as pc
 from scenarios import ROUNDS, STAGE, Scenario
 
-from fedtailor.runs import payloads
-from fedtailor.runs.digest import digest
-from fedtailor.runs.round_log import METRICS
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.storage import payloads
+from fedtailor.storage.digest import digest
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import METRICS
+from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.tokens import TokenData
 
 KEY = ["stage", "method", "seed", "round", "client", "budget", "module", "metric"]

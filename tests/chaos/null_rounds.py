@@ -9,15 +9,14 @@ import numpy as np
 import psutil
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec, metric_row
-from fedtailor.core.pool import StageInfo
-from fedtailor.core.rounds import RoundOutcome, RoundPlan, run_rounds
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import EngineConfig
+from fedtailor.federated.rounds import RoundOutcome, RoundPlan, run_rounds
 from fedtailor.methods import build_method
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.round_log import CommittedRounds
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import CommittedRounds
 
 SIZE = 250_000
 CLIENTS = tuple(f"seen/xx/{i:02d}" for i in range(16))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["fedtailor.cli", "fedtailor.core.engine", "fedtailor.runs.launch", "fedtailor.runs.preflight",
+PRELOAD = ["fedtailor.cli", "fedtailor.worker.worker", "fedtailor.experiment.launch", "fedtailor.experiment.launch",
            "actors.driver_actor", "real_process"]  # fmt: skip
 TRACE, OUTPUT = "trace.jsonl", "output.txt"
 
@@ -78,7 +78,7 @@ def command(folder: Path, words: Sequence[str], environment: Mapping[str, str], 
 
     torch.set_num_threads(1)
     from fedtailor import cli
-    from fedtailor.runs import reporting
+    from fedtailor import report as reporting
 
     if driver_node:
         _drive_on(driver_node)
@@ -116,7 +116,7 @@ def run_here(entry: str, payload: Mapping[str, Any], config: Any, on_event: Any,
 
     from actors.ray_pool import RayPool
     from actors.session import ensure_ray
-    from fedtailor.runs.launch import resolve
+    from fedtailor.experiment.launch import resolve
 
     if (config.address or "").startswith("127."):
         # Ray would replace the address of a cluster on the loopback interface by the one that other machines see.

@@ -16,8 +16,8 @@ from inspection import committed, fingerprint, full_digest, open_run
 from real_process import Process
 from tiny import TINY, run_tiny, tiny
 
-from fedtailor.runs import journal, run_folder
-from fedtailor.runs.digest import digest
+from fedtailor.storage import journal, run_folder
+from fedtailor.storage.digest import digest
 
 WORDS = (*TINY, "methods=[base]", "base.rounds=4", "fedavg.adapter=lora", "base.cohort=6", "engine.keep_rounds=1")
 LIMIT_S = 300

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny import TINY, run_tiny, run_with_fault, tiny
 
-from fedtailor.runs.digest import digest
-from fedtailor.runs.faults import POINTS
-from fedtailor.runs.storage import Storage
+from fedtailor.core.faults import POINTS
+from fedtailor.storage.digest import digest
+from fedtailor.storage.files import Storage
 
 CHAOS = ("methods=[fedp2eft]", "base.rounds=3", "strategy.rounds=2", "engine.keep_rounds=1")
 
@@ -57,7 +57,7 @@ MOMENTS = [(name, 2) for name in POINTS] + list(CHUNK_HITS.items())
 def in_process(storage: Path, fault: str | None) -> int:
     """Exit code of the tiny experiment in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "fedtailor.core.engine", "fedtailor.runs.execute"])
+    context.set_forkserver_preload(["tiny", "fedtailor.worker.worker", "fedtailor.experiment.execute"])
     process = context.Process(target=run_with_fault, args=(storage, CHAOS, fault))
     process.start()
     process.join(120)

@@ -16,12 +16,13 @@ import pytest
 
 from fedtailor.core.errors import ModelError, StorageError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import hub, tiny_bert
-from fedtailor.models.classifier import load_classifier, load_tokenizer
-from fedtailor.runs import payloads
-from fedtailor.runs.commit import RECORD, ObjectRef, compose, folder, load
-from fedtailor.runs.commit_log import CommitLog, DamagedError
-from fedtailor.runs.storage import Storage
+from fedtailor.models import embedded as tiny_bert
+from fedtailor.models import hub
+from fedtailor.models.load import load_classifier, load_tokenizer
+from fedtailor.storage import payloads
+from fedtailor.storage.commit import RECORD, DamagedError, ObjectRef, compose, folder, load
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage
 
 LABELS = ["a", "b", "c"]
 SIZES = ModelConfig(hidden_size=16, heads=2, layers=1, intermediate_size=24, vocab_size=200)
@@ -40,7 +41,9 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bert.build(["one two three"] * 10, LABELS, SIZES, 32, 1, tmp_path_factory.mktemp("good") / "tiny")
+    return tiny_bert.build_tiny_bert(
+        ["one two three"] * 10, LABELS, SIZES, 32, 1, tmp_path_factory.mktemp("good") / "tiny"
+    )
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from tiny import run_tiny, tiny
 
 from fedtailor.core.errors import Interrupted
-from fedtailor.runs.digest import digest
-from fedtailor.runs.run_folder import RunFolder
+from fedtailor.storage.digest import digest
+from fedtailor.storage.run_folder import RunFolder
 
 BASES = {
     "dept": ("base.name=dept", "dept.lr=2e-3", "dept.batch_size=16"),

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from tiny import run_tiny, tiny
 
-from fedtailor.core.engine import Worker
 from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
-from fedtailor.core.pool import SerialPool
-from fedtailor.runs.digest import digest
-from fedtailor.runs.run_folder import RunFolder
+from fedtailor.storage.digest import digest
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.worker.worker import SerialPool, Worker
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_kept_ranks_add_up_to_the_budget_times_the_layers(clean: RunFolder) -> N
 
 
 def test_rounds_record_cohort_weights_and_no_clock(clean: RunFolder) -> None:
-    from fedtailor.runs.commit_log import CommitLog
+    from fedtailor.storage.commit_log import CommitLog
 
     stage = next(s for s in clean.stages() if s["kind"] == "strategy")
     log = CommitLog(clean.storage, f"artifacts/{stage['artifact']}")
@@ -181,7 +180,7 @@ def test_workers_never_hand_out_or_keep_live_weights(tmp_path: Path) -> None:
 def test_a_client_that_fails_at_one_budget_leaves_no_row_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtailor.core import scoring
+    from fedtailor.worker import scoring
 
     honest = scoring.evaluate
 

@@ -9,12 +9,12 @@ import pytest
 from tiny import TALK, run_tiny, talk
 
 from fedtailor.core.errors import ConfigError, Interrupted
-from fedtailor.core.method import Capability
+from fedtailor.experiment.compose import compose
+from fedtailor.federated.method import Capability
 from fedtailor.methods import METHODS, build_method
-from fedtailor.runs.digest import digest
-from fedtailor.runs.experiment import compose
-from fedtailor.runs.newcomer_psg import open_psg
-from fedtailor.runs.run_folder import RunFolder
+from fedtailor.personalise.generator import open_psg
+from fedtailor.storage.digest import digest
+from fedtailor.storage.run_folder import RunFolder
 
 MEASURES = {"rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss"}
 ANSWERING = [name for name in METHODS if Capability.CLASSES not in build_method(name, {}, 2).requires]

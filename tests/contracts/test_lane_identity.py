@@ -8,12 +8,12 @@ import pytest
 import torch
 from toy import as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
 
-from fedtailor.core.context import ClientContext
-from fedtailor.core.method import Personalised
-from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import Scope
+from fedtailor.evaluation.classification import evaluate
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Personalised
+from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import METHODS, build_method
-from fedtailor.tasks.classification import evaluate
 
 RAGGED = [13, 9, 8, 3]
 TRAINING = {"lr": 5e-3, "batch_size": 4, "epochs": 2}
@@ -107,7 +107,7 @@ def _approx(dtype: torch.dtype) -> dict[str, float]:
 
 
 def test_one_step_in_float32_agrees_to_rounding() -> None:
-    from fedtailor.tasks.classification import lane_cross_entropy
+    from fedtailor.lanes.loss import lane_cross_entropy
 
     lanes = toy_lanes([4, 3, 2])
     grads, losses = [], []
@@ -126,7 +126,7 @@ def test_one_step_in_float32_agrees_to_rounding() -> None:
 
 
 def test_lanes_out_of_order_are_refused() -> None:
-    from fedtailor.core.batches import lane_batches
+    from fedtailor.lanes.batches import lane_batches
 
     lanes = toy_lanes([9, 3])[::-1]
     ctx = context(toy_net(), "fedavg", lanes)

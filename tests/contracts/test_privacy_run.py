@@ -12,17 +12,16 @@ import pytest
 from tiny import run_tiny, tiny
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core import worker_stage
 from fedtailor.core.errors import Interrupted, RoundError
-from fedtailor.core.method import Method
-from fedtailor.core.release import Draw
-from fedtailor.methods.guards import guarded
-from fedtailor.privacy.release import GaussianRelease
-from fedtailor.runs import execute
-from fedtailor.runs.digest import digest
-from fedtailor.runs.privacy_ledger import LEDGER, PrivacyLedger
-from fedtailor.runs.report.privacy import privacy_sentence
-from fedtailor.runs.run_folder import RunFolder
+from fedtailor.experiment import execute
+from fedtailor.federated.method import Draw, Method
+from fedtailor.methods.build import guarded
+from fedtailor.privacy.central_dp import GaussianRelease
+from fedtailor.report.facts import privacy_sentence
+from fedtailor.storage.digest import digest
+from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.worker import open_stage as worker_stage
 
 SMALL = (
     "methods=[fedp2eft]", "budgets=[1]", "base.rounds=2", "strategy.rounds=2", "fedavg.adapter=lora",
@@ -170,7 +169,7 @@ def test_vanished_clients_are_listed_leave_nothing_behind_and_too_many_end_the_r
 
 
 def test_another_privacy_is_another_artifact_and_none_leaves_the_names_as_they_were(tmp_path: Path) -> None:
-    from fedtailor.runs.stages import Inputs, plan_stages
+    from fedtailor.experiment.stages import Inputs, plan_stages
 
     inputs = Inputs("data-1", "model-1", "tokens-1")
 

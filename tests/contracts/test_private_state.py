@@ -12,13 +12,13 @@ from tiny import run_tiny, tiny
 
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.errors import Interrupted
-from fedtailor.core.method import Method
 from fedtailor.core.scope import Scope
+from fedtailor.federated.method import Method
 from fedtailor.methods import build_method
 from fedtailor.methods.fedp2eft import PsgConfig, StrategyGenerator
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.digest import digest
-from fedtailor.runs.run_folder import RunFolder
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.digest import digest
+from fedtailor.storage.run_folder import RunFolder
 
 OVERRIDES = ("methods=[fedavg]", "base.name=none", "strategy.rounds=4", "fedavg.adapter=lora", "fedavg.lr=1e-2")
 

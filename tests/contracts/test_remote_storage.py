@@ -18,14 +18,14 @@ import bucket_store
 import pytest
 from tiny import TINY, run_tiny, tiny
 
+from fedtailor import report as reporting
 from fedtailor.core.errors import ConfigError, StorageError
-from fedtailor.core.pool import SerialPool
-from fedtailor.runs import reporting, takeaway
-from fedtailor.runs.digest import digest
-from fedtailor.runs.launch import committed_stages
-from fedtailor.runs.preflight import prepare
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment.launch import prepare
+from fedtailor.personalise import export as takeaway
+from fedtailor.storage.digest import committed_stages, digest
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.worker.worker import SerialPool
 
 SHORT = ("methods=[fedp2eft]", "base.rounds=2", "strategy.rounds=1", "budgets=[2]", "task.clients_per_language=2",
          "base.cohort=4", "strategy.cohort=4", "personalise.chunk=6", "save_adapters=true")  # fmt: skip
@@ -140,7 +140,7 @@ def run_on_store(folder: Path, fault: str | None) -> None:
 @pytest.mark.parametrize("fault", ["commit:record-temp@2", "commit:after-record@3"])
 def test_killed_and_resumed_on_a_store_is_undisturbed(local: RunFolder, tmp_path: Path, fault: str) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "bucket_store", "fedtailor.core.engine", "fedtailor.runs.execute"])
+    context.set_forkserver_preload(["tiny", "bucket_store", "fedtailor.worker.worker", "fedtailor.experiment.execute"])
     codes = []
     for armed in (fault, None):
         process = context.Process(target=run_on_store, args=(tmp_path, armed))

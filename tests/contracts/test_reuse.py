@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import run_tiny, tiny
 
-from fedtailor.core import features
+from fedtailor.lanes import features
 from fedtailor.methods import METHODS
 
 

@@ -13,11 +13,11 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from toy import toy_context, toy_lanes, toy_net
 
-from fedtailor.adapters.adalora import SvdLora
-from fedtailor.adapters.peft_folder import write_adapter
-from fedtailor.core.batches import LaneBatch
-from fedtailor.core.context import ClientContext
-from fedtailor.core.net import LaneNet
+from fedtailor.adapters.peft_export import write_adapter
+from fedtailor.adapters.svd_lora import SvdLora
+from fedtailor.federated.context import ClientContext
+from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
 
 R = 2

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from toy import toy_context, toy_lanes, toy_net
 
 from fedtailor.adapters.lora import LoraAdapter
-from fedtailor.core.batches import make_batch
-from fedtailor.tasks.classification import lane_cross_entropy
+from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.loss import lane_cross_entropy
 
 
 def test_forward_and_gradients_equal_peft() -> None:

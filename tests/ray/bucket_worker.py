@@ -10,9 +10,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import bucket_store
 
-from fedtailor.core.engine import Worker
-from fedtailor.core.messages import StageSpec
-from fedtailor.core.pool import StageInfo
+from fedtailor.core.messages import StageInfo, StageSpec
+from fedtailor.worker.worker import Worker
 
 
 class BucketWorker(Worker):

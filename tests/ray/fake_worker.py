@@ -16,8 +16,7 @@ import ray
 
 from actors.driver_actor import Reporter
 from fedtailor.core.errors import ClientError, Interrupted
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec, metric_row
-from fedtailor.core.pool import StageInfo
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import EngineConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tiny import run_tiny, tiny
 
-from fedtailor.runs.digest import digest
-from fedtailor.runs.run_folder import RunFolder
+from fedtailor.storage.digest import digest
+from fedtailor.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
 

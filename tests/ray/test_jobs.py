@@ -23,10 +23,10 @@ import psutil
 import pytest
 from tiny import TINY
 
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.digest import digest
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.digest import digest
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
 

@@ -5,9 +5,9 @@ import pytest
 from ray import exceptions
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
-from actors.faults import Loss, judge
-from actors.ledger import Costs, JobLedger
-from actors.parts import Parts, single_clients
+from actors.job_queue import Costs, JobLedger
+from actors.ray_errors import Loss, judge
+from actors.ray_pool import Parts, single_clients
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import SegmentJob, SegmentResult
 

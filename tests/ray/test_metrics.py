@@ -21,9 +21,9 @@ from actors.ray_pool import RayPool
 from actors.session import ensure_ray
 from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.core.settings import EngineConfig
-from fedtailor.runs.events import name_of, problems
-from fedtailor.runs.execute import Execution
-from fedtailor.runs.journal import stamp
+from fedtailor.experiment.execute import Execution
+from fedtailor.storage.journal import stamp
+from fedtailor.tracking.events import name_of, problems
 
 pytestmark = pytest.mark.ray
 

@@ -9,8 +9,8 @@ import bucket_store
 import pytest
 from tiny import open_run, tiny
 
-from fedtailor.runs.execute import Execution
-from fedtailor.runs.file_manifest import MANIFEST, read_manifest
+from fedtailor.experiment.execute import Execution
+from fedtailor.storage.artifacts import MANIFEST, read_manifest
 
 pytestmark = pytest.mark.ray
 

@@ -17,7 +17,7 @@ from fake_worker import FakeWorker, play_in_bundles, stage
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.faults import Loss
+from actors.ray_errors import Loss
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
 from fedtailor.core.errors import ClientError, PlacementError, WorkerError

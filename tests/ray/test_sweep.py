@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tiny import TINY
 
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

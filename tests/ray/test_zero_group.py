@@ -14,9 +14,9 @@ from zero_worker import ZeroWorker, make_base, zero_stage
 
 from actors.ray_pool import RayPool
 from fedtailor.core.errors import WorkerError
-from fedtailor.core.group_answer import content_hash
 from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.core.settings import EngineConfig
+from fedtailor.worker.worker import content_hash
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -79,7 +79,7 @@ def test_adapters_of_a_group_give_the_same_scores_in_plain_peft(
     from toy import toy_lanes, with_prompts
     from transformers import LlamaForCausalLM
 
-    from fedtailor.core.batches import make_batch
+    from fedtailor.lanes.batches import make_batch
 
     [lane] = with_prompts(toy_lanes([8]))
     batch = make_batch([lane.train], [np.arange(8)], 0)

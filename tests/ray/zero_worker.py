@@ -18,17 +18,15 @@ from toy import toy_context, toy_lanes, with_prompts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtailor.adapters.bayestune_lora import BayesTuneLora
-from fedtailor.core.batches import make_batch
-from fedtailor.core.group_answer import check_answer
-from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageSpec, metric_row
-from fedtailor.core.net import LaneNet
-from fedtailor.core.pool import StageInfo
-from fedtailor.core.ranks import Ranks
-from fedtailor.core.scope import Scope
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
+from fedtailor.core.scope import Ranks, Scope
+from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
 from fedtailor.models.families import adapted_linears
-from fedtailor.models.partitioned import base_bytes, load_partitioned
-from fedtailor.updates.bayestune import RankSearchConfig, search_ranks
+from fedtailor.models.zero import base_bytes, load_partitioned
+from fedtailor.training.bayestune import RankSearchConfig, search_ranks
+from fedtailor.worker.worker import check_answer
 
 SEARCH = RankSearchConfig(lr=1e-3, lambda_lr=1e-2, epochs=5, batch_size=8, alpha_s=1.0)
 BUDGETS = (2, 4)

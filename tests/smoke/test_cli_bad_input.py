@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from fedtailor.cli import app
 from fedtailor.core.config import flatten
-from fedtailor.runs.experiment import Experiment, compose, overrides_of, to_json
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import Experiment, overrides_of, to_json
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
 
 CONFIG, DATA, PLACEMENT, STORAGE = 2, 3, 4, 5
 SMALL = ("task.languages=[swa]", "task.clients_per_language=3", "base.cohort=2", "strategy.cohort=2")
@@ -71,9 +72,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if anything is built or loaded that belongs to a model."""
+    import fedtailor.experiment.inputs as inputs
+    import fedtailor.experiment.launch as preflight
     import fedtailor.models.hub as hub
-    import fedtailor.runs.inputs as inputs
-    import fedtailor.runs.preflight as preflight
 
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was touched")
@@ -242,7 +243,7 @@ def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
     def built(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr("fedtailor.runs.inputs.build", built)
+    monkeypatch.setattr("fedtailor.models.embedded.build_tiny_bert", built)
 
 
 def write_task(folder: Path, rows: int = 60, labels: tuple[str, ...] = ("sports", "health")) -> Path:
@@ -403,7 +404,7 @@ def test_any_other_error_keeps_its_traceback_and_ends_with_1(monkeypatch: pytest
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("fedtailor.runs.experiment.compose", broken)
+    monkeypatch.setattr("fedtailor.experiment.compose.compose", broken)
     result = CliRunner().invoke(app, ["run", "demo"])
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)

@@ -11,8 +11,8 @@ from tiny import run_tiny, tiny
 from typer.testing import CliRunner
 
 from fedtailor.cli import app
-from fedtailor.runs.digest import digest
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.digest import digest
+from fedtailor.storage.files import Storage
 
 CONFIG, STORAGE = 2, 5
 WORDS = ("task.languages=[amh,yor]", "task.clients_per_language=2", "methods=[base,lora]", "base.cohort=2",

@@ -10,10 +10,9 @@ from peft import PeftModel
 from tiny import run_tiny, talk, tiny
 from transformers import AutoModelForSequenceClassification
 
-from fedtailor.models.causal import load_causal
-from fedtailor.models.classifier import load_classifier
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.takeaway import base_folder, export_client
+from fedtailor.models.load import load_causal, load_classifier
+from fedtailor.personalise.export import base_folder, export_client
+from fedtailor.storage.commit_log import CommitLog
 from fedtailor.tasks.tokens import TokenData
 
 CLIENTS = ("seen/amh/00", "unseen/yor/02")

@@ -19,12 +19,12 @@ from tiny import run_tiny, tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-import fedtailor.runs.newcomer as newcomer
+import fedtailor.personalise.new_client as newcomer
 from fedtailor.cli import app
 from fedtailor.core.settings import ModelConfig
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.models.tiny_bert import build
+from fedtailor.models.embedded import build_tiny_bert
 from fedtailor.tasks import cldr
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.store import TaskData
 
 CONFIG, DATA, STORAGE = 2, 3, 5
@@ -155,8 +155,8 @@ def test_a_client_of_the_run_taken_for_a_newcomer_gets_what_the_run_gave_it(runs
         texts, labels = data.texts(client, split)  # type: ignore[arg-type]
         names = [data.labels[label] for label in labels]
         pd.DataFrame({"text": texts, "label": names}).to_csv(tmp_path / f"{split}.csv", index=False)
-    from fedtailor.runs.run_folder import RunFolder
-    from fedtailor.runs.storage import Storage
+    from fedtailor.storage.files import Storage
+    from fedtailor.storage.run_folder import RunFolder
 
     frame = RunFolder.open(Storage(str(runs)), "run").metrics("personalise")
     own = frame[frame.client == client]
@@ -312,7 +312,7 @@ def test_a_base_that_is_another_model_or_has_other_layers(refuse: Refuse, tmp_pa
         r"retrained is not the base model of run 'run': its fingerprint is sha256:\w{64}, .* sha256:\w{64}", told
     )
     deeper = ModelConfig(hidden_size=16, layers=2, intermediate_size=24, vocab_size=200)
-    build(["moja mbili tatu"], list(cldr.KINDS), deeper, MAX_LENGTH, 1, tmp_path / "deeper")
+    build_tiny_bert(["moja mbili tatu"], list(cldr.KINDS), deeper, MAX_LENGTH, 1, tmp_path / "deeper")
     told = refuse(DATA, "--base", tmp_path / "deeper")
     assert "it has 14 layers to adapt, the generator was trained for 8 layers" in told
     assert "bert.encoder.layer.1.attention.self.query against bert.pooler.dense" in told

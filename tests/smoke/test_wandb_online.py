@@ -21,11 +21,10 @@ from wandb_server import ENTITY, Fault, ReceivedRun, WandbServer
 
 from fedtailor.core.errors import TrackingError
 from fedtailor.core.settings import WandbConfig
-from fedtailor.runs import wandb_sink
-from fedtailor.runs.launch import sync_wandb
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
-from fedtailor.runs.wandb_series import final_results, series
+from fedtailor.report import wandb as wandb_sink
+from fedtailor.report.wandb import final_results, series, sync_wandb
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WORDS = ("methods=[fedp2eft]", "budgets=[2]", "task.languages=[eng]", "personalise.pools=[seen]",

@@ -12,18 +12,18 @@ import pytest
 import torch
 from toy import toy_context, toy_lanes, toy_net
 
-from fedtailor.adapters.adalora import SvdLora, orthogonality, svd_names
-from fedtailor.adapters.lane_linear import Branch
-from fedtailor.core.batches import LaneBatch, make_batch
-from fedtailor.core.context import ClientContext, Lane
+from fedtailor.adapters.svd_lora import SvdLora, orthogonality, svd_names
 from fedtailor.core.errors import ConfigError
-from fedtailor.core.method import Personalised
-from fedtailor.core.net import LaneNet
+from fedtailor.experiment.compose import compose
+from fedtailor.federated.context import ClientContext, Lane
+from fedtailor.federated.method import Personalised
+from fedtailor.lanes.batches import LaneBatch, make_batch
+from fedtailor.lanes.layers import Branch
+from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
 from fedtailor.methods.adalora import AdaLoraConfig
-from fedtailor.personalisers.rank_budget import RankBudget, Schedule
-from fedtailor.runs.experiment import compose
-from fedtailor.updates import local_training
+from fedtailor.methods.adalora_budget import RankBudget, Schedule
+from fedtailor.training import local as local_training
 
 FAST = {"lr": 1e-2, "batch_size": 4, "epochs": 2}
 

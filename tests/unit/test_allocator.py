@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from fedtailor.core.allocator import keep_freed_memory
+from fedtailor.lanes.net import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

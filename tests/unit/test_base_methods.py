@@ -8,11 +8,11 @@ import pytest
 import torch
 from toy import toy_context, toy_lanes, toy_net
 
-from fedtailor.core.batches import make_batch
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.method import Method
-from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import Scope
+from fedtailor.federated.method import Method
+from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams
 from fedtailor.methods import build_method
 from fedtailor.models.families import adapted_linears
 

@@ -12,11 +12,11 @@ from toy import toy_context, toy_lanes, toy_net
 
 from fedtailor.adapters.bayestune_lora import LAMBDA, BayesTuneLora, column_norms, use_lambda
 from fedtailor.adapters.lora import LoraAdapter, lora_names
-from fedtailor.core.batches import make_batch
-from fedtailor.core.lane_adam import AdamGroup
+from fedtailor.lanes.adam import AdamGroup
+from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.methods import build_method
-from fedtailor.tasks.classification import lane_cross_entropy
-from fedtailor.updates.bayestune import (
+from fedtailor.training.bayestune import (
     LAMBDA_MAX,
     LAMBDA_MIN,
     RankSearchConfig,
@@ -25,7 +25,7 @@ from fedtailor.updates.bayestune import (
     search_ranks,
     sparsity,
 )
-from fedtailor.updates.local_training import Training, train
+from fedtailor.training.local import Training, train
 
 RANK, LAYERS = 3, 14
 QUICK = RankSearchConfig(lr=5e-3, lambda_lr=5e-2, batch_size=4, epochs=2)

@@ -160,7 +160,7 @@ def entrypoints() -> list[str]:
 
 @pytest.mark.parametrize("words", entrypoints())
 def test_every_command_shown_composes(words: str) -> None:
-    from fedtailor.runs.experiment import compose
+    from fedtailor.experiment.compose import compose
 
     said = words.replace("\\\n", " ").replace("'", "").partition("fedtailor run ")[2].split("`")[0].split()
     presets = [word for word in said if re.fullmatch(r"[a-z][a-z0-9_]*", word) and word != said[-1]]

@@ -16,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from fedtailor.core import faults
 from fedtailor.core.errors import ConfigError, StorageError
-from fedtailor.runs import faults, local_files, payloads
-from fedtailor.runs.commit import RECORD, compose, folder, load, seal
-from fedtailor.runs.commit_log import CommitLog, DamagedError
-from fedtailor.runs.digest import commits_digest
-from fedtailor.runs.storage import Storage, safe_path
+from fedtailor.storage import backends as local_files
+from fedtailor.storage import payloads
+from fedtailor.storage.commit import RECORD, DamagedError, compose, folder, load, seal
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.digest import commits_digest
+from fedtailor.storage.files import Storage, safe_path
 
 PATH = "artifacts/base-0123"
 HEAVY = ("global/", "server/")

@@ -16,19 +16,20 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from fedtailor.cli.views import show_comparison
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.core.messages import metric_row
-from fedtailor.runs import wandb_sink
-from fedtailor.runs.comparison import online
-from fedtailor.runs.comparison.content import Comparison, work_out
-from fedtailor.runs.comparison.make import compare_runs, write
-from fedtailor.runs.comparison.read import open_sides
-from fedtailor.runs.comparison.view import show
-from fedtailor.runs.digest import DONE
-from fedtailor.runs.experiment import base_seed, compose, overrides_of, to_json
-from fedtailor.runs.round_log import METRICS, metrics_table
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import base_seed, overrides_of, to_json
+from fedtailor.report import compare_online as online
+from fedtailor.report import wandb as wandb_sink
+from fedtailor.report.compare import compare_runs, write
+from fedtailor.report.compare_content import Comparison, work_out
+from fedtailor.report.compare_read import open_sides
+from fedtailor.storage.digest import DONE
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import METRICS, metrics_table
+from fedtailor.storage.run_folder import RunFolder
 
 CLIENTS = tuple(f"seen/{code}/0{k}" for code in ("swa", "yor") for k in range(3))
 Accuracy = Callable[[str, int, int, str], float]
@@ -107,7 +108,7 @@ def rows_of(content: Comparison) -> dict[str, tuple[str, ...]]:
 
 def printed(content: Comparison, width: int = 100) -> str:
     console = Console(width=width, file=io.StringIO())
-    show(console, content, Path("out"))
+    show_comparison(console, content, Path("out"))
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from fedtailor.core.config import Config, deviations, dotted_keys, flatten, merge_layers, validate
 from fedtailor.core.errors import ConfigError
-from fedtailor.runs.experiment import Experiment, compose, load_preset, preset_names
+from fedtailor.experiment.compose import compose, load_preset, preset_names
+from fedtailor.experiment.config import Experiment
 
 
 def problems_of(*overrides: str, presets: tuple[str, ...] = ()) -> list[str]:

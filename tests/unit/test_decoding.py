@@ -12,14 +12,14 @@ import torch
 from toy import VOCAB, toy_context, toy_lanes, toy_llama, with_prompts
 from transformers import GenerationConfig
 
-from fedtailor.adapters.lane_embedding import LaneEmbedding
 from fedtailor.adapters.lora import LoraAdapter
-from fedtailor.core.context import ClientContext
-from fedtailor.core.decoding import Decoding, answer, answer_all, positions_of
-from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import DecodingConfig
+from fedtailor.evaluation.decoding import Decoding, answer, answer_all, positions_of
+from fedtailor.federated.context import ClientContext
+from fedtailor.lanes.layers import LaneEmbedding
+from fedtailor.lanes.net import LaneNet
 
 STOP = 2
 Prompts = list[list[np.ndarray]]

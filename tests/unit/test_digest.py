@@ -12,11 +12,11 @@ import pytest
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import metric_row
-from fedtailor.runs import payloads
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.digest import DONE, digest, stage_digests
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.storage import payloads
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.digest import DONE, digest, stage_digests
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
 
 STAGES = [
     {"key": "base/seed42", "kind": "base", "method": "fedavg", "seed": 42, "artifact": "base-1", "rounds": 3},

@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from fedtailor.runs import doctor, doctor_ray
-from fedtailor.runs.doctor_ray import examine_ray
-from fedtailor.runs.findings import Finding
+from fedtailor.cli import doctor, doctor_ray
+from fedtailor.cli.doctor_ray import Finding, examine_ray
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,16 @@ import pytest
 from dp_accounting.rdp import RdpAccountant
 
 from fedtailor.aggregation.weighted_mean import WeightedMean, WeightedSum
-from fedtailor.core.bounding import bounded
 from fedtailor.core.errors import ConfigError, StorageError
-from fedtailor.core.release import Site, still
-from fedtailor.core.rounds import RoundPlan, cohort_of
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.privacy import forecast, mechanism, privacy_lines, seen_clients
+from fedtailor.federated.checks import bounded
+from fedtailor.federated.method import Site, still
+from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.privacy.accounting import ORDERS, Mechanism, Spent, default_delta, epsilon, noise_for
-from fedtailor.privacy.release import GaussianRelease
-from fedtailor.runs.experiment import compose
-from fedtailor.runs.privacy_ledger import LEDGER, PrivacyLedger
-from fedtailor.runs.privacy_terms import forecast, mechanism, privacy_lines, seen_clients
-from fedtailor.runs.storage import Storage
+from fedtailor.privacy.central_dp import GaussianRelease
+from fedtailor.storage.files import Storage
+from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
 
 SITE = Site(42, "strategy/fedp2eft/seed42", 3)
 RNG = np.random.default_rng(0)

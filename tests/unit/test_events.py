@@ -12,15 +12,16 @@ import pytest
 from rich.console import Console
 from tiny import open_run, tiny
 
-from fedtailor.core.engine import Worker
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
-from fedtailor.core.pool import OnEvent, Pool, SerialPool
 from fedtailor.core.settings import EngineConfig
-from fedtailor.runs import journal, launch
-from fedtailor.runs.events import KINDS, QUIET, describe, name_of, problems
-from fedtailor.runs.journal import Journal
-from fedtailor.runs.progress import reporter
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment import launch
+from fedtailor.federated.pool import OnEvent, Pool
+from fedtailor.storage import journal
+from fedtailor.storage.files import Storage
+from fedtailor.storage.journal import Journal
+from fedtailor.tracking.events import KINDS, QUIET, describe, name_of, problems
+from fedtailor.tracking.progress import reporter
+from fedtailor.worker.worker import SerialPool, Worker
 
 SMALL = ("methods=[lora]", "base.rounds=2", "personalise.chunk=9", "engine.on_client_failure=drop", "engine.quorum=0.3")
 RETRIED = {
@@ -108,7 +109,7 @@ def test_what_a_client_cost_is_kept_beside_its_seconds(tmp_path: Path) -> None:
 def test_a_reader_of_times_that_an_earlier_version_kept_finds_blanks(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    from fedtailor.runs import timings
+    from fedtailor.storage import timings
 
     old = pa.table({"stage": ["s"], "round": [0], "client": ["a"], "seconds": [1.5]})
     new = timings.encoded("s", 1, {"a": 2.5}, {})

@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
-from fedtailor.core import faults, sabotage
+from fedtailor.core import faults
+from fedtailor.core import faults as points
+from fedtailor.core import faults as sabotage
 from fedtailor.core.errors import ConfigError
-from fedtailor.core.faults import ALWAYS, CommitFault, parse, planned
+from fedtailor.core.faults import ALWAYS, CommitFault, Sabotage, parse, planned
 from fedtailor.core.messages import SegmentJob
-from fedtailor.core.sabotage import Sabotage
-from fedtailor.runs import faults as points
 
 JOB = SegmentJob("base/seed42", 3, 1, ("a", "b", "c"))
 

@@ -13,21 +13,19 @@ from torch import Tensor
 from toy import toy_context, toy_examples, toy_lanes, toy_net
 
 from fedtailor.adapters.lora import lora_names
-from fedtailor.core.batches import make_batch
-from fedtailor.core.context import ClientContext
-from fedtailor.core.lane_adam import AdamGroup
-from fedtailor.core.method import Capability, Method
-from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import Scope
+from fedtailor.evaluation.classification import evaluate
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Capability, Method
+from fedtailor.lanes.adam import AdamGroup
+from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
-from fedtailor.methods.fedl2p import FedL2PConfig
-from fedtailor.tasks.classification import evaluate, lane_cross_entropy
-from fedtailor.updates.holdout import held_out, split, split_lanes
-from fedtailor.updates.hypergradient import HypergradientConfig, rate_derivative
-from fedtailor.updates.inner_loop import InnerLoop, fine_tune
-from fedtailor.updates.local_training import Training, train
-from fedtailor.updates.outer_pairs import OuterPairs, cycled
-from fedtailor.updates.rate_net import MULTIPLIERS, LrNetConfig, RateNet
+from fedtailor.methods.fedl2p import MULTIPLIERS, FedL2PConfig, LrNetConfig, RateNet
+from fedtailor.methods.fedl2p_hypergradient import HypergradientConfig, OuterPairs, cycled, rate_derivative
+from fedtailor.methods.fedl2p_inner_loop import InnerLoop, fine_tune, held_out, split, split_lanes
+from fedtailor.training.local import Training, train
 
 TUNE = {"lr": 2e-2, "batch_size": 4, "epochs": 2}
 FREE = {"lr": 1e-3, "multiplier_lr": 1e-3, "hidden": 8, "clip_at": 1e9}

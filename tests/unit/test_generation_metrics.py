@@ -9,11 +9,18 @@ from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import single_meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 
-from fedtailor.metrics.exact_match import exact_match
-from fedtailor.metrics.meteor import meteor
-from fedtailor.metrics.rouge import rouge
-from fedtailor.metrics.tally import Mean, add, init, merge, result
-from fedtailor.metrics.words import ascii_words, unicode_words
+from fedtailor.evaluation.text_metrics import (
+    Mean,
+    add,
+    ascii_words,
+    exact_match,
+    init,
+    merge,
+    meteor,
+    result,
+    rouge,
+    unicode_words,
+)
 
 ANSWER = "It is a guide to action which ensures that the military always obeys the commands of the party"
 REFERENCE = "It is a guide to action that ensures that the military will forever heed Party commands"

@@ -14,19 +14,19 @@ import torch
 from tiny import run_tiny, talk
 from toy import ToyExamples, as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
 
-from fedtailor.core.batches import make_batch
-from fedtailor.core.decoding import Decoding, answer
 from fedtailor.core.errors import CapabilityError, ClientError
-from fedtailor.core.features import client_features, counts_output, feature_size
-from fedtailor.core.method import Capability, Personalised
 from fedtailor.core.settings import DecodingConfig
+from fedtailor.evaluation import generation
+from fedtailor.evaluation.decoding import Decoding, answer
+from fedtailor.evaluation.generation import METRICS, Asked, First, loss_tallies, response_losses, score
+from fedtailor.federated.method import Capability, Personalised
+from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.features import client_features, counts_output, feature_size
 from fedtailor.methods import METHODS, build_method
 from fedtailor.methods.fedp2eft import FedP2EFTConfig, PsgConfig, StrategyGenerator
-from fedtailor.runs.digest import digest
-from fedtailor.runs.predictions import PREDICTIONS
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.tasks import generation
-from fedtailor.tasks.generation import METRICS, Asked, First, loss_tallies, response_losses, score
+from fedtailor.storage.digest import digest
+from fedtailor.storage.round_store import PREDICTIONS
+from fedtailor.storage.run_folder import RunFolder
 
 GROUPS = ("en", "te", "zh", "ar")
 HOW = Decoding(DecodingConfig(max_new_tokens=5), (2,), 0)

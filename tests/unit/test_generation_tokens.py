@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from instruction_cases import byte_tokenizer
 
-from fedtailor.core.batches import make_batch
 from fedtailor.core.errors import DataError, ModelError
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.runs.experiment import compose
-from fedtailor.runs.inputs import tokens_artifact
-from fedtailor.tasks.task import TaskData, prepare
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.inputs import tokens_artifact
+from fedtailor.lanes.batches import make_batch
+from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.task import prepare
 from fedtailor.tasks.templates import Sample, encode
 from fedtailor.tasks.tokens import TokenData, instructions_of, tokenise
 

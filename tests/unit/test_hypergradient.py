@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from toy import CLASSES, VOCAB, toy_lanes
 
-from fedtailor.core.batches import LaneBatch, make_batch
-from fedtailor.tasks.classification import lane_cross_entropy
-from fedtailor.updates.hypergradient import (
+from fedtailor.lanes.batches import LaneBatch, make_batch
+from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.methods.fedl2p_hypergradient import (
     HypergradientConfig,
     cotangent,
     hessian_product,

@@ -14,11 +14,10 @@ from typer.testing import CliRunner
 
 from fedtailor.cli import app
 from fedtailor.core.errors import ConfigError, LockedError, PlacementError
-from fedtailor.runs import launch
-from fedtailor.runs.artifact_lock import lock
-from fedtailor.runs.job_folder import refuse_job_folder
-from fedtailor.runs.preflight import check_placement, refuse_other_configuration
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment import launch
+from fedtailor.experiment.launch import check_placement, refuse_job_folder, refuse_other_configuration
+from fedtailor.storage.files import Storage
+from fedtailor.storage.lock import lock
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from judge_server import Answer, JudgeServer
 from typer.testing import CliRunner
 
 from fedtailor.cli import app
-from fedtailor.runs.commit_log import CommitLog
-from fedtailor.runs.judge import Request
-from fedtailor.runs.judge import judge as have_judged
-from fedtailor.runs.judge_prompt import NoScoreError, Template
-from fedtailor.runs.predictions import PREDICTIONS, predictions_table
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.report.judge import Request
+from fedtailor.report.judge import judge as have_judged
+from fedtailor.report.judge_prompt import NoScoreError, Template
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import PREDICTIONS, predictions_table
+from fedtailor.storage.run_folder import RunFolder
 
 CANARY = "sk-canary-0f1e2d3c4b5a69788796a5b4"
 CLIENTS = ("seen/fra/00", "seen/fra/01", "unseen/amh/00")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedtailor.core.lane_adam import AdamGroup, LaneAdam
-from fedtailor.core.lanes import LaneParams, clip_lanes
 from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.lanes.adam import AdamGroup, LaneAdam
+from fedtailor.lanes.params import LaneParams, clip_lanes
 
 SPECS = [
     ParamSpec("a", (3, 2), Scope.SHARED),

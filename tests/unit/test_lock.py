@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from fedtailor.core.errors import StorageError
-from fedtailor.runs.artifact_lock import LOCK, Owner, _Acquisition, lock
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.files import Storage
+from fedtailor.storage.lock import LOCK, Owner, _Acquisition, lock
 
 PATH = "artifacts/base-0123"
 PLATFORM = Path(__file__).parents[2] / "platform"
@@ -76,8 +76,8 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     script = (
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(PLATFORM)!r})\n"
-        "from fedtailor.runs.artifact_lock import lock\n"
-        "from fedtailor.runs.storage import Storage\n"
+        "from fedtailor.storage.lock import lock\n"
+        "from fedtailor.storage.files import Storage\n"
         f"with lock(Storage(sys.argv[1]), {PATH!r}, 'dead'):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -13,27 +13,30 @@ from torch import Tensor
 from toy import toy_context, toy_lanes, toy_llama, with_prompts
 
 from fedtailor.adapters.lora import LoraAdapter
-from fedtailor.core.context import ClientContext
 from fedtailor.core.errors import ConfigError, PlacementError
-from fedtailor.core.lane_adam import AdamGroup
 from fedtailor.core.messages import StageSpec
 from fedtailor.core.scope import Scope
 from fedtailor.core.settings import ModelConfig
-from fedtailor.core.worker_stage import load_net
+from fedtailor.experiment import rules as model_rules
+from fedtailor.experiment.base_model import write_base
+from fedtailor.experiment.compose import compose
+from fedtailor.federated.context import ClientContext
+from fedtailor.lanes.adam import AdamGroup
+from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.methods import build_method
-from fedtailor.models import hub, tiny_llama
-from fedtailor.runs import model_rules
-from fedtailor.runs.base_model import write_base
-from fedtailor.runs.experiment import compose
-from fedtailor.tasks.classification import lane_cross_entropy
-from fedtailor.updates.local_training import Training, train
+from fedtailor.models import embedded as tiny_llama
+from fedtailor.models import hub
+from fedtailor.training.local import Training, train
+from fedtailor.worker.open_stage import load_net
 
 CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermediate_size=24, vocab_size=300)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.build(["one two three", "four"] * 9, CFG, 32, 1, tmp_path_factory.mktemp("weights") / "tiny")
+    return tiny_llama.build_tiny_llama(
+        ["one two three", "four"] * 9, CFG, 32, 1, tmp_path_factory.mktemp("weights") / "tiny"
+    )
 
 
 def spec(folder: Path, **more: object) -> StageSpec:

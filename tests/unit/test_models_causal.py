@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from toy import as_talk, toy_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fedtailor.core.batches import make_batch
 from fedtailor.core.errors import ModelError
-from fedtailor.core.net import LaneNet
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import hub, tiny_bert, tiny_llama
+from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.net import LaneNet
+from fedtailor.models import embedded as tiny_bert
+from fedtailor.models import embedded as tiny_llama
+from fedtailor.models import hub
 from fedtailor.models.families import adapted_linears
 
 TEXTS = ["one two three", "four five six", "Name the capital", "Paris"] * 5
@@ -68,7 +70,7 @@ def rewrite(path: Path, **values: Any) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.build(TEXTS, CFG, 32, 1, tmp_path_factory.mktemp("causal") / "tiny")
+    return tiny_llama.build_tiny_llama(TEXTS, CFG, 32, 1, tmp_path_factory.mktemp("causal") / "tiny")
 
 
 @pytest.fixture
@@ -307,7 +309,7 @@ def test_a_folder_serves_the_tasks_that_its_architecture_can_do(tiny: Path, tmp_
     hub.check_available(at(tiny), 32, "generation")
     hub.check_available(at(tiny), 32, "classification")
     sizes = ModelConfig(hidden_size=16, heads=2, layers=1, intermediate_size=24, vocab_size=200)
-    bert = tiny_bert.build(TEXTS, ["a", "b"], sizes, 32, 1, tmp_path / "bert")
+    bert = tiny_bert.build_tiny_bert(TEXTS, ["a", "b"], sizes, 32, 1, tmp_path / "bert")
     with pytest.raises(ModelError, match="no causal language model"):
         hub.check_available(at(bert), 32, "generation")
 

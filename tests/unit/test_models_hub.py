@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import hub, tiny_bert
+from fedtailor.models import embedded as tiny_bert
+from fedtailor.models import hub
 
 LABELS = ["a", "b", "c"]
 CFG = ModelConfig(hidden_size=16, heads=2, layers=1, intermediate_size=24, vocab_size=200)
@@ -23,7 +24,7 @@ TEXTS = ["one two three", "four five six"] * 5
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bert.build(TEXTS, LABELS, CFG, 32, 1, tmp_path_factory.mktemp("hub") / "tiny")
+    return tiny_bert.build_tiny_bert(TEXTS, LABELS, CFG, 32, 1, tmp_path_factory.mktemp("hub") / "tiny")
 
 
 @pytest.fixture

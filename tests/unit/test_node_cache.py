@@ -12,12 +12,11 @@ import pytest
 from bucket_store import BucketFileSystem, reads
 
 from fedtailor.core.errors import StorageError
-from fedtailor.runs import remote_files
-from fedtailor.runs.artifact_lock import lock
-from fedtailor.runs.artifacts import Artifacts
-from fedtailor.runs.file_manifest import MANIFEST, publish, published, read_manifest
-from fedtailor.runs.node_cache import cache_folder, fetch
-from fedtailor.runs.storage import MissingFileError, Storage
+from fedtailor.storage import backends as remote_files
+from fedtailor.storage.artifacts import MANIFEST, Artifacts, cache_folder, fetch, publish, published, read_manifest
+from fedtailor.storage.backends import MissingFileError
+from fedtailor.storage.files import Storage
+from fedtailor.storage.lock import lock
 
 PATH = "artifacts/model-1"
 CONTENT = {"config.json": b"{}", "weights/part-1.bin": b"one" * 1000, "weights/part-2.bin": b"two" * 1000}

@@ -11,9 +11,8 @@ import pandas as pd
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.runs.newcomer_data import Columns, Labelled, labelled
-from fedtailor.runs.newcomer_files import Table, read_table
-from fedtailor.runs.newcomer_split import hold_out, limited, refuse_single_class, shared_texts
+from fedtailor.personalise.data import Columns, Labelled, hold_out, labelled, limited, refuse_single_class, shared_texts
+from fedtailor.personalise.files import Table, read_table
 
 CLASSES = ("business", "sports", "health")
 ROWS = [("Bei ya mafuta", "business"), ("Timu, imeshinda", "sports"), ('Alisema "ndiyo"', "sports")]

@@ -8,18 +8,25 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedtailor.cli.plan_views import duration, show_plan, size
 from fedtailor.core.settings import ModelConfig, ZeroConfig
+from fedtailor.experiment.compose import compose, preset_names
+from fedtailor.experiment.config import method_section
+from fedtailor.experiment.estimate import (
+    Load,
+    activation_bytes,
+    base_bytes,
+    base_of_rank,
+    logit_bytes,
+    optimizer_of_rank,
+)
+from fedtailor.experiment.inputs import make_inputs
+from fedtailor.experiment.plan import Plan, make_plan
+from fedtailor.experiment.stages import plan_stages
 from fedtailor.methods import build_method
 from fedtailor.models.dimensions import dimensions
-from fedtailor.runs.artifacts import Artifacts
-from fedtailor.runs.experiment import compose, method_section, preset_names
-from fedtailor.runs.fit_view import size
-from fedtailor.runs.inputs import make_inputs
-from fedtailor.runs.memory import Load, activation_bytes, base_bytes, base_of_rank, logit_bytes, optimizer_of_rank
-from fedtailor.runs.plan import Plan, make_plan
-from fedtailor.runs.plan_view import duration, show_plan
-from fedtailor.runs.stages import plan_stages
-from fedtailor.runs.storage import Storage
+from fedtailor.storage.artifacts import Artifacts
+from fedtailor.storage.files import Storage
 
 SMALL = ("task.languages=[swa,yor]", "task.clients_per_language=3", "base.cohort=3", "strategy.cohort=2")
 
@@ -35,7 +42,7 @@ def paper() -> Plan:
     """The paper's experiment without data and without weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FEDTAILOR_DATA", raising=False)
-        patch.setattr("fedtailor.runs.plan.try_to_load_from_cache", lambda *_, **__: None)
+        patch.setattr("fedtailor.experiment.plan.try_to_load_from_cache", lambda *_, **__: None)
         return make_plan(compose(["masakhanews_fedp2eft"], ["storage=/nonexistent/runs"]))
 
 
@@ -147,7 +154,7 @@ def three_billion() -> Plan:
 def planned(preset: str, memory_gb: float, *words: str) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FEDTAILOR_DATA", raising=False)
-        patch.setattr("fedtailor.runs.plan.try_to_load_from_cache", lambda *_, **__: None)
+        patch.setattr("fedtailor.experiment.plan.try_to_load_from_cache", lambda *_, **__: None)
         return make_plan(compose([preset], ["storage=/nonexistent/runs", "seeds=[42]", *words]), memory_gb)
 
 

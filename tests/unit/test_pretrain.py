@@ -24,14 +24,15 @@ from fedtailor.cli import app
 from fedtailor.core.errors import ConfigError, DataError, Interrupted, ModelError, StorageError
 from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import ModelConfig
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.models import hub, pretrain_blocks, pretrain_checkpoint, pretrain_start, source, tiny_bert
-from fedtailor.models.classifier import load_classifier, load_tokenizer
+from fedtailor.models import embedded as tiny_bert
+from fedtailor.models import hub, pretrain_blocks, pretrain_checkpoint, pretrain_start, source
+from fedtailor.models.load import load_classifier, load_tokenizer
 from fedtailor.models.pretrain import pretrain
 from fedtailor.models.pretrain_corpus import Corpus, gather, vocabulary_texts
 from fedtailor.models.pretrain_learner import Learner, guess, learning_rate, special_ids
 from fedtailor.models.pretrain_options import PretrainOptions, choose_precision, chosen
 from fedtailor.models.pretrain_view import PretrainView
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Source
 from fedtailor.tasks.task import TASKS
 
@@ -165,7 +166,7 @@ def test_of_xnli_all_premises_of_the_train_file_are_read_whatever_the_seed() -> 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return tiny_bert.build_tokenizer([sentence("big", i) for i in range(40)], 200, 32)
+    return tiny_bert.build_wordpiece([sentence("big", i) for i in range(40)], 200, 32)
 
 
 def test_rows_begin_with_cls_and_hold_the_texts_one_after_another_with_sep_between(tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtailor.personalisers.pruning import prune, resolved, tied_share
+from fedtailor.training.pruning import prune, resolved, tied_share
 
 BUDGETS = [1, 2, 4, 8]
 

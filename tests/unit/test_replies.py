@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtailor.aggregation.krum import Krum
+from fedtailor.aggregation.robust import Krum
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ClientError, RoundError
-from fedtailor.core.faults import REPLY, parse
-from fedtailor.core.grouping import segments
+from fedtailor.core.faults import REPLY, Sabotage, parse
 from fedtailor.core.messages import Failure, SegmentJob, SegmentResult, metric_row
-from fedtailor.core.replies import screened
-from fedtailor.core.rounds import RoundOutcome, RoundPlan, RoundState, close_round
-from fedtailor.core.sabotage import Sabotage
+from fedtailor.federated.checks import screened
+from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, close_round
+from fedtailor.lanes.grouping import segments
 from fedtailor.methods import build_method
 
 SIZE, STAGE = 4, "base/seed1"

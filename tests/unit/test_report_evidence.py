@@ -11,9 +11,10 @@ import pytest
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS, metric_row
-from fedtailor.runs.report import gather, write_report
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
+from fedtailor.report import write_report
+from fedtailor.report.facts import gather
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
 
 TASK = {"name": "cldr", "clients_per_language": 2, "clients_kept": None, "alpha": 0.5, "max_length": 16}
 

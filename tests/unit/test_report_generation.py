@@ -11,14 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedtailor.cli.terminal import summary_table
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import metric_row
-from fedtailor.runs.console import summary_table
-from fedtailor.runs.report import metrics, results, side_by_side, significance, write_report
-from fedtailor.runs.report.evidence import Evidence
-from fedtailor.runs.report.heatmaps import rank_structure
-from fedtailor.runs.report.names import locate_module
-from fedtailor.runs.wandb_series import final_results
+from fedtailor.models.families import locate_module
+from fedtailor.report import metrics, side_by_side, significance, write_report
+from fedtailor.report import scores as results
+from fedtailor.report.facts import Evidence
+from fedtailor.report.heatmaps import rank_structure
+from fedtailor.report.wandb import final_results
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip

@@ -11,9 +11,10 @@ import pytest
 from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 
-from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES
-from fedtailor.runs.report import fonts, labels, names
-from fedtailor.runs.report.style import Drawing, save, styled
+from fedtailor.report import fonts, names
+from fedtailor.report import style as labels
+from fedtailor.report.style import Drawing, save, styled
+from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES
 
 UNKNOWN = chr(0x10FFFD)
 

@@ -11,9 +11,10 @@ import pytest
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import metric_row
-from fedtailor.runs.report import heatmaps, names, results, summary, tables
-from fedtailor.runs.report.facts import read_facts
-from fedtailor.runs.report.wording import leaves
+from fedtailor.report import heatmaps, names, summary, tables
+from fedtailor.report import scores as results
+from fedtailor.report.facts import read_facts
+from fedtailor.report.wording import leaves
 
 
 def score(method: str, client: str, correct: int, n: int, budget: int = 8, **more: Any) -> dict[str, Any]:

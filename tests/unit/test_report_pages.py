@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from fedtailor.core.messages import metric_row
-from fedtailor.runs.report import write_report
+from fedtailor.report import write_report
 
 MODULES = [f"bert.encoder.layer.0.{part}" for part in ("attention.self.query", "output.dense")] + ["classifier"]
 EVIL = "<script>alert('x')</script> & $x_1$ --> |"

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, metric_row
-from fedtailor.runs import timings
-from fedtailor.runs.report import cost, results, setting
+from fedtailor.report import cost, setting
+from fedtailor.report import scores as results
+from fedtailor.storage import timings
 
 
 def frame(*rows: dict[str, Any]) -> pd.DataFrame:

@@ -10,8 +10,10 @@ import pytest
 from scipy import stats
 
 from fedtailor.core.messages import metric_row
-from fedtailor.runs.report import results, significance, verdicts
-from fedtailor.runs.report.significance import Pair
+from fedtailor.report import scores as results
+from fedtailor.report import significance
+from fedtailor.report import significance as verdicts
+from fedtailor.report.significance import Pair
 
 
 def score(method: str, client: str, value: float, budget: int = 8, seed: int = 1) -> dict[str, Any]:

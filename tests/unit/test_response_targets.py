@@ -9,11 +9,12 @@ from torch.nn import functional
 from toy import ToyExamples, as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
 
 from fedtailor.adapters.lora import LoraAdapter
-from fedtailor.core.batches import make_batch, micro_batches
-from fedtailor.core.lane_adam import AdamGroup
 from fedtailor.core.scope import Scope
-from fedtailor.tasks.classification import evaluate, lane_cross_entropy
-from fedtailor.updates.local_training import Training, backward, cross_entropy_of, train
+from fedtailor.evaluation.classification import evaluate
+from fedtailor.lanes.adam import AdamGroup
+from fedtailor.lanes.batches import make_batch, micro_batches
+from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.training.local import Training, backward, cross_entropy_of, train
 
 TALK = ToyExamples(
     np.array([[7, 8, 9, 10, 0], [11, 12, 13, 14, 15]]), np.array([4, 5]), np.array([0, 1]), prompt=np.array([2, 4])

@@ -8,21 +8,19 @@ import numpy as np
 import pytest
 from tiny import run_tiny, tiny
 
-from fedtailor.aggregation.krum import Krum
-from fedtailor.aggregation.median import CoordinateMedian
-from fedtailor.aggregation.trimmed_mean import TrimmedMean
+from fedtailor.aggregation.robust import CoordinateMedian, Krum, TrimmedMean
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.bounding import bounded, norm_alarms
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.faults import VARIABLE
-from fedtailor.core.messages import SegmentJob, SegmentResult
-from fedtailor.core.method import Aggregator, Method, Row
-from fedtailor.core.pool import Meanwhile
-from fedtailor.core.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
+from fedtailor.core.messages import Row, SegmentJob, SegmentResult
 from fedtailor.core.seeding import numpy_rng
+from fedtailor.experiment.compose import compose
+from fedtailor.federated.checks import bounded, norm_alarms
+from fedtailor.federated.method import Aggregator, Method
+from fedtailor.federated.pool import Meanwhile
+from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
 from fedtailor.methods import build_method
-from fedtailor.methods.guards import robust
-from fedtailor.runs.experiment import compose
+from fedtailor.methods.build import robust
 
 ROBUST: dict[str, Aggregator] = {"median": CoordinateMedian(), "trimmed mean": TrimmedMean(0.3), "Krum": Krum(0.3)}
 
@@ -285,7 +283,7 @@ def test_bad_settings_are_refused(words: list[str], told: str) -> None:
 
 
 def test_a_guard_makes_another_artifact() -> None:
-    from fedtailor.runs.stages import Inputs, plan_stages
+    from fedtailor.experiment.stages import Inputs, plan_stages
 
     exp = compose([], ["base.rounds=1", "methods=[base]"])
     other = exp.model_copy(update={"aggregation": exp.aggregation.model_copy(update={"name": "median"})})

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fedtailor.core.errors import ClientError, StorageError, WorkerError
-from fedtailor.core.messages import SegmentJob, SegmentResult
-from fedtailor.core.method import Method, Row
-from fedtailor.core.pool import Meanwhile
-from fedtailor.core.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
+from fedtailor.core.messages import Row, SegmentJob, SegmentResult
+from fedtailor.federated.method import Method
+from fedtailor.federated.pool import Meanwhile
+from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
 from fedtailor.methods import build_method
 
 CLIENTS = ("a", "b")
@@ -107,7 +107,7 @@ def test_private_state_is_committed_before_the_next_round_begins() -> None:
 
 
 def test_a_release_is_committed_before_the_next_round_begins() -> None:
-    from fedtailor.core.release import Released
+    from fedtailor.federated.method import Released
 
     def release(total: Any, shared: Row, cohort: int, site: Any, draw: int) -> Released:
         return Released(METHOD.aggregator.result(total))

@@ -13,11 +13,12 @@ import pytest
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import METRIC_COLUMNS, metric_row
-from fedtailor.runs import timings
-from fedtailor.runs.commit_log import CommitLog, DamagedError
-from fedtailor.runs.redaction import redact
-from fedtailor.runs.run_folder import RunFolder, run_ids
-from fedtailor.runs.storage import Storage
+from fedtailor.storage import timings
+from fedtailor.storage.commit import DamagedError
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage
+from fedtailor.storage.provenance import redact
+from fedtailor.storage.run_folder import RunFolder, run_ids
 
 CONFIG: dict[str, Any] = {
     "seeds": [42],

@@ -8,8 +8,9 @@ import pytest
 from tiny import run_tiny, tiny
 
 from fedtailor.core.errors import ConfigError
-from fedtailor.runs.experiment import compose, overrides_of, scaled_task
-from fedtailor.runs.stages import Inputs, plan_stages
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import overrides_of, scaled_task
+from fedtailor.experiment.stages import Inputs, plan_stages
 
 INPUTS = Inputs("data-1", "model-1", "tokens-1")
 

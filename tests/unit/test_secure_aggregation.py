@@ -9,13 +9,22 @@ import pytest
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ConfigError, RoundError
-from fedtailor.core.release import Site
-from fedtailor.privacy.neighbours import degree, graph
-from fedtailor.privacy.ring import Bits, FixedPoint, RingSum, Wrapped, from_ring
-from fedtailor.privacy.secure_aggregation import PairwiseMasking
-from fedtailor.privacy.traffic import KEY, SHARE, traffic
-from fedtailor.runs.experiment import compose
-from fedtailor.runs.privacy_terms import privacy_lines
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.privacy import privacy_lines
+from fedtailor.federated.method import Site
+from fedtailor.privacy.secure_aggregation import (
+    KEY,
+    SHARE,
+    Bits,
+    FixedPoint,
+    PairwiseMasking,
+    RingSum,
+    Wrapped,
+    degree,
+    from_ring,
+    graph,
+    traffic,
+)
 
 STEP = 2.0**-12
 COHORT = tuple(f"seen/xx/{i:02d}" for i in range(9))

@@ -17,11 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtailor.cli import app
-from fedtailor.runs import status_view
-from fedtailor.runs.artifact_lock import LOCK, STALE_S, Owner, lock
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.status import SILENT_S, state_of, status_of
-from fedtailor.runs.storage import Storage
+from fedtailor.cli import views as status_view
+from fedtailor.storage.files import Storage
+from fedtailor.storage.lock import LOCK, STALE_S, Owner, lock
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tracking.status import SILENT_S, state_of, status_of
 
 CONFIG: dict[str, Any] = {"seeds": [1]}
 ELSEWHERE = {"host": "far-away", "machine": "another boot/1", "pid": 1}
@@ -72,9 +72,9 @@ def test_a_run_whose_process_holds_the_lock_is_running_and_says_who(run: RunFold
 def test_a_process_that_was_killed_leaves_a_dead_run(run: RunFolder) -> None:
     program = (
         "import os, signal, sys\n"
-        "from fedtailor.runs.artifact_lock import lock\n"
-        "from fedtailor.runs.run_folder import RunFolder\n"
-        "from fedtailor.runs.storage import Storage\n"
+        "from fedtailor.storage.lock import lock\n"
+        "from fedtailor.storage.run_folder import RunFolder\n"
+        "from fedtailor.storage.files import Storage\n"
         "run = RunFolder.open(Storage(sys.argv[1]), 'r1')\n"
         "with lock(run.storage, 'r1', 'r1'):\n"
         "    run.set_status('running')\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from toy import ToyExamples, toy_context, toy_lanes, toy_net
 
-from fedtailor.core.features import client_features
 from fedtailor.core.scope import Scope
+from fedtailor.lanes.features import client_features
 from fedtailor.methods import build_method
 from fedtailor.methods.fedp2eft import PsgConfig, StrategyGenerator
 

@@ -17,17 +17,17 @@ from tiny import TINY, run_tiny, tiny
 from fedtailor.core.config import flatten
 from fedtailor.core.errors import ConfigError, DataError, Interrupted, StorageError
 from fedtailor.core.messages import metric_row
-from fedtailor.runs.experiment import compose, load_preset, to_json
-from fedtailor.runs.launch import default_run_id
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
-from tune_spaces import record
+from fedtailor.experiment.compose import compose, load_preset
+from fedtailor.experiment.config import to_json
+from fedtailor.experiment.launch import default_run_id
+from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
+from tune_spaces import results as record
 from tune_spaces.figure import draw
-from tune_spaces.grid import Grid
-from tune_spaces.objective import OBJECTIVES, score
+from tune_spaces.grid import OBJECTIVES, Grid, score
 from tune_spaces.plan import SweepPlan, make_plan, steps_of
-from tune_spaces.record import Outcome, Trial
-from tune_spaces.signals import TuneSignals
+from tune_spaces.results import Outcome, Trial
+from tune_spaces.search import TuneSignals
 
 WORDS = [word for word in TINY if not word.startswith(("methods=", "budgets=", "r_max=", "lora."))]
 LAMBDA = "fedp2eft.stage1.lambda_lr"

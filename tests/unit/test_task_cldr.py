@@ -5,9 +5,9 @@ import time
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks import cldr
-from fedtailor.tasks.locales import FED_AYA, MASAKHANEWS, XNLI, locale_for
+from fedtailor.tasks.cldr import FED_AYA, MASAKHANEWS, XNLI, locale_for
+from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks.source import Source, normalise
 
 PAPERS_LANGUAGES = tuple(sorted({*MASAKHANEWS, *XNLI, *FED_AYA} - {"ara"}))

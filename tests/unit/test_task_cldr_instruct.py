@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks import cldr_instruct, cldr_names
+from fedtailor.tasks.cldr import FED_AYA, MASAKHANEWS, XNLI, locale_for
+from fedtailor.tasks.cldr_instruct import KINDS
 from fedtailor.tasks.cldr_rules import STYLES, rules
-from fedtailor.tasks.cldr_stock import KINDS
-from fedtailor.tasks.locales import FED_AYA, MASAKHANEWS, XNLI, locale_for
+from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks.source import Example, Owner, Pool, Source, normalise
 from fedtailor.tasks.task import fingerprint, prepare
 

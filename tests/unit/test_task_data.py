@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.tasks import leakage, task
-from fedtailor.tasks.arrow import BLOCK
+from fedtailor.tasks import source as leakage
+from fedtailor.tasks import task
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source
-from fedtailor.tasks.task import TaskData, fingerprint, prepare
+from fedtailor.tasks.store import BLOCK, TaskData
+from fedtailor.tasks.task import fingerprint, prepare
 
 CFG = TaskConfig(languages=("yor", "amh", "sna"), clients_per_language=4)
 FILES = ("manifest.json", "texts.arrow", "examples.arrow")

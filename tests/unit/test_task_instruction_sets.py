@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.task_settings import DOLLY_CATEGORIES, FED_AYA_LANGUAGES, TaskConfig
 from fedtailor.tasks import dolly, fed_aya, instructions
+from fedtailor.tasks.config import DOLLY_CATEGORIES, FED_AYA_LANGUAGES, TaskConfig
 from fedtailor.tasks.instruction_rows import read_turn
-from fedtailor.tasks.row_files import Row
+from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example, Owner, Source
 from fedtailor.tasks.task import fingerprint, prepare
 

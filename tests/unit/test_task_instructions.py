@@ -11,12 +11,13 @@ import pyarrow as pa
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.runs.artifacts import Artifacts
-from fedtailor.runs.experiment import check_population, compose
-from fedtailor.runs.inputs import make_inputs
-from fedtailor.runs.storage import Storage
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.inputs import make_inputs
+from fedtailor.experiment.rules import check_population
+from fedtailor.storage.artifacts import Artifacts
+from fedtailor.storage.files import Storage
 from fedtailor.tasks import task
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Owner, Pool, Source
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import fingerprint, prepare

@@ -9,11 +9,12 @@ import datasets
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import masakhanews
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.masakhanews import load, read_tsv
 from fedtailor.tasks.source import Source, normalise
-from fedtailor.tasks.task import TaskData, prepare
+from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.task import prepare
 
 HEADER = "category\theadline\ttext\turl\n"
 REAL = Path(os.environ.get("FEDTAILOR_DATA", "")) / "masakhanews"

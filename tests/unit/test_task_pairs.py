@@ -8,15 +8,16 @@ import torch
 from toy import VOCAB, toy_examples, toy_net
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.batches import lane_batches, make_batch, training_picks
 from fedtailor.core.errors import DataError, ModelError
-from fedtailor.core.features import client_features
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.models.tiny_bert import build_tokenizer
+from fedtailor.lanes.batches import lane_batches, make_batch, training_picks
+from fedtailor.lanes.features import client_features
+from fedtailor.models.embedded import build_wordpiece
 from fedtailor.tasks import task
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source
-from fedtailor.tasks.task import TaskData, fingerprint, prepare
+from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.task import fingerprint, prepare
 from fedtailor.tasks.tokens import Examples, TokenData, examples_of, tokenise
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -54,7 +55,7 @@ def data(cfg: TaskConfig, tmp_path: Path) -> TaskData:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    return build_tokenizer(WORDS * 20, VOCAB, MAX_LENGTH)
+    return build_wordpiece(WORDS * 20, VOCAB, MAX_LENGTH)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import pytest
 
 from fedtailor.core.config import validate
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES, TaskConfig
-from fedtailor.runs.experiment import compose, overrides_of
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import overrides_of
 from fedtailor.tasks import cldr, task
+from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES, TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source
 from fedtailor.tasks.task import fingerprint, prepare
 

@@ -9,10 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fedtailor.core.errors import DataError, ModelError
-from fedtailor.core.task_settings import TaskConfig
 from fedtailor.tasks import task
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source
-from fedtailor.tasks.task import TaskData, prepare
+from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.task import prepare
 from fedtailor.tasks.tokens import TokenData, tokenise
 
 SPLITS = ("train", "test")

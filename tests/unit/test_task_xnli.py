@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.task_settings import XNLI_LANGUAGES, TaskConfig
 from fedtailor.tasks import xnli
+from fedtailor.tasks.config import XNLI_LANGUAGES, TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source, normalise
-from fedtailor.tasks.task import TaskData, prepare
+from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.task import prepare
 from fedtailor.tasks.xnli import LABELS, load, read_tsv
 
 PLACES = [(pool, split) for pool in ("seen", "unseen") for split in ("train", "test")]

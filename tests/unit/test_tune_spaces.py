@@ -12,8 +12,9 @@ import pytest
 import tune_spaces
 from fedtailor.core.config import flatten
 from fedtailor.core.errors import ConfigError
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import Experiment
 from fedtailor.methods import METHODS
-from fedtailor.runs.experiment import Experiment, compose
 from tune_spaces import PAPERS, fedp2eft
 
 ROOT = Path(__file__).parents[2]

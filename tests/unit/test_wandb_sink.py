@@ -16,16 +16,17 @@ from wandb.proto import wandb_internal_pb2 as records
 from fedtailor.core.errors import ConfigError, StorageError, TrackingError
 from fedtailor.core.messages import metric_row
 from fedtailor.core.settings import WandbConfig
-from fedtailor.runs import wandb_key, wandb_sink
-from fedtailor.runs.artifact_lock import lock
-from fedtailor.runs.digest import DONE
-from fedtailor.runs.experiment import compose, to_json
-from fedtailor.runs.launch import sync_wandb
-from fedtailor.runs.preflight import prepare
-from fedtailor.runs.round_log import METRICS, metrics_table
-from fedtailor.runs.run_folder import RunFolder
-from fedtailor.runs.storage import Storage
-from fedtailor.runs.wandb_series import series, settled
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import to_json
+from fedtailor.experiment.launch import prepare
+from fedtailor.report import wandb as wandb_sink
+from fedtailor.report.wandb import series, settled, sync_wandb
+from fedtailor.storage.digest import DONE
+from fedtailor.storage.files import Storage
+from fedtailor.storage.lock import lock
+from fedtailor.storage.round_store import METRICS, metrics_table
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tracking import wandb_key
 
 CANARY = "canary" + "0123456789abcdef" * 2
 WORDS = ("methods=[base,lora]", "budgets=[2,4]", "r_max=4", "wandb.mode=offline")

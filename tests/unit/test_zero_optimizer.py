@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtailor.core.lane_adam import AdamGroup, LaneAdam
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.ranks import Ranks
-from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.core.scope import ParamSpec, Ranks, Scope
+from fedtailor.lanes.adam import AdamGroup, LaneAdam
+from fedtailor.lanes.params import LaneParams
 
 SPECS = [
     ParamSpec("a", (3, 5), Scope.EPHEMERAL),

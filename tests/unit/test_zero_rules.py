@@ -11,8 +11,8 @@ import torch
 from actors.placement import NodeResources, plan_actors
 from fedtailor.core.errors import ConfigError, PlacementError
 from fedtailor.core.settings import EngineConfig
-from fedtailor.models.partitioned import deepspeed_config
-from fedtailor.runs.experiment import compose
+from fedtailor.experiment.compose import compose
+from fedtailor.models.zero import deepspeed_config
 
 TALK = ["task=cldr_instruct", "base=none", "methods=[lora]", "engine.zero.ranks=2"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedtailor.adapters.lora import LoraAdapter
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams
 
 LAMBDA = "lambda"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.method import Row
-from fedtailor.core.net import LaneNet
+from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams
 
 
 def plain_name(name: str) -> str:

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedtailor.adapters.lane_linear import Branch, LaneLinear
 from fedtailor.core.errors import ModelError
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.method import Row
-from fedtailor.core.net import LaneNet, Site
+from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
+from fedtailor.lanes.layers import Branch, LaneLinear
+from fedtailor.lanes.net import LaneNet, Site
+from fedtailor.lanes.params import LaneParams
 from fedtailor.models.families import endings, ends
 
 

@@ -1,1 +1,1 @@
-"""How SHARED parameters of a cohort become one consensus."""
+"""How a cohort's SHARED parameters become one consensus."""

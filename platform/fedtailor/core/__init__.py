@@ -1,1 +1,1 @@
-"""Ownership, messages, lanes, the worker and the only loop over rounds."""
+"""The words that every room speaks: errors, seeds, scopes, records that travel, the base of all configuration."""

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedtailor.core.scope import ParamSpec
+
 FloatArray = npt.NDArray[np.floating[Any]]
 
 
@@ -73,7 +75,7 @@ class StageSpec:
     zero: Mapping[str, Any] = field(default_factory=dict)
     """Section ``engine.zero`` where a model spans several ranks; empty: every worker holds a whole one."""
     guards: Mapping[str, Any] = field(default_factory=dict)
-    """Sections ``aggregation`` and ``privacy`` that differ from their defaults, see `fedtailor.methods.guards`."""
+    """Sections ``aggregation`` and ``privacy`` that differ from their defaults, see `fedtailor.methods.build`."""
 
 
 @dataclass(frozen=True)
@@ -187,3 +189,42 @@ def metric_row(**values: Any) -> dict[str, Any]:
     if unknown:
         raise KeyError(f"not metric columns: {sorted(unknown)}")
     return row | values
+
+
+Row = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What a worker learned by opening a stage; equal on every worker.
+
+    Args:
+        shared: SHARED parameters in flat order.
+        private: PRIVATE parameters in flat order.
+        initial: SHARED state before round 0, flat float32, (P,).
+        modules: names of the L adapted linear layers.
+        r_init: rank before pruning (0 where the method has none).
+    """
+
+    shared: tuple[ParamSpec, ...]
+    private: tuple[ParamSpec, ...]
+    initial: FloatArray
+    modules: tuple[str, ...]
+    r_init: int
+
+
+@dataclass(frozen=True)
+class Client:
+    """One member of the population.
+
+    Args:
+        id: ``seen/amh/00``.
+        n_train: number of train texts.
+        n_test: number of test texts.
+    """
+
+    id: str
+    pool: str
+    language: str
+    n_train: int
+    n_test: int

@@ -1,10 +1,18 @@
-"""Ownership: every parameter has exactly one scope, and the platform moves state by it alone."""
+"""Who owns a parameter and how long it lives.
+
+Ownership: every parameter has exactly one scope, and the platform moves state by it alone.
+
+Several processes that hold one model together and train one client: what the maths needs to know of them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
+from typing import Protocol
+
+from torch import Tensor
 
 
 class Scope(Enum):
@@ -32,3 +40,22 @@ class ParamSpec:
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+
+class Ranks(Protocol):
+    """This process among those that hold the model.
+
+    All of them run the same client function on the same client. Each has its own rows of every step (see
+    `lanes.batches.micro_batches`); gradients are summed before the optimizer, which does the same everywhere.
+    """
+
+    @property
+    def index(self) -> int:
+        """0 to size - 1."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replaces ``tensor`` by its sum over all of them, in place; the same bytes everywhere."""

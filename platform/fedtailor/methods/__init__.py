@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fedtailor.core.config import Config
-from fedtailor.core.method import Method
+from fedtailor.federated.method import Method
 from fedtailor.methods import adalora, base, bayestune_lora, dept, fedavg, feddpa, fedl2p, fedp2eft, lora, majority
 
 

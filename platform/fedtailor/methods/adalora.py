@@ -23,22 +23,23 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fedtailor.adapters.adalora import SvdLanes, SvdLora, TrainedSvd, orthogonality, svd_names
-from fedtailor.adapters.peft_folder import export_adapter
+from fedtailor.adapters.peft_export import export_adapter
+from fedtailor.adapters.svd_lora import SvdLanes, SvdLora, TrainedSvd, orthogonality, svd_names
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.batches import LaneBatch
 from fedtailor.core.config import Config
-from fedtailor.core.context import ClientContext
-from fedtailor.core.lane_adam import AdamGroup
-from fedtailor.core.method import Method, Personalised
 from fedtailor.core.settings import Positive, Rate
-from fedtailor.personalisers.finetune import budget_lanes, budgets_of
-from fedtailor.personalisers.rank_budget import RankBudget, Schedule
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Method, Personalised
+from fedtailor.lanes.adam import AdamGroup
+from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.methods.adalora_budget import RankBudget, Schedule
 from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.tasks.classification import lane_cross_entropy
-from fedtailor.updates.local_training import Training, train
+from fedtailor.training.finetune import budget_lanes, budgets_of
+from fedtailor.training.local import Training, train
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 REFERENCE: Final[Mapping[str, Any]] = {"alpha": 8.0, "max_grad_norm": 1.0, "orth": 0.0, "final_mask": "if_reached"}

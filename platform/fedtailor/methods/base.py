@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
-from fedtailor.core.method import Method
-from fedtailor.personalisers.none import NoPersonalisation
+from fedtailor.federated.method import Method
 from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.training.finetune import NoPersonalisation
 
 
 class BaseConfig(Config):

@@ -18,13 +18,13 @@ from pydantic import Field
 from fedtailor.adapters.bayestune_lora import BayesTuneLora
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
-from fedtailor.core.context import ClientContext
-from fedtailor.core.method import Method, Personalised
 from fedtailor.core.settings import Positive
-from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
-from fedtailor.personalisers.pruning import RANK_BITS, TieRule, prune, tied_share
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Method, Personalised
 from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.updates.bayestune import RankSearchConfig, search_ranks
+from fedtailor.training.bayestune import RankSearchConfig, search_ranks
+from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
+from fedtailor.training.pruning import RANK_BITS, TieRule, prune, tied_share
 
 
 class BayesTuneLoraConfig(Config):

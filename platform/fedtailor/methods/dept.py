@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from fedtailor.adapters.full import FullModel, plain_name
-from fedtailor.adapters.lane_embedding import LaneEmbedding
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.method import Method, Row
-from fedtailor.core.net import LaneNet
+from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import Positive, Rate
+from fedtailor.federated.method import Method
+from fedtailor.lanes.layers import LaneEmbedding
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams
 from fedtailor.methods.fedavg import FedAvgConfig, LocalSgd
-from fedtailor.personalisers.none import NoPersonalisation
 from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.training.finetune import NoPersonalisation
 
 
 class DeptConfig(Config):

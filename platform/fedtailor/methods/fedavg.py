@@ -21,15 +21,15 @@ from fedtailor.adapters.full import FullModel
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
-from fedtailor.core.context import ClientContext
-from fedtailor.core.lane_adam import AdamGroup
-from fedtailor.core.method import Method, Report, ServerOptimizer
 from fedtailor.core.scope import Scope
 from fedtailor.core.settings import Positive, Rate
-from fedtailor.personalisers.none import NoPersonalisation
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Method, Report, ServerOptimizer
+from fedtailor.lanes.adam import AdamGroup
 from fedtailor.server_optim.adaptive import AdaptiveServer
 from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.updates.local_training import Training, train
+from fedtailor.training.finetune import NoPersonalisation
+from fedtailor.training.local import Training, train
 
 
 class FedAvgConfig(Config):

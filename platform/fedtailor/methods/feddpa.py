@@ -25,16 +25,17 @@ from torch import Tensor
 from fedtailor.adapters.lora import LoraAdapter, chosen_layers
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
-from fedtailor.core.context import ClientContext
-from fedtailor.core.lane_adam import AdamGroup
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.method import Method, Report, Row
-from fedtailor.core.net import LaneNet
+from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import Natural, Positive, Rate
-from fedtailor.personalisers.none import NoPersonalisation
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Method, Report
+from fedtailor.lanes.adam import AdamGroup
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams
 from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.updates.local_training import Training, train
+from fedtailor.training.finetune import NoPersonalisation
+from fedtailor.training.local import Training, train
 
 
 class FedDpaConfig(Config):

@@ -1,4 +1,6 @@
-"""FedL2P: clients learn together how to choose the learning rate of every LoRA matrix for each of them.
+"""FedL2P: learning rates from a net.
+
+FedL2P: clients learn together how to choose the learning rate of every LoRA matrix for each of them.
 
 Paper: Lee, Kim, Li, Qiu, Hospedales, Huszar, Lane, "FedL2P: Federated Learning to Personalize", NeurIPS 2023, as
 adapted to LoRA in FedP2EFT (arXiv 2502.04387, sections 4.1.3, A.4).
@@ -8,16 +10,19 @@ adapted to LoRA in FedP2EFT (arXiv 2502.04387, sections 4.1.3, A.4).
     Q, psi      -> cfg.hypergradient.terms, cfg.hypergradient.psi
 Rates: eta_j = eta_tilde_j * clamp(LRNet(features)_j), one for each A and each B.
 Client step, `outer_steps` times: fine-tune from scratch on 80 % of the training texts at these rates, then one Adam
-step on phi along the hypergradient of the loss on the other 20 % (`updates.hypergradient`). Only phi travels.
+step on phi along the hypergradient of the loss on the other 20 % (`methods.fedl2p_hypergradient`). Only phi travels.
 Inference: rates, then LoRA of rank r at these rates. One training per budget (FedP2EFT 3.3).
 Not in FedP2EFT, taken from the public code: two hidden layers, Xavier-normal weights, the clamp to [0, 1000] and
 its straight-through gradient.
 Ours: multipliers below zero count as zero (a negative rate climbs), the features are those of all training texts,
 the outer losses are taken without dropout, early stopping looks at the whole validation split.
+
+LRNet: a client's meta-data to one learning rate per weight matrix (FedL2P; sizes from FedP2EFT A.4).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -29,24 +34,105 @@ from torch import Tensor
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.adapters.selected_lora import uniform_selection
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.batches import Examples
 from fedtailor.core.config import Config
-from fedtailor.core.context import ClientContext
-from fedtailor.core.early_stop import EarlyStop
-from fedtailor.core.lane_adam import AdamGroup, LaneAdam
-from fedtailor.core.lanes import clip_lanes
-from fedtailor.core.method import Capability, Method, Personalised, Report
-from fedtailor.core.net import LaneNet
-from fedtailor.core.scope import Scope
+from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import Positive, Rate
-from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
+from fedtailor.evaluation.classification import evaluate
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.early_stop import EarlyStop
+from fedtailor.federated.method import Capability, Method, Personalised, Report
+from fedtailor.lanes.adam import AdamGroup, LaneAdam
+from fedtailor.lanes.batches import Examples
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams, clip_lanes
+from fedtailor.methods.fedl2p_hypergradient import HypergradientConfig, OuterPairs, rate_derivative
+from fedtailor.methods.fedl2p_inner_loop import FineTuned, InnerLoop, fine_tune, split_lanes
 from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.tasks.classification import evaluate
-from fedtailor.updates.holdout import split_lanes
-from fedtailor.updates.hypergradient import HypergradientConfig, rate_derivative
-from fedtailor.updates.inner_loop import FineTuned, InnerLoop, fine_tune
-from fedtailor.updates.outer_pairs import OuterPairs
-from fedtailor.updates.rate_net import MULTIPLIERS, LrNetConfig, RateNet
+from fedtailor.training.bayestune import clamp_through
+from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
+
+MULTIPLIERS = "multipliers"
+
+
+class LrNetConfig(Config):
+    """The net that says the rates, and the outer optimizer."""
+
+    lr: Rate = 1e-4
+    """Adam, LRNet (A.4; grid 1e-5 ... 1e-3)."""
+    multiplier_lr: Rate = 1e-6
+    """Adam, multipliers (A.4; grid 1e-4 ... 1e-6). They start at `finetune.lr`."""
+    hidden: Positive = 100
+    gain: Rate = 0.1
+    bias: float = 1.0
+    max_output: Rate = 1000.0
+    clip: Literal["value", "norm"] = "value"
+    """Hypergradient: every element to [-clip_at, clip_at] (paper), or LRNet's and the multipliers' norm to it."""
+    clip_at: Rate = 1.0
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 rounds phi after every step, as the reference does."""
+    features_pad_to: Positive | None = None
+    """None: real tokens only. The reference counts padding up to the task's fixed length: give that length."""
+
+
+@dataclass(frozen=True)
+class RateNet:
+    """(2L,) features -> Linear -> ReLU -> Linear -> ReLU -> Linear -> 2L factors, times 2L multipliers; per lane.
+
+    Args:
+        cfg: sizes and start.
+        lr: where the multipliers start.
+    """
+
+    cfg: LrNetConfig
+    lr: float
+
+    def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
+        """Three linear layers, then the multipliers, all SHARED."""
+        width, h = 2 * len(net.sites), self.cfg.hidden
+        shapes = {
+            "lrnet.first.weight": (h, width),
+            "lrnet.first.bias": (h,),
+            "lrnet.second.weight": (h, h),
+            "lrnet.second.bias": (h,),
+            "lrnet.out.weight": (width, h),
+            "lrnet.out.bias": (width,),
+            MULTIPLIERS: (width,),
+        }
+        return [ParamSpec(name, shape, Scope.SHARED) for name, shape in shapes.items()]
+
+    def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
+        """Small weights and biases of 1, so that every rate starts near ``lr``."""
+        values = {}
+        for spec in self.specs(net):
+            if len(spec.shape) == 2:
+                sd = self.cfg.gain * math.sqrt(2 / sum(spec.shape))
+                values[spec.name] = torch.randn(spec.shape, generator=torch_rng(seed, spec.name)) * sd
+            else:
+                start = self.lr if spec.name == MULTIPLIERS else self.cfg.bias
+                values[spec.name] = torch.full(spec.shape, start, dtype=torch.float64)
+        return values
+
+    def __call__(self, params: LaneParams, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (K, 2L) to rates (K, 2L), A then B of each layer, and LRNet's outputs before the clamp."""
+        x = features.unsqueeze(2)
+        for layer in ("first", "second", "out"):
+            bias, weight = params[f"lrnet.{layer}.bias"].unsqueeze(2), params[f"lrnet.{layer}.weight"]
+            x = torch.baddbmm(bias, weight, x if layer == "first" else x.relu())
+        raw = x.squeeze(2)
+        factors = clamp_through(raw, 0.0, self.cfg.max_output)
+        return clamp_through(params[MULTIPLIERS], 0.0, None) * factors, raw
+
+    def measure(self, rates: Tensor, raw: Tensor) -> dict[str, Tensor]:
+        """Mean and SD of the rates, share of frozen matrices (rate 0) and of clamped outputs, (K,) each."""
+        outside = (raw < 0) | (raw > self.cfg.max_output)
+        return {
+            "rate_mean": rates.mean(1),
+            "rate_sd": rates.std(1),
+            "rate_zero_share": (rates == 0).to(rates.dtype).mean(1),
+            "rate_clamped_share": outside.to(rates.dtype).mean(1),
+        }
+
 
 FEW_TEXTS = 5
 

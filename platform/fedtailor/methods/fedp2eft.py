@@ -27,19 +27,19 @@ from torch import Tensor
 from fedtailor.adapters.bayestune_lora import BayesTuneLora
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
-from fedtailor.core.context import ClientContext
-from fedtailor.core.features import feature_size
-from fedtailor.core.lane_adam import AdamGroup, LaneAdam
-from fedtailor.core.lanes import LaneParams
-from fedtailor.core.method import Method, Personalised, Report
-from fedtailor.core.net import LaneNet
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import Positive, Rate
-from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
-from fedtailor.personalisers.pruning import RANK_BITS, TieRule, prune, tied_share
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Method, Personalised, Report
+from fedtailor.lanes.adam import AdamGroup, LaneAdam
+from fedtailor.lanes.features import feature_size
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams
 from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.updates.bayestune import REFERENCE, RankSearchConfig, clamp_lambda, search_ranks
+from fedtailor.training.bayestune import REFERENCE, RankSearchConfig, clamp_lambda, search_ranks
+from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
+from fedtailor.training.pruning import RANK_BITS, TieRule, prune, tied_share
 
 
 class PsgConfig(Config):

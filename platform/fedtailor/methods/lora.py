@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from fedtailor.adapters.selected_lora import uniform_selection
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.context import ClientContext
-from fedtailor.core.method import Method, Personalised
-from fedtailor.personalisers.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Method, Personalised
 from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune
 
 
 class LoraConfig(FinetuneConfig):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.batches import LaneBatch
 from fedtailor.core.config import Config
-from fedtailor.core.context import ClientContext
-from fedtailor.core.method import Capability, Method, Personalised
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Capability, Method, Personalised
+from fedtailor.lanes.batches import LaneBatch
 from fedtailor.server_optim.sgd import ServerSgd
 
 

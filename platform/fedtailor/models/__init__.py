@@ -1,1 +1,1 @@
-"""Base models: where they come from, which of their layers carry adapters, and the embedded tiny BERT."""
+"""Base models: where they come from, which layers carry adapters."""

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import tiny_bert, tiny_llama
-from fedtailor.models.classifier import load_config
-from fedtailor.models.families import adapted_linears, embedding_names
-from fedtailor.models.scores import check_kind, meta_causal
+from fedtailor.models import embedded as tiny_bert
+from fedtailor.models import embedded as tiny_llama
+from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal
+from fedtailor.models.load import load_config
 from fedtailor.models.source import EMBEDDED_CAUSAL, resolve
 from fedtailor.tasks.source import TaskKind
 

@@ -1,15 +1,33 @@
-"""Which linear layers of an architecture carry adapters, in the one order that everything else relies on."""
+"""Which layers carry adapters; which output heads are supported.
+
+Which linear layers of an architecture carry adapters, in the one order that everything else relies on.
+
+Are a language model's scores exactly its output embedding of the last hidden state? Found out without weights.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from fedtailor.core.errors import ModelError
+from fedtailor.tasks.source import TaskKind
 
 _SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 """What BERT calls a layer -> what LLaMA calls it: papers write "query and value" for both."""
@@ -86,3 +104,122 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     found = getter() if callable(getter) else None
     return found if isinstance(found, nn.Module) else None
+
+
+CAUSAL_MODELS = "tiny-llama, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a linear layer"
+
+CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
+
+
+def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
+    """Checks that transformers makes a model of the task's kind from a config.
+
+    Args:
+        config: of the base model.
+        kind: of the task.
+        where: name of the model for the message.
+
+    Raises:
+        ModelError: it does not, or the model's scores are not a linear layer's output (see `check_scores`).
+    """
+    name = config.model_type
+    if kind == "classification":
+        if type(config) not in AutoModelForSequenceClassification._model_mapping:
+            raise ModelError(
+                f"{where}: transformers has no sequence classifier of type '{name}' (allowed for classification: "
+                f"{CLASSIFIERS})"
+            )
+        return
+    # An encoder may be in the list of causal models, as a decoder that nobody has trained.
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    if not causal or type(config) in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
+        raise ModelError(
+            f"{where}: type '{name}' is no causal language model, which generation needs (allowed: {CAUSAL_MODELS})"
+        )
+    check_scores(config, where)
+
+
+def check_scores(config: PretrainedConfig, where: str) -> None:
+    """Checks that the scores are ``get_output_embeddings()(hidden)`` and nothing else.
+
+    Only the tokens that are learned get scores, past the model's own last lines (`lanes.net.LaneNet.logits`): what
+    these do there, e.g. Gemma 2's soft cap or Cohere's scale, would silently be lost.
+
+    Raises:
+        ModelError: they are not, or it cannot be told; names the type.
+    """
+    reason = _why_not(config.to_json_string(use_diff=False), config.model_type)
+    if reason:
+        raise ModelError(f"{where}: models of type '{config.model_type}' are not supported for generation: {reason}")
+
+
+def meta_causal(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal language model on the meta device: names and shapes without weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False, dtype=torch.float32
+        )
+    return model
+
+
+@lru_cache(maxsize=8)
+def _why_not(config: str, model_type: str) -> str:
+    """Empty where the scores are plain."""
+    model = meta_causal(CONFIG_MAPPING[model_type].from_dict(json.loads(config)))
+    output: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(output, nn.Linear):
+        return f"they end in {type(output).__name__}, not in a linear layer"
+    made: list[Tensor] = []
+    output.register_forward_hook(lambda _module, _inputs, result: made.append(result))
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    # Masks and positions that are given spare most models a look at values, which the meta device has not.
+    given = {"position_ids": ids, "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
+    told = ""
+    for inputs in (given, {}):
+        made.clear()
+        try:
+            with torch.no_grad():
+                scores = model(input_ids=ids, use_cache=False, **inputs).logits
+        except Exception as error:  # any model's code may fail here in its own way
+            told = told or f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        # The very tensor that the layer made: nothing was done to it.
+        plain = len(made) == 1 and scores is made[0]
+        return "" if plain else "they change the output embedding's scores (a scale or a soft cap)"
+    return f"their scores cannot be followed without weights ({told})"
+
+
+_PARTS = {
+    "attention.self.query": "Query", "attention.self.key": "Key", "attention.self.value": "Value",
+    "attention.output.dense": "Attn\nout", "intermediate.dense": "FFN\nin", "output.dense": "FFN\nout",
+    "attention.q_lin": "Query", "attention.k_lin": "Key", "attention.v_lin": "Value",
+    "attention.out_lin": "Attn\nout", "ffn.lin1": "FFN\nin", "ffn.lin2": "FFN\nout",
+    "self_attn.q_proj": "Query", "self_attn.k_proj": "Key", "self_attn.v_proj": "Value",
+    "self_attn.o_proj": "Attn\nout", "mlp.gate_proj": "FFN\ngate", "mlp.up_proj": "FFN\nup",
+    "mlp.down_proj": "FFN\ndown", "attn.c_attn": "QKV", "attn.c_proj": "Attn\nout", "mlp.c_fc": "FFN\nin",
+    "mlp.c_proj": "FFN\nout",
+}  # fmt: skip
+
+_PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
+
+
+def locate_module(module: str) -> tuple[int | None, str]:
+    """Transformer layer and part of an adapted module; layer None for modules outside the layers.
+
+    >>> locate_module("bert.encoder.layer.11.attention.self.query")
+    (11, 'Query')
+    >>> locate_module("bert.pooler.dense"), locate_module("classifier")
+    ((None, 'Pooler'), (None, 'Classifier'))
+    """
+    found = re.search(r"(?:^|\.)(\d+)\.(?!.*\.\d+\.)(.+)$", module)
+    if found:
+        return int(found[1]), _PARTS.get(found[2], found[2])
+    words = [word for word in module.split(".") if word not in ("dense", "model", "bert")] or [module]
+    label = ".".join(words)
+    return None, label[:1].upper() + label[1:]
+
+
+def in_part_order(parts: Iterable[str]) -> list[str]:
+    """Parts of a layer in the order of the computation; unknown ones last, as they come."""
+    rank = {name: k for k, name in enumerate(_PART_ORDER)}
+    return sorted(dict.fromkeys(parts), key=lambda name: rank.get(name, len(rank)))

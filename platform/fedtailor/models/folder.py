@@ -1,78 +1,231 @@
-"""Model folders: written whole or not at all, and without transformers' chatter."""
+"""Is everything there that loading a base model needs? Asked before any work, answered in one sentence.
+
+The folder that the stages of a generation task start from: the same weights, a tokenizer that can pad.
+
+Which token fills rows, where a tokenizer names none: FedP2EFT A.2.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.durable import sync
 from fedtailor.core.errors import ModelError
+from fedtailor.core.files import staged_folder
+from fedtailor.models.families import check_kind
+from fedtailor.models.load import load_config, load_tokenizer, quiet
+from fedtailor.models.vocabulary import embedding_tensors, grow_shard
+from fedtailor.tasks.source import TaskKind
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
 
 
-def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Writes config, safetensors weights and tokenizer files to ``out``, replacing it as a whole."""
-    with staged_folder(out) as stage, quiet():
-        model.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
+def check_listing(where: str, files: Set[str]) -> None:
+    """Checks by file names alone, for a folder or a hub repository.
 
+    Args:
+        where: name of the place for the message.
+        files: names at its top level.
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences transformers' progress bars and load report: what they would say is checked by the callers."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def explained(source: str | Path, what: str) -> Iterator[None]:
-    """Turns whatever the libraries raise for a bad source into one `ModelError` that names it."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        raise ModelError(f"{source}: cannot load {what}: {reason}") from error
-
-
-@contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``out`` that takes its place, flushed to disk, if the block succeeds.
-
-    An existing ``out`` is replaced as a whole; readers see the old folder, or (for the moment between two
-    renames) none, or the new one, never a mixture. If the block fails, ``out`` is as it was.
+    Raises:
+        ModelError: config, safetensors weights or tokenizer files are missing.
     """
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex
-    stage, old = out.parent / f".{out.name}.{unique}.new", out.parent / f".{out.name}.{unique}.old"
-    stage.mkdir()
+    if "config.json" not in files:
+        raise ModelError(f"{where} is not a model: it has no config.json")
+    if not files & {WEIGHTS, INDEX}:
+        pickled = sorted(files & set(PICKLED))
+        hint = (
+            f"; {pickled[0]} is pickle, which is never loaded: convert it with "
+            f"save_pretrained(..., safe_serialization=True)"
+            if pickled
+            else ""
+        )
+        raise ModelError(f"{where} has no weights: expected {WEIGHTS}, or {INDEX} and its shards{hint}")
+    if not files & set(TOKENIZERS):
+        raise ModelError(f"{where} has no tokenizer: expected one of {', '.join(TOKENIZERS)}")
+
+
+def check_folder(folder: Path, max_length: int | None = None, kind: TaskKind = "classification") -> None:
+    """Checks that a model for a kind of task can be made from a local folder; reads headers, no weights.
+
+    Args:
+        folder: the model's folder.
+        max_length: tokens a text may have; None: not checked.
+        kind: of the task: a sequence classifier, or a causal language model, which may do without a padding token.
+
+    Raises:
+        ModelError: anything is missing, damaged or of the wrong kind; names the file.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} does not exist")
+    files = {path.name for path in folder.iterdir()}
+    check_listing(f"model folder {folder}", files)
+    shards = [WEIGHTS] if WEIGHTS in files else sorted(set(_index(folder / INDEX).values()))
+    missing = [shard for shard in shards if shard not in files]
+    if missing:
+        raise ModelError(
+            f"model folder {folder}: {INDEX} names {len(shards)} shards, {len(missing)} are missing: "
+            f"{', '.join(missing)}"
+        )
+    for shard in shards:
+        _check_header(folder / shard)
+    _check_use(folder, max_length, kind)
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Stored tensors of a complete folder and the file that holds each.
+
+    Raises:
+        ModelError: the index of shards cannot be read.
+    """
+    if not (folder / WEIGHTS).exists():
+        return _index(folder / INDEX)
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        return dict.fromkeys(weights.keys(), WEIGHTS)
+
+
+def _index(path: Path) -> dict[str, str]:
     try:
-        yield stage
-        for path in [*stage.rglob("*"), stage]:
-            sync(path)
-        if out.exists():
-            out.rename(old)
-        stage.rename(out)
-        sync(out.parent)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    finally:
-        for leftover in (stage, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not an index of weight shards: {error!r}") from error
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} ({path.stat().st_size} bytes) is damaged, incomplete or a pointer to a file that was "
+            f"never fetched (Git LFS): {error}"
+        ) from error
+
+
+def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
+    config = load_config(folder)
+    check_kind(config, kind, str(folder))
+    tokenizer = load_tokenizer(folder, padded=kind == "classification")
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} embeddings"
+        )
+    if kind == "generation" and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{folder}: its tokenizer has no end-of-text token, which closes an answer; set 'eos_token' in its "
+            f"tokenizer_config.json"
+        )
+    positions = min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", 10**9))
+    if max_length is not None and max_length > positions:
+        raise ModelError(f"'task.max_length' ({max_length}) is above what {folder} can read: {positions} tokens")
+
+
+PAD = "<pad>"
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A tokenizer's padding token, and how it came by it.
+
+    Args:
+        token: as text.
+        id: its number.
+        how: ``own`` (the tokenizer named it), ``unknown`` (the token for unknown text serves, as for MobileLLaMA) or
+            ``added`` (a new token `PAD`, as for Llama 3.2).
+    """
+
+    token: str
+    id: int
+    how: Literal["own", "unknown", "added"]
+
+
+def settle_padding(tokenizer: PreTrainedTokenizerBase) -> Padding:
+    """Gives a tokenizer a padding token, in place, if it has none.
+
+    It becomes the unknown token where there is one that is nothing else, or a new one: also where the tokenizer has
+    reserved tokens that nobody uses (Llama 3.2), because the paper adds ``<pad>``.
+    """
+    how: Literal["own", "unknown", "added"] = "own"
+    if tokenizer.pad_token_id is None:
+        unknown = tokenizer.unk_token
+        if unknown is not None and unknown not in (tokenizer.bos_token, tokenizer.eos_token):
+            tokenizer.pad_token, how = unknown, "unknown"
+        else:
+            tokenizer.add_special_tokens({"pad_token": PAD})
+            how = "added"
+    return Padding(str(tokenizer.pad_token), int(tokenizer.pad_token_id), how)
+
+
+RECORD = "padding.json"
+"""Which token pads, and how it came to do so."""
+
+_COPIED = (".jinja", ".json", ".model", ".txt")
+
+
+def write_causal(folder: Path, out: Path) -> Path:
+    """Writes a causal model's folder anew, with a padding token; the weights keep their type.
+
+    Weights are not loaded: their files are linked where ``out`` is on the same file system, else copied. Only a shard
+    with an embedding is rewritten, and only where a new token needs a row.
+
+    Args:
+        folder: a complete model, see `completeness.check_folder`.
+        out: folder to make or replace, as a whole.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or the embedding is not found in the files.
+    """
+    config, tokenizer = load_config(folder), load_tokenizer(folder, padded=False)
+    padding = settle_padding(tokenizer)
+    rows = max(config.vocab_size, len(tokenizer))
+    shards = weight_map(folder)
+    grown = embedding_tensors(config, shards, str(folder)) if rows > config.vocab_size else {}
+    with staged_folder(out) as stage, quiet():
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix in _COPIED:
+                shutil.copyfile(path, stage / path.name)
+        for shard in sorted(set(shards.values())):
+            if shard in grown:
+                grow_shard(folder / shard, stage / shard, grown[shard], rows)
+            else:
+                _link(folder / shard, stage / shard)
+        if padding.how != "own":
+            tokenizer.save_pretrained(stage)
+        _rewrite_json(stage / "config.json", {"pad_token_id": padding.id, "vocab_size": rows})
+        record = {**asdict(padding), "rows_before": config.vocab_size, "rows": rows}
+        (stage / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return out
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name of the same file (of a hub cache's blob, not of its symbolic link), or a copy."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _rewrite_json(path: Path, values: dict[str, int]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "vocab_size" not in content and "text_config" in content:
+        raise ModelError(f"{path}: a model of several parts (text_config) cannot be given a padding token")
+    path.write_text(json.dumps(content | values, indent=2) + "\n", encoding="utf-8")

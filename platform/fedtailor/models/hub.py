@@ -16,22 +16,11 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models.causal import load_causal
-from fedtailor.models.causal_folder import write_causal
-from fedtailor.models.classifier import load_classifier, load_tokenizer
-from fedtailor.models.completeness import check_folder, check_listing
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model, packaged_config
-from fedtailor.models.folder import save_folder
-from fedtailor.models.scores import check_kind
-from fedtailor.models.source import (
-    EMBEDDED,
-    EMBEDDED_CAUSAL,
-    EMBEDDED_KINDS,
-    PRESETS,
-    PRETRAINED,
-    ModelSource,
-    resolve,
-)
+from fedtailor.models.families import check_kind
+from fedtailor.models.folder import check_folder, check_listing, write_causal
+from fedtailor.models.load import load_causal, load_classifier, load_tokenizer, save_folder
+from fedtailor.models.source import EMBEDDED, EMBEDDED_CAUSAL, EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
 from fedtailor.tasks.source import TaskKind
 
 __all__ = [

@@ -21,19 +21,21 @@ from transformers import PreTrainedTokenizerBase
 
 import fedtailor
 from fedtailor.core.errors import Interrupted, StorageError
+from fedtailor.core.files import staged_folder
 from fedtailor.models import pretrain_checkpoint as disk
-from fedtailor.models.classifier import load_tokenizer
-from fedtailor.models.folder import quiet, staged_folder
+from fedtailor.models.embedded import build_wordpiece
+from fedtailor.models.load import load_tokenizer, quiet
 from fedtailor.models.pretrain_blocks import Blocks, Sampler, pack_all
 from fedtailor.models.pretrain_corpus import gather, vocabulary_texts
 from fedtailor.models.pretrain_learner import Learner, Score, guess, special_ids
 from fedtailor.models.pretrain_options import PretrainOptions, flag
 from fedtailor.models.pretrain_start import log_frequencies, token_vectors
-from fedtailor.models.tiny_bert import build_tokenizer
 
 RECORD = "pretrain.json"
+
 MEASURES = 12
 """Points of the loss curve, about."""
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn")
 
 Show = Callable[[Mapping[str, Any]], None]
@@ -123,7 +125,7 @@ def _make_prepared(options: PretrainOptions, folder: Path, show: Show) -> None:
     corpus = gather(options.tasks, options.held_out, options.seed)
     show({"kind": "note", "text": "learning the vocabulary"})
     texts = vocabulary_texts(corpus.train, options.smoothing)
-    tokenizer = build_tokenizer(texts, options.vocab_size, options.max_position)
+    tokenizer = build_wordpiece(texts, options.vocab_size, options.max_position)
     show({"kind": "note", "text": "tokenising"})
     blocks = Blocks(*(pack_all(part, tokenizer, options.block) for part in (corpus.train, corpus.held_out)))
     start = {}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.models.folder import quiet
+from fedtailor.models.load import quiet
 from fedtailor.models.pretrain_corpus import Document
 
 Rows = npt.NDArray[np.int32]

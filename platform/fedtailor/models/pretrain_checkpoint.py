@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtailor.core.errors import StorageError
-from fedtailor.models.folder import staged_folder
+from fedtailor.core.files import staged_folder
 
 STATE, TENSORS = "state.json", "learner.safetensors"
+
 PREPARED = "prepared"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.task_settings import TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, Source, normalise
 from fedtailor.tasks.task import TASKS
 

@@ -20,8 +20,11 @@ from fedtailor.models.pretrain_options import PretrainOptions
 from fedtailor.models.pretrain_start import log_frequencies
 
 IGNORED = -100
+
 HELD_OUT_MASK = 0.15
+
 MEASURED_AT_ONCE = 32
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from fedtailor.core.config import Config, validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import Natural, Positive, Rate
-from fedtailor.core.task_settings import GENERATION_TASKS
+from fedtailor.tasks.config import GENERATION_TASKS
 from fedtailor.tasks.task import TASKS
 
 

@@ -20,6 +20,7 @@ from fedtailor.models.pretrain_blocks import Rows
 Floats = npt.NDArray[np.float32]
 
 WINDOW = 5
+
 SMOOTHING = 0.75
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fedtailor.core.errors import ModelError
-from fedtailor.models.scores import meta_causal
+from fedtailor.models.families import meta_causal
 
 
 def embedding_tensors(config: PretrainedConfig, shards: Mapping[str, str], where: str) -> dict[str, set[str]]:

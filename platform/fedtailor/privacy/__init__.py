@@ -1,1 +1,1 @@
-"""Central differential privacy over clients, its accounting, and simulated secure aggregation."""
+"""Central differential privacy and its accounting; simulated secure aggregation."""

@@ -1,1 +1,1 @@
-"""Server optimizers of Reddi et al. (2021), 'Adaptive Federated Optimization'."""
+"""What the server does with the consensus (Reddi et al., 2021)."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-Row = npt.NDArray[np.float32]
+from fedtailor.core.messages import Row
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Row = npt.NDArray[np.float32]
+from fedtailor.core.messages import Row
 
 
 @dataclass(frozen=True)

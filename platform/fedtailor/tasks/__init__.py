@@ -1,1 +1,1 @@
-"""Data: sources of labelled text, their partition into clients, and the tokenised store."""
+"""One file per data set; partition; tokens. Knows no model and no method."""

@@ -1,7 +1,11 @@
-"""Task ``cldr``: what kind of thing does a display name name? Real text and no download: the default task.
+"""Names from Unicode CLDR: the embedded classification task.
+
+Task ``cldr``: what kind of thing does a display name name? Real text and no download: the default task.
 
 Texts are the display names of Unicode CLDR, read through Babel's public API. Classes are the kinds below.
 Low-resource locales translate fewer names and fewer kinds: quantity and label skew are natural.
+
+Language codes of the datasets -> Babel locale names.
 """
 
 from __future__ import annotations
@@ -9,15 +13,53 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
-from babel import Locale
+from babel import Locale, UnknownLocaleError
+from babel.localedata import locale_identifiers
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import seed_for
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.tasks.locales import locale_for
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, normalise
+
+MASAKHANEWS = {
+    "amh": "am", "eng": "en", "fra": "fr", "hau": "ha", "ibo": "ig", "lin": "ln", "lug": "lg", "orm": "om",
+    "pcm": "pcm", "run": "rn", "sna": "sn", "som": "so", "swa": "sw", "tir": "ti", "xho": "xh", "yor": "yo",
+}  # fmt: skip
+"""ISO 639-3, 16 languages."""
+
+XNLI = {
+    "ara": "ar", "bul": "bg", "deu": "de", "ell": "el", "eng": "en", "spa": "es", "fra": "fr", "hin": "hi",
+    "rus": "ru", "swa": "sw", "tha": "th", "tur": "tr", "urd": "ur", "vie": "vi", "zho": "zh",
+}  # fmt: skip
+"""ISO 639-3, 15 languages; the dataset's own two-letter codes are Babel names already."""
+
+FED_AYA = {
+    "arb": "ar", "eng": "en", "fra": "fr", "por": "pt", "rus": "ru", "spa": "es", "tel": "te", "zho": "zh",
+}  # fmt: skip
+"""ISO 639-3, 8 languages."""
+
+LOCALES = MASAKHANEWS | XNLI | FED_AYA
+
+
+def locale_for(language: str) -> Locale:
+    """The Babel locale of a dataset's language code or of any Babel locale name (``pt_BR``, ``zh_Hant``).
+
+    Raises:
+        DataError: CLDR has no such locale; names the nearest codes.
+    """
+    name = LOCALES.get(language, language).replace("-", "_")
+    try:
+        if name != "root":
+            return Locale.parse(name)
+    except (UnknownLocaleError, ValueError):
+        pass
+    near = get_close_matches(language, [*LOCALES, *locale_identifiers()], n=3)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise DataError(f"task.languages: {language!r} is neither a known code nor a Babel locale name{hint}")
+
 
 KINDS: tuple[str, ...] = ("territory", "language", "script", "currency", "time zone", "unit", "date")
 """Class names; a label is an index into them. City names are left out: half of the languages have next to none,
@@ -41,7 +83,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     any language, and adding a language moves no text of another one.
 
     Args:
-        cfg: `languages` are codes of `tasks.locales` or Babel locale names; `test_fraction` is used.
+        cfg: `languages` are codes of `tasks.cldr` or Babel locale names; `test_fraction` is used.
         seed: run seed.
 
     Raises:

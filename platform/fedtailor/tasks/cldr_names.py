@@ -22,13 +22,17 @@ _MAPPED = (
     ("script", "scripts"),
     ("currency", "currencies"),
 )
+
 _NOUNS = {"territory": "", "calendar": "", **{kind: f"the {kind} " for kind in ("language", "script", "currency")}}
+
 _LONGEST = 40
 """Characters of a name; longer ones are descriptions."""
+
 _NOTHING = frozenset(
     {"Zzzz", "Zyyy", "Zinh", "Zxxx", "Zsym", "Zmth", "Zsye", "ZZ", "XA", "XB", "und", "mul", "mis", "zxx", "XXX", "XTS"}
 )
 """Codes that stand for no script, territory, language or currency in particular."""
+
 _UNSEEN_MARKS = {0x200E: None, 0x200F: None, 0x061C: None}
 """Marks that tell a screen the direction of writing."""
 

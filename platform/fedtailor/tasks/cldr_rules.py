@@ -34,13 +34,18 @@ UNITS: Final = (
     "duration-day", "duration-week", "duration-month", "duration-year", "temperature-celsius", "angle-degree",
     "speed-kilometer-per-hour", "power-watt", "electric-volt", "digital-megabyte", "digital-gigabyte",
 )  # fmt: skip
+
 NUMBERS: Final = (*range(1, 31), 36, 45, 50, 64, 75, 90, 100, 120)
+
 CURRENCIES: Final = (
     "USD", "EUR", "GBP", "KES", "NGN", "ETB", "ZAR", "GHS", "UGX", "TZS", "XOF", "CNY", "INR", "JPY", "BRL", "RUB",
     "EGP", "SAR", "CHF", "MXN",
 )  # fmt: skip
+
 AMOUNTS: Final = (*NUMBERS, 250, 400, 500, 750, 999)
+
 CENTS: Final = ("2.50", "4.75", "9.99", "12.50", "19.95", "45.20", "99.50", "150.25")
+
 SPANS: Final = {
     "year": (range(1, 21), 365 * 24 * 3600),
     "month": (range(1, 12), 30 * 24 * 3600),
@@ -56,9 +61,13 @@ _LENGTHS = {
     "short": ("narrow", "short", "long"), "medium": ("short", "long"), "long": ("long", "short"),
     "full": ("long", "short"),
 }  # fmt: skip
+
 _JOINS = {"short": ("-narrow", "-short"), "medium": ("-short",), "long": (), "full": ()}
+
 _LIST_PARTS = {"start", "middle", "end", "2"}
+
 _ROOT_MONTH = re.compile(r"M(0\d|1[0-2])")
+
 _ENGLISH_PERIOD = re.compile(r"\b[ap]\.?m\b|\d [ap]$", re.IGNORECASE)
 
 

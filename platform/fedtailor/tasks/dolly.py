@@ -12,13 +12,14 @@ from difflib import get_close_matches
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.task_settings import DOLLY_CATEGORIES, TaskConfig
+from fedtailor.tasks.config import DOLLY_CATEGORIES, TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
 from fedtailor.tasks.natural_clients import MIN_EXAMPLES, held_out
-from fedtailor.tasks.row_files import Row, find_file, hub_rows, read_rows
+from fedtailor.tasks.rows import Row, find_file, hub_rows, read_rows
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
 
 HUB_ID = "databricks/databricks-dolly-15k"
+
 FILES = ("databricks-dolly-15k.jsonl", "databricks-dolly-15k.json")
 
 

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedtailor.core.errors import DataError
-from fedtailor.tasks.row_files import Row, parse_json
+from fedtailor.tasks.rows import Row, parse_json
 
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
+
 SHAPES = (
     "'messages' (a list of role and content); 'prompt' and 'completion'; "
     "'instruction' (with 'input' or 'context') and 'response' or 'output'"

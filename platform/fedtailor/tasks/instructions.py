@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.task_settings import TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, Turn, read_turn
 from fedtailor.tasks.natural_clients import Held, id_part, owners
-from fedtailor.tasks.row_files import Row, hub_rows, is_table, read_rows, table_files
+from fedtailor.tasks.rows import Row, hub_rows, is_table, read_rows, table_files
 from fedtailor.tasks.source import SPLITS, Example, Source, Split
 
 ONE_GROUP = "all"

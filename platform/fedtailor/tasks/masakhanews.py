@@ -14,8 +14,8 @@ from typing import Any
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.task_settings import MASAKHANEWS_LANGUAGES, TaskConfig
-from fedtailor.tasks.local_files import local_folder, read_text
+from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
+from fedtailor.tasks.rows import local_folder, read_text
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
 
 LABELS: tuple[str, ...] = (
@@ -27,7 +27,9 @@ LABELS: tuple[str, ...] = (
     "sports",
     "technology",
 )
+
 HUB_ID = "masakhane/masakhanews"
+
 COLUMNS = ("category", "headline", "text", "url")
 
 _FILES = {"train": (("train", "train_partial"), ("dev",)), "test": (("test",),)}

@@ -1,19 +1,28 @@
-"""Clients that the data names: into pools, split into train and test, cut to a size."""
+"""Clients that the data names: checks, split, share kept.
+
+Clients that the data names: into pools, split into train and test, cut to a size.
+
+Clients that a source names itself: what they must be, the share that is kept, the rows they hold.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
 
 from fedtailor.core.errors import DataError
+from fedtailor.core.messages import Client
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.task_settings import TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import MIN_TEST, MIN_TRAIN
-from fedtailor.tasks.source import Example, Owner, Pool, Split
+from fedtailor.tasks.source import POOLS, SPLITS, Example, Owner, Pool, Source, Split
+from fedtailor.tasks.store import Holding
 
 MIN_EXAMPLES = MIN_TRAIN + MIN_TEST
 
@@ -49,7 +58,7 @@ def owners(clients: Mapping[str, Sequence[Held]], groups: Sequence[str], cfg: Ta
 
     Raises:
         DataError: a client has too few examples (names it), or an unseen client does not exist. That both splits have
-            enough of them, and that a client is seen, is for the caller to check (`tasks.owners`).
+            enough of them, and that a client is seen, is for the caller to check (`tasks.natural_clients`).
     """
     unseen = _unseen(cfg.unseen, clients)
     parts = {name: _split(name, held, cfg, seed) for name, held in clients.items()}
@@ -112,3 +121,77 @@ def _split(name: str, held: Sequence[Held], cfg: TaskConfig, seed: int) -> tuple
         n = min(len(test), held_out(cfg.max_examples, len(test) / len(held)))
         return train[: cfg.max_examples - n], test[:n]
     return train, test
+
+
+def owner_id(owner: Owner) -> str:
+    """``seen/eng/17``."""
+    return f"{owner.pool}/{owner.language}/{owner.name}"
+
+
+def check_owners(source: Source) -> None:
+    """Refuses clients that cannot train or be judged, and populations that nothing could be learned from.
+
+    Raises:
+        DataError: names the client: too few examples, a part of its id that is empty or has a slash, an id that another
+            client has; or no client is seen.
+    """
+    counts = Counter(map(owner_id, source.owners))
+    for owner in source.owners:
+        name = owner_id(owner)
+        if any(not part or "/" in part for part in (owner.language, owner.name)):
+            raise DataError(f"client {name!r}: neither part of an id after the pool may be empty or have a slash")
+        if counts[name] > 1:
+            raise DataError(f"client {name!r}: {counts[name]} clients have this id")
+        if len(owner.train) < MIN_TRAIN or len(owner.test) < MIN_TEST:
+            raise DataError(
+                f"client {name!r} has {len(owner.train)} train and {len(owner.test)} test examples; at least "
+                f"{MIN_TRAIN} and {MIN_TEST} are needed"
+            )
+    if all(owner.pool != "seen" for owner in source.owners):
+        raise DataError(f"all {len(source.owners)} clients are unseen; at least one must be seen (task.unseen)")
+
+
+def check_instructions(source: Source) -> None:
+    """Refuses what cannot be asked or answered.
+
+    Raises:
+        DataError: an example without an instruction or a response; names its client (or pool and language), split and
+            place.
+    """
+    for pool, language, part in source.parts():
+        where = f"client {owner_id(part)!r}" if isinstance(part, Owner) else f"{pool}/{language}"
+        for split in SPLITS:
+            for number, example in enumerate(part.split(split), start=1):
+                if missing := _missing(example):
+                    raise DataError(f"{where}: {split} example {number} has no {missing}")
+
+
+def _missing(example: Example) -> str:
+    if not example.text.strip():
+        return "instruction"
+    return "" if example.pair and example.pair.strip() else "response"
+
+
+def keep_share(source: Source, kept: int, of: int) -> Source:
+    """The first ``kept / of`` of each pool's clients, rounded, but at least one where the pool has any.
+
+    Dirichlet partitions keep `kept` of their `of` clients per language; so this keeps the same share.
+    """
+    some: list[Owner] = []
+    for pool in POOLS:
+        members = [owner for owner in source.owners if owner.pool == pool]
+        some += members[: max(1, (2 * len(members) * kept + of) // (2 * of))]
+    return replace(source, owners=tuple(some))
+
+
+def own_holdings(source: Source) -> Iterator[Holding]:
+    """Each client's consecutive rows, seen clients first, both pools in the source's order."""
+    first = 0
+    for _, _, part in source.parts():
+        if not isinstance(part, Owner):
+            raise TypeError("this source names no clients")
+        train, test = len(part.train), len(part.test)
+        rows = np.arange(first, first + train + test, dtype=np.int32)
+        client = Client(owner_id(part), part.pool, part.language, train, test)
+        yield Holding(client, rows[:train], rows[train:])
+        first += train + test

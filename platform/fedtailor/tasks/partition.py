@@ -1,28 +1,35 @@
-"""FedP2EFT's partition of a language into clients: equal sizes, Dirichlet label skew.
+"""Dirichlet label skew and its variants.
+
+FedP2EFT's partition of a language into clients: equal sizes, Dirichlet label skew.
 
 Paper: FedP2EFT (arXiv 2502.04387) section 4.1.1, after Hsu et al. 2019 (arXiv 1909.06335). Per language
 and pool: a row of class probabilities per client, p_i ~ Dirichlet(alpha 1_C), C classes in the train part;
 clients are filled one after another by drawing classes without replacement. Late clients get leftovers, so
 p_i is a tendency, not the client's exact class share. Test texts use the same p_i as train texts.
 Deviation from the reference code: each (pool, language) draws its own matrix, from its own labels.
+
+Partitions made from other partitions: the first clients only, or the seen pool's rows once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.tasks.source import Example, LanguagePool, Pool
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
 
 Ints = npt.NDArray[np.int64]
+
 Floats = npt.NDArray[np.float64]
 
 MIN_TRAIN, MIN_TEST = 2, 1
+
 _FLOOR = 1e-5
 """Added to the classes that are left when one is empty (reference code), so that their sum is never 0."""
 
@@ -155,3 +162,47 @@ def _classes_at(probabilities: Floats, uniforms: Floats) -> Ints:
     # Rounding may leave the last edge below 1; cut at the last class that can be drawn.
     last = int(np.flatnonzero(probabilities)[-1])
     return np.minimum(np.searchsorted(edges, uniforms, side="right"), last).astype(np.int64)
+
+
+Shards = Mapping[tuple[Pool, str], Iterable[Shard]]
+"""(pool, language) -> what each client holds, by index; may be read once, as populations can be large."""
+
+
+def keep_first(source: Source, shards: Shards, clients: int) -> tuple[Source, Shards]:
+    """The first clients of each language and pool, with the texts that they have in the whole task.
+
+    Returns:
+        The source without the texts that none of them holds, and the shards in its row numbers.
+    """
+    pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
+    kept: dict[tuple[Pool, str], Iterable[Shard]] = {}
+    for pool, language, part in source.parts():
+        some = list(islice(shards[pool, language], clients))
+        train, train_rows = _compact(part.train, [s.train for s in some])
+        test, test_rows = _compact(part.test, [s.test for s in some])
+        pools[pool][language] = LanguagePool(train, test)
+        kept[pool, language] = list(map(Shard, train_rows, test_rows))
+    return replace(source, pools=pools), kept
+
+
+def _compact(examples: Sequence[Example], rows: Sequence[Ints]) -> tuple[list[Example], list[Ints]]:
+    used = np.unique(np.concatenate(rows))
+    return [examples[row] for row in used], [np.searchsorted(used, held).astype(np.int64) for held in rows]
+
+
+def repeat_on(part: LanguagePool, language: str, seen: Iterator[Shard], clients: int) -> Iterator[Shard]:
+    """Deals the unseen pool by the row numbers of the seen pool's shards; numbers that it lacks are left out.
+
+    So does the reference code for XNLI: the rows' own labels play no part (FedP2EFT's code, data/xnli_dataset.py).
+
+    Raises:
+        DataError: a client would have fewer than 2 train texts or no test text; names it.
+    """
+    for index, shard in enumerate(seen):
+        train, test = shard.train[shard.train < len(part.train)], shard.test[shard.test < len(part.test)]
+        if len(train) < MIN_TRAIN or len(test) < MIN_TEST:
+            raise DataError(
+                f"client {client_id('unseen', language, index, clients)} would have {len(train)} train and {len(test)} "
+                "test texts: the unseen pool is too small for the seen pool's rows (task.reference_unseen_partition)"
+            )
+        yield Shard(train, test)

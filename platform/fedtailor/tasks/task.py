@@ -15,14 +15,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.core.task_settings import TaskConfig
-from fedtailor.tasks import cldr, cldr_instruct, dolly, fed_aya, instructions, leakage, masakhanews, xnli
-from fedtailor.tasks.arrow import BLOCK, write_stream
-from fedtailor.tasks.owners import check_instructions, check_owners, keep_share, own_holdings
-from fedtailor.tasks.partition import Shard, client_id, partition, resample
-from fedtailor.tasks.reuse import Shards, keep_first, repeat_on
+from fedtailor.core.messages import Client
+from fedtailor.tasks import cldr, cldr_instruct, dolly, fed_aya, instructions, masakhanews, xnli
+from fedtailor.tasks import source as leakage
+from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.natural_clients import check_instructions, check_owners, keep_share, own_holdings
+from fedtailor.tasks.partition import Shard, Shards, client_id, keep_first, partition, repeat_on, resample
 from fedtailor.tasks.source import SPLITS, Example, Pool, Source
-from fedtailor.tasks.store import EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, Client, Holding, TaskData
+from fedtailor.tasks.store import BLOCK, EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, Holding, TaskData, write_stream
 
 __all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare"]
 
@@ -39,6 +39,7 @@ TASKS: Final[Mapping[str, Callable[[TaskConfig, int], Source]]] = {
 
 _PLACE = {"path", "max_length", "template", "overlong"}
 """Keys that say where a task is read or how it becomes tokens, not what it holds."""
+
 _INSTRUCTIONS_ONLY = {"unseen", "names", "client_column", "group_column", "split", "max_examples"}
 
 

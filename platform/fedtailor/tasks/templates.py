@@ -20,11 +20,12 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import ModelError
-from fedtailor.tasks.prompts import template_for
-from fedtailor.tasks.text_template import PromptTemplate, Turn, specials
+from fedtailor.tasks.prompts import PromptTemplate, Turn, specials, template_for
 
 Ids = npt.NDArray[np.int32]
+
 Overlong = Literal["cut_prompt", "drop"]
+
 Cut = Literal["prompt", "response"]
 
 

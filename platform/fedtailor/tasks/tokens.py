@@ -15,17 +15,29 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.tasks import instruction_tokens, templates
-from fedtailor.tasks.arrow import BLOCK, open_stream, write_stream
+from fedtailor.core.messages import Client
+from fedtailor.tasks import encoding as instruction_tokens
+from fedtailor.tasks import templates
 from fedtailor.tasks.encoding import check, check_pad, encode
 from fedtailor.tasks.source import Split, TaskKind
-from fedtailor.tasks.store import Client, Membership, TaskData, clients_of, kind_of, read_manifest
+from fedtailor.tasks.store import (
+    BLOCK,
+    Membership,
+    TaskData,
+    clients_of,
+    kind_of,
+    open_stream,
+    read_manifest,
+    write_stream,
+)
 
 Ints = npt.NDArray[np.int64]
+
 Ids = npt.NDArray[np.int32]
 
 TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 """tokens.arrow: row i belongs to row i of texts.arrow."""
+
 SEGMENTS = TOKENS.append(pa.field("first", pa.int32()))
 """tokens.arrow of pairs whose tokenizer tells segments apart: `first` tokens belong to the first one."""
 

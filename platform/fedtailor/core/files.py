@@ -1,0 +1,49 @@
+"""What is on the device, so that it survives a power cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Flushes a file or folder to the device."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``out`` that takes its place, flushed to disk, if the block succeeds.
+
+    An existing ``out`` is replaced as a whole; readers see the old folder, or (for the moment between two
+    renames) none, or the new one, never a mixture. If the block fails, ``out`` is as it was.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex
+    stage, old = out.parent / f".{out.name}.{unique}.new", out.parent / f".{out.name}.{unique}.old"
+    stage.mkdir()
+    try:
+        yield stage
+        for path in [*stage.rglob("*"), stage]:
+            sync(path)
+        if out.exists():
+            out.rename(old)
+        stage.rename(out)
+        sync(out.parent)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    finally:
+        for leftover in (stage, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)

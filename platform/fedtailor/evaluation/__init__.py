@@ -1,0 +1,1 @@
+"""What a personalised model is worth: accuracy, loss, answers, ROUGE, METEOR."""

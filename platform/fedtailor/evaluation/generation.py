@@ -1,0 +1,196 @@
+"""Instructions: loss of the reference response and measures of the model's own answer, per lane and per group.
+
+Every test example counts once and for its own group (the language it is written in), whatever the rest of its client
+writes, as in FedP2EFT. All measures are means over examples: also the loss, the mean over a response's tokens first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from fedtailor.core.errors import CapabilityError
+from fedtailor.evaluation.decoding import Decoding, answer_all
+from fedtailor.evaluation.text_metrics import NAMES, Tally, Tokenizer, add, exact_match, init, meteor, rouge
+from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, make_batch
+from fedtailor.lanes.net import LaneNet
+
+METRICS = (*NAMES, "meteor", "exact_match")
+"""Measures of an answer, each in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A lane's test examples.
+
+    Args:
+        tally: group -> metric (METRICS and ``loss``) -> sum and count; groups in the order of the task's.
+        answers: of each example, in order.
+    """
+
+    tally: Tally
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one lane is asked.
+
+    Args:
+        examples: with ``prompt``; ``labels`` are indices into the task's groups.
+        references: the responses as plain text, in order.
+    """
+
+    examples: Examples
+    references: Sequence[str]
+
+
+@dataclass(frozen=True)
+class First:
+    """The first n of a client's examples."""
+
+    input_ids: IntArray
+    lengths: IntArray
+    labels: IntArray
+    first: IntArray | None
+    prompt: IntArray | None
+
+    @classmethod
+    def of(cls, examples: Examples, n: int | None) -> Examples:
+        """All of them where ``n`` is None."""
+        if n is None or n >= len(examples.labels):
+            return examples
+        first, prompt = (None if x is None else x[:n] for x in (examples.first, examples.prompt))
+        return cls(examples.input_ids[:n], examples.lengths[:n], examples.labels[:n], first, prompt)
+
+
+def measures(answer: str, reference: str, tokenizer: Tokenizer = "unicode") -> dict[str, float]:
+    """METRICS of one answer.
+
+    Args:
+        answer: may be empty, which scores 0.
+        reference: the response that was wanted.
+        tokenizer: of ROUGE's words.
+    """
+    return rouge(answer, reference, tokenizer) | {
+        "meteor": meteor(answer, reference),
+        "exact_match": exact_match(answer, reference),
+    }
+
+
+def score(
+    net: LaneNet,
+    logits: Callable[[LaneBatch], Tensor],
+    asked: Sequence[Asked],
+    groups: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    how: Decoding,
+    token_budget: int,
+) -> list[Answered]:
+    """Scores every lane on its own test examples.
+
+    Args:
+        net: the model with the lanes' adapters bound, in evaluation mode.
+        logits: of the personalised models; must be ``net.logits``, since answers come from ``net``.
+        asked: of each lane.
+        groups: names by index.
+        tokenizer: turns tokens into text, special tokens left out.
+        how: decoding.
+        token_budget: tokens of one step over all lanes.
+
+    Raises:
+        CapabilityError: the lanes answer without the model.
+    """
+    if logits != net.logits:
+        raise CapabilityError("a method that answers without the language model cannot be asked for text")
+    losses = response_losses(logits, [a.examples for a in asked], how.pad_id, token_budget, net.device)
+    prompts = [[row[:n] for row, n in zip(a.examples.input_ids, _prompt(a.examples), strict=True)] for a in asked]
+    tokens = answer_all(net, prompts, how, token_budget)
+    found = []
+    for one, loss, mine in zip(asked, losses, tokens, strict=True):
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in mine]
+        tally = init()
+        for i in np.argsort(one.examples.labels, kind="stable").tolist():
+            values = measures(texts[i], one.references[i], how.cfg.tokenizer) | {"loss": float(loss[i])}
+            tally = add(tally, groups[int(one.examples.labels[i])], values)
+        found.append(Answered(tally, tuple(texts)))
+    return found
+
+
+def loss_tallies(
+    logits: Callable[[LaneBatch], Tensor],
+    texts: Sequence[Examples],
+    groups: Sequence[str],
+    pad_id: int,
+    token_budget: int,
+    device: torch.device | str = "cpu",
+) -> list[Tally]:
+    """The loss alone, group -> ``loss``, of each lane; see `response_losses`."""
+    found = []
+    for examples, losses in zip(texts, response_losses(logits, texts, pad_id, token_budget, device), strict=True):
+        tally = init()
+        for i in np.argsort(examples.labels, kind="stable").tolist():
+            tally = add(tally, groups[int(examples.labels[i])], {"loss": float(losses[i])})
+        found.append(tally)
+    return found
+
+
+@torch.no_grad()
+def response_losses(
+    logits: Callable[[LaneBatch], Tensor],
+    texts: Sequence[Examples],
+    pad_id: int,
+    token_budget: int,
+    device: torch.device | str = "cpu",
+) -> list[np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    """Mean negative log-likelihood of each response's tokens given what precedes them, (n,) float64 per lane.
+
+    Args:
+        logits: (k, m, C) of a batch over the first k lanes.
+        texts: one set of examples per lane.
+        pad_id: padding token.
+        token_budget: tokens of one step over all lanes.
+        device: where batches go.
+    """
+    sizes = [len(t.labels) for t in texts]
+    # Long ones first, side by side: little padding, and the largest step comes first.
+    order = [np.argsort(-t.lengths, kind="stable") for t in texts]
+    found = [np.zeros(n, np.float64) for n in sizes]
+    start = 0
+    while start < max(sizes):
+        width = max(int(t.lengths[o[start]]) for t, o, n in zip(texts, order, sizes, strict=True) if start < n)
+        stop = start + max(1, token_budget // (len(texts) * width))
+        # A lane that has run out stays in the batch with its shortest text, which is not counted again.
+        picks = [o[start:stop] if start < n else o[-1:] for o, n in zip(order, sizes, strict=True)]
+        batch = make_batch(texts, picks, pad_id, device)
+        means = _row_means(logits(batch), batch).cpu().numpy()
+        for lane, (pick, n) in enumerate(zip(picks, sizes, strict=True)):
+            if start < n:
+                found[lane][pick] = means[lane, : len(pick)]
+        start = stop
+    return found
+
+
+def _row_means(scores: Tensor, batch: LaneBatch) -> Tensor:
+    """Mean cross-entropy over the targets of each row, (k, b) float64."""
+    assert batch.owners is not None
+    k, m, classes = scores.shape
+    each = functional.cross_entropy(scores.reshape(k * m, classes), batch.labels.reshape(k * m), reduction="none")
+    sums = torch.zeros(batch.input_ids.shape[:2], dtype=torch.float64, device=scores.device)
+    counts, own = torch.zeros_like(sums), batch.rows.double()
+    # A masked target may be infinite, and 0 x inf is not 0.
+    each = torch.where(batch.rows, each.view(k, m).double(), 0.0)
+    sums.scatter_add_(1, batch.owners, each)
+    counts.scatter_add_(1, batch.owners, own)
+    return sums / counts.clamp_min(1)
+
+
+def _prompt(examples: Examples) -> IntArray:
+    assert examples.prompt is not None
+    return examples.prompt

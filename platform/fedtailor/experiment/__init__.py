@@ -1,0 +1,1 @@
+"""The configuration tree, its rules, the graph of stages, running it, planning it."""

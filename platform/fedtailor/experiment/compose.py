@@ -1,0 +1,88 @@
+"""Presets and overrides to a checked configuration."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedtailor.core.config import merge_layers, validate
+from fedtailor.core.errors import ConfigError
+from fedtailor.experiment.config import Experiment, ExperimentBase, clients_per_language, nearest
+from fedtailor.experiment.rules import _population_problems, _task_problems
+from fedtailor.tasks.config import NATURAL_CLIENTS
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    folder = resources.files("fedtailor.presets")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The tree of a shipped preset, or of a file where the name ends in ``.yaml``.
+
+    Raises:
+        ConfigError: no preset of this name, or a file that cannot be read as a tree of keys.
+    """
+    if name.endswith(".yaml"):
+        return _load_file(name)
+    if name not in preset_names():
+        raise ConfigError(
+            f"unknown preset '{name}'{nearest(name, preset_names())} (known: {', '.join(preset_names())})"
+        )
+    text = (resources.files("fedtailor.presets") / f"{name}.yaml").read_text("utf-8")
+    tree = yaml.safe_load(text)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"preset '{name}' is not a tree of keys")
+    return tree
+
+
+def _load_file(path: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).split("\n")[0]
+        raise ConfigError(f"cannot read the preset file '{path}': {reason}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the preset file '{path}' is not a tree of keys")
+    return tree
+
+
+def compose(presets: list[str], overrides: list[str]) -> ExperimentBase:
+    """Layers presets from left to right, then overrides, and checks everything that needs no data.
+
+    A preset is the name of a shipped one, or a file whose name ends in ``.yaml``.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    experiment = validate(Experiment, merge_layers([load_preset(name) for name in presets], overrides))
+    check(experiment)
+    return experiment
+
+
+def check(experiment: ExperimentBase) -> None:
+    """Rules between sections.
+
+    Raises:
+        ConfigError: every rule that is broken.
+    """
+    problems = []
+    if experiment.budgets[-1] > experiment.r_max:
+        problems.append(
+            f"'budgets': {experiment.budgets[-1]} is above 'r_max' = {experiment.r_max}; a trained strategy serves "
+            f"budgets up to r_max (allowed: 1 ... {experiment.r_max})"
+        )
+    problems += _task_problems(experiment)
+    # Imported late: the rules need this module's own names.
+    from fedtailor.experiment.rules import model_problems, zero_problems
+
+    problems += model_problems(experiment)
+    problems += zero_problems(experiment)
+    if experiment.task.name not in NATURAL_CLIENTS:
+        problems += _population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,184 @@
+"""The whole configuration tree: sections of `core.settings` plus one section per row of METHODS."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, create_model, field_validator, model_validator
+
+from fedtailor.core.config import Config, deviations
+from fedtailor.core.settings import (
+    AggregationConfig,
+    BaseStageConfig,
+    DecodingConfig,
+    EngineConfig,
+    ModelConfig,
+    PersonaliseStageConfig,
+    Positive,
+    StrategyStageConfig,
+    WandbConfig,
+)
+from fedtailor.methods import METHODS
+from fedtailor.privacy.config import PrivacyConfig
+from fedtailor.tasks.config import GENERATION_TASKS, TaskConfig
+from fedtailor.tasks.task import TASKS
+
+
+class ExperimentBase(Config):
+    """A run: a matrix methods x budgets x seeds. Defaults: FedP2EFT section 4.1."""
+
+    methods: tuple[str, ...] = ("majority", "base", "lora", "bayestune_lora", "fedp2eft")
+    budgets: tuple[Positive, ...] = (2, 4, 8, 16)
+    """r: total rank r L over the L adapted layers."""
+    r_max: Positive = 16
+    """The paper's r_max target: the largest budget that a trained strategy serves."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (42,)
+    """The paper averages over 42, 52, 62."""
+    scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Shrinks rounds and clients for small machines: rounds * scale, and of the clients of each language and pool,
+    partitioned as always, the first share. The cohort stays a share of the pool. Printed in every caption."""
+    storage: str = "./runs"
+    save_adapters: bool = False
+    """Write every personalised client as a peft adapter folder."""
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    base: BaseStageConfig = BaseStageConfig()
+    strategy: StrategyStageConfig = StrategyStageConfig()
+    personalise: PersonaliseStageConfig = PersonaliseStageConfig()
+    decoding: DecodingConfig = DecodingConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    engine: EngineConfig = EngineConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_task(cls, value: Any) -> Any:
+        """A task that asks for text starts from a language model, and from methods that can answer."""
+        task = value.get("task") if isinstance(value, dict) else None
+        name = task.get("name") if isinstance(task, dict) else getattr(task, "name", task)
+        if name not in GENERATION_TASKS:
+            return value
+        usual = cls.model_fields["methods"].default
+        follow = {"methods": tuple(m for m in usual if m != "majority"), **value}
+        model = value.get("model", {})
+        return follow | {"model": {"name": "tiny-llama", **model}} if isinstance(model, dict) else follow
+
+    @field_validator("methods", "seeds", "budgets")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("needs at least one entry")
+        if len(set(value)) != len(value):
+            raise ValueError("has repeats")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METHODS:
+                raise ValueError(
+                    f"'methods': unknown method '{name}'{nearest(name, METHODS)} (known: {', '.join(METHODS)})"
+                )
+        return value
+
+    @field_validator("budgets")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(value))
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: TaskConfig) -> TaskConfig:
+        if value.name not in TASKS:
+            raise ValueError(
+                f"'task.name': unknown task '{value.name}'{nearest(value.name, TASKS)} (known: {', '.join(TASKS)})"
+            )
+        return value
+
+
+# Methods with nothing to set have no section (and `base` is the name of a stage).
+_SECTIONS: dict[str, Any] = {
+    name: (entry.config, entry.config()) for name, entry in METHODS.items() if entry.config.model_fields
+}
+
+Experiment: type[ExperimentBase] = create_model("Experiment", __base__=ExperimentBase, **_SECTIONS)
+"""`ExperimentBase` with a section for every method, e.g. ``fedp2eft.psg.lr``."""
+
+
+def method_section(experiment: ExperimentBase, method: str) -> Config:
+    """Configuration of one method."""
+    section: Config = getattr(experiment, method) if method in _SECTIONS else METHODS[method].config()
+    return section
+
+
+def guards_of(experiment: ExperimentBase) -> dict[str, Any]:
+    """Sections around every method that differ from their defaults, as JSON-like data: see `methods.build`."""
+    sections = {"aggregation": experiment.aggregation, "privacy": experiment.privacy}
+    return {name: to_json(section) for name, section in sections.items() if section != type(section)()}
+
+
+def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """``; did you mean 'x'?`` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def scaled(number: int, scale: float) -> int:
+    """A number of rounds or clients at a scale: rounded, but not to zero.
+
+    >>> scaled(150, 0.1), scaled(10, 0.25), scaled(10, 0.01), scaled(0, 0.5)
+    (15, 2, 1, 0)
+    """
+    return number if scale == 1 else min(number, max(1, round(number * scale)))
+
+
+def scaled_task(exp: ExperimentBase) -> TaskConfig:
+    """The task with the clients that the scale leaves, unless their number is given."""
+    if exp.scale == 1 or exp.task.clients_kept is not None:
+        return exp.task
+    kept = scaled(exp.task.clients_per_language, exp.scale)
+    return exp.task.model_copy(update={"clients_kept": kept})
+
+
+def clients_per_language(exp: ExperimentBase) -> int:
+    """Clients of each language and pool."""
+    return scaled_task(exp).clients_used
+
+
+def base_seed(exp: ExperimentBase, seed: int) -> int:
+    """Seed of partition and base for a run seed."""
+    return seed if exp.base.seed is None else exp.base.seed
+
+
+def cohort_size(cohort: float, pool: int) -> int:
+    """Clients per round: a share below 1 (rounded to nearest), or a number from 1 on.
+
+    >>> cohort_size(0.1, 160), cohort_size(16, 160), cohort_size(1.0, 160)
+    (16, 16, 1)
+    """
+    return round(cohort * pool) if cohort < 1 else int(cohort)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """JSON-like data of a configuration."""
+    data: dict[str, Any] = json.loads(config.model_dump_json())
+    return data
+
+
+def overrides_of(experiment: ExperimentBase) -> list[dict[str, Any]]:
+    """Every numeric choice that departs from the paper's default, for captions: key, default, value."""
+    neutral = ("engine.", "wandb.", "storage", "save_adapters", "methods", "task.path", "model.path")
+    used = {*experiment.methods, experiment.base.name}
+    found = []
+    usual = Experiment(task=TaskConfig.defaults_for(experiment.task.name))
+    for key, (default, value) in deviations(experiment, usual).items():
+        section = key.split(".")[0]
+        if key.startswith(neutral) or (section in _SECTIONS and section not in used):
+            continue
+        found.append({"key": key, "default": default, "value": value})
+    return found

@@ -1,0 +1,90 @@
+"""What a stage takes from the stages before it: shared parameters, and what each client kept.
+
+Which stages spend one method's privacy together: its base, and its own rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from fedtailor.core.messages import FloatArray, Row, StageInfo
+from fedtailor.core.scope import ParamSpec
+from fedtailor.experiment.config import ExperimentBase
+from fedtailor.experiment.privacy import mechanism
+from fedtailor.experiment.stages import Stage, has_overlay
+from fedtailor.federated.early_stop import best_of
+from fedtailor.federated.method import Spend, unrecorded
+from fedtailor.privacy.accounting import Mechanism, Spent
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage, join
+from fedtailor.storage.privacy_ledger import PrivacyLedger
+from fedtailor.storage.round_store import CommittedRounds
+
+RowsOf = Callable[[Sequence[str]], Mapping[str, FloatArray]]
+"""Clients to the flat rows that some of them have."""
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """Reads the commits of earlier stages of one run."""
+
+    storage: Storage
+    exp: ExperimentBase
+
+    def shared(self, stage: Stage, info: StageInfo) -> Row | None:
+        """SHARED state (P,) that a personalising stage starts from; None without SHARED parameters."""
+        if not info.shared:
+            return None
+        state = self._rounds(stage.strategy, info.shared).newest()
+        return info.initial if state is None else best_of(state.server, state.shared)
+
+    def private(self, stage: Stage, info: StageInfo) -> RowsOf:
+        """PRIVATE rows as the strategy stage left them; a client that was never sampled keeps its initial ones."""
+        if not info.private or stage.strategy is None:
+            return lambda clients: {}
+        return self._rows(stage.strategy)
+
+    def overlay(self, stage: Stage) -> RowsOf:
+        """What clients keep of their base."""
+        if stage.kind == "base" or not has_overlay(self.exp):
+            return lambda clients: {}
+        return self._rows(stage.parent)
+
+    def _rows(self, artifact: str) -> RowsOf:
+        rounds = self._rounds(artifact, None)
+        at = rounds.private_at()
+        return lambda clients: {c: rounds.private(c, at[c]) for c in clients if c in at}
+
+    def _rounds(self, artifact: str | None, shared: Sequence[ParamSpec] | None) -> CommittedRounds:
+        log = CommitLog(self.storage, f"artifacts/{artifact}")
+        return CommittedRounds(log, shared or (), self.exp.engine.keep_rounds)
+
+
+def spending(storage: Storage, exp: ExperimentBase, stage: Stage, stages: Sequence[Stage], seen: int) -> Spend:
+    """The stage's ledger, on top of what its base and its method's earlier strategies have spent.
+
+    Args:
+        storage: where the artifacts are.
+        exp: whole configuration.
+        stage: the stage that is about to run.
+        stages: all stages of the run, in order.
+        seen: clients that cohorts are drawn from.
+    """
+    found = mechanism(exp, seen)
+    if found is None:
+        return unrecorded
+    earlier = takewhile(lambda other: other.key != stage.key, stages)
+    before = [_ledger(storage, found, other).spent() for other in earlier if _is_of_one_pipeline(other, stage)]
+    return _ledger(storage, found, stage, before).spend
+
+
+def _ledger(storage: Storage, found: Mechanism, stage: Stage, before: Sequence[Spent] = ()) -> PrivacyLedger:
+    folder, cohorts = join("artifacts", stage.artifact), f"{stage.kind}/seed{stage.seed}"
+    return PrivacyLedger(storage, folder, found, cohorts, stage.cohort, before)
+
+
+def _is_of_one_pipeline(earlier: Stage, stage: Stage) -> bool:
+    same = (earlier.kind, earlier.method, earlier.seed) == (stage.kind, stage.method, stage.seed)
+    return earlier.artifact == stage.parent or (same and earlier.rounds > 0)

@@ -1,0 +1,304 @@
+"""Runs a whole experiment: stages in order, each resumed where its commits end, on any pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from typing import Any
+
+from fedtailor.core.errors import ClientError, Interrupted, RoundError
+from fedtailor.core.messages import SegmentJob, SegmentResult, StageInfo, StageSpec
+from fedtailor.experiment.base_model import write_base
+from fedtailor.experiment.config import ExperimentBase, base_seed, method_section
+from fedtailor.experiment.earlier_stages import Inherited, spending
+from fedtailor.experiment.inputs import make_inputs
+from fedtailor.experiment.stages import Inputs, Stage, device_of, plan_stages, short_hash, stage_spec
+from fedtailor.federated.checks import screened
+from fedtailor.federated.method import Method
+from fedtailor.federated.pool import Pool
+from fedtailor.federated.rounds import RoundOutcome, RoundPlan, run_rounds
+from fedtailor.lanes.grouping import segments
+from fedtailor.methods.build import guarded
+from fedtailor.storage.artifacts import RESOLVER, Artifacts, artifact_path, fetch, model_path, on_this_node
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.digest import DONE
+from fedtailor.storage.files import Storage
+from fedtailor.storage.lock import HeldLock, lock
+from fedtailor.storage.payloads import Payload
+from fedtailor.storage.round_store import (
+    METRICS,
+    PREDICTIONS,
+    SHARED,
+    CommittedRounds,
+    metrics_table,
+    named,
+    predictions_table,
+)
+from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tasks.tokens import TokenData
+from fedtailor.tracking.events import spent_event
+
+Emit = Callable[[dict[str, Any]], None]
+
+STRATEGIES = "strategies.safetensors"
+
+
+class Execution:
+    """One run from its configuration to its last commit.
+
+    Args:
+        exp: checked configuration.
+        run: its folder, created or opened.
+        make_pool: builds the pool; called once, after the inputs exist.
+        emit: receives events: progress, failures, warnings.
+        should_stop: asked between segments; True ends the run at the last commit.
+    """
+
+    def __init__(
+        self,
+        exp: ExperimentBase,
+        run: RunFolder,
+        make_pool: Callable[[Emit], Pool],
+        emit: Emit,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.exp, self.run, self.emit, self.should_stop = exp, run, emit, should_stop
+        self.storage = Storage(exp.storage)
+        self.artifacts = Artifacts(self.storage, run.run_id, self._waiting)
+        self._inherited = Inherited(self.storage, exp)
+        self._make_pool = make_pool
+        self._pool: Pool | None = None
+        self._stages: list[Stage] = []
+
+    def execute(self) -> None:
+        """Runs all stages of all seeds.
+
+        Raises:
+            TailorError: whatever ended the run; commits made before it stay. StorageError:
+                another process has this run.
+        """
+        with lock(self.storage, self.run.run_id, self.run.run_id, on_event=self._storage_event):
+            self._all_stages()
+
+    def _all_stages(self) -> None:
+        try:
+            work = [self._prepare(seed) for seed in self.exp.seeds]
+            # Seeds that share a base list it once.
+            todo = list({s.key: (s, inputs) for inputs, stages in work for s in stages}.values())
+            self._stages = [stage for stage, _ in todo]
+            self.run.set_stages([{**_listed(stage), "data": inputs.data} for stage, inputs in todo])
+            for number, (stage, inputs) in enumerate(todo, start=1):
+                self._stage(stage, inputs, number, len(todo))
+        finally:
+            if self._pool is not None:
+                self._pool.close()
+
+    def _prepare(self, seed: int) -> tuple[Inputs, list[Stage]]:
+        self.emit({"kind": "stage", "stage": f"data/seed{seed}", "state": "preparing"})
+        inputs = make_inputs(self.exp, base_seed(self.exp, seed), self.artifacts)
+        data = self._tokens(inputs)
+        seen = [c for c in data.clients if c.pool == "seen"]
+        return inputs, plan_stages(self.exp, seed, inputs, len(seen))
+
+    @property
+    def pool(self) -> Pool:
+        """The pool, made at first use: a run that finds all stages committed needs none."""
+        if self._pool is None:
+            self._pool = self._make_pool(self._pool_event)
+        return self._pool
+
+    def _pool_event(self, event: dict[str, Any]) -> None:
+        self.emit({**event, "how": event.get("kind", ""), "kind": "pool"})
+
+    def _storage_event(self, event: dict[str, Any]) -> None:
+        self.emit({**event, "kind": "storage"})
+
+    def _locked(self, folder: str) -> AbstractContextManager[HeldLock]:
+        return lock(self.storage, folder, self.run.run_id, on_wait=self._waiting, on_event=self._storage_event)
+
+    def _waiting(self, text: str) -> None:
+        self.emit({"kind": "waiting", "text": text})
+
+    def _is_done(self, folder: str) -> bool:
+        return self.storage.exists(f"{folder}/{DONE}")
+
+    def _stage(self, stage: Stage, inputs: Inputs, number: int, total: int) -> None:
+        folder = f"artifacts/{stage.artifact}"
+        event = {
+            "kind": "stage",
+            "stage": stage.key,
+            "artifact": stage.artifact,
+            "number": number,
+            "of": total,
+        }
+        if self._is_done(folder):
+            self.emit({**event, "state": "reused"})
+            return
+        with self._locked(folder) as held:
+            if self._is_done(folder):
+                self.emit({**event, "state": "reused"})
+                return
+            self.emit({**event, "state": "running"})
+            log = CommitLog(self.storage, folder, self._storage_event, held.check)
+            data = self._tokens(inputs)
+            spec = self._spec(stage, inputs)
+            method = guarded(stage.method, method_section(self.exp, stage.method), stage.r_max, spec.guards)
+            if stage.kind == "personalise":
+                modules, r_init = self._personalise(stage, spec, data, log)
+            else:
+                info = self._rounds(stage, method, spec, data, log)
+                modules, r_init = info.modules, info.r_init
+                if stage.kind == "base":
+                    self._export(stage, method, spec, data, log, info)
+            done = {"stage": stage.key, "modules": list(modules), "r_init": r_init}
+            self.storage.write_json(f"{folder}/{DONE}", done)
+            self.emit({**event, "state": "done"})
+
+    def _features_of(self, stage: Stage, inputs: Inputs) -> str:
+        """Folder of cached features: all that they depend on, the clients' part of the base through its stage."""
+        model, engine = self.exp.model, self.exp.engine
+        how = [model.targets, model.attention, engine.dtype, device_of(self.exp)]
+        return short_hash([stage.parent, inputs.tokens, *how])
+
+    def _spec(self, stage: Stage, inputs: Inputs) -> StageSpec:
+        """What workers are told; each finds or fetches the folders on its own node."""
+        features = artifact_path(f"features/{self._features_of(stage, inputs)}")
+        spec = stage_spec(self.exp, stage, model_path(stage.parent), artifact_path(inputs.tokens), features)
+        return replace(spec, storage=self.storage.address, resolver=RESOLVER)
+
+    def _tokens(self, inputs: Inputs) -> TokenData:
+        return TokenData.open(fetch(self.storage, artifact_path(inputs.tokens)))
+
+    def _rounds(self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog) -> StageInfo:
+        seen = [c for c in data.clients if c.pool == "seen"]
+        engine = self.exp.engine
+        info = self.pool.open(spec)
+        plan = RoundPlan(
+            stage=stage.key,
+            seed=stage.seed,
+            rounds=stage.rounds,
+            clients=tuple(c.id for c in seen),
+            sizes={c.id: c.n_train for c in seen},
+            cohort=stage.cohort,
+            segments=engine.segments,
+            min_segment=engine.min_segment,
+            drop_failures=engine.on_client_failure == "drop",
+            quorum=engine.quorum,
+            private=sum(param.size for param in info.private),
+            poisson=self.exp.privacy.sampler == "poisson",
+        )
+        rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
+        run_rounds(
+            plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage),
+            self._inherited.overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
+        )  # fmt: skip
+        return info
+
+    def _on_result(self) -> Callable[[SegmentResult], None]:
+        def received(result: SegmentResult) -> None:
+            if self.should_stop():
+                raise Interrupted(f"stopped in {result.stage}, round {result.round}: its commits are kept")
+            self.emit({"kind": "segment", "stage": result.stage, "clients": len(result.valid), **result.host})
+
+        return received
+
+    def _on_round(self, stage: Stage) -> Callable[[RoundOutcome], None]:
+        def closed(outcome: RoundOutcome) -> None:
+            self._note(stage, outcome.state.round - 1, outcome.failures, outcome.warnings)
+            self.run.timing(stage.key, outcome.state.round - 1, outcome.seconds, outcome.costs)
+            if outcome.spent is not None:
+                self.emit(spent_event(stage.key, outcome))
+            self._progress(stage, outcome.state.round, stage.rounds, len(outcome.weights))
+            if self.should_stop() and outcome.state.round < stage.rounds:
+                raise Interrupted(f"stopped after {stage.key}, round {outcome.state.round} of {stage.rounds}")
+
+        return closed
+
+    def _progress(self, stage: Stage, done: int, total: int, clients: int) -> None:
+        self.emit({"kind": "progress", "stage": stage.key, "done": done, "total": total, "clients": clients})
+
+    def _note(self, stage: Stage, index: int, failures: Any, warnings: Any) -> None:
+        for failure in failures:
+            self.run.failure(asdict(failure))
+            self.emit({**asdict(failure), "kind": "failure", "failure": failure.kind})
+        for warning in warnings:
+            self.emit({"kind": "warning", "stage": stage.key, "round": index, "what": warning})
+
+    def _export(
+        self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog, info: StageInfo
+    ) -> None:
+        commit = log.newest()
+        if commit is None:
+            tensors = named(info.shared, info.initial)
+        else:
+            tensors = commit.tensors(SHARED)
+        local = on_this_node(spec)
+        self.artifacts.replace(
+            f"{stage.artifact}/model",
+            lambda out: write_base(local, method, tensors, data.labels, out, self.exp.task.kind),
+        )
+
+    def _personalise(
+        self, stage: Stage, spec: StageSpec, data: TokenData, log: CommitLog
+    ) -> tuple[tuple[str, ...], int]:
+        clients = [c.id for c in data.clients if c.pool in self.exp.personalise.pools]
+        size, engine = self.exp.personalise.chunk, self.exp.engine
+        chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
+        info = self.pool.open(spec)
+        shared = self._inherited.shared(stage, info)
+        own, overlay = self._inherited.private(stage, info), self._inherited.overlay(stage)
+        for index in range(len(log.all(repair=True)), len(chunks)):
+            jobs = [
+                SegmentJob(stage.key, index, number, part, private=own(part), overlay=overlay(part))
+                for number, part in enumerate(segments(chunks[index], engine.segments, engine.min_segment))
+            ]
+            results = self.pool.run(jobs, shared, self._on_result())
+            self._commit_chunk(stage, index, chunks[index], results, log)
+            self._progress(stage, index + 1, len(chunks), len(chunks[index]))
+            if self.should_stop() and index + 1 < len(chunks):
+                raise Interrupted(f"stopped after {stage.key}, chunk {index + 1} of {len(chunks)}")
+        return info.modules, info.r_init
+
+    def _commit_chunk(
+        self,
+        stage: Stage,
+        index: int,
+        clients: Sequence[str],
+        results: Sequence[SegmentResult],
+        log: CommitLog,
+    ) -> None:
+        engine = self.exp.engine
+        results = screened(results, segments(clients, engine.segments, engine.min_segment))
+        failures = [failure for result in results for failure in result.failures]
+        if failures and engine.on_client_failure == "fail":
+            raise ClientError(failures[0].client, stage.key, index, failures[0].reason)
+        if len(failures) > (1 - engine.quorum) * len(clients):
+            raise RoundError(f"{stage.key}, chunk {index}: {len(failures)} of {len(clients)} clients failed")
+        objects: dict[str, Payload] = {METRICS: metrics_table(row for r in results for row in r.metrics)}
+        answers = [row for result in results for row in result.predictions]
+        if answers:
+            objects[PREDICTIONS] = predictions_table(answers)
+        strategies = {f"lambda/{client}": lam for r in results for client, lam in r.tensors.items()}
+        if strategies:
+            objects[STRATEGIES] = strategies
+        for result in results:
+            for lane, files in result.adapters.items():
+                objects |= {f"adapters/{lane}/{name}": content for name, content in files.items()}
+        record = {
+            "kind": "chunk",
+            "cohort": list(clients),
+            "rejected": [asdict(failure) for failure in failures],
+        }
+        log.commit(index, objects, record)
+        seconds = {client: s for result in results for client, s in result.seconds.items()}
+        self._note(stage, index, failures, [w for r in results for w in r.warnings])
+        self.run.timing(stage.key, index, seconds, {c: cost for r in results for c, cost in r.costs.items()})
+
+
+def _listed(stage: Stage) -> dict[str, Any]:
+    return {
+        "key": stage.key, "kind": stage.kind, "method": stage.method, "seed": stage.seed, "artifact": stage.artifact,
+        "parent": stage.parent, "strategy": stage.strategy, "rounds": stage.rounds, "cohort": stage.cohort,
+        "budgets": list(stage.budgets),
+    }  # fmt: skip

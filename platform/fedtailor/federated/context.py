@@ -1,0 +1,145 @@
+"""What a client function gets: its clients as lanes, the model, their parameters and named random streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedtailor.core.scope import Scope
+from fedtailor.core.seeding import numpy_rng, torch_rng
+from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, lane_batches, training_picks
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import Adapter, LaneParams, Parameters
+
+if TYPE_CHECKING:
+    from fedtailor.core.messages import Client
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One client (at one budget, in a personaliser) inside a fused call."""
+
+    client: Client
+    train: Examples
+    budget: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of training examples, N in the papers."""
+        return len(self.train.labels)
+
+
+@dataclass(frozen=True)
+class ClientContext:
+    """K clients of one group.
+
+    Args:
+        net: resident base model.
+        lanes: clients, ordered by falling training size.
+        params: their parameters, K lanes.
+        seed: run seed.
+        stage: ``base``, ``strategy`` or ``personalise``; a coordinate of every random stream.
+        round: round index; 0 when personalising, so that chunks do not change a draw.
+        num_labels: C.
+        pad_id: padding token.
+        features: base-model features of a lane's training texts, `lanes.features.feature_size` float32 each, cached.
+        budgets: of a personaliser.
+        r_max: largest budget of the run.
+        rounds: of the stage, for schedules over rounds.
+        received: SHARED row as it came, (P,); None without SHARED parameters.
+        warn: records a warning about a lane.
+        micro_batch: most rows per lane of one forward pass; a larger step is cut and its gradients are added up.
+        extra: for tests and experiments; nothing in the library reads it.
+    """
+
+    net: LaneNet
+    lanes: tuple[Lane, ...]
+    params: LaneParams
+    seed: int
+    stage: str
+    round: int
+    num_labels: int
+    pad_id: int
+    features: Callable[[Sequence[Lane], int | None], Sequence[Tensor]]
+    warn: Callable[[Lane, str], None]
+    budgets: tuple[int, ...] = ()
+    r_max: int = 0
+    rounds: int = 0
+    received: Tensor | None = None
+    micro_batch: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> Tensor:
+        """N of each lane, (K,), in the base's type."""
+        return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
+
+    def meta_data(self, pad_to: int | None, count_output: bool = False) -> Tensor:
+        """The clients' features, (K, 2L) in the base's type: E(h), SD(h) of FedP2EFT Eq. 6.
+
+        Args:
+            pad_to: see `lanes.features.client_features`.
+            count_output: the input of a language model's output embedding is a feature pair too, (K, 2(L + 1)); a
+                classifier has no linear layer beside the L.
+        """
+        found = torch.stack(list(self.features(self.lanes, pad_to))).to(self.sizes)
+        return found if count_output else found[:, : 2 * len(self.net.sites)]
+
+    def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
+        """Rows of every step of every lane.
+
+        The streams are named (seed, stage, round, client, purpose, epoch): two budgets of a client, and two
+        methods, see the same order.
+        """
+        picks = []
+        for lane in self.lanes:
+            coordinates = (self.seed, self.stage, self.round, lane.client.id, f"order/{purpose}")
+            rngs = [numpy_rng(*coordinates, epoch) for epoch in range(epochs)]
+            picks.append(training_picks(lane.size, epochs, batch_size, rngs))
+        return picks
+
+    def batches(self, picks: Sequence[Sequence[IntArray]]) -> Iterator[LaneBatch]:
+        """Iterates over the batches of ``picks``."""
+        return lane_batches([lane.train for lane in self.lanes], picks, self.pad_id, self.net.device)
+
+    def use_dropout(self, probability: float, purpose: str) -> None:
+        """Gives every lane its own generator for adapter dropout."""
+        self.net.state.dropout = probability
+        # Ranks have other rows of a step: they must not drop the same of them.
+        rank = f"/{self.net.ranks.index}" if self.net.ranks and self.net.ranks.index else ""
+        self.net.state.generators = [
+            torch_rng(self.seed, self.stage, self.round, lane.client.id, f"dropout/{purpose}{rank}")
+            for lane in self.lanes
+        ]
+
+    def fork(self, lanes: Sequence[Lane], adapter: Adapter | None, modules: Sequence[Parameters] = ()) -> ClientContext:
+        """The same surroundings with other lanes and fresh parameters, bound to the model."""
+        params = open_params(self.net, len(lanes), adapter, modules, self.seed)
+        self.net.place([lane.client.id for lane in lanes])
+        return replace(self, lanes=tuple(lanes), params=params)
+
+
+def open_params(
+    net: LaneNet, lanes: int, adapter: Adapter | None, modules: Sequence[Parameters], seed: int
+) -> LaneParams:
+    """Parameters of an adapter and its auxiliary modules at their initial values, bound to the model."""
+    parts: list[Parameters] = [*([adapter] if adapter else []), *modules]
+    specs = [spec for part in parts for spec in part.specs(net)]
+    params = LaneParams(specs, lanes, net.device, net.param_dtype)
+    params.optimizer_ranks = net.ranks if net.shares_optimizer else None
+    for part in parts:
+        for name, value in part.initial(net, seed).items():
+            params.set(name, value.to(net.device, net.param_dtype))
+    net.unbind()
+    if adapter:
+        adapter.bind(net, params)
+    return params
+
+
+def shared_row(params: LaneParams, lane: int) -> Tensor:
+    """A copy of a lane's SHARED row (P,); never a live view."""
+    return params.flat(Scope.SHARED)[lane].detach().clone()

@@ -1,0 +1,171 @@
+"""Linear and embedding layers with one adapter per lane.
+
+A linear layer with one low-rank adapter per lane beside its frozen weight.
+
+An embedding table per client of a group, frozen: what DEPT's clients keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class LaneState:
+    """What all lane-wise layers of a model need to know about the batch under way."""
+
+    shapes: tuple[tuple[int, int], ...] = ()
+    """Per running lane its own (rows, tokens)."""
+    rows: int = 0
+    """Rows of every lane, padding included."""
+    dropout: float = 0.0
+    generators: list[torch.Generator] = field(default_factory=list)
+    """One per lane, so that a lane draws the same mask whoever runs beside it."""
+    training: bool = False
+    bypass: bool = False
+    """True while the base alone is wanted, adapters staying bound."""
+    overlay_rows: Tensor | None = None
+    """Per lane the row of the bound overlay that belongs to its client, (K,) int64; None: no overlay."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A low-rank term s B (A x): A (K, r, d_in), B (K, d_out, r)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class LaneLinear(nn.Module):
+    r"""Computes :math:`W x + c + s \, B_k (\lambda_k \circ A_k\, \mathrm{dropout}(x))` for the lane k of each row.
+
+    FedP2EFT section 3.2 (B lambda A); with lambda = 1 it is LoRA (Hu et al., 2022). Without a bound adapter it is
+    the frozen layer itself. Under the adapter there may be further low-rank branches that are not trained now, a
+    branch that belongs to the client's base (the overlay), and a weight of its own for every lane.
+
+    Args:
+        base: frozen layer (d_in -> d_out).
+        name: its module path.
+        state: shared by all layers of the model.
+    """
+
+    def __init__(self, base: nn.Linear, name: str, state: LaneState) -> None:
+        super().__init__()
+        self.base, self.name, self.state = base, name, state
+        self.a: Tensor | None = None
+        self.b: Tensor | None = None
+        self.lam: Tensor | None = None
+        self.scale = 1.0
+        self.under: Branch | None = None
+        self.overlay: Branch | None = None
+        self.own: tuple[Tensor, Tensor] | None = None
+
+    def bind(self, a: Tensor, b: Tensor, lam: Tensor | None, scale: float) -> None:
+        """Attaches A (K, r, d_in), B (K, d_out, r) and lambda (K, r), or None for all ones."""
+        # Past Module.__setattr__, whose checks cost more than the rest of a round's bookkeeping.
+        vars(self).update(a=a, b=b, lam=lam, scale=scale)
+
+    def bind_own(self, weight: Tensor, bias: Tensor) -> None:
+        """Gives every lane a weight (K, d_out, d_in) and bias (K, d_out) in the place of the frozen ones."""
+        self.own = (weight, bias)
+
+    def unbind(self) -> None:
+        """Back to the client's base: the frozen layer and, where one is bound, its overlay."""
+        vars(self).update(a=None, b=None, lam=None, under=None, own=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (k*b, ..., d_in), lanes outermost, to (k*b, ..., d_out)."""
+        lanes = len(self.state.shapes)
+        y = self._base(x, lanes)
+        if self.under is not None and not self.state.bypass:
+            y = _low_rank(y, x, self.under.a[:lanes], self.under.b[:lanes], None, self.under.scale)
+        if self.a is None or self.b is None or self.state.bypass:
+            if not self.state.bypass:
+                # A bare layer draws too: which layers are bare depends on the other lanes' ranks.
+                self._dropout(x, lanes)
+            return y
+        a, b, lam = (t if t is None or t.shape[0] == lanes else t[:lanes] for t in (self.a, self.b, self.lam))
+        assert a is not None
+        assert b is not None
+        return _low_rank(y, self._dropout(x, lanes), a, b, lam, self.scale)
+
+    def _base(self, x: Tensor, lanes: int) -> Tensor:
+        y: Tensor
+        if self.own is not None and not self.state.bypass:
+            weight, bias = (t[:lanes] for t in self.own)
+            h = x.reshape(lanes, -1, x.shape[-1])
+            y = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2)).view(*x.shape[:-1], -1)
+        else:
+            y = self.base(x)
+        if self.overlay is not None and self.state.overlay_rows is not None:
+            rows = self.state.overlay_rows[:lanes]
+            y = _low_rank(y, x, self.overlay.a[rows], self.overlay.b[rows], None, self.overlay.scale)
+        return y
+
+    def _dropout(self, x: Tensor, lanes: int) -> Tensor:
+        p = self.state.dropout
+        if not p or not self.state.training:
+            return x
+        # Each lane draws in its own shape: what is drawn must not depend on the group's padding.
+        keep = torch.ones(lanes, x.shape[0] // lanes, *x.shape[1:], device=x.device, dtype=x.dtype)
+        for lane, (rows, tokens) in enumerate(self.state.shapes):
+            own = (rows, tokens, x.shape[-1]) if x.dim() == 3 else (rows, x.shape[-1])
+            mask = torch.rand(own, generator=self.state.generators[lane]) >= p
+            where = (lane, slice(rows), slice(tokens)) if x.dim() == 3 else (lane, slice(rows))
+            keep[where] = mask.to(x) / (1 - p)
+        return x * keep.view(x.shape)
+
+
+def _low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, lam: Tensor | None, scale: float) -> Tensor:
+    """Y + scale * B (lambda o A x), lane by lane."""
+    lanes = len(a)
+    z = torch.bmm(x.reshape(lanes, -1, x.shape[-1]), a.transpose(1, 2))
+    if lam is not None:
+        z = z * lam.unsqueeze(1).to(z.dtype)
+    out = torch.baddbmm(y.reshape(lanes, -1, y.shape[-1]), z, b.transpose(1, 2).to(z.dtype), alpha=scale)
+    return out.view(y.shape)
+
+
+def attach(model: nn.Module, linears: Sequence[tuple[str, nn.Linear]], state: LaneState) -> list[LaneLinear]:
+    """Replaces the given layers of ``model`` by `LaneLinear` wrappers, in place and in order."""
+    wrapped = []
+    for name, linear in linears:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        layer = LaneLinear(linear, name, state)
+        setattr(parent, name.rpartition(".")[2], layer)
+        wrapped.append(layer)
+    return wrapped
+
+
+class LaneEmbedding(nn.Module):
+    """Looks ids up in the table of each lane's client; without bound tables it is the frozen table itself.
+
+    Args:
+        base: frozen table (V, d).
+        state: shared by all lane-wise layers of the model.
+    """
+
+    def __init__(self, base: nn.Embedding, state: LaneState) -> None:
+        super().__init__()
+        self.base, self.state = base, state
+        self.tables: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table, for code that asks an embedding for its type."""
+        return self.base.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (k*b, T), or (1, T) that stand for all rows (positions), to (k*b, T, d)."""
+        rows = self.state.overlay_rows
+        if self.tables is None or rows is None:
+            out: Tensor = self.base(ids)
+            return out
+        lanes = len(self.state.shapes)
+        table = torch.repeat_interleave(rows[:lanes], self.state.rows)
+        return self.tables[table.unsqueeze(1), ids.expand(len(table), -1)]

@@ -1,0 +1,272 @@
+"""The resident frozen model seen through lanes.
+
+The resident base model, seen through lanes.
+
+Activation checkpointing that knows lanes: a block that is computed again sees what it saw the first time.
+
+Keeps freed memory in the process: a training step asks for the same buffers as the one before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtailor.core.scope import Ranks
+from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.layers import LaneEmbedding, LaneLinear, LaneState, attach
+
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+
+def replaying(state: LaneState) -> Callable[[], Contexts]:
+    """For ``torch.utils.checkpoint``'s ``context_fn``: called once per block and forward pass.
+
+    torch itself restores its default generators only. Adapter dropout draws from one generator per lane, and the
+    batch's shapes may be another's by the time of the backward pass.
+
+    Args:
+        state: of the model whose blocks are checkpointed.
+
+    Returns:
+        A function that gives the two contexts, of the forward pass and of its repetition.
+    """
+
+    def contexts() -> Contexts:
+        seen: list[tuple[LaneState, list[torch.Tensor]]] = []
+        return _record(state, seen), _replay(state, seen)
+
+    return contexts
+
+
+@contextmanager
+def _record(state: LaneState, seen: list[tuple[LaneState, list[torch.Tensor]]]) -> Iterator[None]:
+    seen.append((replace(state), _positions(state) if state.dropout else []))
+    yield
+
+
+@contextmanager
+def _replay(state: LaneState, seen: list[tuple[LaneState, list[torch.Tensor]]]) -> Iterator[None]:
+    then, positions = seen[0]
+    now = replace(state)
+    _put(state, then)
+    after = _positions(state) if positions else []
+    for generator, position in zip(state.generators, positions, strict=bool(positions)):
+        generator.set_state(position)
+    try:
+        yield
+    finally:
+        for generator, position in zip(state.generators, after, strict=bool(positions)):
+            generator.set_state(position)
+        _put(state, now)
+
+
+def _positions(state: LaneState) -> list[torch.Tensor]:
+    return [generator.get_state() for generator in state.generators]
+
+
+def _put(state: LaneState, values: LaneState) -> None:
+    for field in fields(LaneState):
+        setattr(state, field.name, getattr(values, field.name))
+
+
+@dataclass(frozen=True)
+class Site:
+    """An adapted linear layer: module path and widths."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+class LaneNet:
+    """A frozen model whose linear layers can carry one adapter per lane.
+
+    Args:
+        model: transformers sequence classifier or causal language model, in float32 (float64 in identity tests), or
+            in bfloat16 or quantised where ``dtype`` is bfloat16: what is trained stays float32.
+        linears: the L layers to adapt, in module order.
+        dtype: compute type; bfloat16 turns autocast on.
+        base_dropout: dropout probability of the frozen base while adapters train.
+        checkpointing: activations of every block are computed again in the backward pass instead of being kept.
+        ranks: the processes that hold this model together; None: this one alone.
+        verify: raises where the base is no longer what it was; by default nothing can happen to it.
+        shares_optimizer: each of the ranks keeps a part of the optimizer's state only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Sequence[tuple[str, nn.Linear]],
+        dtype: str = "float32",
+        base_dropout: float = 0.0,
+        checkpointing: bool = False,
+        ranks: Ranks | None = None,
+        verify: Callable[[], None] = lambda: None,
+        shares_optimizer: bool = False,
+    ) -> None:
+        self.model, self.checkpointing, self.ranks, self.verify = model, checkpointing, ranks, verify
+        self.shares_optimizer = shares_optimizer
+        self.sites = tuple(Site(name, linear.in_features, linear.out_features) for name, linear in linears)
+        self.state = LaneState()
+        if checkpointing:
+            how = {"use_reentrant": False, "context_fn": replaying(self.state)}
+            model.gradient_checkpointing_enable(how)  # type: ignore[operator]
+        self.layers = attach(model, linears, self.state)
+        self.base_dropout = base_dropout
+        self.overlay_index: dict[str, int] = {}
+        self._autocast = torch.bfloat16 if dtype == "bfloat16" else None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+        self.own_dropout = [m.p for m in self._dropouts]
+        model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Type of what is trained: that of the base weights, or float32 where these are narrower."""
+        base = next(self.model.parameters()).dtype
+        return base if base in (torch.float32, torch.float64) else torch.float32
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Module paths of the L adapted layers."""
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Adapted layers of the classification head, outside the pretrained body."""
+        body = f"{self.model.base_model_prefix}."
+        return tuple(site.name for site in self.sites if not site.name.startswith(body))
+
+    def clear_overlay(self) -> None:
+        """Back to the base that all clients share."""
+        for module in self.model.modules():
+            if isinstance(module, LaneLinear):
+                module.overlay = None
+            elif isinstance(module, LaneEmbedding):
+                module.tables = None
+        self.overlay_index, self.state.overlay_rows = {}, None
+
+    def place(self, clients: Sequence[str]) -> None:
+        """Says whose overlay each lane of the next batches has, in lane order; no-op without an overlay."""
+        if self.overlay_index:
+            rows = [self.overlay_index[client] for client in clients]
+            self.state.overlay_rows = torch.tensor(rows, device=self.device)
+
+    def unbind(self) -> None:
+        """Removes all adapters: the model is the base again, with the clients' overlay where there is one."""
+        for layer in self.layers:
+            layer.unbind()
+        self.state.generators, self.state.dropout, self.state.training = [], 0.0, False
+        self.state.bypass = False
+
+    def train_mode(self, on: bool, own_dropout: bool = False) -> None:
+        """Switches adapter dropout and the base's dropout.
+
+        Args:
+            on: training or evaluating.
+            own_dropout: use the model's configured probabilities (full fine-tuning) instead of ``base_dropout``.
+        """
+        self.state.training = on
+        for module, own in zip(self._dropouts, self.own_dropout, strict=True):
+            module.p = own if own_dropout else self.base_dropout
+        # Attention reads its dropout module's p but its own training flag, so the whole model is switched; seldom,
+        # since a walk over all modules costs as much as a training step of a small model.
+        active = on and (own_dropout or self.base_dropout > 0 or self.checkpointing)
+        if self.model.training != active:
+            self.model.train(active)
+        self.state.bypass = False
+
+    def logits(self, batch: LaneBatch) -> Tensor:
+        """Class scores (k, m, C) of the batch's targets, float32 or the base's type if wider."""
+        k, b, t = batch.input_ids.shape
+        self.state.shapes, self.state.rows = batch.shapes, b
+        ids, mask = batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t)
+        with self.autocast():
+            out = self._pooled(batch, ids, mask) if batch.positions is None else self._at(batch.positions, ids, mask)
+        out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+        return out.view(k, -1, out.shape[-1])
+
+    def hidden(self, batch: LaneBatch) -> Tensor:
+        """What a language model's output embedding reads, (k b, T, d); no token is scored."""
+        k, b, t = batch.input_ids.shape
+        self.state.shapes, self.state.rows = batch.shapes, b
+        with self.autocast():
+            return self._body(batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t))
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The compute type, for a forward pass."""
+        return torch.autocast(self.device.type, dtype=self._autocast) if self._autocast else nullcontext()
+
+    def _pooled(self, batch: LaneBatch, ids: Tensor, mask: Tensor) -> Tensor:
+        """One prediction per row, (k b, C)."""
+        segments = batch.token_type_ids if _takes_segments(self.model) else None
+        types = {} if segments is None else {"token_type_ids": segments.reshape(ids.shape)}
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask, **types).logits
+        return logits
+
+    def _at(self, positions: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Predictions from some tokens only, (k, m, C): the vocabulary is too wide to score every token."""
+        hidden = self._body(ids, mask)
+        hidden = hidden.view(len(positions), -1, hidden.shape[-1])
+        chosen = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        scores: Tensor = self.model.get_output_embeddings()(chosen)  # type: ignore[operator]
+        return scores
+
+    def _body(self, ids: Tensor, mask: Tensor) -> Tensor:
+        found: Tensor = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]  # type: ignore[operator]
+        return found
+
+
+def _takes_segments(model: nn.Module) -> bool:
+    """The model has embeddings for two segments."""
+    types = getattr(getattr(model, "config", None), "type_vocab_size", 0)
+    return isinstance(types, int) and types > 1 and "token_type_ids" in _arguments(type(model).forward)
+
+
+@cache
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(signature(forward).parameters)
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
+"""Numbers of glibc's mallopt(3)."""
+
+LARGEST_KEPT = 32 * 2**20
+"""Bytes; glibc takes no larger threshold. Weights of large models stay above it and go back to the system."""
+
+KEPT = 512 * 2**20
+"""Free bytes at the end of the heap from which on they are given back."""
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to use freed buffers again instead of giving them back to the system after every step.
+
+    By default large buffers and the end of the heap go back when they are freed, so every step asks for the same pages
+    again, which the kernel zeroes first: up to 600,000 a round. Changes no number.
+
+    Returns:
+        Whether this C library can be told so; others (musl, macOS) are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # One arena: those of further threads give back whole heaps of 64 MB, whatever the thresholds say.
+    settings = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, LARGEST_KEPT), (_TRIM_THRESHOLD, KEPT))
+    taken = [bool(mallopt(key, value)) for key, value in settings]
+    return all(taken)

@@ -1,0 +1,76 @@
+"""What the server may lay around any method: robust aggregation and privacy. The method itself does not know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fedtailor.aggregation.robust import CoordinateMedian, Krum, TrimmedMean
+from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.core.config import Config
+from fedtailor.core.errors import ConfigError
+from fedtailor.core.settings import AggregationConfig
+from fedtailor.federated.method import Aggregator, Method
+from fedtailor.methods import build_method
+from fedtailor.privacy.central_dp import GaussianRelease
+from fedtailor.privacy.config import PrivacyConfig
+from fedtailor.privacy.secure_aggregation import FixedPoint, PairwiseMasking, RingSum
+
+
+def guarded(name: str, config: Mapping[str, Any] | Config, r_max: int, guards: Mapping[str, Any]) -> Method:
+    """Builds a row of the METHODS table with its guards around it.
+
+    Args:
+        name: row of METHODS.
+        config: that method's resolved configuration.
+        r_max: largest budget.
+        guards: sections ``aggregation`` and ``privacy`` of the configuration, those that differ from their defaults.
+    """
+    method = build_method(name, config, r_max)
+    sturdy = robust(method, AggregationConfig.model_validate(dict(guards.get("aggregation", {}))))
+    privacy = PrivacyConfig.model_validate(dict(guards.get("privacy", {})))
+    return masked(private(sturdy, privacy), privacy)
+
+
+def robust(method: Method, cfg: AggregationConfig) -> Method:
+    """The method with the aggregation asked for; norms are watched either way."""
+    watched = replace(method, alarm=cfg.alarm)
+    if cfg.name == "norm_bound":
+        assert cfg.bound is not None, "the configuration asks for it"
+        return replace(watched, bound=cfg.bound)
+    return watched if cfg.name == "method" else replace(watched, aggregator=_aggregator(cfg))
+
+
+def private(method: Method, cfg: PrivacyConfig) -> Method:
+    """The method under central differential privacy: clipped updates, equal weights, noise on their sum."""
+    if cfg.name == "none" or method.local_update is None:
+        return method
+    if cfg.noise_multiplier is None:
+        raise ConfigError("'privacy.target_epsilon' was not resolved to a noise multiplier")
+    clip = math.inf if cfg.clip is None else cfg.clip
+    release = GaussianRelease(clip, cfg.noise_multiplier)
+    return replace(method, aggregator=WeightedMean(uniform=True), bound=clip, release=release)
+
+
+def masked(method: Method, cfg: PrivacyConfig) -> Method:
+    """The method under simulated secure aggregation; the server sees no single norm, so none is watched."""
+    if cfg.secure_aggregation == "none" or method.local_update is None:
+        return method
+    mean, ring = method.aggregator, cfg.secagg
+    if not isinstance(mean, WeightedMean):
+        raise ConfigError(f"method {method.name} does not use a mean: secure aggregation can only add")
+    masking = PairwiseMasking(
+        FixedPoint(ring.step, ring.range, toward_zero=cfg.name == "central_dp"), ring.modulus_bits,
+        cfg.secure_aggregation == "secagg", ring.neighbours, ring.threshold, ring.dropout, mean.uniform,
+    )  # fmt: skip
+    return replace(method, aggregator=RingSum(ring.modulus_bits), masking=masking, alarm=0.0)
+
+
+def _aggregator(cfg: AggregationConfig) -> Aggregator:
+    if cfg.name == "median":
+        return CoordinateMedian()
+    if cfg.name == "trimmed_mean":
+        return TrimmedMean(cfg.trim)
+    return Krum(cfg.byzantine, cfg.kept)

@@ -1,1 +1,0 @@
-"""Measures of answers, and means that can be joined."""

@@ -1,0 +1,308 @@
+"""Classifier or causal model from a folder; saving a folder whole.
+
+Loads a sequence classifier and its tokenizer from a Hugging Face folder or hub id, never from pickle.
+
+Loads a causal language model from a Hugging Face folder or hub id, never from pickle.
+
+A base model from its folder, whatever kind of task it is for.
+
+Model folders: written whole or not at all, and without transformers' chatter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from fedtailor.core.errors import ModelError
+from fedtailor.core.files import staged_folder
+from fedtailor.core.seeding import torch_rng
+from fedtailor.models.families import check_kind
+from fedtailor.tasks.source import TaskKind
+
+
+def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Writes config, safetensors weights and tokenizer files to ``out``, replacing it as a whole."""
+    with staged_folder(out) as stage, quiet():
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' progress bars and load report: what they would say is checked by the callers."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def explained(source: str | Path, what: str) -> Iterator[None]:
+    """Turns whatever the libraries raise for a bad source into one `ModelError` that names it."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise ModelError(f"{source}: cannot load {what}: {reason}") from error
+
+
+def load_classifier(
+    source: str | Path,
+    num_labels: int,
+    label_names: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    replace_head: bool = False,
+) -> PreTrainedModel:
+    """Loads a base model with a classification head, in evaluation mode.
+
+    A checkpoint without a head (mBERT as published) gets a fresh one: matrices N(0, ``initializer_range``),
+    biases 0, drawn from ``seed`` alone, so that every stage and process starts from the same numbers. The
+    global random state is neither read nor changed.
+
+    Args:
+        source: folder or hub id; weights must be safetensors.
+        num_labels: number of classes C; the head ends in C outputs.
+        label_names: C names in the order of their ids, written to the config.
+        dtype: type of all weights.
+        seed: run seed of a fresh head.
+        revision: hub revision.
+        attn_implementation: ``eager``, ``sdpa``, ...; default: transformers' choice.
+        replace_head: a head for other labels is replaced by a fresh one instead of being refused.
+
+    Raises:
+        ModelError: nothing loadable there, the body lacks weights or has other shapes than the config says,
+            or the head was made for other labels.
+    """
+    if len(label_names) != num_labels or num_labels < 1:
+        raise ModelError(f"{num_labels} labels need as many names, got {list(label_names)}")
+    config = load_config(source, revision)
+    stored = [str(name) for _, name in sorted(dict(config.id2label or {}).items())]
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
+    model, info = read_weights(
+        AutoModelForSequenceClassification, source, config, dtype, revision=revision, attention=attn_implementation
+    )
+    missing = set(info["missing_keys"])
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    _check_body(model, source, missing | mismatched)
+    if missing | mismatched or not _same_labels(stored, label_names):
+        had_head = any(name not in missing for name in _head_names(model))
+        if had_head and not replace_head:
+            raise ModelError(
+                f"{source}: the classification head was made for the labels {stored}, the task has {list(label_names)}"
+            )
+        fresh = set(_head_names(model)) | missing
+        _initialise(model, fresh, float(getattr(config, "initializer_range", 0.02)), seed)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def read_weights(
+    auto: Any,
+    source: str | Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    revision: str | None = None,
+    attention: str | None = None,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Reads a model from safetensors; what is missing or misshapen is for the caller to judge.
+
+    Args:
+        auto: transformers' class for the kind of model.
+        source: folder or hub id.
+        config: of the model.
+        dtype: type of all weights.
+        revision: hub revision.
+        attention: ``eager``, ``sdpa``, ...; default: transformers' choice.
+        options: further arguments of ``from_pretrained``.
+
+    Returns:
+        The model and transformers' loading info (``missing_keys``, ``mismatched_keys``).
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    if attention:
+        options["attn_implementation"] = attention
+    # transformers draws missing weights from the global generator, which is not ours to move.
+    with explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
+        found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+            str(source),
+            config=config,
+            revision=revision or "main",
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    return found
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None, padded: bool = True) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer that can pad, unless ``padded`` is False: then it may lack a padding token.
+
+    Raises:
+        ModelError: there is none, or it has no padding token.
+    """
+    with explained(source, "a tokenizer"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
+    if padded and tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{source}: its tokenizer has no padding token, which batches need; set 'pad_token' in its "
+            f"tokenizer_config.json (for example to the unknown or end-of-text token)"
+        )
+    return tokenizer
+
+
+def load_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """Loads ``config.json`` of a folder or hub id.
+
+    Raises:
+        ModelError: it is missing, unreadable, or of an architecture that transformers does not know.
+    """
+    with explained(source, "a model config"), quiet():
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(source), revision=revision or "main", trust_remote_code=False
+        )
+    return config
+
+
+def _head_names(model: PreTrainedModel) -> list[str]:
+    body = model.base_model_prefix + "."
+    return [name for name, _ in model.named_parameters() if not name.startswith(body)]
+
+
+def _check_body(model: PreTrainedModel, source: str | Path, absent: set[str]) -> None:
+    # A masked-language-model checkpoint has no pooler; it is then as new as the classifier.
+    body, pooler = model.base_model_prefix + ".", model.base_model_prefix + ".pooler."
+    lost = sorted(name for name in absent if name.startswith(body) and not name.startswith(pooler))
+    if lost:
+        raise ModelError(
+            f"{source}: {len(lost)} weights of {type(model).__name__} are missing or have another shape than "
+            f"config.json says, e.g. {', '.join(lost[:3])}"
+        )
+
+
+def _same_labels(stored: Sequence[str], wanted: Sequence[str]) -> bool:
+    unnamed = list(stored) == [f"LABEL_{i}" for i in range(len(stored))]
+    return len(stored) == len(wanted) and (unnamed or list(stored) == list(wanted))
+
+
+def _initialise(model: nn.Module, names: set[str], spread: float, seed: int) -> None:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in names and weight.dim() > 1:
+                drawn = torch.empty(weight.shape).normal_(0.0, spread, generator=torch_rng(seed, "model", "head", name))
+                weight.copy_(drawn)
+            elif name in names and name.endswith("bias"):
+                weight.zero_()
+
+
+Quantisation = Literal["8bit", "4bit"]
+
+
+def load_causal(
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    quantisation: Quantisation | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model, in evaluation mode; each weight goes into ``dtype`` as it is read.
+
+    Args:
+        source: folder or hub id; weights must be safetensors, in any type.
+        dtype: type of the weights; with ``quantisation`` of those that are not quantised.
+        revision: hub revision.
+        attn_implementation: ``eager``, ``sdpa``, ...; default: transformers' choice.
+        quantisation: keep linear layers but the output embedding in 8 bits (Dettmers et al., 2022) or in 4-bit
+            NormalFloat (Dettmers et al., 2023) on the current GPU; needs bitsandbytes.
+
+    Raises:
+        ModelError: nothing loadable there, not a causal language model, one whose scores are not its output embedding
+            of the last hidden state, or weights that are missing or have other shapes than config.json says.
+    """
+    config = load_config(source, revision)
+    check_kind(config, "generation", str(source))
+    options = {"quantization_config": _bits(quantisation, dtype)} if quantisation else {}
+    model, info = read_weights(
+        AutoModelForCausalLM, source, config, dtype, revision=revision, attention=attn_implementation, **options
+    )
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if absent:
+        raise ModelError(
+            f"{source}: {len(absent)} weights of {type(model).__name__} are missing or have another shape than "
+            f"config.json says, e.g. {', '.join(absent[:3])}"
+        )
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+def _bits(quantisation: Quantisation, dtype: torch.dtype) -> BitsAndBytesConfig:
+    # It would say at every layer and step that it rounds what it is given to float16 first.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if quantisation == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def load_base(
+    folder: str | Path,
+    kind: TaskKind,
+    labels: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    *,
+    attn_implementation: str | None = None,
+    quantisation: Quantisation | None = None,
+) -> PreTrainedModel:
+    """Loads the model of a task's kind, in evaluation mode.
+
+    Args:
+        folder: as `hub.materialise` or a base stage wrote it.
+        kind: ``classification`` (`load_classifier`) or ``generation`` (`load_causal`).
+        labels: class names in the order of their ids; without meaning for generation.
+        dtype: type of the weights.
+        attn_implementation: ``eager``, ``sdpa``, ...; default: transformers' choice.
+        quantisation: of a language model only.
+
+    Raises:
+        ModelError: see `load_classifier` and `load_causal`.
+    """
+    if kind == "generation":
+        return load_causal(folder, dtype, attn_implementation=attn_implementation, quantisation=quantisation)
+    return load_classifier(folder, len(labels), labels, dtype, attn_implementation=attn_implementation)

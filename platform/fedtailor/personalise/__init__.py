@@ -1,0 +1,1 @@
+"""An adapter for a client of your own; export."""

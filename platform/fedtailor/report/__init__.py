@@ -1,0 +1,208 @@
+"""Write_report: all files of a report.
+
+The report of a run: numbers (CSV, JSON), the paper's tables (Markdown, LaTeX), figures, one HTML page.
+
+From a run folder to its report: gathers what `report` is told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+
+from fedtailor.core.errors import StorageError
+from fedtailor.core.messages import FloatArray
+from fedtailor.report import cost, figures, side_by_side, significance, summary, tables
+from fedtailor.report import metrics as metrics_of
+from fedtailor.report import page as html
+from fedtailor.report import scores as results
+from fedtailor.report import significance as verdicts
+from fedtailor.report.facts import Evidence, Facts, gather, read_facts
+from fedtailor.report.metrics import Measure
+from fedtailor.report.names import in_pool_order
+from fedtailor.storage.digest import DONE
+from fedtailor.storage.files import join
+from fedtailor.storage.run_folder import RunFolder
+
+__all__ = ["Evidence", "gather", "write_report"]
+
+
+def write_report(
+    run: Mapping[str, Any],
+    metrics: pd.DataFrame,
+    strategies: Mapping[tuple[str, int], Mapping[str, FloatArray]],
+    modules: Sequence[str],
+    out: Path,
+    evidence: Evidence | None = None,
+) -> dict[str, Path]:
+    """Writes everything a reader needs into ``out``. Equal input, in any order of rows, gives equal bytes.
+
+    Incomplete data are fine: what cannot be made is left out, and the page says why.
+
+    Args:
+        run: content of ``run.json``: run_id, config (nested), overrides ({key, default, value} each), stages,
+            versions, hardware, git, status; optionally failures and warnings (counts or lists).
+        metrics: rows of `fedtailor.core.messages.METRIC_COLUMNS`.
+        strategies: (method, seed) to client to lambda, (L, r_init) float32.
+        modules: names of the L adapted modules.
+        out: folder, made if missing; files of an earlier report are replaced.
+        evidence: what `gather` found besides; without it, data, pretraining and cost are left out.
+
+    Returns:
+        files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
+        ``table_<pool>.md``, ``.csv`` and ``.tex``, ``significance.md``, ``.csv`` and ``.tex``, ``cost.csv``,
+        ``metrics_<pool>.md``, ``.csv`` and ``.tex`` (generation), ``figures/<name>.png`` and ``.svg``.
+
+    Raises:
+        DataError: a metric column is missing, a number is given twice, or a share is outside [0, 1].
+    """
+    frame = results.checked(metrics)
+    scored = results.scores(frame)
+    measure, found = metrics_of.primary(scored), results.blocks(scored)
+    beside = side_by_side.beside(scored)
+    known = evidence or Evidence()
+    facts = read_facts(run, len(modules), frame, known)
+    pairs = significance.compare(scored, found)
+    spent = cost.cost(run.get("stages") or (), known.times, known.events)
+    out.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(out)
+    _csv(out / "results.csv", results.results_table(scored))
+    _write(
+        out / "summary.json",
+        json.dumps(_summary(facts.run_id, measure, found, pairs, beside), indent=2, ensure_ascii=False, allow_nan=False)
+        + "\n",
+    )
+    _write_tables(facts, measure, found, pairs, out)
+    _write_beside(facts, beside, out)
+    if len(spent):
+        _csv(out / "cost.csv", spent)
+    drawn = figures.draw(frame, found, strategies, modules, known, out / "figures")
+    content = html.Content(
+        facts, run, found, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent, beside
+    )
+    _write(out / "report.html", html.render(content))
+    return {path.relative_to(out).as_posix(): path for path in _report_files(out)}
+
+
+def _write_tables(
+    facts: Facts, measure: Measure, found: Sequence[results.Block], pairs: Sequence[significance.Pair], out: Path
+) -> None:
+    for pool in in_pool_order(block.pool for block in found):
+        blocks, name = [block for block in found if block.pool == pool], f"table_{tables.file_label(pool)}"
+        _write(out / f"{name}.md", tables.markdown_table(facts, blocks))
+        _write(out / f"{name}.tex", tables.latex_table(facts, blocks))
+        _csv(out / f"{name}.csv", tables.csv_table(blocks))
+    if pairs:
+        _csv(out / "significance.csv", significance.table(pairs))
+        _write(out / "significance.md", verdicts.markdown(pairs, facts.scale, measure))
+        _write(out / "significance.tex", verdicts.latex(pairs, facts.scale, measure))
+
+
+def _write_beside(facts: Facts, beside: Sequence[side_by_side.Beside], out: Path) -> None:
+    for table in beside:
+        name = f"metrics_{tables.file_label(table.pool)}"
+        _write(out / f"{name}.md", side_by_side.markdown(facts, table))
+        _write(out / f"{name}.tex", side_by_side.latex(facts, table))
+        _csv(out / f"{name}.csv", side_by_side.csv_table(table))
+
+
+def _summary(
+    run_id: str,
+    measure: Measure,
+    found: list[results.Block],
+    pairs: list[significance.Pair],
+    beside: Sequence[side_by_side.Beside],
+) -> dict[str, Any]:
+    return {
+        "run_id": run_id,
+        "metric": measure.name,
+        "unit": "fraction",
+        "seeds": sorted({seed for block in found for seed in block.seeds}),
+        "tie_rule": results.TIE_RULE,
+        "comparison_rule": significance.rule(measure),
+        "results": summary.summary_records(found, pairs, beside),
+    }
+
+
+def _report_files(out: Path) -> list[Path]:
+    stems = ("report.html", "results.csv", "summary.json", "cost.csv", "significance.*")
+    patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "metrics_*", "figures/*.png", "figures/*.svg")
+    return sorted(path for pattern in patterns for path in out.glob(pattern))
+
+
+def _remove_earlier(out: Path) -> None:
+    for path in _report_files(out):
+        path.unlink()
+
+
+def _write(path: Path, words: str) -> None:
+    path.write_text(words, encoding="utf-8", newline="\n")
+
+
+def _csv(path: Path, table: pd.DataFrame) -> None:
+    table.to_csv(path, index=False, lineterminator="\n")
+
+
+PAGE = "report.html"
+
+
+def report_of(run: RunFolder, out: Path | None = None) -> Path | str:
+    """Writes a run's report and returns its page.
+
+    Args:
+        run: at least one round of it is committed.
+        out: new local folder; None: ``<run>/report/`` anew, on a remote storage by uploading it.
+
+    Raises:
+        StorageError: nothing is committed yet, or ``out`` is not empty.
+    """
+    if out is not None:
+        refuse_used(out)
+        return _write_all(run, out)
+    path = join(run.run_id, "report")
+    if run.storage.is_local:
+        return _write_all(run, run.storage.local_path(path))
+    with TemporaryDirectory() as made:
+        page = _write_all(run, Path(made))
+        run.storage.delete(path)
+        # The page last: whoever finds it finds what it shows.
+        for file in sorted(Path(made).rglob("*"), key=lambda file: (file == page, file)):
+            if file.is_file():
+                run.storage.upload(file, join(path, file.relative_to(made).as_posix()))
+    return f"{run.storage.url.rstrip('/')}/{path}/{PAGE}"
+
+
+def refuse_used(out: Path) -> None:
+    """Keeps ``--out`` from mixing with what is there.
+
+    Raises:
+        StorageError: the folder is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StorageError(f"--out {out} is there already and not an empty folder")
+
+
+def _write_all(run: RunFolder, out: Path) -> Path:
+    metrics = run.metrics()
+    if metrics.empty:
+        raise StorageError(f"run '{run.run_id}' has committed nothing yet that could be reported")
+    warnings = [event for event in run.events() if event.get("kind") == "warning"]
+    facts = {
+        **run.info(), "status": run.status()["state"], "failures": run.failures(), "warnings": warnings,
+    }  # fmt: skip
+    write_report(facts, metrics, run.strategies(), modules_of(run), out, gather(run))
+    return out / PAGE
+
+
+def modules_of(run: RunFolder) -> tuple[str, ...]:
+    """The adapted linear layers, from the first finished stage that names them."""
+    for stage in run.stages():
+        path = f"artifacts/{stage['artifact']}/{DONE}"
+        if run.storage.exists(path) and (found := run.storage.read_json(path)["modules"]):
+            return tuple(str(name) for name in found)
+    return ()

@@ -1,0 +1,54 @@
+"""Where the compared runs are on W&B, and a W&B report of them. Nothing here can fail a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from fedtailor.report import wandb as wandb_sink
+from fedtailor.report.compare_read import Side
+from fedtailor.report.names import shortened
+from fedtailor.report.wording import at
+
+REPORTS = "wandb_workspaces"
+"""Package that writes W&B reports."""
+
+_LONGEST_TITLE = 128
+
+
+def on_wandb(sides: Sequence[Side], text: str) -> tuple[str, ...]:
+    """Sentences with addresses; empty, without any network call, unless all runs have ``wandb.mode=online``.
+
+    Args:
+        sides: the compared runs.
+        text: Markdown for the report.
+    """
+    if any(at(side.info["config"], "wandb.mode") != "online" for side in sides):
+        return ()
+    try:
+        places = [wandb_sink.place(side.folder) for side in sides]
+        links = _links(places)
+    except Exception as error:  # W&B lets errors of many libraries through, and none may fail a comparison
+        return (f"No link to W&B: {type(error).__name__}: {error}",)
+    if find_spec(REPORTS) is None:
+        return (*links, f"A W&B report of these runs needs the package {REPORTS.replace('_', '-')}.")
+    title = shortened(f"fedtailor: {', '.join(place.name for place in places)}", _LONGEST_TITLE)
+    try:
+        return (*links, f"Report: {wandb_sink.write_report(places, title, text, _keys(sides))}")
+    except Exception as error:  # as above
+        return (*links, f"No W&B report: {type(error).__name__}: {error}")
+
+
+def _links(places: Sequence[wandb_sink.Place]) -> list[str]:
+    """A sentence per project."""
+    found = []
+    for entity, project in dict.fromkeys((place.entity, place.project) for place in places):
+        here = ", ".join(f"{p.name}: {p.id}" for p in places if (p.entity, p.project) == (entity, project))
+        found.append(f"{wandb_sink.address(entity, project)} (runs {here})")
+    return found
+
+
+def _keys(sides: Sequence[Side]) -> list[str]:
+    """Summary values that `wandb_sink.final_results` gives to all runs."""
+    keys = [set(wandb_sink.final_results(side.values)[0]) for side in sides]
+    return sorted(set.intersection(*keys))

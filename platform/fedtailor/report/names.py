@@ -1,0 +1,127 @@
+"""What a reader sees in place of an identifier, and in which order: methods, pools, languages, modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from babel import Locale
+from babel.core import UnknownLocaleError, get_global
+
+METHOD_NAMES: dict[str, str] = {
+    "majority": "Majority", "base": "Base", "lora": "LoRA", "adalora": "AdaLoRA",
+    "bayestune_lora": "BayesTune-LoRA", "fedl2p": "FedL2P", "fedp2eft": "FedP²EFT", "fedavg": "FedAvg",
+    "fedprox": "FedProx", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
+    "fedavgm": "FedAvgM", "hetlora": "HETLoRA", "pf2lora": "PF2LoRA", "pfedgpt": "pFedGPT",
+    "perfit": "PerFIT", "feddpa": "FedDPA-T", "dept": "DEPT", "none": "off the shelf",
+}  # fmt: skip
+
+METHOD_ORDER: tuple[str, ...] = (
+    "majority",
+    "base",
+    "lora",
+    "adalora",
+    "bayestune_lora",
+    "fedl2p",
+    "fedp2eft",
+)
+"""As in the columns of FedP2EFT's tables, floor and base first; other methods follow alphabetically."""
+
+_METRICS = {
+    "train_loss": "Training loss", "psg_loss": "PSG loss (L1)", "psg_loss_after": "PSG loss after the step",
+    "lambda_target_median": "Median of the λ targets", "lambda_target_min": "Minimum of the λ targets",
+    "lambda_target_max": "Maximum of the λ targets", "lambda_target_sd": "SD of the λ targets",
+    "ce_gradient_share": "Gradient share of the cross-entropy",
+    "epsilon": "Epsilon spent, with the stages before", "clipped_share": "Share of clients clipped",
+    "update_norm": "Norm of the cohort's mean update", "noise_norm": "Norm of its noise",
+    "noise_to_update": "Noise / update", "secagg_up_bytes": "Bytes up per client",
+    "secagg_down_bytes": "Bytes down per client", "secagg_vanished": "Clients that vanished",
+}  # fmt: skip
+
+
+def method_name(method: str) -> str:
+    """Name of a method as printed, e.g. ``FedP²EFT``; the identifier itself where none is known."""
+    return METHOD_NAMES.get(method, method)
+
+
+def in_method_order(methods: Iterable[str]) -> tuple[str, ...]:
+    """Each method once, `METHOD_ORDER` first.
+
+    >>> in_method_order(["zeta", "fedp2eft", "alpha", "base", "base"])
+    ('base', 'fedp2eft', 'alpha', 'zeta')
+    """
+    rank = {name: k for k, name in enumerate(METHOD_ORDER)}
+    return tuple(sorted(set(methods), key=lambda name: (rank.get(name, len(rank)), name)))
+
+
+def in_pool_order(pools: Iterable[str]) -> tuple[str, ...]:
+    """Each pool once: seen, unseen, then others alphabetically."""
+    rank = {"seen": 0, "unseen": 1}
+    return tuple(sorted(set(pools), key=lambda name: (rank.get(name, 2), name)))
+
+
+def pool_name(pool: str) -> str:
+    """``Seen clients``, ``Unseen clients``; ``All clients`` for the empty pool."""
+    return f"{pool[:1].upper()}{pool[1:]} clients" if pool else "All clients"
+
+
+@cache
+def language_name(code: str) -> str:
+    """English name of a language from Unicode CLDR; the code itself where CLDR has none.
+
+    Args:
+        code: ISO 639-1 or 639-3, optionally with script or territory.
+
+    >>> language_name("amh"), language_name("pcm"), language_name("pt-BR"), language_name("q??")
+    ('Amharic', 'Nigerian Pidgin', 'Brazilian Portuguese', 'q??')
+    """
+    names = Locale("en").languages
+    short = short_code(code)
+    name = names.get(short, names.get(code))
+    if name is None and (locale := _locale(short)) is not None:
+        name = locale.get_display_name("en")
+    return str(name or code)
+
+
+@cache
+def own_name(code: str) -> str | None:
+    """What its speakers call a language, from Unicode CLDR; None where CLDR does not say.
+
+    >>> own_name("ur"), own_name("yor"), own_name("q??")
+    ('اردو', 'Èdè Yorùbá', None)
+    """
+    locale = _locale(short_code(code))
+    return None if locale is None else locale.get_display_name()
+
+
+@cache
+def text_direction(code: str) -> str:
+    """``rtl`` or ``ltr``, for markup."""
+    locale = _locale(short_code(code))
+    return "ltr" if locale is None else str(locale.text_direction)
+
+
+def short_code(code: str) -> str:
+    """The tag under which Unicode CLDR lists a language.
+
+    >>> short_code("amh"), short_code("pt-BR")
+    ('am', 'pt_BR')
+    """
+    return str(get_global("language_aliases").get(code, code)).replace("-", "_")
+
+
+def _locale(short: str) -> Locale | None:
+    try:
+        return Locale.parse(short)
+    except (ValueError, UnknownLocaleError):
+        return None
+
+
+def shortened(word: str, limit: int) -> str:
+    """At most ``limit`` characters, with an ellipsis where some were cut."""
+    return word if len(word) <= limit else f"{word[: limit - 1]}…"
+
+
+def metric_name(metric: str) -> str:
+    """Name of a metric on an axis."""
+    return _METRICS.get(metric, metric[:1].upper() + metric[1:].replace("_", " "))

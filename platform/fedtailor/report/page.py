@@ -1,0 +1,238 @@
+"""One self-contained page: inline styles, SVG figures that follow light and dark, no scripts or requests."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedtailor.report import cost, names, side_by_side, significance, tables
+from fedtailor.report.facts import Facts
+from fedtailor.report.fonts import can_draw, embedded
+from fedtailor.report.metrics import ACCURACY, Measure
+from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
+from fedtailor.report.significance import Pair, against, rule
+from fedtailor.report.style import GRID, INK, MUTED, Drawing, Missing
+from fedtailor.report.wording import at, counted, leaves, text
+from fedtailor.tasks.config import NATURAL_CLIENTS
+
+_PAINT = {
+    INK: "var(--ink)", MUTED: "var(--fig-muted)", GRID: "var(--fig-grid)", "#ffffff": "var(--card)",
+    "#4a4f57": "var(--fig-base)",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure on the page; ``svg`` is None where there is none, then ``caption`` says why."""
+
+    anchor: str
+    title: str
+    caption: str
+    svg: Markup | None
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the page shows.
+
+    Args:
+        facts: facts of the run.
+        run: content of ``run.json``, for the configuration and provenance sections.
+        found: blocks of the tables.
+        pairs: paired comparisons.
+        drawn: figures with their files (png, svg), or why there is none.
+        notes: sentences on incomplete data.
+        ties: (method, budget) to share of ranks tied at the threshold.
+        spent: `cost.cost`.
+        beside: all measures of a generation run, a table per pool.
+    """
+
+    facts: Facts
+    run: Mapping[str, Any]
+    found: Sequence[Block]
+    pairs: Sequence[Pair]
+    drawn: Sequence[tuple[Drawing | Missing, tuple[Path, ...]]]
+    notes: Sequence[str]
+    ties: Mapping[tuple[str, int], float]
+    spent: pd.DataFrame
+    beside: Sequence[side_by_side.Beside] = ()
+
+    @property
+    def measure(self) -> Measure:
+        """What the tables show."""
+        return self.found[0].measure if self.found else ACCURACY
+
+
+def render(content: Content) -> str:
+    """The page as text; every value from the run is HTML-escaped."""
+    facts, run, found, pairs = content.facts, content.run, content.found, content.pairs
+    pools = {pool: [b for b in found if b.pool == pool] for pool in names.in_pool_order(b.pool for b in found)}
+    versus = against(pairs)
+    page: str = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            facts=facts,
+            measure=content.measure,
+            beside=[(table, list(side_by_side.lines(table))) for table in content.beside],
+            tiles=_tiles(facts, run, pools),
+            headlines=[_headline(blocks, versus) for blocks in pools.values()],
+            pools=pools,
+            methods={
+                pool: names.in_method_order(m for b in blocks for m in b.methods) for pool, blocks in pools.items()
+            },
+            languages={pool: tables.languages_of(blocks) for pool, blocks in pools.items()},
+            block_title=tables.block_title,
+            reference=names.method_name(REFERENCE),
+            absent=tables.ABSENT,
+            versus=versus,
+            marks=significance.MARKS,
+            grids={pool: significance.grid(pairs, pool) for pool in names.in_pool_order(p.pool for p in pairs)},
+            sentences={pool: significance.sentences(pairs, pool) for pool in pools},
+            captions={pool: tables.caption(facts, blocks) for pool, blocks in pools.items()},
+            figures=[_figure(k, entry, files) for k, (entry, files) in enumerate(content.drawn)],
+            notes=content.notes,
+            ties=[(names.method_name(m), r, value) for (m, r), value in sorted(content.ties.items())],
+            spent=content.spent.to_dict("records"),
+            fonts=embedded(own for b in found for code in b.languages if (own := _own_name(code))),
+            config=leaves(run["config"]) if run.get("config") else [],
+            stages=_stages(run.get("stages")),
+            provenance=[(key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)],
+            tie_rule=TIE_RULE,
+            comparison_rule=rule(content.measure),
+            cost_rule=cost.RULE,
+            load_rule=cost.LOAD_RULE,
+        )
+    )
+    return page
+
+
+def _environment() -> Environment:
+    loader = PackageLoader("fedtailor.report", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": tables.percent, "points": tables.points, "p": significance.p_text}
+    environment.filters |= {"language": names.language_name, "own_name": _own_name, "direction": names.text_direction}
+    environment.filters |= {"tag": lambda code: names.short_code(code).replace("_", "-"), "number": _number}
+    environment.filters |= {
+        "method": names.method_name, "pool": names.pool_name, "interval": significance.interval_text,
+        "pair": significance.pair_title, "budget": significance.budget_title,
+    }  # fmt: skip
+    environment.tests["known"] = lambda value: not math.isnan(value)
+    return environment
+
+
+def _own_name(code: str) -> str | None:
+    """A language's own name, where it tells more than the English one and can be shown."""
+    own = names.own_name(code)
+    if own is None or own.casefold() == names.language_name(code).casefold() or not can_draw(own):
+        return None
+    return own
+
+
+def _number(value: float) -> str:
+    """A time or a speed: about three digits, thousands grouped; `ABSENT` where unknown."""
+    if math.isnan(value):
+        return tables.ABSENT
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]) -> list[tuple[str, str]]:
+    seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
+    budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
+    languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
+    evenly = at(run.get("config"), "task.name") in (*NATURAL_CLIENTS, "dolly")  # no Dirichlet draw
+    measure = next((b.measure for blocks in pools.values() for b in blocks), ACCURACY)
+    clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
+    tiles = [
+        ("Task", facts.task),
+        ("Model", facts.model),
+        ("Adapted layers L", str(facts.n_modules)),
+        ("Clients", clients),
+        (measure.groups.capitalize(), str(len(languages)) if languages else ""),
+        ("Budgets r", ", ".join(map(str, budgets))),
+        ("Seeds", ", ".join(map(str, seeds))),
+        ("Base", facts.base_line),
+        ("Strategy", facts.strategy_line),
+        ("Scale", text(at(run.get("config"), "scale") or 1)),
+        *([] if evenly else [("Alpha (label skew)", text(at(run.get("config"), "task.alpha")))]),
+        ("Status", facts.status),
+        ("Failures", text(facts.failures)),
+        ("Warnings", text(facts.warnings)),
+    ]
+    return [(name, value or tables.ABSENT) for name, value in tiles]
+
+
+def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, str], Pair]) -> str:
+    """The best method of a pool in one sentence."""
+    block, method = max(((b, m) for b in blocks for m in b.methods), key=lambda pair: pair[0].average[pair[1]].mean)
+    where = "" if block.budget is None or method in block.without_budget else f" at r = {block.budget}"
+    ties = [names.method_name(m) for m in block.methods if block.average[m].best and m != method]
+    shared = f" (shared with {', '.join(ties)})" if ties else ""
+    measure = block.measure
+    told = measure.mean if measure.name == ACCURACY.name else f"{measure.title}, {measure.mean}"
+    pool, top = names.pool_name(block.pool), tables.percent(block.average[method].mean)
+    best = f"{pool}: {names.method_name(method)}{where} has the highest {told}, {top} %{shared}"
+    pair = versus.get((block.pool, block.budget, method))
+    if pair is None:
+        return f"{best}."
+    base, gain = names.method_name(REFERENCE), tables.points(pair.difference)
+    of = counted(pair.n_clients, "client")
+    if pair.p_holm is None:
+        return f"{best}; {gain} points over {base} ({of}, so no test)."
+    words = {"better": f"better than {base}", "worse": f"worse than {base}", "undecided": f"undecided against {base}"}
+    test = f"95 % interval {significance.interval_text(pair)}, {of}, corrected p {significance.p_text(pair.p_holm)}"
+    return f"{best}; per client {gain} points over {base}, {words[pair.verdict]} ({test})."
+
+
+def _figure(number: int, entry: Drawing | Missing, files: tuple[Path, ...]) -> Figure:
+    anchor = re.sub(r"[^a-z0-9]+", "-", entry.title.lower()).strip("-")
+    if isinstance(entry, Missing):
+        return Figure(anchor, entry.title, f"Left out: {entry.reason}.", None)
+    return Figure(
+        anchor,
+        entry.title,
+        entry.caption,
+        inline_svg(files[1].read_text("utf-8"), f"f{number}", entry.title),
+    )
+
+
+def inline_svg(svg: str, name: str, title: str) -> Markup:
+    """An SVG file as part of a page: no prolog, comments or metadata; its greys become CSS variables.
+
+    Args:
+        svg: a file that `style.save` wrote; its texts are paths, so without comments it holds no run data.
+        name: prefix of its ids, which must differ between the figures of a page.
+        title: accessible name.
+    """
+    svg = re.sub(r"<!--.*?-->|<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for colour, variable in _PAINT.items():
+        svg = svg.replace(colour, variable)
+    width = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+    # Points to CSS pixels; on a narrow page a figure scrolls rather than becoming too small to read.
+    natural = float(width[1]) * 4 / 3 if width else 900.0
+    size = f'style="width:{natural:.0f}px;min-width:{min(natural, 820):.0f}px" '
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*pt"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*pt"', r"\1", svg))
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+    label = Markup('role="img" aria-label="{}" ').format(title)
+    return Markup(re.sub(r"\n\s*", "\n", svg).strip().replace("<svg ", f"<svg {size}{label}", 1))
+
+
+def _stages(stages: Any) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the stages: one column per key where they are records, else one column."""
+    if isinstance(stages, Mapping):
+        stages = [
+            {"key": key, **(value if isinstance(value, Mapping) else {"value": value})} for key, value in stages.items()
+        ]
+    records = [stage if isinstance(stage, Mapping) else {"key": stage} for stage in stages or ()]
+    columns = list(dict.fromkeys(str(key) for record in records for key in record))
+    return columns, [[text(record.get(column)) for column in columns] for record in records]

@@ -1,0 +1,307 @@
+"""Paired tests, Holm; in words and tables.
+
+Is one method better than another? Paired t-tests over clients, Holm-corrected, per pool and budget.
+
+A client's score (its accuracy, or the mean over its answers) is averaged over the seeds that both methods have; the
+test is on the differences between the two methods over clients (Student's t for paired samples). Within a pool and
+budget, the p-values of all pairs are corrected together: S. Holm, A Simple Sequentially Rejective Multiple Test
+Procedure, Scand. J. Statist. 6 (1979), 65-70.
+
+The paired comparisons in words and as tables in Markdown and LaTeX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from fedtailor.report.metrics import ACCURACY, Measure, primary
+from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
+from fedtailor.report.scores import REFERENCE, Block, client_scores
+from fedtailor.report.tables import ABSENT, file_label, points
+from fedtailor.report.wording import LATEX, MARKDOWN, escape, pipes
+
+LEVEL = 0.05
+
+CENTRES = (REFERENCE, "lora", "fedp2eft")
+"""Every other method is compared with each of these."""
+
+NOT_COMPARED = ("majority",)
+"""A floor, no method."""
+
+_RULE = (
+    "Each client's {phrase} is averaged over seeds; the difference of two methods is then tested over clients with a "
+    "paired t-test (two-sided), which takes clients as independent. p-values are Holm-corrected over all pairs of a "
+    "pool and budget; below {level:g} the verdict is 'better' or 'worse', else 'undecided'. The 95 % intervals are "
+    "of the single comparisons, without correction."
+)
+
+Verdict = Literal["better", "worse", "undecided"]
+
+COLUMNS = (
+    "pool", "budget", "method", "other", "n_clients", "mean_difference", "standard_error", "ci95_low", "ci95_high",
+    "p", "p_holm", "verdict",
+)  # fmt: skip
+
+_NOISE = 12
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``method`` against ``other``, in fractions. Without a spread (one client) there is no interval and no p.
+
+    Args:
+        budget: r, None where no method of the run has budgets.
+        difference: mean over clients of score(method) - score(other).
+        interval: 95 % confidence interval of the difference.
+        p: two-sided, of this test alone; ``p_holm`` corrected over the pairs of the same pool and budget.
+    """
+
+    pool: str
+    budget: int | None
+    method: str
+    other: str
+    n_clients: int
+    difference: float
+    standard_error: float | None
+    interval: tuple[float, float] | None
+    p: float | None
+    p_holm: float | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of ``method``, at `LEVEL` after correction."""
+        if self.p_holm is None or self.p_holm >= LEVEL:
+            return "undecided"
+        return "better" if self.difference > 0 else "worse"
+
+
+def compare(scored: pd.DataFrame, found: Sequence[Block]) -> list[Pair]:
+    """All pairs of every block, in order of pool, budget, method.
+
+    Args:
+        scored: rows of `results.scores`.
+        found: blocks of the tables.
+    """
+    clients = client_scores(scored[scored["metric"] == primary(scored).name])
+    pairs = []
+    for block in found:
+        here = clients[(clients["pool"] == block.pool) & clients["budget"].isin([-1, block.budget or -1])]
+        # As in the tables: a method with budgets and a stray row without is taken at its budget.
+        here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["method", "seed", "client"])
+        wide = here.pivot_table(index=["client", "seed"], columns="method", values="value")
+        pairs += _corrected([_pair(block, wide, one, other) for one, other in _opponents(block.methods)])
+    return pairs
+
+
+def rule(measure: Measure = ACCURACY) -> str:
+    """What the tests are, for readers of a report."""
+    return _RULE.format(phrase=measure.phrase, level=LEVEL)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction, in the order given.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    values = np.asarray(p_values, np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(steps, 1.0)
+    return [float(value) for value in corrected]
+
+
+def table(pairs: Sequence[Pair]) -> pd.DataFrame:
+    """``significance.csv``: `COLUMNS`, a row per pair; differences are fractions, budget -1 where there is none."""
+    rows = [
+        (
+            p.pool, -1 if p.budget is None else p.budget, p.method, p.other, p.n_clients, p.difference,
+            p.standard_error, *(p.interval or (None, None)), p.p, p.p_holm, p.verdict,
+        )
+        for p in pairs
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def against(pairs: Sequence[Pair], other: str = REFERENCE) -> Mapping[tuple[str, int | None, str], Pair]:
+    """(pool, budget, method) to the comparison with ``other``."""
+    return {(pair.pool, pair.budget, pair.method): pair for pair in pairs if pair.other == other}
+
+
+def _opponents(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Later method against earlier one, in the order of the tables."""
+    ordered = [name for name in in_method_order(methods) if name not in NOT_COMPARED]
+    chosen = [(b, a) for a, b in combinations(ordered, 2) if a in CENTRES or b in CENTRES]
+    return sorted(chosen, key=lambda pair: (ordered.index(pair[0]), ordered.index(pair[1])))
+
+
+def _pair(block: Block, wide: pd.DataFrame, one: str, other: str) -> Pair:
+    both = wide[[one, other]].dropna()
+    gain = (both[one] - both[other]).groupby(level="client").mean()
+    return paired(Pair(block.pool, block.budget, one, other, 0, 0.0, None, None, None), gain.to_numpy(np.float64))
+
+
+def paired(blank: Pair, gain: npt.NDArray[np.float64]) -> Pair:
+    """``blank`` with the paired t-test over clients (Student, 1908); without two clients there is no test.
+
+    Args:
+        blank: its coordinates: pool, budget and who is compared.
+        gain: (n,) difference per client, a fraction.
+    """
+    # Equal scores must give exactly no difference, whatever the rounding of the means.
+    values: npt.NDArray[np.float64] = np.round(gain, _NOISE)
+    mean, n = float(values.mean()) if len(values) else float("nan"), len(values)
+    known = replace(blank, n_clients=n, difference=mean)
+    if n < 2:
+        return known
+    if np.ptp(values) == 0:
+        # No spread: a shift of all clients alike, or no difference at all.
+        return replace(known, standard_error=0.0, interval=(mean, mean), p=1.0 if mean == 0 else 0.0)
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    error = float(values.std(ddof=1) / np.sqrt(n))
+    return replace(known, standard_error=error, interval=(float(low), float(high)), p=float(test.pvalue))
+
+
+def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
+    tested = [pair.p for pair in pairs if pair.p is not None]
+    corrected = iter(holm(tested))
+    pairs = [pair for pair in pairs if pair.n_clients]
+    return [pair if pair.p is None else replace(pair, p_holm=next(corrected)) for pair in pairs]
+
+
+MARKS: Mapping[Verdict, str] = {"better": "▲", "undecided": "", "worse": "▼"}
+
+Key = tuple[str, str]
+
+
+def p_text(p: float | None) -> str:
+    """A p-value as printed, ``<0.001`` below that.
+
+    >>> p_text(0.04123), p_text(0.00001), p_text(None)
+    ('0.041', '<0.001', '–')
+    """
+    if p is None:
+        return ABSENT
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def interval_text(pair: Pair) -> str:
+    """``[+0.40, +2.06]`` in points."""
+    return ABSENT if pair.interval is None else f"[{points(pair.interval[0])}, {points(pair.interval[1])}]"
+
+
+def pair_title(key: Key) -> str:
+    """``FedP²EFT – LoRA``, the order of the subtraction."""
+    return f"{method_name(key[0])} – {method_name(key[1])}"
+
+
+def budget_title(budget: int | None) -> str:
+    """``r = 8``, or a phrase where no method has budgets."""
+    return "No budget" if budget is None else f"r = {budget}"
+
+
+def grid(pairs: Sequence[Pair], pool: str) -> tuple[list[int | None], dict[Key, dict[int | None, Pair]]]:
+    """Budgets, and for each (method, other) the comparison at each budget."""
+    here = [pair for pair in pairs if pair.pool == pool]
+    budgets = sorted({pair.budget for pair in here}, key=lambda r: -1 if r is None else r)
+    rows: dict[Key, dict[int | None, Pair]] = {}
+    for pair in here:
+        rows.setdefault((pair.method, pair.other), {})[pair.budget] = pair
+    order = in_method_order(name for key in rows for name in key)
+    return budgets, dict(sorted(rows.items(), key=lambda row: tuple(map(order.index, row[0]))))
+
+
+def sentences(pairs: Sequence[Pair], pool: str) -> list[str]:
+    """A sentence per method of a pool: against whom it is better, worse or undecided, and at which budgets."""
+    _, rows = grid(pairs, pool)
+    found = []
+    for method in reversed(in_method_order(key[0] for key in rows)):
+        parts = []
+        for verdict, words in (("better", "better than"), ("worse", "worse than"), ("undecided", "undecided against")):
+            whom = [
+                f"{method_name(other)}{_where(at, verdict)}"
+                for (one, other), at in rows.items()
+                if one == method and any(pair.verdict == verdict for pair in at.values())
+            ]
+            parts += [f"{words} {', '.join(whom)}"] if whom else []
+        found.append(f"{method_name(method)}: {'; '.join(parts)}.")
+    return found
+
+
+def _where(at: Mapping[int | None, Pair], verdict: str) -> str:
+    hits = [str(budget) for budget, pair in at.items() if pair.verdict == verdict and budget is not None]
+    if not hits or len(hits) == len(at):
+        return ""
+    return f" (r = {', '.join(hits)})"
+
+
+def markdown(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCURACY) -> str:
+    """``significance.md``: a table per pool, a row per pair, a column per budget.
+
+    Args:
+        pairs: all comparisons.
+        scale: a sentence on a run that was made smaller.
+        measure: what is compared.
+    """
+    parts = ["# Paired comparisons over clients", escape(_caption(scale, measure), MARKDOWN)]
+    for pool in in_pool_order(pair.pool for pair in pairs):
+        budgets, rows = grid(pairs, pool)
+        body = [["Pair", *(escape(budget_title(b), MARKDOWN) for b in budgets)]]
+        body += [
+            [escape(pair_title(key), MARKDOWN), *(escape(_cell(at.get(b)), MARKDOWN) for b in budgets)]
+            for key, at in rows.items()
+        ]
+        words = "\n".join(f"- {escape(sentence, MARKDOWN)}" for sentence in sentences(pairs, pool))
+        parts += [f"## {escape(pool_name(pool), MARKDOWN)} ({_clients(pairs, pool)})", pipes(body), words]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCURACY) -> str:
+    """``significance.tex`` (booktabs): a float per pool; arguments as in `markdown`."""
+    floats = [r"% needs \usepackage[utf8]{inputenc} and the packages amssymb, booktabs, graphicx"]
+    for pool in in_pool_order(pair.pool for pair in pairs):
+        budgets, rows = grid(pairs, pool)
+        titles = [escape(budget_title(b), LATEX).replace("r =", "$r$ =") for b in budgets]
+        body = [
+            " & ".join([escape(pair_title(key), LATEX), *(escape(_cell(at.get(b)), LATEX) for b in budgets)]) + r" \\"
+            for key, at in rows.items()
+        ]
+        words = escape(f"{pool_name(pool)} ({_clients(pairs, pool)}). {_caption(scale, measure)}", LATEX)
+        floats.append("\n".join([
+            r"\begin{table*}[p]", r"\centering\scriptsize",
+            rf"\caption{{{words}}}\label{{tab:pairs-{file_label(pool)}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{l{'r' * len(budgets)}}}", r"\toprule", " & ".join(["", *titles]) + r" \\",
+            r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table*}",
+        ]))  # fmt: skip
+    return "\n\n".join(floats) + "\n"
+
+
+def _caption(scale: str, measure: Measure) -> str:
+    lead = (
+        f"Mean difference in {measure.phrase} (points), its 95 % interval, and the corrected p; ▲ better, ▼ worse, no "
+        "mark undecided."
+    )
+    return " ".join(part for part in (lead, scale, rule(measure)) if part)
+
+
+def _clients(pairs: Sequence[Pair], pool: str) -> str:
+    counts = sorted({pair.n_clients for pair in pairs if pair.pool == pool})
+    return f"{counts[0]} clients" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} clients"
+
+
+def _cell(pair: Pair | None) -> str:
+    if pair is None:
+        return ABSENT
+    mark = MARKS[pair.verdict]
+    return f"{points(pair.difference)}{f' {mark}' if mark else ''} {interval_text(pair)} p {p_text(pair.p_holm)}"

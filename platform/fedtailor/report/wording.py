@@ -1,0 +1,107 @@
+"""Values and texts as people write them; Markdown and LaTeX escapes.
+
+Values of a run as people write them, and where to find them in nested mappings.
+
+Text of a run inside Markdown and LaTeX: escaped, and laid out as a table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+NOT_RECORDED = "not recorded"
+
+
+def at(tree: Any, path: str) -> Any:
+    """Value at a dotted path of a nested mapping, None where there is none."""
+    for key in path.split("."):
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def text(value: Any) -> str:
+    """A value as people write it: no quotes, lists in brackets, `NOT_RECORDED` for None."""
+    return NOT_RECORDED if value is None or value == "" else shown(value)
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 client``, ``2 clients``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def rounds(number: str) -> str:
+    """``20 rounds``, ``1 round``, or that it is not recorded."""
+    return counted(int(number), "round") if number.isdigit() else f"rounds {number}"
+
+
+def leaves(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted key and text of every leaf of a nested mapping, in order; long lists are numbered by index."""
+    if isinstance(tree, Mapping) and tree:
+        return [
+            leaf for key, value in tree.items() for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if _is_list(tree) and any(isinstance(item, Mapping) for item in tree):
+        return [leaf for k, value in enumerate(tree) for leaf in leaves(value, f"{prefix}[{k}]")]
+    return [(prefix, shown(tree))]
+
+
+def shown(value: Any) -> str:
+    """A value as people write it: no quotes, lists in brackets."""
+    if isinstance(value, str):
+        return value
+    if _is_list(value):
+        return f"[{', '.join(shown(item) for item in value)}]"
+    if value is None or isinstance(value, bool | Mapping):
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return str(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def spread(numbers: Iterable[int]) -> str:
+    """``3``, or ``3 to 7`` where they differ.
+
+    >>> spread([7, 3, 5]), spread([4, 4])
+    ('3 to 7', '4')
+    """
+    found = sorted(numbers)
+    low, high = found[0], found[-1]
+    return str(low) if low == high else f"{low} to {high}"
+
+
+LATEX: Mapping[str, str] = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "·": r"$\cdot$", "²": "$^2$", "λ": r"$\lambda$",
+    "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "▲": r"$\blacktriangle$",
+    "▼": r"$\blacktriangledown$", "\n": " ",
+}  # fmt: skip
+
+MARKDOWN: Mapping[str, str] = {c: f"\\{c}" for c in "\\`*_[]<>|#$~"} | {"\n": " ", "\r": " ", "&": "&amp;"}
+
+
+def escape(word: str, rules: Mapping[str, str]) -> str:
+    """``word`` with every letter that means something replaced.
+
+    >>> escape("a_b & 5 %", LATEX)
+    'a\\\\_b \\\\& 5 \\\\%'
+    """
+    return "".join(rules.get(letter, letter) for letter in word)
+
+
+def pipes(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, columns padded so that the source reads as well; the first row is its header."""
+    widths = [max(3, *(len(row[k]) for row in rows)) for k in range(len(rows[0]))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])

@@ -1,1 +1,0 @@
-"""Run folders, commits, resume, trackers and reports."""

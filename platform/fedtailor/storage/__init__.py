@@ -1,0 +1,1 @@
+"""Files, locks, commits, artifacts, run folders, digest."""

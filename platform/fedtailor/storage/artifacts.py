@@ -1,0 +1,291 @@
+"""Folders made once and published whole; this node's copies.
+
+Folders below ``artifacts/`` of a storage: made on this node, then published as a whole.
+
+``FILES.json``: the files of a published folder and their hashes. Written last, it is the mark that all are there.
+
+Folders of a local storage have none: they appear by one rename.
+
+A node's own copies of what a storage holds: downloaded once per node, verified, shared by its processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from fedtailor.core.errors import StorageError
+from fedtailor.core.files import staged_folder
+from fedtailor.core.messages import StageSpec
+from fedtailor.storage.backends import MissingFileError, explained
+from fedtailor.storage.files import Storage, join, safe_path
+from fedtailor.storage.lock import lock
+
+MANIFEST = "FILES.json"
+
+Files = Mapping[str, str]
+"""Path below the folder, with ``/``, to the sha256 of the content."""
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """All files of a local folder, sorted."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+
+
+def difference(folder: Path, files: Files) -> str | None:
+    """What is wrong with a local copy, in words that name the file; None if it is whole."""
+    found = describe(folder) if folder.is_dir() else {}
+    for name in sorted({*files, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in files:
+            return f"{name} does not belong there"
+        if found[name] != files[name]:
+            return f"{name} has sha256 {found[name][:12]}..., its manifest says {files[name][:12]}..."
+    return None
+
+
+def published(storage: Storage, path: str) -> bool:
+    """Whether a folder is there as a whole."""
+    return storage.local_path(path).is_dir() if storage.is_local else storage.exists(join(path, MANIFEST))
+
+
+def publish(storage: Storage, path: str, folder: Path) -> None:
+    """Copies a local folder to a store; whoever reads meanwhile finds the folder not there.
+
+    The caller holds a lock of the folder, or is the only one that writes it.
+
+    Raises:
+        StorageError: the store failed; without its manifest, what was copied does not count.
+    """
+    files = describe(folder)
+    storage.delete(join(path, MANIFEST))
+    for name in files:
+        storage.upload(folder / name, join(path, name))
+    storage.write_json(join(path, MANIFEST), {"files": files})
+
+
+def read_manifest(storage: Storage, path: str) -> dict[str, str]:
+    """The files of a published folder.
+
+    Raises:
+        MissingFileError: the folder was not published, or not wholly.
+        StorageError: not a manifest, or one with names that lead out of the folder.
+    """
+    content: Any = storage.read_json(join(path, MANIFEST))
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
+        raise StorageError(f"{storage.full(join(path, MANIFEST))} is not a list of files")
+    return {safe_path(name): value for name, value in files.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+VARIABLE = "FEDTAILOR_CACHE"
+
+RESOLVER = "fedtailor.storage.artifacts:on_this_node"
+"""What `StageSpec.resolver` is for stages whose folders are in a storage."""
+
+_AT_ONCE, _TRIES = 4, 2
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+_verified: dict[Path, tuple[Files, Stamp]] = {}
+"""What this process has hashed: not again while sizes, times and inodes stay."""
+
+
+def cache_folder(storage: Storage) -> Path:
+    """This node's folder for a storage: below ``$FEDTAILOR_CACHE``, else ``~/.cache/fedtailor``."""
+    root = os.environ.get(VARIABLE)
+    base = Path(root).expanduser() if root else Path.home() / ".cache" / "fedtailor"
+    return base.absolute() / hashlib.sha256(storage.address.encode()).hexdigest()[:16]
+
+
+def fetch(storage: Storage, path: str) -> Path:
+    """A folder of the storage as one of this node: of a local storage itself, else a verified copy.
+
+    Of several processes of a node one downloads and the others wait; one that is killed leaves nothing that
+    another would use.
+
+    Args:
+        storage: where the folder was published.
+        path: e.g. ``artifacts/model-0123``.
+
+    Raises:
+        MissingFileError: the folder was not published; a local storage that is not on this node.
+        StorageError: the store fails, the copy cannot be written, or a file is damaged at its source (names it).
+    """
+    if storage.is_local:
+        return _local(storage, path)
+    files, target = read_manifest(storage, path), cache_folder(storage) / path
+    if _intact(target, files):
+        return target
+    with explained(f"filling the node's cache {target} (below ${VARIABLE})"), one_process(target):
+        if _intact(target, files):
+            return target
+        for _ in range(_TRIES):
+            wrong = _download(storage, path, files, target)
+            if wrong is None:
+                return target
+    raise StorageError(f"{storage.full(path)} is damaged in {storage.url}: {wrong}; delete the folder to make it anew")
+
+
+def on_this_node(spec: StageSpec) -> StageSpec:
+    """The spec with folders of this node in place of names in its storage.
+
+    Raises:
+        StorageError: see `fetch`.
+    """
+    storage = Storage(spec.storage)
+    return replace(
+        spec,
+        model_dir=str(fetch(storage, spec.model_dir)),
+        data_dir=str(fetch(storage, spec.data_dir)),
+        cache_dir=None if spec.cache_dir is None else str(_features(storage, spec)),
+        storage="",
+        resolver="",
+    )
+
+
+@contextmanager
+def one_process(target: Path) -> Iterator[None]:
+    """Lets one process of this node at a time write ``target``, and clears what killed ones left beside it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / f".{target.name}.lock"):
+        for leftover in target.parent.glob(f".{target.name}.*.new"):
+            shutil.rmtree(leftover)
+        yield
+
+
+def _local(storage: Storage, path: str) -> Path:
+    folder = storage.local_path(path)
+    if not folder.is_dir():
+        raise MissingFileError(
+            f"{folder} is not on {platform.node()}: on several nodes 'storage' must be a folder that they share, "
+            "or an object store (s3://..., gs://...)"
+        )
+    return folder
+
+
+def _features(storage: Storage, spec: StageSpec) -> Path:
+    """Features stay on the node; they belong to the very bytes of the model."""
+    assert spec.cache_dir is not None
+    if storage.is_local:
+        return storage.local_path(spec.cache_dir)
+    model = json.dumps(read_manifest(storage, spec.model_dir), sort_keys=True)
+    return cache_folder(storage) / f"{spec.cache_dir}-{hashlib.sha256(model.encode()).hexdigest()[:16]}"
+
+
+def _download(storage: Storage, path: str, files: Files, target: Path) -> str | None:
+    """Replaces the copy as a whole; returns what is wrong with the files that came, and then changes nothing."""
+
+    def one(name: str, stage: Path) -> None:
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(join(path, name), stage / name)
+
+    try:
+        with staged_folder(target) as stage:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                list(pool.map(lambda name: one(name, stage), files))
+            if wrong := difference(stage, files):
+                raise _WrongCopyError(wrong)
+    except _WrongCopyError as error:
+        return str(error)
+    _verified[target] = files, _stamp(target)
+    return None
+
+
+def _intact(target: Path, files: Files) -> bool:
+    if not target.is_dir():
+        return False
+    stamp = _stamp(target)
+    if _verified.get(target) == (files, stamp):
+        return True
+    if difference(target, files) is not None:
+        return False
+    _verified[target] = files, stamp
+    return True
+
+
+def _stamp(folder: Path) -> Stamp:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple((str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in paths for s in [p.stat()])
+
+
+class _WrongCopyError(Exception):
+    """What came is not what the manifest says."""
+
+
+ARTIFACTS = "artifacts"
+
+Make = Callable[[Path], None]
+"""Fills the empty folder that it is given."""
+
+_log = logging.getLogger(__name__)
+
+
+class Artifacts:
+    """Whole folders, by name.
+
+    Args:
+        storage: local: folders are made in their place; else in this node's cache and then uploaded.
+        owner: run id, shown to others who wait.
+        on_wait: told, now and then, for whom this process waits.
+    """
+
+    def __init__(self, storage: Storage, owner: str, on_wait: Callable[[str], None] = _log.info) -> None:
+        self.storage, self.owner, self._on_wait = storage, owner, on_wait
+        self.folder = storage.local_path(ARTIFACTS) if storage.is_local else cache_folder(storage) / ARTIFACTS
+
+    def ensure(self, name: str, make: Make) -> Path:
+        """The folder on this node; made, by one run at a time, if nobody has.
+
+        Raises:
+            StorageError: the store failed. Whatever ``make`` raises; then nothing is left.
+        """
+        path = artifact_path(name)
+        if self.storage.is_local:
+            if not (self.folder / name).exists():
+                self._make(name, make)
+        elif not published(self.storage, path):
+            with lock(self.storage, path, self.owner, on_wait=self._on_wait):
+                if not published(self.storage, path):
+                    self.replace(name, make)
+        return fetch(self.storage, path)
+
+    def replace(self, name: str, make: Make) -> None:
+        """Makes a folder anew; the caller is the only one that writes it."""
+        self._make(name, make)
+        if not self.storage.is_local:
+            publish(self.storage, artifact_path(name), self.folder / name)
+
+    def _make(self, name: str, make: Make) -> None:
+        target = self.folder / name
+        with nullcontext() if self.storage.is_local else one_process(target), staged_folder(target) as out:
+            make(out)
+
+
+def artifact_path(name: str) -> str:
+    """Path of an artifact in its storage."""
+    return join(ARTIFACTS, name)
+
+
+def model_path(artifact: str) -> str:
+    """Path of the model that a stage builds on: a base stage's, or an initial one."""
+    return artifact_path(f"{artifact}/model" if artifact.startswith("base-") else artifact)

@@ -1,0 +1,159 @@
+"""Versions, git, hardware; secrets kept out.
+
+What a run was made with: versions, source revision, machine.
+
+Keeps secrets out of everything that is written: by the name of a key, and by value.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped,unused-ignore]
+import torch
+
+import fedtailor
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "ray",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "safetensors",
+    "pandas",
+    "deepspeed",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python, fedtailor and the installed ones of PACKAGES."""
+    found = {"python": platform.python_version(), "fedtailor": fedtailor.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def source() -> dict[str, Any] | None:
+    """Git revision of the installed source and whether it was edited; None if it is not a checkout."""
+    folder = Path(fedtailor.__file__).parent
+    # An installed copy may lie inside somebody else's repository.
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    sha = _git(folder, "rev-parse", "HEAD")
+    return None if sha is None else {"sha": sha, "dirty": bool(_git(folder, "status", "--porcelain"))}
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores, memory in bytes, GPU names and their memory in bytes."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory": psutil.virtual_memory().total,
+        "gpus": [{"name": gpu.name, "memory": gpu.total_memory} for gpu in gpus],
+        "system": platform.platform(),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+HIDDEN = "***"
+
+_ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
+
+_IF_TEXT = {"key", "keys", "token", "tokens"}
+
+_KNOWN = re.compile(r"\b(?:wandb_v\d_|hf_|gh[opsu]_)\w{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+"""Keys that are recognised by their form: W&B, Hugging Face, GitHub, AWS (its ids; its secrets have no form)."""
+
+_USER_INFO = re.compile(r"(?<=://)[^/@:\s]+(?::[^@\s]*)?(?=@)")
+
+_ASSIGNED = re.compile(r"([\w.\-]+)=([^\s,;&'\"]+)")
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+def redact(tree: Any) -> Any:
+    """A copy of a JSON-like tree without secrets.
+
+    Hidden are texts under a key with the word key or token, any value under one with secret, password or
+    the like, ``name=value`` words and ``{"key": name, "value": ...}`` entries for such names, user names
+    and passwords in URLs, keys of a known form, and the values that such environment variables have now,
+    wherever they occur.
+
+    >>> redact({"wandb": {"api_key": "abc"}, "engine": {"token_budget": 64}, "overrides": ["a.token=x"]})
+    {'wandb': {'api_key': '***'}, 'engine': {'token_budget': 64}, 'overrides': ['a.token=***']}
+    """
+    if isinstance(tree, Mapping):
+        named = str(tree["key"]) if set(tree) == {"key", "default", "value"} else None
+        return {key: _entry(str(key) if named is None else named, key, value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact(item) for item in tree]
+    return scrub(tree) if isinstance(tree, str) else tree
+
+
+def scrub(text: str) -> str:
+    """A text without the secrets of the environment, keys of known form, ``key=secret`` and passwords in URLs."""
+    for value in _environment_secrets():
+        text = text.replace(value, HIDDEN)
+    return _KNOWN.sub(HIDDEN, _USER_INFO.sub(HIDDEN, _ASSIGNED.sub(_hide_assigned, text)))
+
+
+def _hide_assigned(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    return f"{name}={HIDDEN}" if _hides(name, value) and not value.isdecimal() else found.group()
+
+
+def _entry(name: str, key: Any, value: Any) -> Any:
+    if key == "key" and name != "key":
+        return value
+    if isinstance(value, Mapping | list | tuple) and value and _hides(name, ""):
+        return _blank(value)
+    return HIDDEN if _hides(name, value) else redact(value)
+
+
+def _hides(name: str, value: Any) -> bool:
+    if value is None or isinstance(value, bool):
+        return False
+    words = {word.lower() for word in _WORDS.findall(name.rpartition(".")[2])}
+    return bool(words & _ALWAYS) or (isinstance(value, str) and bool(words & _IF_TEXT))
+
+
+def _blank(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _blank(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_blank(item) for item in value]
+    return HIDDEN if isinstance(value, str) else value
+
+
+def _environment_secrets() -> list[str]:
+    # Short values are no secrets, and hiding them would garble every text.
+    found = {value for name, value in os.environ.items() if len(value) >= 8 and _hides(name, value)}
+    return sorted(found, key=len, reverse=True)

@@ -1,0 +1,165 @@
+"""Rounds and metric tables in a commit log.
+
+Rounds kept in a commit log: `federated.rounds.RoundLog` on top of `CommitLog`.
+
+Answers of a generation run beside their questions and references, as a table of each chunk's commit.
+
+They are kept to be read and judged (`personalise.save_predictions`) and stand outside of the digest, which the metrics
+made of them enter: a run is the same run whether or not its answers are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fedtailor.core.errors import StorageError
+from fedtailor.core.messages import METRIC_COLUMNS, FloatArray, Row
+from fedtailor.core.scope import ParamSpec
+from fedtailor.federated.rounds import RoundOutcome, RoundState
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.payloads import Payload
+
+SHARED, SERVER, PRIVATE, METRICS = (
+    "global/shared.safetensors",
+    "server/state.safetensors",
+    "clients/private.safetensors",
+    "metrics.parquet",
+)
+
+HEAVY = ("global/", "server/")
+
+_TYPES = {
+    "seed": pa.int64(),
+    "round": pa.int64(),
+    "budget": pa.int64(),
+    "value": pa.float64(),
+    "weight": pa.float64(),
+}
+
+SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in METRIC_COLUMNS])
+
+
+def metrics_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Metric rows as an Arrow table of METRIC_COLUMNS."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+
+
+def named(specs: Sequence[ParamSpec], flat: Row) -> dict[str, Row]:
+    """A flat row as named tensors, copies."""
+    tensors, start = {}, 0
+    for spec in specs:
+        tensors[spec.name] = flat[start : start + spec.size].reshape(spec.shape).copy()
+        start += spec.size
+    return tensors
+
+
+def flatten(specs: Sequence[ParamSpec], tensors: Mapping[str, FloatArray]) -> Row:
+    """Named tensors as a flat float32 row.
+
+    Raises:
+        StorageError: names or shapes differ from the specs.
+    """
+    if set(tensors) != {spec.name for spec in specs}:
+        raise StorageError(f"saved parameters {sorted(tensors)} are not those declared {[s.name for s in specs]}")
+    for spec in specs:
+        if tensors[spec.name].shape != spec.shape:
+            raise StorageError(f"{spec.name}: saved shape {tensors[spec.name].shape}, declared {spec.shape}")
+    parts = [tensors[spec.name].ravel() for spec in specs]
+    return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
+
+
+class CommittedRounds:
+    """Rounds of one stage.
+
+    Args:
+        log: the stage's commits.
+        shared: SHARED parameters in flat order.
+        keep: newest round states to keep; older ones lose their weights, not their metrics.
+    """
+
+    def __init__(self, log: CommitLog, shared: Sequence[ParamSpec], keep: int) -> None:
+        self._log, self._specs, self._keep = log, tuple(shared), keep
+        self._cache: dict[int, Mapping[str, FloatArray]] = {}
+
+    def newest(self) -> RoundState | None:
+        """The newest verified round; what does not verify goes to quarantine."""
+        commit = self._log.newest()
+        if commit is None:
+            return None
+        server = commit.tensors(SERVER) if SERVER in commit.objects else {}
+        return RoundState(
+            round=commit.index + 1,
+            shared=flatten(self._specs, commit.tensors(SHARED)),
+            server=dict(server),
+            private_at=dict(commit.record["private_at"]),
+        )
+
+    def private_at(self) -> dict[str, int]:
+        """Client to the round whose commit holds its newest PRIVATE row."""
+        commit = self._log.newest()
+        return {} if commit is None else dict(commit.record["private_at"])
+
+    def private(self, client: str, round: int) -> FloatArray:
+        """A client's PRIVATE row as committed in ``round``."""
+        if round not in self._cache:
+            # Rows can be as large as a model's embeddings, so only a few rounds stay in memory.
+            kept = dict(list(self._cache.items())[:3])
+            self._cache = {round: self._log.read(round).tensors(PRIVATE), **kept}
+        return self._cache[round][client]
+
+    def commit(self, outcome: RoundOutcome) -> None:
+        """Keeps a round, then drops the weights of old ones."""
+        state = outcome.state
+        objects: dict[str, Payload] = {
+            SHARED: named(self._specs, state.shared),
+            METRICS: metrics_table(outcome.metrics),
+        }
+        if state.server:
+            objects[SERVER] = dict(state.server)
+        if outcome.private:
+            objects[PRIVATE] = dict(outcome.private)
+        record = {
+            "kind": "round",
+            "cohort": list(outcome.cohort),
+            "weights": dict(outcome.weights),
+            "rejected": [asdict(failure) for failure in outcome.failures],
+            "private_at": dict(state.private_at),
+        }
+        if outcome.spent is not None:
+            epsilon = outcome.spent.epsilon
+            record["privacy"] = {
+                "epsilon": epsilon if isfinite(epsilon) else None,
+                "delta": outcome.spent.delta,
+                "draw": outcome.spent.number,
+            }
+        self._log.commit(state.round - 1, objects, record)
+        self._log.prune(self._keep, HEAVY)
+
+
+PREDICTIONS = "predictions.parquet"
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        ("client", pa.string()),
+        ("language", pa.string()),
+        ("budget", pa.int64()),
+        ("method", pa.string()),
+        ("row", pa.int64()),
+        ("prompt", pa.string()),
+        ("reference", pa.string()),
+        ("prediction", pa.string()),
+    ]
+)
+"""``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
+client's test examples; ``prompt`` the instruction without its template."""
+
+
+def predictions_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows of SCHEMA as an Arrow table, in the order given: clients, budgets, examples."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=PREDICTION_SCHEMA)

@@ -1,0 +1,295 @@
+"""A run's own folder ``STORAGE/<run id>/``: what was asked, on what it ran, how it went, its results."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from fedtailor.core.errors import StorageError
+from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray
+from fedtailor.storage import payloads, provenance, timings
+from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.files import Storage, join
+from fedtailor.storage.journal import Journal, now
+from fedtailor.storage.provenance import redact
+
+SCHEMA = 1
+
+STATES = ("running", "complete", "failed", "interrupted")
+
+State = Literal["running", "complete", "failed", "interrupted"]
+
+METRICS, STRATEGIES, LAMBDA = "metrics.parquet", "strategies.safetensors", "lambda/"
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+Entries = list[dict[str, Any]]
+
+
+class RunFolder:
+    """One run; made with `create` or `open`.
+
+    Args:
+        storage: where.
+        run_id: name of the folder.
+    """
+
+    def __init__(self, storage: Storage, run_id: str) -> None:
+        self.storage, self.run_id = storage, run_id
+        self._events = Journal(storage, run_id, "events")
+        self._failures = Journal(storage, run_id, "failures")
+
+    @classmethod
+    def create(
+        cls,
+        storage: Storage,
+        run_id: str,
+        config: Mapping[str, Any],
+        overrides: Sequence[Any] = (),
+        data: Mapping[str, str] | None = None,
+        ignore: tuple[str, ...] = (),
+    ) -> RunFolder:
+        """Makes the folder as a whole, or opens it if it is there with the same configuration.
+
+        Args:
+            storage: where.
+            run_id: letters, digits, ``.``, ``_`` and ``-``, at most 128, no leading dot.
+            config: resolved configuration, JSON-like; secrets are hidden before anything is written.
+            overrides: choices that depart from the defaults, as `experiment.overrides_of` lists them.
+            data: hashes of the data, by name.
+            ignore: dotted prefixes of keys that may differ when a run is taken up again.
+
+        Raises:
+            StorageError: a bad run id, or one that belongs to another configuration (names the keys).
+        """
+        run = cls(storage, _checked(run_id))
+        tree = json.loads(payloads.canonical_json(redact(dict(config))))
+        content = {
+            "schema": SCHEMA, "run_id": run_id, "created": now(), "config_hash": _hash(tree), "config": tree,
+            "overrides": redact(list(overrides)), "stages": [], "data": dict(data or {}),
+            "versions": provenance.versions(), "git": provenance.source(), "hardware": provenance.hardware(),
+        }  # fmt: skip
+        mark = run_id if storage.is_local else join(run_id, "run.json")
+        if storage.exists(mark) or not run._publish(content):
+            run._compare(tree, ignore)
+        return run
+
+    @classmethod
+    def open(cls, storage: Storage, run_id: str) -> RunFolder:
+        """Opens a run.
+
+        Raises:
+            StorageError: there is none of this name (names those that exist), or it is of another schema.
+        """
+        run = cls(storage, _checked(run_id))
+        if not storage.exists(join(run_id, "run.json")):
+            known = ", ".join(run_ids(storage)) or "none"
+            raise StorageError(f"no run '{run_id}' in {storage.url} (runs there: {known})")
+        schema = run.info().get("schema")
+        if schema != SCHEMA:
+            raise StorageError(f"run '{run_id}' has schema {schema}, this version reads {SCHEMA}")
+        return run
+
+    def info(self) -> dict[str, Any]:
+        """Content of ``run.json``."""
+        return dict(self.storage.read_json(join(self.run_id, "run.json")))
+
+    def set_stages(self, stages: Sequence[Mapping[str, Any]]) -> None:
+        """Records the stages, each with key, kind, method, seed and artifact (folder in ``artifacts/``)."""
+        self._update(stages=[dict(stage) for stage in stages])
+
+    def manifest(self, seed: int) -> dict[str, Any] | None:
+        """The manifest of the data that a seed's clients were made of; None while not known or once it is gone."""
+        names = [stage.get("data") for stage in self.stages("personalise") if stage["seed"] == seed]
+        path = f"artifacts/{names[0]}/manifest.json" if names and names[0] else None
+        return self.storage.read_json(path) if path and self.storage.exists(path) else None
+
+    def stages(self, kind: str | None = None) -> Entries:
+        """Recorded stages, all or of one kind: base, strategy or personalise."""
+        return [dict(stage) for stage in self.info()["stages"] if kind in (None, stage["kind"])]
+
+    def log(self, stage: Mapping[str, Any]) -> CommitLog:
+        """Commits of a stage."""
+        return CommitLog(self.storage, join("artifacts", str(stage["artifact"])))
+
+    def set_status(self, state: State, message: str = "", progress: Mapping[str, Any] | None = None) -> None:
+        """Writes ``status.json``.
+
+        Raises:
+            StorageError: not one of STATES.
+        """
+        if state not in STATES:
+            raise StorageError(f"status '{state}' is not one of {', '.join(STATES)}")
+        content = {"state": state, "message": message, "progress": dict(progress or {}), "updated": now()}
+        self.storage.write_json(join(self.run_id, "status.json"), redact(content))
+
+    def status(self) -> dict[str, Any]:
+        """Content of ``status.json``: state, message, progress, updated."""
+        return dict(self.storage.read_json(join(self.run_id, "status.json")))
+
+    def event(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds a line to ``events.jsonl`` and returns it: with time, number and run, see `tracking.events`."""
+        return self._events.append(entry)
+
+    def shown(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """An event that is shown but not kept, as `event` would return it, with the number of the one before."""
+        return self._events.stamped(entry)
+
+    def failure(self, entry: Mapping[str, Any]) -> None:
+        """Adds a line to ``failures.jsonl``, with time, number and run."""
+        self._failures.append(entry)
+
+    def events(self) -> Entries:
+        """Kept lines of ``events.jsonl``, see `storage.journal`; a torn one is given as ``{"unreadable": text}``."""
+        return self._events.entries()
+
+    def failures(self) -> Entries:
+        """Lines of ``failures.jsonl``, as `events`."""
+        return self._failures.entries()
+
+    def timing(
+        self, stage: str, index: int, seconds: Mapping[str, float], costs: Mapping[str, ClientCost] | None = None
+    ) -> None:
+        """Keeps what the clients of a round or chunk cost, wall seconds first; outside of commits and digest."""
+        if not seconds:
+            return
+        table = timings.encoded(stage, index, seconds, costs or {})
+        name, data = payloads.encode(f"{stage.replace('/', '-')}-{index:06d}", table)
+        self.storage.write_bytes(join(self.run_id, "timings", name), data, durable=False)
+
+    def timings(self) -> pd.DataFrame:
+        """What every client cost, `storage.timings.COLUMNS`; NaN where an earlier version did not note it."""
+        folder = join(self.run_id, "timings")
+        names = [name for name in self.storage.list(folder) if name.endswith(payloads.TABLE)]
+        return timings.frame([payloads.read_table(name, self.storage.read_bytes(join(folder, name))) for name in names])
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        """Replaces ``progress.json``, how fast the running stage goes, see `tracking.throughput`; never relied on."""
+        data = json.dumps(progress, indent=2, allow_nan=False).encode()
+        self.storage.write_bytes(join(self.run_id, "progress.json"), data, durable=False)
+
+    def progress(self) -> dict[str, Any]:
+        """Content of ``progress.json``; empty if there is none."""
+        path = join(self.run_id, "progress.json")
+        return dict(self.storage.read_json(path)) if self.storage.exists(path) else {}
+
+    def metrics(self, kind: str | None = None) -> pd.DataFrame:
+        """Rows of METRIC_COLUMNS of every committed round and chunk, stages in recorded order.
+
+        Args:
+            kind: base, strategy or personalise; None for all.
+
+        Raises:
+            StorageError: a committed file is damaged; names it.
+        """
+        commits = (commit for stage in self.stages(kind) for commit in self.log(stage).all(objects=False))
+        tables = [commit.table(METRICS) for commit in commits if METRICS in commit.objects]
+        return _frame(tables, METRIC_COLUMNS)
+
+    def strategies(self) -> dict[tuple[str, int], dict[str, FloatArray]]:
+        """Personalisation strategies: (method, seed) to client to lambda, (L, r_init) float32.
+
+        Raises:
+            StorageError: a committed file is damaged; names it.
+        """
+        found: dict[tuple[str, int], dict[str, FloatArray]] = {}
+        for stage in self.stages("personalise"):
+            for commit in self.log(stage).all(objects=False):
+                if STRATEGIES in commit.objects:
+                    clients = found.setdefault((str(stage["method"]), int(stage["seed"])), {})
+                    tensors = commit.tensors(STRATEGIES)
+                    clients |= {name.removeprefix(LAMBDA): np.asarray(array) for name, array in tensors.items()}
+        return found
+
+    def _publish(self, content: Mapping[str, Any]) -> bool:
+        status = {"state": "running", "message": "", "progress": {}, "updated": now()}
+        if not self.storage.is_local:
+            return self._publish_remote(content, status)
+        new = f".{self.run_id}.{secrets.token_hex(6)}.new"
+        try:
+            self.storage.write_json(join(new, "run.json"), content)
+            self.storage.write_json(join(new, "status.json"), status)
+            self.storage.move(new, self.run_id)
+        except BaseException:
+            self.storage.delete(new)
+            if self.storage.exists(join(self.run_id, "run.json")):
+                return False
+            raise
+        return True
+
+    def _publish_remote(self, content: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
+        """Without a rename the run exists with its run.json, which comes last and is written once."""
+        if set(self.storage.list(self.run_id)) - {"status.json"}:
+            return False
+        try:
+            self.storage.write_json(join(self.run_id, "status.json"), status)
+            return self.storage.create(join(self.run_id, "run.json"), json.dumps(content, indent=2).encode())
+        except BaseException:
+            if not self.storage.exists(join(self.run_id, "run.json")):
+                self.storage.delete(self.run_id)
+            raise
+
+    def _compare(self, tree: Mapping[str, Any], ignore: tuple[str, ...]) -> None:
+        path = join(self.run_id, "run.json")
+        if not self.storage.exists(path):
+            raise StorageError(f"{self.storage.full(self.run_id)} exists and is no run; choose another --run-id")
+        info = self.info()
+        if info.get("config_hash") != _hash(info.get("config")):
+            raise StorageError(f"{self.storage.full(path)} was edited: its config_hash does not fit its config")
+        if info["config_hash"] == _hash(tree):
+            return
+        old, new = _leaves(info["config"]), _leaves(tree)
+        keys = [k for k in sorted({*old, *new}) if old.get(k, _ABSENT) != new.get(k, _ABSENT)]
+        differing = [k for k in keys if not any(f"{k}.".startswith(f"{p.rstrip('.')}.") for p in ignore)]
+        if differing:
+            pairs = "; ".join(f"{k}: {old.get(k, _ABSENT)} there, {new.get(k, _ABSENT)} now" for k in differing)
+            raise StorageError(
+                f"run '{self.run_id}' belongs to another configuration ({pairs}); choose another --run-id"
+            )
+
+    def _update(self, **fields: Any) -> None:
+        self.storage.write_json(join(self.run_id, "run.json"), {**self.info(), **fields})
+
+
+def run_ids(storage: Storage) -> list[str]:
+    """Names of all runs, sorted."""
+    names = (name for name in storage.list() if _RUN_ID.fullmatch(name) and name != "artifacts")
+    return [name for name in names if storage.exists(join(name, "run.json"))]
+
+
+_ABSENT = "not set"
+
+
+def _checked(run_id: str) -> str:
+    if not _RUN_ID.fullmatch(run_id) or run_id == "artifacts":
+        rule = "1 to 128 of A-Z a-z 0-9 . _ -, no leading dot, and not 'artifacts'"
+        raise StorageError(f"run id '{run_id}': allowed are {rule}")
+    return run_id
+
+
+def _hash(tree: Any) -> str:
+    return payloads.sha256(payloads.canonical_json(tree))
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    return {
+        key: leaf
+        for name, value in tree.items()
+        for key, leaf in _leaves(value, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _frame(tables: Sequence[pa.Table], columns: Sequence[str]) -> pd.DataFrame:
+    if not tables:
+        return pd.DataFrame({name: [] for name in columns})
+    frame: pd.DataFrame = pa.concat_tables(tables).select(list(columns)).to_pandas()
+    return frame

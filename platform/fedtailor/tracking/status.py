@@ -1,0 +1,159 @@
+"""How a run stands, read from its folder by anybody: state, stages, speed, losses, who drives it, disk."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from fedtailor.storage.backends import MissingFileError
+from fedtailor.storage.digest import committed_stages
+from fedtailor.storage.files import Storage
+from fedtailor.storage.lock import Holder, Owner, holder
+from fedtailor.storage.run_folder import RunFolder, run_ids
+from fedtailor.tracking.events import describe, name_of
+
+DEAD = "dead"
+"""State of a run whose status file says running, and whose process is gone."""
+
+EXIT_CODES: Mapping[str, int] = {"complete": 0, "failed": 1, DEAD: 1, "interrupted": 130}
+"""State at which a run has ended to the exit code of ``status --watch``."""
+
+SILENT_S = 600.0
+"""Seconds after which a run of another machine that holds no lock counts as dead."""
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run stands, in a word.
+
+    Args:
+        run: its id.
+        state: running, complete, failed, interrupted or `DEAD`.
+        message: why.
+        updated: when the status file was written.
+        holder: host, pid, silent_s (since its last heartbeat) and present (None: cannot be known here) of the
+            process that has the run's lock; None if none has.
+    """
+
+    run: str
+    state: str
+    message: str
+    updated: str
+    holder: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Status(State):
+    """Everything that ``fedtailor status RUN`` tells.
+
+    Args:
+        stages: key, committed, total (0: not known yet), done and artifact of each.
+        stage: key of the stage under way.
+        clients_per_second: of that stage since its process took it up; None where nothing runs.
+        seconds_left: until that stage's end.
+        retries: segments that were lost and went out again, so far.
+        losses: actors lost, by kind.
+        rejected: results of clients that did not count, by kind: rejected or exception.
+        events_given_up: oldest events that are no longer kept.
+        last_event: time, and text in one line.
+        disk_bytes: of the run's folder and the artifacts of its stages, which other runs may share.
+    """
+
+    stages: tuple[Mapping[str, Any], ...]
+    stage: str | None
+    clients_per_second: float | None
+    seconds_left: float | None
+    retries: int
+    losses: Mapping[str, int]
+    rejected: Mapping[str, int]
+    events_given_up: int
+    last_event: Mapping[str, str] | None
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def state_of(run: RunFolder) -> State:
+    """State, and who drives the run."""
+    try:
+        said = run.status()
+    except MissingFileError:
+        said = {"state": "created", "message": "", "updated": "", "progress": {}}
+    held = holder(run.storage, run.run_id)
+    state, message = str(said["state"]), str(said["message"])
+    if state == "running" and (gone := _gone(said, held)):
+        state, message = DEAD, f"stopped without a word: {gone}; go on with: fedtailor resume {run.run_id}"
+    return State(run.run_id, state, message, str(said["updated"]), _holder(held))
+
+
+def all_states(storage: Storage) -> list[State]:
+    """Of every run, by id."""
+    return [state_of(RunFolder.open(storage, run_id)) for run_id in run_ids(storage)]
+
+
+def status_of(run: RunFolder) -> Status:
+    """Everything about a run; reads its event lines, so it is for people and not for every second."""
+    state, stages = state_of(run), committed_stages(run)
+    events, progress = run.events(), run.progress()
+    names = Counter(name_of(event) for event in events if "kind" in event)
+    losses = Counter(str(event["how"]) for event in events if _is(event, "pool/actor_lost"))
+    done = {stage["key"] for stage in stages if stage["done"]}
+    here = state.state == "running" and progress.get("stage") not in {None, *done}
+    return Status(
+        **vars(state),
+        stages=tuple({key: s[key] for key in ("key", "committed", "total", "done", "artifact")} for s in stages),
+        stage=str(progress["stage"]) if here else None,
+        clients_per_second=progress["clients_per_second"] if here else None,
+        seconds_left=progress["seconds_left"] if here else None,
+        retries=names["pool/job_retried"],
+        losses=dict(losses),
+        rejected=dict(Counter(str(entry.get("kind")) for entry in run.failures())),
+        events_given_up=_given_up(events),
+        last_event={"time": str(events[-1].get("time", "")), "text": _text(events[-1])} if events else None,
+        disk_bytes=_disk(run, [stage["artifact"] for stage in stages]),
+    )
+
+
+def _gone(said: Mapping[str, Any], held: Holder | None) -> str | None:
+    """Who is gone, in words; None while somebody drives the run or may do so."""
+    if held is not None:
+        return f"process {held.owner.pid} on {held.owner.host} is gone" if held.gone else None
+    # Before it takes the lock and after it gave it back, a run is driven by the process that was started for it.
+    launcher = (said.get("progress") or {}).get("launcher")
+    owner = Owner(**launcher) if launcher else None
+    if owner is not None and owner.present is not None:
+        return None if owner.present else f"process {owner.pid} on {owner.host} is gone"
+    age = time.time() - datetime.fromisoformat(said["updated"]).astimezone(UTC).timestamp()
+    return f"nobody has its lock, and its state is {age / 60:.0f} minutes old" if age > SILENT_S else None
+
+
+def _holder(held: Holder | None) -> dict[str, Any] | None:
+    if held is None:
+        return None
+    owner = held.owner
+    return {"host": owner.host, "pid": owner.pid, "present": owner.present, "silent_s": round(held.silent_s, 1)}
+
+
+def _is(event: Mapping[str, Any], name: str) -> bool:
+    return "kind" in event and name_of(event) == name
+
+
+def _given_up(events: list[dict[str, Any]]) -> int:
+    return max(0, int(events[0].get("seq", 1)) - 1) if events else 0
+
+
+def _text(event: Mapping[str, Any]) -> str:
+    if "kind" not in event:
+        return str(event.get("unreadable", ""))
+    return describe(event)
+
+
+def _disk(run: RunFolder, artifacts: list[str]) -> int:
+    folders = [run.run_id, *(f"artifacts/{name}" for name in dict.fromkeys(artifacts))]
+    return sum(run.storage.size(folder) for folder in folders)

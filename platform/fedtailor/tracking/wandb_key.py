@@ -1,0 +1,115 @@
+"""Where the W&B key comes from: the environment, a file that it names, or ~/.netrc; never a configuration."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+from fedtailor.core.errors import ConfigError
+from fedtailor.experiment.config import ExperimentBase
+
+Mode = Literal["offline", "online"]
+
+KEY, KEY_FILE = "WANDB_API_KEY", "WANDB_API_KEY_FILE"
+
+
+def find_key() -> str | None:
+    """The key, or None where there is none.
+
+    Raises:
+        ConfigError: the file that is named cannot be read, or is empty.
+    """
+    if found := os.environ.get(KEY):
+        return found
+    if path := os.environ.get(KEY_FILE):
+        return _read(path)
+    import wandb
+
+    # The server that this version of wandb (or WANDB_BASE_URL) talks to, and the one that older keys are filed under.
+    hosts = [urlparse(url).hostname or "" for url in (wandb.Settings().base_url, "https://api.wandb.ai")]
+    with suppress(OSError, netrc.NetrcParseError):
+        known = netrc.netrc()
+        for host in hosts:
+            if entry := known.authenticators(host):
+                return str(entry[2])
+    return None
+
+
+def api_key() -> str:
+    """The key.
+
+    Raises:
+        ConfigError: there is none, or the file cannot be read; says where keys are looked for.
+    """
+    if found := find_key():
+        return found
+    raise ConfigError(
+        f"'wandb.mode': online needs a key: set {KEY} or {KEY_FILE}, or run 'wandb login' (~/.netrc); "
+        "or use wandb.mode=offline, or auto, which is offline without a key"
+    )
+
+
+def settled_mode(mode: str) -> Mode:
+    """What a mode means here and now.
+
+    Args:
+        mode: ``auto`` is ``online`` if there is a key and WANDB_MODE does not say otherwise, else ``offline``.
+
+    Raises:
+        ConfigError: another mode than auto, offline and online, or a key file that cannot be read.
+    """
+    if mode == "auto":
+        told = os.environ.get("WANDB_MODE", "online")
+        return "online" if told == "online" and find_key() else "offline"
+    if mode == "online":
+        return "online"
+    if mode == "offline":
+        return "offline"
+    raise ConfigError(f"'wandb.mode': {mode} cannot be synced; use --mode auto, offline or online")
+
+
+def check_wandb(exp: ExperimentBase) -> None:
+    """Finds before a run what W&B will miss at its end; asks no server.
+
+    Raises:
+        ConfigError: no key, no package, or adapters that the run will not keep.
+    """
+    config = exp.wandb
+    if "adapters" in config.artifacts and not exp.save_adapters:
+        raise ConfigError("'wandb.artifacts': adapters are only there with save_adapters=true")
+    if config.mode == "disabled":
+        return
+    if find_spec("wandb") is None:
+        raise ConfigError(f"'wandb.mode': {config.mode} needs the package wandb: pip install wandb, or use disabled")
+    if settled_mode(config.mode) == "online":
+        api_key()
+
+
+@contextmanager
+def key_in_environment() -> Iterator[None]:
+    """For a library that takes no key as an argument."""
+    before, os.environ[KEY] = os.environ.get(KEY), api_key()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KEY]
+        else:
+            os.environ[KEY] = before
+
+
+def _read(path: str) -> str:
+    try:
+        found = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"{KEY_FILE}: {path} cannot be read: {reason}") from error
+    if not found:
+        raise ConfigError(f"{KEY_FILE}: {path} is empty")
+    return found

@@ -1,0 +1,1 @@
+"""Client-side training that two or more methods use."""

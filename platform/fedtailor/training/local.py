@@ -1,0 +1,138 @@
+"""The inner loop that every gradient-based client function runs: epochs of Adam over lanes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtailor.federated.context import ClientContext
+from fedtailor.lanes.adam import AdamGroup, LaneAdam
+from fedtailor.lanes.batches import IntArray, LaneBatch, lane_batches, micro_batches
+from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.lanes.params import clip_lanes
+
+LaneLoss = Callable[[LaneBatch], Tensor]
+
+AfterBackward = Callable[[LaneBatch, int], None]
+
+AfterStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one call of `train` runs.
+
+    Args:
+        epochs: passes over the local data.
+        batch_size: rows of a step.
+        purpose: coordinate of the data order; calls with the same purpose see the same order.
+        max_grad_norm: clip each lane's gradient over ``clip_groups`` to this norm; None: no clipping.
+        clip_groups: indices of the groups that are measured and clipped together.
+        dropout: probability of adapter dropout.
+        own_dropout: the model keeps its own dropout (full fine-tuning).
+        steps: exactly so many steps, in as many passes as that takes, in the place of ``epochs``.
+    """
+
+    epochs: int
+    batch_size: int
+    purpose: str = "train"
+    max_grad_norm: float | None = None
+    clip_groups: tuple[int, ...] = (0,)
+    dropout: float = 0.0
+    own_dropout: bool = False
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened: mean loss over each lane's steps (K,), and steps (K,)."""
+
+    loss: Tensor
+    steps: Tensor
+
+
+def cross_entropy_of(ctx: ClientContext) -> LaneLoss:
+    """Mean cross-entropy of each running lane, (k,)."""
+    return lambda batch: lane_cross_entropy(ctx.net.logits(batch), batch)
+
+
+def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:
+    """Adds the gradient of a step's loss to ``ctx.params``, part by part, over all ranks; the loss of each lane, (k,).
+
+    A step is cut where ``ctx.micro_batch`` or the number of ranks asks for it; the result is that of the whole step,
+    to rounding.
+    """
+    ranks, total = ctx.net.ranks, torch.zeros(batch.lanes, dtype=torch.float64, device=ctx.net.device)
+    if ranks and ranks.index:
+        # A gradient that is kept over steps (a switch) is counted once, on rank 0.
+        ctx.params.zero_gradients()
+    for part in micro_batches(batch, ctx.micro_batch, (ranks.index, ranks.size) if ranks else (0, 1)):
+        values = loss(part)
+        if part.share is not None:
+            values = values * part.share.to(values.dtype)
+        values.sum().backward()  # type: ignore[no-untyped-call]
+        total += values.detach()
+    if ranks:
+        ctx.params.sum_gradients(ranks)
+        ranks.sum_(total)
+    return total
+
+
+def train(
+    ctx: ClientContext,
+    groups: Sequence[AdamGroup],
+    how: Training,
+    loss: LaneLoss | None = None,
+    after_backward: AfterBackward | None = None,
+    after_step: AfterStep | None = None,
+) -> Trace:
+    """Trains ``ctx.params`` in place.
+
+    The total loss is the sum over lanes of per-lane means, so every lane's gradient is its own.
+
+    Args:
+        ctx: lanes ordered by falling training size.
+        groups: what is trained, at which rate.
+        how: epochs, batch size, clipping, dropout.
+        loss: (k,) loss of the running lanes; cross-entropy by default.
+        after_backward: called with the batch and step number before clipping, e.g. to log a gradient's parts.
+        after_step: called with the step number after the optimizer, gradients still there, e.g. to prune ranks.
+    """
+    loss = loss or cross_entropy_of(ctx)
+    optimizer = LaneAdam(ctx.params, groups)
+    clipped = [s for index in how.clip_groups for s in optimizer.slices[index]]
+    picks = _picks(ctx, how)
+    totals = torch.zeros(len(ctx.lanes), dtype=torch.float64, device=ctx.net.device)
+    for group in optimizer.slices:
+        for s in group:
+            s.grad.zero_()
+    if how.dropout:
+        ctx.use_dropout(how.dropout, how.purpose)
+    ctx.net.train_mode(True, how.own_dropout)
+    try:
+        for step, batch in enumerate(lane_batches([x.train for x in ctx.lanes], picks, ctx.pad_id, ctx.net.device)):
+            optimizer.zero_grad()
+            totals[: batch.lanes] += backward(ctx, batch, loss)
+            if after_backward:
+                after_backward(batch, step)
+            if how.max_grad_norm is not None:
+                clip_lanes(clipped, how.max_grad_norm, batch.lanes)
+            optimizer.step(batch.lanes)
+            if after_step:
+                after_step(step)
+    finally:
+        ctx.net.train_mode(False)
+    steps = torch.tensor([len(p) for p in picks], device=totals.device)
+    return Trace(totals / steps, steps)
+
+
+def _picks(ctx: ClientContext, how: Training) -> list[list[IntArray]]:
+    """Rows of every step of every lane."""
+    if how.steps is None:
+        return ctx.training_batches(how.epochs, how.batch_size, how.purpose)
+    passes = max(math.ceil(how.steps / math.ceil(lane.size / how.batch_size)) for lane in ctx.lanes)
+    return [lane[: how.steps] for lane in ctx.training_batches(passes, how.batch_size, how.purpose)]

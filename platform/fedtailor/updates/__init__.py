@@ -1,1 +1,0 @@
-"""Local updates that two or more methods use."""

@@ -1,0 +1,1 @@
+"""Runs segments of a stage, wherever it lives; the pool in this process."""

@@ -1,0 +1,261 @@
+"""A stage opened on a worker: resident model, method, data and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedtailor.adapters.full import FullModel
+from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
+from fedtailor.core.scope import ParamSpec, Ranks, Scope
+from fedtailor.federated.context import ClientContext, Lane, open_params
+from fedtailor.federated.method import Method, Overlay, as_sent
+from fedtailor.lanes.features import FeatureCache
+from fedtailor.lanes.grouping import Load, lane_groups
+from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.params import LaneParams, Parameters
+from fedtailor.methods import build_method
+from fedtailor.methods.build import guarded
+from fedtailor.models.families import adapted_linears
+from fedtailor.models.load import load_base, load_tokenizer
+from fedtailor.models.zero import load_partitioned
+from fedtailor.tasks.source import TaskKind
+from fedtailor.tasks.tokens import TokenData
+
+_BASE_IS_PARTITIONED = 3
+"""Stage of ZeRO."""
+
+
+def on_this_node(spec: StageSpec) -> StageSpec:
+    """The spec with the folders of this node; named by string, as the core knows no storage."""
+    if not spec.storage:
+        return spec
+    module, _, name = spec.resolver.partition(":")
+    local: StageSpec = getattr(import_module(module), name)(spec)
+    return local
+
+
+def load_net(spec: StageSpec, labels: Sequence[str], kind: TaskKind = "classification") -> LaneNet:
+    """The frozen model of a stage for a kind of task, with its adapted layers wrapped."""
+    bits = spec.weights if spec.weights in ("8bit", "4bit") else None
+    dtype = torch.float32 if spec.weights == "float32" else torch.bfloat16
+    folder = Path(spec.model_dir)
+    model = load_base(folder, kind, labels, dtype, attn_implementation=spec.attention, quantisation=bits)
+    if bits is None:  # quantised weights are made on the GPU and stay there
+        model.to(torch.device(spec.device))  # type: ignore[arg-type]
+    return LaneNet(
+        model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout, checkpointing=spec.checkpointing
+    )
+
+
+def load_together(spec: StageSpec, data: TokenData, ranks: Ranks) -> LaneNet:
+    """The frozen model of a stage on the ranks of a group: spread over them, or (ZeRO stage 1) whole on each."""
+    if spec.zero["stage"] != _BASE_IS_PARTITIONED:
+        net = load_net(spec, data.labels, data.kind)
+        net.ranks, net.shares_optimizer = ranks, True
+        return net
+    model, probe = load_partitioned(
+        Path(spec.model_dir),
+        None if data.kind == "generation" else data.labels,
+        torch.bfloat16 if spec.weights == "bfloat16" else torch.float32,
+        ranks.size,
+        offload=bool(spec.zero.get("offload")),
+        attention=spec.attention,
+        device=spec.device,
+    )
+    probe.check()
+    linears = adapted_linears(model, spec.targets)
+    return LaneNet(model, linears, spec.dtype, spec.base_dropout, spec.checkpointing, ranks, probe.check)
+
+
+@dataclass
+class OpenStage:
+    """Everything that stays between segments of one stage.
+
+    Args:
+        spec: what was opened.
+        data: tokenised clients.
+        net: resident model.
+        method: built record.
+        params: parameters by number of lanes, reused from group to group.
+        initial: initial values of all parameters, copied once.
+    """
+
+    spec: StageSpec
+    data: TokenData
+    net: LaneNet
+    method: Method
+    features: FeatureCache
+    params: dict[int, LaneParams]
+    initial: dict[str, Tensor]
+    overlay: Overlay | None = None
+
+    @classmethod
+    def open(cls, spec: StageSpec, net: LaneNet | None = None, ranks: Ranks | None = None) -> OpenStage:
+        """Loads data and, unless an unchanged one is handed in, the model."""
+        torch.set_num_threads(spec.threads)
+        data = TokenData.open(Path(spec.data_dir))
+        method = guarded(spec.method, spec.method_config, spec.r_max, spec.guards)
+        if net is None:
+            net = load_together(spec, data, ranks) if ranks else load_net(spec, data.labels, data.kind)
+        net.clear_overlay()
+        overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
+        stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay)
+        for part in stage.parts():
+            stage.initial |= {name: value.clone() for name, value in part.initial(net, spec.seed).items()}
+        return stage
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the resident weights themselves change."""
+        return isinstance(self.method.adapter, FullModel)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model's folder, loaded at first use: it turns a generation task's tokens into text."""
+        return load_tokenizer(self.spec.model_dir, padded=False)
+
+    def parts(self) -> list[Parameters]:
+        """Adapter and auxiliary modules."""
+        return [*([self.method.adapter] if self.method.adapter else []), *self.method.modules]
+
+    def specs(self, scope: Scope) -> tuple[ParamSpec, ...]:
+        """Declared parameters of a scope, in flat order."""
+        return tuple(s for part in self.parts() for s in part.specs(self.net) if s.scope is scope)
+
+    def info(self) -> StageInfo:
+        """What the driver needs to know."""
+        params = self._lanes(1)
+        self._reset(params, None, [None])
+        initial = params.flat(Scope.SHARED)[0].detach().float().cpu().numpy().copy()
+        r_init = getattr(self.method.adapter, "r_init", 0)
+        return StageInfo(self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init)
+
+    def groups(self, clients: Sequence[str]) -> list[list[int]]:
+        """Client indices that share a forward pass."""
+        personalising = self.spec.kind == "personalise"
+        each = len(self.spec.budgets) if personalising and self.method.personaliser.budgeted else 1
+        alone = not self.method.lanes or self.net.base_dropout > 0
+        loads = [Load(self.data.client(c).n_train, self.data.longest(c)) for c in clients]
+        return lane_groups(
+            loads,
+            self.method.batch_size,
+            each,
+            self.spec.token_budget,
+            each if alone else self.spec.max_lanes,
+        )
+
+    def context(
+        self,
+        clients: Sequence[str],
+        job_round: int,
+        shared: Tensor | None,
+        private: Mapping[str, FloatArray],
+        warn: Any,
+        overlay: Mapping[str, FloatArray] | None = None,
+    ) -> ClientContext:
+        """Lanes of ``clients`` with their parameters in place.
+
+        Args:
+            clients: ordered by falling number of examples.
+            job_round: round index.
+            shared: (P,) on the worker's device, or None.
+            private: rows of the clients that have some.
+            warn: called with (lane, sentence).
+            overlay: what clients keep of their base, where the base has such rows.
+        """
+        spec = self.spec
+        self._lay_over(clients, overlay or {})
+        lanes = tuple(Lane(self.data.client(c), self.data.examples(c, "train")) for c in clients)
+        params = self._lanes(len(lanes))
+        self._reset(params, shared, [private.get(c) for c in clients], clients)
+        return ClientContext(
+            net=self.net,
+            lanes=lanes,
+            params=params,
+            seed=spec.seed,
+            stage=spec.key.split("/")[0],
+            round=0 if spec.kind == "personalise" else job_round,
+            num_labels=self.data.num_labels,
+            pad_id=self.data.pad_id,
+            features=self._features,
+            warn=warn,
+            budgets=spec.budgets,
+            r_max=spec.r_max,
+            rounds=spec.rounds,
+            received=shared,
+            micro_batch=spec.micro_batch,
+        )
+
+    def _lay_over(self, clients: Sequence[str], rows: Mapping[str, FloatArray]) -> None:
+        """Binds each client's part of the base; clients without a row get the initial one."""
+        if self.overlay is None:
+            return
+        specs = self.overlay.specs(self.net)
+        params = LaneParams(specs, len(clients), self.net.device, self.net.param_dtype, trained=False)
+        if any(client not in rows for client in clients):
+            for name, value in self.overlay.initial(self.net, self.spec.seed).items():
+                params.set(name, value.to(self.net.device, self.net.param_dtype))
+        for lane, client in enumerate(clients):
+            if client in rows:
+                params.flat(Scope.PRIVATE)[lane].copy_(torch.from_numpy(rows[client].copy()))
+        self.overlay.bind(self.net, params)
+        self.net.overlay_index = {client: lane for lane, client in enumerate(clients)}
+        self.net.place(clients)
+
+    def _features(self, lanes: Sequence[Lane], pad_to: int | None) -> list[Tensor]:
+        before, found = self.net.state.overlay_rows, []
+        try:
+            for x in lanes:
+                # One client is computed alone, on its own base.
+                self.net.place([x.client.id])
+                found.append(self.features.get(self.net, x.client.id, x.train, self.data.pad_id, pad_to))
+        finally:
+            self.net.state.overlay_rows = before
+        return found
+
+    def _lanes(self, count: int) -> LaneParams:
+        if count not in self.params:
+            self.params[count] = open_params(self.net, count, self.method.adapter, self.method.modules, self.spec.seed)
+        params = self.params[count]
+        self.net.unbind()
+        if self.method.adapter:
+            self.method.adapter.bind(self.net, params)
+        return params
+
+    @torch.no_grad()
+    def _reset(
+        self,
+        params: LaneParams,
+        shared: Tensor | None,
+        private: Sequence[FloatArray | None],
+        clients: Sequence[str] = (),
+    ) -> None:
+        """Received SHARED, stored PRIVATE, initial EPHEMERAL values; copies, never references."""
+        for scope in (Scope.SHARED, Scope.PRIVATE, Scope.EPHEMERAL):
+            if scope is not Scope.SHARED or shared is None:
+                params.flat(scope).zero_()
+                for spec in params.of_scope(scope):
+                    if spec.name in self.initial:
+                        params.set(spec.name, self.initial[spec.name].to(params.flat(scope)))
+        if shared is not None:
+            size = params.flat(Scope.SHARED).shape[1]
+            if shared.shape != (size,):
+                raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
+            for lane in range(params.lanes):
+                sent = self.method.downlink(shared.cpu().numpy(), clients[lane]) if self._truncates() else shared
+                params.flat(Scope.SHARED)[lane].copy_(torch.as_tensor(sent))
+        for lane, row in enumerate(private):
+            if row is not None:
+                params.flat(Scope.PRIVATE)[lane].copy_(torch.from_numpy(row.copy()))
+
+    def _truncates(self) -> bool:
+        return self.method.downlink is not as_sent

@@ -1,0 +1,123 @@
+"""What a personalised model is worth: rows of metrics per lane, of texts that are classified or answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtailor.core.settings import DecodingConfig
+from fedtailor.evaluation.classification import evaluate
+from fedtailor.evaluation.decoding import Decoding, positions_of
+from fedtailor.federated.method import Personalised
+from fedtailor.worker.open_stage import OpenStage
+
+if TYPE_CHECKING:
+    from fedtailor.evaluation.text_metrics import Tally
+
+
+@dataclass(frozen=True)
+class LaneScore:
+    """A lane's measured numbers.
+
+    Args:
+        rows: ``metric``, ``value`` and ``weight`` (examples behind it) of each, and ``language`` where the number is of
+            a group of the client's examples.
+        loss: by which a model that diverged is known: NaN or Inf.
+        answers: with prompt and reference, one mapping per test example; see `predictions`.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+    loss: float
+    answers: tuple[Mapping[str, Any], ...] = ()
+
+
+def scores_on_test(stage: OpenStage, made: Personalised) -> list[LaneScore]:
+    """Scores every lane on its client's test examples. The net is in evaluation mode, with the lanes bound."""
+    if stage.data.kind == "generation":
+        return _answered(stage, made)
+    data = stage.data
+    tests = [data.examples(lane.client.id, "test") for lane in made.lanes]
+    scores = evaluate(made.logits, tests, data.pad_id, stage.spec.token_budget, stage.net.device)
+    return [
+        LaneScore(
+            (
+                {"metric": "accuracy", "value": score.correct / score.count, "weight": float(score.count)},
+                {"metric": "loss", "value": score.loss_sum / score.count, "weight": float(score.count)},
+            ),
+            score.loss_sum,
+        )
+        for score in scores
+    ]
+
+
+def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[str, Any], ...]]:
+    """Rows of each lane about the texts that it was trained on; of a generation task the loss alone."""
+    data, spec = stage.data, stage.spec
+    texts = [data.examples(lane.client.id, "train") for lane in made.lanes]
+    if data.kind == "generation":
+        from fedtailor.evaluation.generation import loss_tallies
+
+        tallies = loss_tallies(made.logits, texts, data.labels, data.pad_id, spec.token_budget, stage.net.device)
+        return [_rows(tally, {"loss": "train_loss_after"}) for tally in tallies]
+    scores = evaluate(made.logits, texts, data.pad_id, spec.token_budget, stage.net.device)
+    return [
+        (
+            {"metric": "train_accuracy", "value": score.correct / score.count, "weight": float(score.count)},
+            {"metric": "train_loss_after", "value": score.loss_sum / score.count, "weight": float(score.count)},
+        )
+        for score in scores
+    ]
+
+
+def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
+    # Imported here: the measures' libraries take seconds, which classification need not wait for.
+    from fedtailor.evaluation.generation import Asked, First, score
+
+    data, spec = stage.data, stage.spec
+    cfg = DecodingConfig.model_validate(dict(spec.decoding))
+    asked = []
+    for lane in made.lanes:
+        examples = First.of(data.examples(lane.client.id, "test"), cfg.max_test)
+        asked.append(Asked(examples, data.answers(lane.client.id, "test")[: len(examples.labels)]))
+    # An answer ends where trained responses end, or at the end of text.
+    stops, closing = (tuple(map(int, data.manifest[name])) for name in ("stop_ids", "closing"))
+    how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net), closing)
+    found = score(stage.net, made.logits, asked, data.labels, stage.tokenizer, how, spec.token_budget)
+    return [
+        LaneScore(
+            _rows(one.tally),
+            float(np.sum([metrics["loss"].total for metrics in one.tally.values()])),
+            _kept(stage, made, k, asked[k], one.answers) if spec.save_predictions else (),
+        )
+        for k, one in enumerate(found)
+    ]
+
+
+def _rows(tally: Tally, names: Mapping[str, str] | None = None) -> tuple[Mapping[str, Any], ...]:
+    return tuple(
+        {"language": group, "metric": (names or {}).get(metric, metric), "value": m.value, "weight": float(m.count)}
+        for group, metrics in tally.items()
+        for metric, m in metrics.items()
+    )
+
+
+def _kept(stage: OpenStage, made: Personalised, k: int, asked: Any, answers: tuple[str, ...]) -> tuple[Any, ...]:
+    """One mapping per answer; ``row`` is the example's number among the client's test examples."""
+    lane = made.lanes[k]
+    questions = stage.data.questions(lane.client.id, "test")
+    return tuple(
+        {
+            "client": lane.client.id,
+            "language": stage.data.labels[int(asked.examples.labels[row])],
+            "budget": -1 if lane.budget is None else lane.budget,
+            "method": stage.spec.method,
+            "row": row,
+            "prompt": questions[row],
+            "reference": asked.references[row],
+            "prediction": answer,
+        }
+        for row, answer in enumerate(answers)
+    )

@@ -1,0 +1,260 @@
+"""One call of a worker: a segment's clients in groups of lanes, their answers checked, bounded, masked and summed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtailor.core.errors import TailorError
+from fedtailor.core.faults import Sabotage
+from fedtailor.core.messages import Failure, FloatArray, SegmentJob, SegmentResult, metric_row
+from fedtailor.core.scope import Scope
+from fedtailor.core.seeding import seed_for
+from fedtailor.federated.checks import bounded
+from fedtailor.federated.context import ClientContext, Lane
+from fedtailor.federated.method import Personalised, Report, Site
+from fedtailor.worker.costs import costs_of, start_gpu_peak
+from fedtailor.worker.open_stage import OpenStage
+from fedtailor.worker.scoring import scores_on_test, scores_on_train
+
+BASE_REF = "base"
+"""What an exported adapter calls its base model; a path of this machine would enter committed bytes."""
+
+
+class Segment:
+    """One call of `Worker.run`: collects per-client answers, then adds them in client order."""
+
+    def __init__(
+        self, stage: OpenStage, job: SegmentJob, shared: FloatArray | None, sabotage: Sabotage | None = None
+    ) -> None:
+        self.stage, self.job, self.received, self.sabotage = stage, job, shared, sabotage
+        self.shared = (
+            None if shared is None else torch.from_numpy(np.array(shared, dtype=np.float32)).to(stage.net.device)
+        )
+        self.result = SegmentResult(job.stage, job.round, job.index, job.attempt)
+        self.rows: dict[str, FloatArray] = {}
+        self.metrics: dict[str, list[dict[str, Any]]] = {}
+        self.answers: dict[str, list[Mapping[str, Any]]] = {}
+        self.failed: dict[str, Failure] = {}
+        self.tokens: dict[str, int] = {}
+        self.partial: Any = None
+        self.next = 0
+
+    def play(self) -> SegmentResult:
+        """Runs all groups; see `fedtailor.worker.worker.Worker.run`."""
+        job, stage = self.job, self.stage
+        self.partial = [] if not job.presum else None
+        for group in stage.groups(job.clients):
+            clients = [job.clients[i] for i in group]
+            start_gpu_peak(stage.net.device)
+            started = time.perf_counter()
+            try:
+                self._group(clients)
+            except TailorError:
+                raise
+            except Exception as error:
+                if stage.net.ranks is not None:
+                    raise  # the ranks are out of step now: their group starts again
+                self._one_by_one(clients, error)
+            share = (time.perf_counter() - started) / len(clients)
+            self.result.seconds |= dict.fromkeys(clients, share)
+            received = 0 if self.shared is None else self.shared.numel()
+            self.result.costs |= costs_of(stage, job, clients, self.tokens, received, self.rows, self.result.private)
+            self._add_in_order()
+        stage.net.unbind()
+        result = self.result
+        result.partial = self.partial
+        result.valid = tuple(c for c in job.clients if c not in self.failed)
+        result.failures = [self.failed[c] for c in job.clients if c in self.failed]
+        result.metrics = [row for c in job.clients for row in self.metrics.get(c, [])]
+        result.predictions = [dict(row) for c in job.clients for row in self.answers.get(c, [])]
+        result.host = {
+            "pid": os.getpid(),
+            "node": platform.node(),
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        return self.sabotage.reply(result) if self.sabotage else result
+
+    def _one_by_one(self, clients: Sequence[str], error: Exception) -> None:
+        """Names the client that broke the group: runs it again lane by lane."""
+        if len(clients) > 1:
+            self.result.warnings.append({"kind": "group-rerun", "clients": list(clients), "reason": _reason(error)})
+        for client in clients:
+            for record in (
+                self.rows, self.metrics, self.answers, self.failed, self.result.private, self.result.tensors,
+                self.result.norms,
+            ):  # fmt: skip
+                record.pop(client, None)
+            try:
+                if len(clients) == 1:
+                    raise error
+                self._group([client])
+            except TailorError:
+                raise
+            except Exception as own:
+                self.failed[client] = Failure(client, self.job.stage, self.job.round, "exception", _reason(own))
+
+    def _group(self, clients: Sequence[str]) -> None:
+        job = self.job
+        ctx = self.stage.context(clients, job.round, self.shared, job.private, self._warn, job.overlay)
+        self.tokens |= {lane.client.id: int(lane.train.lengths.sum()) for lane in ctx.lanes}
+        torch.manual_seed(_group_seed(ctx))
+        with self.sabotage.during(clients, self.stage.net.model) if self.sabotage else nullcontext():
+            if self.stage.spec.kind == "personalise":
+                self._personalise(ctx)
+            else:
+                self._update(ctx)
+
+    def _update(self, ctx: ClientContext) -> None:
+        update = self.stage.method.local_update
+        if update is None:
+            raise TailorError(f"method {self.stage.method.name} has no local update: it cannot take part in rounds")
+        report = update(ctx)
+        shared, private = ctx.params.flat(Scope.SHARED), ctx.params.flat(Scope.PRIVATE)
+        for k, lane in enumerate(ctx.lanes):
+            client = lane.client.id
+            # Copies: a lane's buffer is reused by the next group.
+            row = shared[k].detach().cpu().numpy().astype(np.float32, copy=True)
+            own = private[k].detach().cpu().numpy().astype(np.float32, copy=True)
+            if self.sabotage:
+                changed = self.sabotage.update(client, row, self.received)
+                if changed is None:
+                    self._set_aside(client)
+                    continue
+                row = changed
+            if not (np.isfinite(row).all() and np.isfinite(own).all()):
+                self._reject(client, "NaN or Inf in the update")
+                continue
+            self.rows[client], norm = self._bounded(row)
+            if self.stage.method.masking is None:
+                self.result.norms[client] = norm
+            if own.size:
+                self.result.private[client] = own
+            self.metrics[client] = self._report_rows(report, k, lane)
+
+    def _bounded(self, row: FloatArray) -> tuple[FloatArray, float]:
+        if self.received is None:
+            return row, 0.0
+        return bounded(row, self.received, self.stage.method.bound)
+
+    def _report_rows(self, report: Report, k: int, lane: Lane) -> list[dict[str, Any]]:
+        return [
+            self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
+            for name, values in report.metrics.items()
+        ]
+
+    def _row(self, lane: Lane, **values: Any) -> dict[str, Any]:
+        spec, client = self.stage.spec, lane.client
+        return metric_row(
+            stage=spec.key.split("/")[0], method=spec.method, seed=spec.seed, round=self.job.round, pool=client.pool,
+            client=client.id, budget=-1 if lane.budget is None else lane.budget,
+            **{"language": client.language, **values},
+        )  # fmt: skip
+
+    def _personalise(self, ctx: ClientContext) -> None:
+        spec = self.stage.spec
+        made = self.stage.method.personaliser(ctx)
+        ctx.net.train_mode(False)
+        scores = scores_on_test(self.stage, made)
+        fitted = scores_on_train(self.stage, made) if spec.score_train else [()] * len(scores)
+        for client, lam in made.strategy.items():
+            self.result.tensors[client] = lam.detach().cpu().numpy().astype(np.float32, copy=True)
+        for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True)):
+            client = lane.client.id
+            if client in self.failed:
+                continue  # one bad budget rejects the client whole
+            if not np.isfinite(score.loss):
+                self._reject(client, f"test loss is {score.loss}")
+                continue
+            rows = self.metrics.setdefault(client, [])
+            rows += [self._row(lane, **values) for values in (*score.rows, *fitted[k])]
+            self.answers.setdefault(client, []).extend(score.answers)
+            rows += [
+                self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
+                for name, values in made.metrics.items()
+            ]
+            rows += self._rank_rows(made, k, lane)
+            if self.stage.overlay is not None and client not in self.job.overlay:
+                rows.append(self._row(lane, metric="initial_overlay", value=1.0, weight=float(lane.size)))
+            if spec.save_adapters and made.export is not None:
+                self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, BASE_REF)
+
+    def _rank_rows(self, made: Personalised, k: int, lane: Lane) -> list[dict[str, Any]]:
+        if made.ranks is None or not made.selects_ranks:
+            return []
+        ranks = made.ranks[k].tolist()
+        assert sum(ranks) == (lane.budget or 0) * len(ranks), f"{lane.client.id}: {sum(ranks)} ranks kept"
+        return [
+            self._row(lane, metric="kept_rank", module=name, value=float(rank), weight=float(lane.size))
+            for name, rank in zip(self.stage.net.modules, ranks, strict=True)
+        ]
+
+    def _reject(self, client: str, reason: str, kind: str = "rejected") -> None:
+        self.failed[client] = Failure(client, self.job.stage, self.job.round, kind, reason)
+        for record in (
+            self.rows, self.metrics, self.answers, self.result.private, self.result.tensors, self.result.norms,
+        ):  # fmt: skip
+            record.pop(client, None)
+        adapters = self.result.adapters
+        self.result.adapters = {lane: files for lane, files in adapters.items() if lane.partition("/")[2] != client}
+
+    def _set_aside(self, client: str) -> None:
+        """Leaves a client out before its update is looked at: what a rejection must be equal to."""
+        self.failed[client] = Failure(client, self.job.stage, self.job.round, "absent", "left out by a fault plan")
+
+    def _warn(self, lane: Lane, sentence: str) -> None:
+        self.result.warnings.append({"kind": "client-warning", "client": lane.client.id, "reason": sentence})
+
+    def _add_in_order(self) -> None:
+        """Adds every client whose predecessors are done; keeps no more rows than it must."""
+        if self.stage.spec.kind == "personalise":
+            return
+        aggregator = self.stage.method.aggregator
+        while self.next < len(self.job.clients):
+            client = self.job.clients[self.next]
+            if client in self.rows:
+                row, weight = self.rows.pop(client), float(self.stage.data.client(client).n_train)
+                size, row = row.size, self._masked(client, row, weight)
+                if row is None:
+                    continue
+                if self.job.presum:
+                    state = aggregator.zero(size) if self.partial is None else self.partial
+                    self.partial = aggregator.add(state, row, weight)
+                else:
+                    self.partial.append((client, row, weight))
+            elif client not in self.failed:
+                return
+            self.next += 1
+
+    def _masked(self, client: str, row: FloatArray, weight: float) -> Any:
+        """What the client sends; None if it vanished (it is then among the failed)."""
+        masking, job = self.stage.method.masking, self.job
+        if masking is None or self.received is None:
+            return row
+        site = Site(self.stage.spec.seed, job.stage, job.round, job.cohort)
+        sent = masking.mask(row, np.asarray(self.received, np.float32), weight, client, site)
+        if sent.clamped:
+            reason = "values beyond 'privacy.secagg.range' were cut to it"
+            self.result.warnings.append(
+                {"kind": "clamped", "client": client, "numbers": sent.clamped, "reason": reason}
+            )
+        if sent.vector is None:
+            self._reject(client, "vanished after masking ('privacy.secagg.dropout')", kind="absent")
+        return sent.vector
+
+
+def _group_seed(ctx: ClientContext) -> int:
+    """Seed of torch's global stream, which only a base's own dropout draws from (one client at a time)."""
+    return seed_for(ctx.seed, ctx.stage, ctx.round, ctx.lanes[0].client.id, "base-dropout")
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

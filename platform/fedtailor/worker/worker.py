@@ -1,0 +1,235 @@
+"""The worker, and the pool that holds one in this process.
+
+The worker: runs segments of a stage, wherever it lives. `SerialPool` holds one; a Ray actor wraps another.
+
+What a group of ranks computed, looked at once more before anybody counts it.
+
+Saving under ZeRO has a known way to fail in silence: shards are written where whole tensors were meant, empty ones
+among them. Here nothing that is trained is ever sharded on its way out, and this is what makes sure of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.torch import load
+
+from fedtailor.core.errors import TailorError, WorkerError
+from fedtailor.core.faults import FaultPlan, Sabotage, planned
+from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
+from fedtailor.core.scope import Ranks
+from fedtailor.federated.pool import Meanwhile, OnEvent, OnResult, nothing
+from fedtailor.lanes.net import LaneNet, keep_freed_memory
+from fedtailor.worker.open_stage import OpenStage, on_this_node
+from fedtailor.worker.segment import Segment
+
+if TYPE_CHECKING:
+    from fedtailor.core.settings import EngineConfig
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+MEASURED = ("seconds", "costs", "host", "attempt")
+"""Parts of a result that differ between ranks and count for nothing."""
+
+
+def check_answer(result: SegmentResult, net: LaneNet) -> None:
+    """Opens every exported adapter again and looks at every update's length.
+
+    Raises:
+        WorkerError: an adapter without tensors, a tensor that is empty, not finite or of another shape than its layer
+            asks for, or an update that did not move; names client and tensor.
+    """
+    for client, norm in result.norms.items():
+        if not (np.isfinite(norm) and norm > 0):
+            raise WorkerError(f"{result.stage}: the update of client {client} did not move (its length is {norm})")
+    sites = {site.name: (site.d_in, site.d_out) for site in net.sites}
+    for lane, files in result.adapters.items():
+        problem = next(_adapter_problems(files, sites), None)
+        if problem:
+            raise WorkerError(f"{result.stage}: the adapter {lane} is refused: {problem}")
+
+
+def _adapter_problems(files: Mapping[str, bytes], sites: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    tensors = load(files[WEIGHTS]) if WEIGHTS in files else {}
+    if not tensors:
+        yield "it has no tensors"
+    moved = False
+    for name, tensor in tensors.items():
+        module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        if tensor.numel() == 0:
+            yield f"{name} is empty, {tuple(tensor.shape)}"
+        if not bool(tensor.isfinite().all()):
+            yield f"{name} is not finite"
+        axis = 1 if part == "lora_A" else 0
+        if module in sites and (tensor.dim() != 2 or tensor.shape[axis] != sites[module][1 - axis]):
+            yield f"{name} has the shape {tuple(tensor.shape)}, its layer is {sites[module]}"
+        moved |= part == "lora_B" and bool(tensor.any())
+    if not moved:
+        yield "all its B are 0: it did not move"
+
+
+def content_hash(result: SegmentResult) -> str:
+    """Hash of everything that a result may change in a run; equal on all ranks of a group.
+
+    >>> content_hash(SegmentResult("s", 0, 0, 0)) == content_hash(SegmentResult("s", 0, 0, 1, seconds={"a": 1.0}))
+    True
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in fields(result):
+        if part.name not in MEASURED:
+            for piece in _pieces(getattr(result, part.name)):
+                digest.update(struct.pack("<q", len(piece)) + piece)
+    return digest.hexdigest()
+
+
+def _pieces(value: Any) -> Iterator[bytes]:
+    """A value's content as bytes, in a fixed order; mappings keep theirs."""
+    if isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape}".encode()
+        yield np.ascontiguousarray(value).tobytes()
+    elif isinstance(value, bytes):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield type(value).__name__.encode()
+        for part in fields(value):
+            yield from _pieces(getattr(value, part.name))
+    elif isinstance(value, Mapping):
+        yield f"{len(value)}".encode()
+        for key, item in value.items():
+            yield from (repr(key).encode(), *_pieces(item))
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)}".encode()
+        for item in value:
+            yield from _pieces(item)
+    else:
+        yield repr(value).encode()
+
+
+class Worker:
+    """Keeps one model resident and plays segment after segment through it.
+
+    Args:
+        ranks: the processes that hold the model together and all run the same segments; None: this one alone.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks
+        if ranks is None:  # the weights that ranks gather come and go: theirs go back to the system
+            keep_freed_memory()
+        self._stage: OpenStage | None = None
+        self._faults: FaultPlan | None = None
+
+    def open(self, spec: StageSpec) -> StageInfo:
+        """Opens a stage; the model stays if the one before used the same, unchanged."""
+        spec, old = on_this_node(spec), self._stage
+        keep = old and not old.trains_base and same_base(old.spec, spec)
+        net = old.net if old and keep else None
+        self._stage = None
+        if net is not None:
+            net.unbind()
+        self._stage = OpenStage.open(spec, net, self._ranks)
+        self._faults = planned()
+        return self._stage.info()
+
+    def close(self) -> None:
+        """Forgets the model."""
+        self._stage = None
+
+    def run(self, job: SegmentJob, shared: FloatArray | None) -> SegmentResult:
+        """Plays one segment.
+
+        Args:
+            job: clients and round.
+            shared: SHARED state (P,) float32; only read, may be a read-only buffer.
+
+        Returns:
+            One sum over the valid clients, and rows, private state and failures of each.
+
+        Raises:
+            TailorError: nothing in the segment can run (wrong stage, method without a round).
+            WorkerError: what ranks computed together is not what it should be; see `worker.worker`.
+        """
+        stage = self._stage
+        if stage is None or stage.spec.key != job.stage:
+            raise TailorError(f"segment of stage {job.stage} sent to a worker of {stage.spec.key if stage else 'none'}")
+        sabotage = Sabotage(self._faults, job) if self._faults else None
+        result = Segment(stage, job, shared, sabotage).play()
+        if self._ranks is not None:
+            stage.net.verify()
+            check_answer(result, stage.net)
+        return result
+
+
+def same_base(old: StageSpec, new: StageSpec) -> bool:
+    """Whether a worker may keep the model that it has for another stage."""
+    names = (
+        "model_dir", "data_dir", "targets", "dtype", "base_dropout", "device", "attention", "weights", "checkpointing",
+        "zero",
+    )  # fmt: skip
+    return all(getattr(old, name) == getattr(new, name) for name in names)
+
+
+def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:
+    """One result from those of a segment's single clients, in client order."""
+    whole = replace(parts[0])
+    for part in parts[1:]:
+        if whole.partial is None:
+            whole.partial = part.partial
+        elif part.partial is not None:
+            joined = isinstance(whole.partial, list)
+            whole.partial = whole.partial + part.partial if joined else whole.partial.merged(part.partial)
+        whole.metrics = whole.metrics + part.metrics
+        whole.private = whole.private | part.private
+        whole.tensors = whole.tensors | part.tensors
+        whole.adapters = whole.adapters | part.adapters
+        whole.failures = whole.failures + part.failures
+        whole.warnings = whole.warnings + part.warnings
+        whole.valid = whole.valid + part.valid
+        whole.norms = whole.norms | part.norms
+        whole.seconds = whole.seconds | part.seconds
+        whole.costs = whole.costs | part.costs
+    return whole
+
+
+class SerialPool:
+    """Runs everything in this process; for debugging, notebooks and most tests."""
+
+    def __init__(self, config: EngineConfig, on_event: OnEvent) -> None:
+
+        self._worker = Worker()
+        self._on_event = on_event
+
+    @property
+    def size(self) -> int:
+        """One."""
+        return 1
+
+    def open(self, spec: StageSpec) -> StageInfo:
+        """See `Pool.open`."""
+        return self._worker.open(spec)
+
+    def run(
+        self,
+        jobs: Sequence[SegmentJob],
+        shared: FloatArray | None,
+        on_result: OnResult,
+        meanwhile: Meanwhile = nothing,
+    ) -> list[SegmentResult]:
+        """See `Pool.run`."""
+        meanwhile()
+        results = []
+        for job in jobs:
+            result = self._worker.run(job, shared)
+            on_result(result)
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        """Forgets the model."""
+        self._worker.close()

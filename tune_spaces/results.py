@@ -1,0 +1,235 @@
+"""What a sweep leaves: ``STORAGE/<sweep id>/sweep.json`` with every trial, and the best values as a preset file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+import yaml
+
+from fedtailor.core.errors import StorageError
+from fedtailor.storage.digest import committed_stages
+from fedtailor.storage.files import Storage, join
+from fedtailor.storage.provenance import redact
+from fedtailor.storage.run_folder import RunFolder
+from tune_spaces.grid import Value, score
+from tune_spaces.plan import SweepPlan
+
+SCHEMA: Final = 1
+
+RECORD, BEST, TUNE = "sweep.json", "best.yaml", "tune"
+"""Files of a sweep's folder; ``tune/`` is Ray Tune's own, written and read by Ray only."""
+
+State = Literal["complete", "stopped", "failed", "unfinished"]
+
+STOPPED: Final = "stopped early: hopeless beside the other trials (ASHA)"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial's place in the result.
+
+    Args:
+        number: of the trial, from 0.
+        run_id: its run.
+        values: searched values.
+        state: ``stopped`` means on purpose, by ASHA.
+        value: the objective, of complete trials only.
+        message: why it is not complete.
+    """
+
+    number: int
+    run_id: str
+    values: Mapping[str, Value]
+    state: State
+    value: float | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A sweep's result so far.
+
+    Args:
+        plan: the sweep.
+        trials: all of them, by number.
+        reference: the objective of the base model itself, None while not known.
+    """
+
+    plan: SweepPlan
+    trials: Sequence[Trial]
+    reference: float | None
+
+    @property
+    def best(self) -> Trial | None:
+        """The complete trial with the best value; of equal ones the paper's choice, else the first."""
+        done = [(trial, self.plan.judged.better(trial.value)) for trial in self.trials if trial.value is not None]
+        picked = self.plan.picked
+        return max(done, key=lambda pair: (pair[1], dict(pair[0].values) == picked))[0] if done else None
+
+    @property
+    def flat(self) -> bool:
+        """Whether several trials are complete and all of them equal."""
+        values = [trial.value for trial in self.trials if trial.value is not None]
+        return len(values) > 1 and len(set(values)) == 1
+
+    def of_state(self, state: State) -> list[Trial]:
+        """Trials in one state."""
+        return [trial for trial in self.trials if trial.state == state]
+
+
+def refuse_other(storage: Storage, plan: SweepPlan) -> None:
+    """Refuses a name that belongs to something else.
+
+    Raises:
+        StorageError: names what differs.
+    """
+    path = join(plan.sweep_id, RECORD)
+    if not storage.exists(path):
+        if storage.exists(plan.sweep_id):
+            raise StorageError(f"{storage.full(plan.sweep_id)} exists and is no sweep; choose another --sweep-id")
+        return
+    there = storage.read_json(path)
+    if there.get("schema") != SCHEMA:
+        raise StorageError(f"{storage.full(path)} has schema {there.get('schema')}, this version reads {SCHEMA}")
+    new = json.loads(json.dumps(redact(plan.identity())))
+    differing = [key for key in new if there["identity"].get(key) != new[key]]
+    if differing:
+        raise StorageError(
+            f"sweep '{plan.sweep_id}' belongs to another search (differs in {', '.join(differing)}); "
+            "choose another --sweep-id"
+        )
+
+
+def begin(storage: Storage, plan: SweepPlan) -> None:
+    """Writes the record of a sweep whose trials all wait, unless there is one."""
+    if not storage.exists(join(plan.sweep_id, RECORD)):
+        write(storage, Outcome(plan, [_waiting(plan, number) for number in range(len(plan.trials))], None))
+
+
+def base_is_there(storage: Storage, plan: SweepPlan) -> bool:
+    """Whether what all trials share is trained and scored."""
+    found = storage.exists(join(plan.base_run, "run.json"))
+    return found and is_complete(RunFolder.open(storage, plan.base_run))
+
+
+def settled(storage: Storage, plan: SweepPlan) -> Outcome | None:
+    """The outcome, if nothing is left to run: all trials complete or stopped on purpose."""
+    path = join(plan.sweep_id, RECORD)
+    trials = storage.read_json(path)["trials"] if storage.exists(path) else []
+    if not trials or any(trial["state"] not in ("complete", "stopped") for trial in trials):
+        return None
+    outcome = examine(storage, plan, [t["number"] for t in trials if t["state"] == "stopped"], {})
+    return None if outcome.of_state("unfinished") else outcome
+
+
+def examine(storage: Storage, plan: SweepPlan, stopped: Sequence[int], errors: Mapping[int, str]) -> Outcome:
+    """Reads every trial's run.
+
+    Args:
+        storage: where.
+        plan: the sweep.
+        stopped: trials that ASHA stopped; what their runs say is brought in step.
+        errors: what Tune says of trials that failed.
+    """
+    trials = [_examined(storage, plan, number, number in stopped, errors) for number in range(len(plan.trials))]
+    reference = None
+    if base_is_there(storage, plan):
+        metrics = RunFolder.open(storage, plan.base_run).metrics("personalise")
+        reference = score(metrics, "base", plan.judged)
+    return Outcome(plan, trials, reference)
+
+
+def is_complete(run: RunFolder) -> bool:
+    """Whether everything that was asked of a run is committed."""
+    stages = committed_stages(run)
+    return run.status()["state"] == "complete" and bool(stages) and all(stage["done"] for stage in stages)
+
+
+def value_of(plan: SweepPlan, run: RunFolder) -> float:
+    """The objective of a trial, from what it has committed so far.
+
+    Raises:
+        DataError: no client that counts is committed.
+    """
+    return score(run.metrics("personalise"), plan.grid.method, plan.judged)
+
+
+def _examined(storage: Storage, plan: SweepPlan, number: int, stopped: bool, errors: Mapping[int, str]) -> Trial:
+    name, waiting = plan.run_id(number), _waiting(plan, number)
+    if not storage.exists(join(name, "run.json")):
+        return _changed(waiting, "failed", errors[number]) if number in errors else waiting
+    run = RunFolder.open(storage, name)
+    if is_complete(run):
+        return Trial(number, name, waiting.values, "complete", value_of(plan, run))
+    status = run.status()
+    if stopped:
+        run.set_status("interrupted", STOPPED)
+        return _changed(waiting, "stopped", STOPPED)
+    if number in errors:
+        told = status["message"] if status["state"] == "failed" and status["message"] else errors[number]
+        return _changed(waiting, "failed", told)
+    if status["state"] == "running":
+        run.set_status("interrupted", "the sweep was stopped")
+    return waiting
+
+
+def _waiting(plan: SweepPlan, number: int) -> Trial:
+    return Trial(number, plan.run_id(number), plan.trials[number], "unfinished")
+
+
+def _changed(trial: Trial, state: State, message: str) -> Trial:
+    return Trial(trial.number, trial.run_id, trial.values, state, None, message)
+
+
+def write(storage: Storage, outcome: Outcome) -> None:
+    """Writes ``sweep.json`` and, once a trial is complete, ``best.yaml``."""
+    plan, best = outcome.plan, outcome.best
+    content = {
+        "schema": SCHEMA, "sweep_id": plan.sweep_id, "says": plan.grid.says, "words": list(plan.words),
+        "identity": plan.identity(), "mode": plan.judged.mode, "base_run": plan.base_run,
+        "reference": outcome.reference, "trials": [asdict(trial) for trial in outcome.trials],
+        "best": None if best is None else asdict(best),
+    }  # fmt: skip
+    storage.write_json(join(plan.sweep_id, RECORD), redact(content))
+    if best is not None:
+        storage.write_bytes(join(plan.sweep_id, BEST), best_preset(outcome).encode())
+
+
+def best_preset(outcome: Outcome) -> str:
+    """The best values as a preset: a layer for any configuration, since a search is often made on another one."""
+    plan, best = outcome.plan, outcome.best
+    assert best is not None
+    assert best.value is not None
+    tree: dict[str, Any] = {}
+    for key, value in best.values.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = _Number(value) if isinstance(value, float) else value
+    head = (
+        f"# Best of {len(plan.trials)} trials of {plan.address} ({plan.sweep_id}): {plan.objective} "
+        f"{plan.judged.shown(best.value)}{' %' if plan.judged.share else ''}.\n"
+    )
+    return head + yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
+class _Number(float):
+    """A float that is written so that every YAML reader takes it for one (``1e-05`` is a text to some)."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _number(dumper: yaml.SafeDumper, value: _Number) -> yaml.ScalarNode:
+    text = f"{value:.17g}" if float(f"{value:g}") != value else f"{value:g}"
+    if "." not in text.split("e")[0]:
+        text = text.replace("e", ".0e") if "e" in text else f"{text}.0"
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(_Number, _number)
