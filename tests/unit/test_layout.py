@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "platform/fedtailor"
-EXCEPTIONS = {f"runs/wandb_{part}.py": {"wandb"} for part in ("extras", "key", "session", "sink")}
+EXCEPTIONS = {name: {"wandb"} for name in ("report/wandb.py", "report/wandb_session.py", "tracking/wandb_key.py")}
 
 
 def imported(path: Path) -> set[str]:
@@ -68,26 +68,103 @@ def test_tune_is_imported_by_tune_spaces_only() -> None:
         assert "from ray import tune" not in text
 
 
-LAYERS = {
-    "core": {"methods", "runs", "personalisers", "updates", "cli"},
-    "adapters": {"methods", "runs", "personalisers", "updates", "cli"},
-    "aggregation": {"methods", "runs", "cli"},
-    "tasks": {"methods", "runs", "cli"},
-    "methods": {"runs", "cli"},
-    "personalisers": {"methods", "runs", "cli"},
-    "updates": {"methods", "runs", "cli"},
-}
-# The worker is where the table of methods meets the core.
-MEETING_POINTS = {"worker/open_stage.py", "federated/pool.py"}
+ROOMS = (
+    "core", "aggregation", "server_optim", "lanes", "tasks", "models", "adapters", "federated", "privacy", "evaluation",
+    "training", "methods", "storage", "worker", "tracking", "experiment", "report", "personalise", "cli",
+)  # fmt: skip
+"""Lowest first: a room imports only rooms before it. `CONTRIBUTING.md` says what is in each."""
+RESOURCES = {"presets"}
+"""Packages of data."""
+MOST_LINES, FLOOR = 300, 60
 
 
-@pytest.mark.parametrize("package", sorted(LAYERS))
-def test_imports_point_one_way(package: str) -> None:
-    for path in sorted((LIBRARY / package).rglob("*.py")):
-        if str(path.relative_to(LIBRARY)) in MEETING_POINTS:
-            continue
-        targets = set(re.findall(r"^\s*from fedtailor\.(\w+)", path.read_text("utf-8"), re.M))
-        assert not targets & LAYERS[package], f"{path} imports {targets & LAYERS[package]}"
+def modules() -> dict[str, Path]:
+    """Dotted name to file, of the library and what stands on it."""
+    found = {}
+    for path in (*LIBRARY.rglob("*.py"), *ROOT.glob("actors/*.py"), *ROOT.glob("tune_spaces/*.py")):
+        parts = path.relative_to(LIBRARY.parent if LIBRARY in path.parents else ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(text: str, known: set[str]) -> set[str]:
+    """Our modules that a module imports: at its top, inside functions and under ``TYPE_CHECKING``."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, "imports are absolute"
+            found |= {name if (name := f"{node.module}.{alias.name}") in known else node.module for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def upward(name: str, imported: set[str]) -> set[str]:
+    """What a module of the library imports from its own level or above, its own room excepted."""
+    room = name.split(".")[1]
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], *RESOURCES}
+    return {other for other in imported if "." in other and other.split(".")[1] not in allowed}
+
+
+def test_the_rooms_are_those_on_the_list() -> None:
+    assert {p.parent.name for p in LIBRARY.glob("*/__init__.py")} == {*ROOMS, *RESOURCES}
+
+
+def test_imports_go_down_the_list_of_rooms() -> None:
+    known = modules()
+    wrong = {
+        name: found
+        for name, path in known.items()
+        if name.count(".") and name.startswith("fedtailor.") and name.split(".")[1] in ROOMS
+        if (found := upward(name, imports_of(path.read_text("utf-8"), set(known))))
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from fedtailor.experiment.config import Experiment",
+        "def late():\n    from fedtailor.methods import METHODS",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import fedtailor.cli.doctor",
+    ],
+)
+def test_an_import_against_the_order_is_seen(text: str) -> None:
+    assert upward("fedtailor.lanes.net", imports_of(text, set(modules())))
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    known = modules()
+    edges = {name: imports_of(path.read_text("utf-8"), set(known)) - {name} for name, path in known.items()}
+    assert not circle(edges)
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """What is left once everything is taken away that imports nothing left."""
+    left = dict(edges)
+    while free := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_files_are_neither_long_nor_crumbs() -> None:
+    known = modules()
+    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in known.items()}
+    assert not {name: n for name, n in lines.items() if n > MOST_LINES}
+    users = dict.fromkeys(known, 0)
+    for name, path in known.items():
+        for other in imports_of(path.read_text("utf-8"), set(known)) - {name}:
+            users[other] += 1
+    tables = ("fedtailor.methods.", "fedtailor.server_optim.", "fedtailor.tasks.", "tune_spaces.")
+    crumbs = {
+        name
+        for name, path in known.items()
+        if lines[name] < FLOOR and users[name] < 2 and not name.startswith(tables)
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert not crumbs
 
 
 def test_setup_lists_the_packages_that_exist() -> None:

@@ -305,6 +305,11 @@ def test_a_disabled_run_can_be_synced_later(run: RunFolder, monkeypatch: pytest.
     assert sync(run, None, mode="disabled") == str(offline_runs(run)[0])
 
 
+def checked(overrides: list[str]) -> None:
+    exp = compose([], overrides)
+    wandb_key.check_wandb(exp.wandb, exp.save_adapters)
+
+
 def test_a_missing_key_is_found_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY")
@@ -312,18 +317,18 @@ def test_a_missing_key_is_found_before_the_run(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(ConfigError, match="needs a key: set WANDB_API_KEY"):
         prepare(online, "mine", lambda _: None)
     assert not (tmp_path / "runs").exists()
-    wandb_key.check_wandb(compose([], ["wandb.mode=auto"]))
+    checked(["wandb.mode=auto"])
     empty = tmp_path / "key"
     empty.write_text("\n")
     monkeypatch.setenv("WANDB_API_KEY_FILE", str(empty))
     monkeypatch.delenv("WANDB_MODE")
     with pytest.raises(ConfigError, match="key is empty"):
-        wandb_key.check_wandb(compose([], ["wandb.mode=auto"]))
+        checked(["wandb.mode=auto"])
 
 
 def test_adapters_that_will_not_be_kept_are_found_before_the_run() -> None:
     with pytest.raises(ConfigError, match="only there with save_adapters=true"):
-        wandb_key.check_wandb(compose([], ["wandb.artifacts=[adapters]"]))
+        checked(["wandb.artifacts=[adapters]"])
 
 
 @pytest.mark.parametrize("word", ["entity={}", "project={}", "group=x-{}", "tags=[a,{}]", "job_type={}"])

@@ -60,8 +60,6 @@ class StageSpec:
     """Attention kernel of the model; None: transformers' choice."""
     storage: str = ""
     """Where model, data and cache are; empty: they are folders of this node."""
-    resolver: str = ""
-    """``module:function`` that gives the spec with folders of the worker's own node, where ``storage`` is set."""
     micro_batch: int | None = None
     """Most rows per lane of one forward pass in training; None: the whole step."""
     weights: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"

@@ -20,7 +20,7 @@ from fedtailor.federated.pool import Pool
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, run_rounds
 from fedtailor.lanes.grouping import segments
 from fedtailor.methods.build import guarded
-from fedtailor.storage.artifacts import RESOLVER, Artifacts, artifact_path, fetch, model_path, on_this_node
+from fedtailor.storage.artifacts import Artifacts, artifact_path, fetch, model_path, on_this_node
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
@@ -165,7 +165,7 @@ class Execution:
         """What workers are told; each finds or fetches the folders on its own node."""
         features = artifact_path(f"features/{self._features_of(stage, inputs)}")
         spec = stage_spec(self.exp, stage, model_path(stage.parent), artifact_path(inputs.tokens), features)
-        return replace(spec, storage=self.storage.address, resolver=RESOLVER)
+        return replace(spec, storage=self.storage.address)
 
     def _tokens(self, inputs: Inputs) -> TokenData:
         return TokenData.open(fetch(self.storage, artifact_path(inputs.tokens)))

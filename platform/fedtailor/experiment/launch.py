@@ -226,7 +226,7 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     storage = Storage(exp.storage)
     refuse_other_configuration(storage, run_id, exp)
     check_placement(exp)
-    check_wandb(exp)
+    check_wandb(exp.wandb, exp.save_adapters)
     check_available(exp.model, exp.task.max_length, exp.task.kind)
     check_weights(exp)
     if exp.task.kind == "generation":

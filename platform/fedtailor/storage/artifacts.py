@@ -99,9 +99,6 @@ def _sha256(path: Path) -> str:
 
 VARIABLE = "FEDTAILOR_CACHE"
 
-RESOLVER = "fedtailor.storage.artifacts:on_this_node"
-"""What `StageSpec.resolver` is for stages whose folders are in a storage."""
-
 _AT_ONCE, _TRIES = 4, 2
 
 Stamp = tuple[tuple[str, int, int, int], ...]
@@ -147,11 +144,13 @@ def fetch(storage: Storage, path: str) -> Path:
 
 
 def on_this_node(spec: StageSpec) -> StageSpec:
-    """The spec with folders of this node in place of names in its storage.
+    """The spec with folders of this node in place of names in its storage; unchanged where it names none.
 
     Raises:
         StorageError: see `fetch`.
     """
+    if not spec.storage:
+        return spec
     storage = Storage(spec.storage)
     return replace(
         spec,
@@ -159,7 +158,6 @@ def on_this_node(spec: StageSpec) -> StageSpec:
         data_dir=str(fetch(storage, spec.data_dir)),
         cache_dir=None if spec.cache_dir is None else str(_features(storage, spec)),
         storage="",
-        resolver="",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from urllib.parse import urlparse
 
 from fedtailor.core.errors import ConfigError
-from fedtailor.experiment.config import ExperimentBase
+from fedtailor.core.settings import WandbConfig
 
 Mode = Literal["offline", "online"]
 
@@ -74,14 +74,17 @@ def settled_mode(mode: str) -> Mode:
     raise ConfigError(f"'wandb.mode': {mode} cannot be synced; use --mode auto, offline or online")
 
 
-def check_wandb(exp: ExperimentBase) -> None:
+def check_wandb(config: WandbConfig, save_adapters: bool) -> None:
     """Finds before a run what W&B will miss at its end; asks no server.
+
+    Args:
+        config: the section ``wandb``.
+        save_adapters: whether the run keeps its adapters.
 
     Raises:
         ConfigError: no key, no package, or adapters that the run will not keep.
     """
-    config = exp.wandb
-    if "adapters" in config.artifacts and not exp.save_adapters:
+    if "adapters" in config.artifacts and not save_adapters:
         raise ConfigError("'wandb.artifacts': adapters are only there with save_adapters=true")
     if config.mode == "disabled":
         return

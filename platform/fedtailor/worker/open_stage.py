@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ from fedtailor.tasks.tokens import TokenData
 
 _BASE_IS_PARTITIONED = 3
 """Stage of ZeRO."""
-
-
-def on_this_node(spec: StageSpec) -> StageSpec:
-    """The spec with the folders of this node; named by string, as the core knows no storage."""
-    if not spec.storage:
-        return spec
-    module, _, name = spec.resolver.partition(":")
-    local: StageSpec = getattr(import_module(module), name)(spec)
-    return local
 
 
 def load_net(spec: StageSpec, labels: Sequence[str], kind: TaskKind = "classification") -> LaneNet:

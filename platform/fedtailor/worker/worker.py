@@ -25,7 +25,8 @@ from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, Stage
 from fedtailor.core.scope import Ranks
 from fedtailor.federated.pool import Meanwhile, OnEvent, OnResult, nothing
 from fedtailor.lanes.net import LaneNet, keep_freed_memory
-from fedtailor.worker.open_stage import OpenStage, on_this_node
+from fedtailor.storage.artifacts import on_this_node
+from fedtailor.worker.open_stage import OpenStage
 from fedtailor.worker.segment import Segment
 
 if TYPE_CHECKING:
