@@ -25,7 +25,8 @@ METEOR of an answer (Banerjee & Lavie, 2005; weights of Lavie & Agarwal, 2007) b
 Words are those of `evaluation.text_metrics.unicode_words`. They match as they are or by their Porter stem, which
 changes words in Latin letters only. nltk's third step, synonyms of WordNet (English), is left out on purpose, also
 where WordNet's data is installed: the score must not depend on what a machine has. Scores of English texts are
-therefore slightly lower than those of FedP2EFT's reference code, which downloads WordNet. A perfect answer of n words scores 1 - .5 / n^3.
+therefore slightly lower than those of FedP2EFT's reference code, which downloads WordNet. A perfect answer of n words
+scores 1 - .5 / n^3.
 
 Exact match: the answer is the reference, but for compatibility characters (NFKC) and white space.
 

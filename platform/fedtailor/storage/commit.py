@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
+from fedtailor.core.faults import point
 from fedtailor.storage import payloads
 from fedtailor.storage.backends import MissingFileError
 from fedtailor.storage.files import Storage, join, safe_path
@@ -189,10 +190,24 @@ def _parse(storage: Storage, path: str, index: int, content: Mapping[str, Any], 
     return Commit(storage, path, index, record, objects, content["previous"], digest)
 
 
-def mark_pruned(commit: Commit, heavy: tuple[str, ...]) -> None:
+def _mark_pruned(commit: Commit, heavy: tuple[str, ...]) -> None:
     """Records, before anything is deleted, that objects with these prefixes are no longer needed."""
     mark = {"schema": SCHEMA, "commit": commit.sha256, "heavy": sorted(heavy)}
     commit.storage.write_bytes(f"{commit.path}/{folder(commit.index)}/{PRUNED}", seal(mark))
+
+
+def prune_round(commit: Commit, heavy: tuple[str, ...]) -> None:
+    """Deletes a commit's objects whose name starts with one of ``heavy``; a sidecar says first what may be gone."""
+    names = [name for name in commit.objects if name.startswith(heavy)]
+    if not names:
+        return
+    point("prune:before")
+    if not commit.pruned.issuperset(names):
+        _mark_pruned(commit, heavy)
+    point("prune:recorded")
+    for name in names:
+        commit.storage.delete(join(commit.path, commit.objects[name].path))
+    point("prune:after")
 
 
 def _pruned_prefixes(storage: Storage, where: str, commit: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from fedtailor.storage.commit import (
     compose,
     folder,
     load,
-    mark_pruned,
+    prune_round,
     quarantine,
     sweep,
 )
@@ -163,20 +163,8 @@ class CommitLog:
         for index in self._rounds()[:-keep]:
             if index >= self._pruned_below:
                 with explained(f"pruning {self.storage.full(self._at(index))}"):
-                    self._prune_round(load(self.storage, self.path, index), tuple(heavy))
+                    prune_round(load(self.storage, self.path, index), tuple(heavy))
                 self._pruned_below = index + 1
-
-    def _prune_round(self, commit: Commit, heavy: tuple[str, ...]) -> None:
-        names = [name for name in commit.objects if name.startswith(heavy)]
-        if not names:
-            return
-        point("prune:before")
-        if not commit.pruned.issuperset(names):
-            mark_pruned(commit, heavy)
-        point("prune:recorded")
-        for name in names:
-            self.storage.delete(join(self.path, commit.objects[name].path))
-        point("prune:after")
 
     def _write(self, attempt: str, objects: Mapping[str, Payload]) -> dict[str, ObjectRef]:
         written: dict[str, tuple[str, bytes, Payload]] = {}

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import ModelError
-from fedtailor.tasks.prompts import PromptTemplate, Turn, specials, template_for
+from fedtailor.tasks.prompt_template import PromptTemplate, Turn, specials
+from fedtailor.tasks.prompts import template_for
 
 Ids = npt.NDArray[np.int32]
 
