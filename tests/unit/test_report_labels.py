@@ -1,14 +1,11 @@
-"""Labels in any script: languages by their own names, fonts that have the letters, and no boxes."""
+"""Labels in any script: what figures call languages and groups, fonts that have the letters, and no boxes."""
 
 from __future__ import annotations
 
-import base64
-import io
 import warnings
 from pathlib import Path
 
 import pytest
-from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 
 from fedtailor.report import fonts, names
@@ -30,12 +27,10 @@ def test_right_to_left_languages_are_known() -> None:
     assert [names.text_direction(code) for code in ("ar", "ur", "amh", "eng", "q??")] == ["rtl", "rtl", *["ltr"] * 3]
 
 
-def test_a_script_without_a_font_falls_back_to_the_english_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "can_draw", lambda text: text.isascii())
+def test_figures_name_known_languages_in_english_whatever_fonts_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fonts, "_font_for", lambda letters: None)
     assert labels.language_label("amh") == "amh · Amharic"
-    monkeypatch.setattr(labels, "can_draw", lambda text: True)
-    monkeypatch.setattr(labels, "drawable", lambda text: text)
-    assert labels.language_label("amh") == "amh · አማርኛ"
+    assert labels.language_label("ልደታ") == "???"
 
 
 def test_letters_without_a_font_are_replaced() -> None:
@@ -58,16 +53,6 @@ def test_no_label_that_is_said_to_be_drawable_draws_boxes(tmp_path: Path) -> Non
         save(Drawing("labels", "", "", figure), tmp_path)
 
 
-def test_a_page_brings_the_letters_that_readers_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    main = fonts.font_manager.findfont(fonts.MAIN)
-    monkeypatch.setattr(fonts, "_missing", lambda text: frozenset(text))
-    monkeypatch.setattr(fonts, "_font_for", lambda letters: main)
-    ((_, data),) = fonts.embedded(["اردو"])
-    assert set("اردو") == {chr(code) for code in TTFont(io.BytesIO(base64.b64decode(data))).getBestCmap()}
-    assert fonts.embedded(["اردو"]) == fonts.embedded(["اردو"])
-
-
 def test_latin_cyrillic_greek_and_arabic_need_no_further_font() -> None:
     texts = ["Èdè Yorùbá", "русский", "Ελληνικά", "Tiếng Việt", "العربية"]
     assert fonts.families(texts) == [fonts.MAIN]
-    assert fonts.embedded(texts) == []

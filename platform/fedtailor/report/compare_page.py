@@ -44,5 +44,5 @@ def _environment() -> Environment:
 
 
 def _style(environment: Environment) -> Markup:
-    """The style sheet of a report without its fonts, so that both pages look alike."""
-    return Markup(environment.get_template("style.css.jinja").render(fonts=()))
+    """The style sheet of a report, so that both pages look alike."""
+    return Markup(environment.get_template("style.css.jinja").render())

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 
-from fontTools.subset import Subsetter
-from fontTools.ttLib import TTFont
-from fontTools.varLib import instancer
 from matplotlib import font_manager, ft2font
 
 MAIN = "DejaVu Sans"
 """Comes with matplotlib: Latin, Greek, Cyrillic, Arabic, Hebrew, Georgian, Armenian, Lao and symbols."""
-
-FONT_PACKAGES = ("fontpkg.family", "justmytype.packs")
-"""Entry points under which installed Python packages of font files announce themselves."""
 
 _SUFFIXES = (".ttf", ".otf", ".ttc")
 
@@ -57,35 +48,6 @@ def families(texts: Iterable[str]) -> list[str]:
     return [MAIN, *dict.fromkeys(_register(path) for path in sorted(path for path in fonts if path is not None))]
 
 
-def embedded(texts: Iterable[str]) -> list[tuple[str, str]]:
-    """What a page needs to show the texts whatever the reader has installed: the letters that `MAIN` lacks.
-
-    Args:
-        texts: what the page shows; texts that no font here covers are left out.
-
-    Returns:
-        (family, base64 of a TrueType or OpenType font with just these letters), sorted by family.
-    """
-    needed: dict[str, set[str]] = {}
-    for text in texts:
-        if (missing := _missing(text)) and (path := _font_for(missing)):
-            needed.setdefault(path, set()).update(text)
-    return [(Path(path).stem, _subset(path, "".join(sorted(letters)))) for path, letters in sorted(needed.items())]
-
-
-def _subset(path: str, letters: str) -> str:
-    font = TTFont(path, fontNumber=0, recalcTimestamp=False)
-    if "fvar" in font:
-        defaults = {axis.axisTag: axis.defaultValue for axis in font["fvar"].axes}
-        font = instancer.instantiateVariableFont(font, defaults)
-    subsetter = Subsetter()
-    subsetter.populate(text=letters)
-    subsetter.subset(font)
-    buffer = io.BytesIO()
-    font.save(buffer)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 @cache
 def _missing(text: str) -> frozenset[str]:
     letters = {letter for letter in text if unicodedata.category(letter) not in ("Cf", "Cc", "Zs")}
@@ -100,14 +62,7 @@ def _font_for(letters: frozenset[str]) -> str | None:
 
 @cache
 def _candidates() -> tuple[str, ...]:
-    packaged = {
-        str(file.locate())
-        for group in FONT_PACKAGES
-        for entry in entry_points(group=group)
-        for file in (entry.dist.files or () if entry.dist else ())
-        if file.suffix.lower() in _SUFFIXES
-    }
-    found = packaged | {path for path in font_manager.findSystemFonts() if path.lower().endswith(_SUFFIXES)}
+    found = {path for path in font_manager.findSystemFonts() if path.lower().endswith(_SUFFIXES)}
     return tuple(sorted(found, key=lambda path: (_preference(Path(path).name), Path(path).name, path)))
 
 

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from fedtailor.report import cost, names, side_by_side, significance, tables
 from fedtailor.report.facts import Facts
-from fedtailor.report.fonts import can_draw, embedded
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
 from fedtailor.report.significance import Pair, against, rule
@@ -102,7 +101,6 @@ def render(content: Content) -> str:
             notes=content.notes,
             ties=[(names.method_name(m), r, value) for (m, r), value in sorted(content.ties.items())],
             spent=content.spent.to_dict("records"),
-            fonts=embedded(own for b in found for code in b.languages if (own := _own_name(code))),
             config=leaves(run["config"]) if run.get("config") else [],
             stages=_stages(run.get("stages")),
             provenance=[(key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)],
@@ -132,11 +130,9 @@ def _environment() -> Environment:
 
 
 def _own_name(code: str) -> str | None:
-    """A language's own name, where it tells more than the English one and can be shown."""
+    """A language's own name, where it says more than the English one."""
     own = names.own_name(code)
-    if own is None or own.casefold() == names.language_name(code).casefold() or not can_draw(own):
-        return None
-    return own
+    return None if own is None or own.casefold() == names.language_name(code).casefold() else own
 
 
 def _number(value: float) -> str:

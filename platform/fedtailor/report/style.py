@@ -17,8 +17,8 @@ import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from fedtailor.report.fonts import can_draw, drawable, families
-from fedtailor.report.names import in_method_order, language_name, method_name, own_name, shortened
+from fedtailor.report.fonts import drawable, families
+from fedtailor.report.names import in_method_order, language_name, method_name, shortened
 
 INK, MUTED, GRID = "#1f2328", "#6a717c", "#dfe2e8"
 
@@ -121,13 +121,12 @@ _LONGEST = 28
 
 
 def language_label(code: str) -> str:
-    """ISO code and the language's own name; its English name where no installed font has the script.
+    """ISO code and English name of a language; a group of the user's own as it is named.
 
     >>> language_label("deu"), language_label("q??")
-    ('deu · Deutsch', 'q??')
+    ('deu · German', 'q??')
     """
-    own = own_name(code)
-    name = own if own is not None and can_draw(own) else language_name(code)
+    name = language_name(code)
     label = code if name == code else f"{code} · {name}"
     return shortened(drawable(label), _LONGEST)
 
