@@ -51,7 +51,7 @@ def test_runs_of_another_size_have_other_clients_and_no_paired_test(runs: Path) 
     result = compare("slow", "half", "--storage", runs)
     assert result.exit_code == 0, result.output
     assert "slow and half have different clients" in " ".join(result.stdout.split())
-    assert next(runs.glob("compare-*/compare.html")).is_file()
+    assert next(runs.glob("compare-*/compare.md")).is_file()
 
 
 @pytest.mark.parametrize(("words", "code", "message"), [

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtailor.cli.terminal import STATES, plain_table, status_table
-from fedtailor.report.compare import PAGE
+from fedtailor.report.compare import TEXT
 from fedtailor.report.compare_content import Comparison, behind, cell_text, pair_text, pair_title
 from fedtailor.report.compare_differences import Row, told_apart
 from fedtailor.report.compare_pairs import RunPair
@@ -195,13 +195,13 @@ def show_comparison(console: Console, content: Comparison, out: Path) -> None:
     if content.pairs:
         rest = f", and differences not from {letters[0]}," if any(pair.other for pair in content.pairs) else ""
         console.print(
-            f"[dim]▲ better, ▼ worse (p < {LEVEL:g}). 95 % intervals{rest} are in {PAGE}.[/]", highlight=False
+            f"[dim]▲ better, ▼ worse (p < {LEVEL:g}). 95 % intervals{rest} are in {TEXT}.[/]", highlight=False
         )
     for note in content.notes:
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
     for sentence in content.wandb:
         console.print(f"[cyan]W&B[/]  {escape(sentence)}", highlight=False, soft_wrap=True)
-    console.print(f"[green]written[/]  {escape(str(out / PAGE))}", highlight=False, soft_wrap=True)
+    console.print(f"[green]written[/]  {escape(str(out / TEXT))}", highlight=False, soft_wrap=True)
 
 
 def letters_of(run_ids: Sequence[str]) -> list[str]:

@@ -12,7 +12,6 @@ from fedtailor.experiment.stages import short_hash
 from fedtailor.report.compare_content import Comparison, work_out
 from fedtailor.report.compare_figure import draw
 from fedtailor.report.compare_online import on_wandb
-from fedtailor.report.compare_page import page
 from fedtailor.report.compare_pairs import pairs_csv
 from fedtailor.report.compare_read import open_sides
 from fedtailor.report.compare_tables import results_csv
@@ -20,11 +19,11 @@ from fedtailor.report.compare_text import markdown
 from fedtailor.report.style import save, styled
 from fedtailor.storage.files import Storage
 
-TEXT, PAGE = "compare.md", "compare.html"
+TEXT = "compare.md"
 
 
 def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None) -> tuple[Comparison, Path]:
-    """Compares runs and writes ``compare.md``, ``.csv``, ``.html``, ``.png``, ``.svg`` and ``compare_pairs.csv``.
+    """Compares runs and writes ``compare.md``, ``.csv``, ``.png``, ``.svg`` and ``compare_pairs.csv``.
 
     Args:
         storage: where the runs are.
@@ -49,18 +48,13 @@ def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None
 def write(content: Comparison, folder: Path) -> None:
     """Writes all files; equal runs give equal bytes."""
     with styled(content.run_ids):
-        drawing = draw(content.run_ids, content.tables, content.measure)
-        _, svg = save(drawing, folder)
+        save(draw(content.run_ids, content.tables, content.measure), folder)
     for name, table in (
         ("compare.csv", results_csv(content.sides)),
         ("compare_pairs.csv", pairs_csv(content.sides, content.pairs)),
     ):
         table.to_csv(folder / name, index=False, lineterminator="\n")
-    for name, words in (
-        (TEXT, markdown(content)),
-        (PAGE, page(content, drawing, svg.read_text("utf-8"))),
-    ):
-        (folder / name).write_text(words, encoding="utf-8", newline="\n")
+    (folder / TEXT).write_text(markdown(content), encoding="utf-8", newline="\n")
 
 
 def _folder(storage: Storage, names: Sequence[str], out: Path | None) -> Path:
