@@ -1,7 +1,8 @@
-"""One self-contained page: inline styles, SVG figures that follow light and dark, no scripts or requests."""
+"""One self-contained page: inline styles, figures as data, no scripts or requests."""
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,31 +12,25 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from fedtailor.report import cost, names, side_by_side, significance, tables
 from fedtailor.report.facts import Facts
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
 from fedtailor.report.significance import Pair, against, rule
-from fedtailor.report.style import GRID, INK, MUTED, Drawing, Missing
+from fedtailor.report.style import Drawing, Missing
 from fedtailor.report.wording import at, counted, leaves, text
 from fedtailor.tasks.config import NATURAL_CLIENTS
-
-_PAINT = {
-    INK: "var(--ink)", MUTED: "var(--fig-muted)", GRID: "var(--fig-grid)", "#ffffff": "var(--card)",
-    "#4a4f57": "var(--fig-base)",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure on the page; ``svg`` is None where there is none, then ``caption`` says why."""
+    """A figure on the page: ``source`` is the data URI of its SVG, empty where ``caption`` says why there is none."""
 
     anchor: str
     title: str
     caption: str
-    svg: Markup | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ def render(content: Content) -> str:
             grids={pool: significance.grid(pairs, pool) for pool in names.in_pool_order(p.pool for p in pairs)},
             sentences={pool: significance.sentences(pairs, pool) for pool in pools},
             captions={pool: tables.caption(facts, blocks) for pool, blocks in pools.items()},
-            figures=[_figure(k, entry, files) for k, (entry, files) in enumerate(content.drawn)],
+            figures=[_figure(entry, files) for entry, files in content.drawn],
             notes=content.notes,
             ties=[(names.method_name(m), r, value) for (m, r), value in sorted(content.ties.items())],
             spent=content.spent.to_dict("records"),
@@ -190,37 +185,12 @@ def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, st
     return f"{best}; per client {gain} points over {base}, {words[pair.verdict]} ({test})."
 
 
-def _figure(number: int, entry: Drawing | Missing, files: tuple[Path, ...]) -> Figure:
+def _figure(entry: Drawing | Missing, files: tuple[Path, ...]) -> Figure:
     anchor = re.sub(r"[^a-z0-9]+", "-", entry.title.lower()).strip("-")
     if isinstance(entry, Missing):
-        return Figure(anchor, entry.title, f"Left out: {entry.reason}.", None)
-    return Figure(
-        anchor,
-        entry.title,
-        entry.caption,
-        inline_svg(files[1].read_text("utf-8"), f"f{number}", entry.title),
-    )
-
-
-def inline_svg(svg: str, name: str, title: str) -> Markup:
-    """An SVG file as part of a page: no prolog, comments or metadata; its greys become CSS variables.
-
-    Args:
-        svg: a file that `style.save` wrote; its texts are paths, so without comments it holds no run data.
-        name: prefix of its ids, which must differ between the figures of a page.
-        title: accessible name.
-    """
-    svg = re.sub(r"<!--.*?-->|<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for colour, variable in _PAINT.items():
-        svg = svg.replace(colour, variable)
-    width = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
-    # Points to CSS pixels; on a narrow page a figure scrolls rather than becoming too small to read.
-    natural = float(width[1]) * 4 / 3 if width else 900.0
-    size = f'style="width:{natural:.0f}px;min-width:{min(natural, 820):.0f}px" '
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*pt"', r"<svg \1", re.sub(r'(<svg [^>]*?)height="[^"]*pt"', r"\1", svg))
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
-    label = Markup('role="img" aria-label="{}" ').format(title)
-    return Markup(re.sub(r"\n\s*", "\n", svg).strip().replace("<svg ", f"<svg {size}{label}", 1))
+        return Figure(anchor, entry.title, f"Left out: {entry.reason}.", "")
+    source = f"data:image/svg+xml;base64,{base64.b64encode(files[1].read_bytes()).decode('ascii')}"
+    return Figure(anchor, entry.title, entry.caption, source)
 
 
 def _stages(stages: Any) -> tuple[list[str], list[list[str]]]:

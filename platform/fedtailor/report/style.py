@@ -106,7 +106,7 @@ _WHOLE: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.06}
 def save(drawing: Drawing, folder: Path) -> tuple[Path, Path]:
     """Writes ``<name>.png`` (150 dpi) and ``<name>.svg``; equal figures give equal bytes."""
     png, svg = folder / f"{drawing.name}.png", folder / f"{drawing.name}.svg"
-    # The salt names the ids inside the SVG: one per figure, so that several fit on one page.
+    # The salt names the ids inside the SVG; without one they are random.
     with mpl.rc_context({"svg.hashsalt": drawing.name}):
         drawing.figure.savefig(png, dpi=150, metadata={"Software": None}, **_WHOLE)
         # Laid out once; the second file reuses the positions.
