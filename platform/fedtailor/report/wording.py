@@ -95,13 +95,18 @@ def escape(word: str, rules: Mapping[str, str]) -> str:
     return "".join(rules.get(letter, letter) for letter in word)
 
 
-def pipes(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns padded so that the source reads as well; the first row is its header."""
+def pipes(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """A Markdown table, columns padded so that the source reads as well.
+
+    Args:
+        rows: cells as they stand; the first row is the header.
+        labels: leading columns that stand on the left; numbers stand on the right.
+    """
     widths = [max(3, *(len(row[k]) for row in rows)) for k in range(len(rows[0]))]
+    rule = ["-" * width if k < labels else "-" * (width - 1) + ":" for k, width in enumerate(widths)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        padded = [c.ljust(w) if k < labels else c.rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return f"| {' | '.join(padded)} |"
 
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])
+    return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
