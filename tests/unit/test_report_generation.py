@@ -164,7 +164,7 @@ def test_the_summary_has_every_measure_of_a_method(report: dict[str, Path]) -> N
 
 def test_a_classification_run_has_no_table_of_measures() -> None:
     frame = scores(scored("seen/en/0", "en", 0.5, 3, metric="accuracy"))
-    assert side_by_side.beside(frame) == []
+    assert side_by_side.beside(frame) == {}
 
 
 def test_w_and_b_gets_every_measure() -> None:

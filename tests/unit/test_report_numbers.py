@@ -14,7 +14,8 @@ from fedtailor.core.messages import metric_row
 from fedtailor.report import heatmaps, names, summary, tables
 from fedtailor.report import scores as results
 from fedtailor.report.facts import read_facts
-from fedtailor.report.wording import leaves
+from fedtailor.report.grid import latex, markdown
+from fedtailor.report.wording import leaves, percent
 
 
 def score(method: str, client: str, correct: int, n: int, budget: int = 8, **more: Any) -> dict[str, Any]:
@@ -53,8 +54,8 @@ def test_one_seed_has_no_spread_anywhere() -> None:
     assert isnan(only(results.results_table(frame), language="amh")["sd"])
     (block,) = results.blocks(frame)
     assert block.cells["amh", "lora"].sd is None
-    assert summary.summary_records([block], [])[0]["sd"] is None
-    assert tables.percent(None) == "–"
+    assert summary.summary_records([block], [], {})[0]["sd"] is None
+    assert percent(None) == "–"
 
 
 def test_the_average_weighs_languages_equally_within_a_seed() -> None:
@@ -170,7 +171,7 @@ RUN: dict[str, Any] = {
 
 def test_the_caption_names_everything_the_run_departs_from() -> None:
     found = results.blocks(scored(score("lora", "seen/amh/0", 1, 2)))
-    words = " ".join(tables.caption(read_facts(RUN, 74), found))
+    words = " ".join(tables.table_grid(read_facts(RUN, 74), found).caption)
     for part in ("cldr", "tiny-bert", "L = 74", "1 client in 1 language", "seeds 1.",
                  "off the shelf; ", "strategies: 30 rounds", "lora.lr: 0.0001 → 0.005", "run_1",
                  "torch 2.13.0", "one seed"):  # fmt: skip
@@ -183,7 +184,7 @@ def test_markdown_has_a_block_per_budget_with_the_best_in_bold() -> None:
         score("lora", "seen/amh/0", 2, 4), score("lora", "seen/amh/1", 4, 4),
         score("lora", "seen/amh/0", 0, 4, budget=2),
     )  # fmt: skip
-    lines = tables.markdown_table(read_facts(RUN, 2), results.blocks(frame)).splitlines()
+    lines = markdown(tables.table_grid(read_facts(RUN, 2), results.blocks(frame))).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert [line for line in lines if line.startswith("##")] == ["## r = 2", "## r = 8"]
     last = cells[len(cells) // 2 :]
@@ -197,7 +198,7 @@ def test_the_csv_has_the_papers_layout() -> None:
         score("base", "seen/amh/0", 1, 4, budget=-1), score("lora", "seen/amh/0", 2, 4),
         score("base", "seen/eng/0", 1, 4, budget=-1), score("lora", "seen/eng/0", 0, 4),
     )  # fmt: skip
-    table = tables.csv_table(results.blocks(frame))
+    table = tables.table_data(results.blocks(frame))
     assert list(table) == ["language", "name", "r8/base", "r8/base/sd", "r8/lora", "r8/lora/sd"]
     assert list(table["name"]) == ["Amharic", "English", "Average", "Wins"]
     assert list(table["r8/lora"]) == [50.0, 0.0, 25.0, 1]
@@ -206,7 +207,7 @@ def test_the_csv_has_the_papers_layout() -> None:
 
 def test_latex_escapes_data_and_groups_columns_by_budget() -> None:
     frame = scored(score("my_method", "seen/50%/0", 1, 4, budget=2), score("my_method", "seen/50%/0", 1, 4, budget=4))
-    tex = tables.latex_table(read_facts(RUN | {"run_id": "a_b&c"}, 2), results.blocks(frame))
+    tex = latex(tables.table_grid(read_facts(RUN | {"run_id": "a_b&c"}, 2), results.blocks(frame)))
     for part in (r"a\_b\&c", r"my\_method", r"50\%", r"\toprule", r"$r$ = 2",
                  r"\cmidrule(lr){2-2} \cmidrule(lr){3-3}", r"\label{tab:seen}"):  # fmt: skip
         assert part in tex
@@ -215,7 +216,7 @@ def test_latex_escapes_data_and_groups_columns_by_budget() -> None:
 
 def test_many_methods_continue_in_further_latex_floats() -> None:
     rows = [score(f"m{k}", "seen/amh/0", 1, 4, budget=r) for k in range(9) for r in (1, 2, 4, 8)]
-    tex = tables.latex_table(read_facts(RUN, 2), results.blocks(scored(*rows)))
+    tex = latex(tables.table_grid(read_facts(RUN, 2), results.blocks(scored(*rows))))
     assert tex.count(r"\begin{table*}") == tex.count(r"\end{table*}") == 2
     assert tex.count(r"\label{") == 1
 

@@ -13,6 +13,7 @@ from fedtailor.core.messages import metric_row
 from fedtailor.report import scores as results
 from fedtailor.report import significance
 from fedtailor.report import significance as verdicts
+from fedtailor.report.grid import latex, markdown
 from fedtailor.report.significance import Pair
 
 
@@ -110,11 +111,12 @@ def test_sentences_name_the_budgets_of_a_mixed_verdict() -> None:
 
 def test_the_tables_say_difference_interval_and_p_and_escape_data() -> None:
     pairs = list(compare(table({"base": 0.0, "my_method": 0.1})).values())
-    markdown, tex = verdicts.markdown(pairs, "Scale 0.1."), verdicts.latex(pairs, "Scale 0.1.")
-    assert "| my\\_method – Base |" in markdown
+    (grid,) = verdicts.pairs_grids(pairs, "Scale 0.1.")
+    text, tex = markdown(grid), latex(grid)
+    assert "| my\\_method – Base |" in text
     assert r"my\_method -- Base" in tex
-    assert "Scale 0.1." in markdown
+    assert "Scale 0.1." in text
     assert "Scale 0.1." in tex
-    assert "p \\<0.001" in markdown
+    assert "p \\<0.001" in text
     assert tex.count("{") == tex.count("}")
     assert list(significance.table(pairs)) == list(significance.COLUMNS)

@@ -33,7 +33,8 @@ from fedtailor.report.compare_tables import PoolTable
 from fedtailor.report.judge import AVERAGE, RESULT_COLUMNS, Judged, shown
 from fedtailor.report.metrics import Measure
 from fedtailor.report.names import method_name, pool_name, shortened
-from fedtailor.report.significance import LEVEL, budget_title
+from fedtailor.report.significance import LEVEL
+from fedtailor.report.wording import budget_title
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.status import EXIT_CODES, State, Status, all_states, status_of

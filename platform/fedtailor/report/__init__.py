@@ -17,14 +17,16 @@ import pandas as pd
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import FloatArray
-from fedtailor.report import cost, figures, side_by_side, significance, summary, tables
+from fedtailor.report import cost, figures, significance, summary, tables
 from fedtailor.report import metrics as metrics_of
 from fedtailor.report import page as html
 from fedtailor.report import scores as results
 from fedtailor.report import significance as verdicts
-from fedtailor.report.facts import Evidence, Facts, gather, read_facts
+from fedtailor.report.facts import Evidence, gather, read_facts
+from fedtailor.report.grid import write_grids
 from fedtailor.report.metrics import Measure
 from fedtailor.report.names import in_pool_order
+from fedtailor.report.side_by_side import beside, measures_data, measures_grid
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import join
 from fedtailor.storage.run_folder import RunFolder
@@ -64,7 +66,8 @@ def write_report(
     frame = results.checked(metrics)
     scored = results.scores(frame)
     measure, found = metrics_of.primary(scored), results.blocks(scored)
-    beside = side_by_side.beside(scored)
+    pools = {pool: [b for b in found if b.pool == pool] for pool in in_pool_order(b.pool for b in found)}
+    all_measures = beside(scored)
     known = evidence or Evidence()
     facts = read_facts(run, len(modules), frame, known)
     pairs = significance.compare(scored, found)
@@ -74,41 +77,28 @@ def write_report(
     _csv(out / "results.csv", results.results_table(scored))
     _write(
         out / "summary.json",
-        json.dumps(_summary(facts.run_id, measure, found, pairs, beside), indent=2, ensure_ascii=False, allow_nan=False)
+        json.dumps(
+            _summary(facts.run_id, measure, found, pairs, all_measures), indent=2, ensure_ascii=False, allow_nan=False
+        )
         + "\n",
     )
-    _write_tables(facts, measure, found, pairs, out)
-    _write_beside(facts, beside, out)
+    grids = {pool: tables.table_grid(facts, blocks) for pool, blocks in pools.items()}
+    of_measures = {pool: measures_grid(blocks, grids[pool].caption) for pool, blocks in all_measures.items()}
+    for pool, grid in grids.items():
+        write_grids([grid], tables.table_data(pools[pool]), out, f"table_{tables.file_label(pool)}")
+    for pool, grid in of_measures.items():
+        write_grids([grid], measures_data(all_measures[pool]), out, f"metrics_{tables.file_label(pool)}")
+    if pairs:
+        write_grids(verdicts.pairs_grids(pairs, facts.scale, measure), significance.table(pairs), out, "significance")
     if len(spent):
         _csv(out / "cost.csv", spent)
     drawn = figures.draw(frame, found, strategies, modules, known, out / "figures")
     content = html.Content(
-        facts, run, found, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent, beside
-    )
+        facts, run, pools, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent, grids,
+        metrics_of.shown_beside(scored), of_measures,
+    )  # fmt: skip
     _write(out / "report.html", html.render(content))
     return {path.relative_to(out).as_posix(): path for path in _report_files(out)}
-
-
-def _write_tables(
-    facts: Facts, measure: Measure, found: Sequence[results.Block], pairs: Sequence[significance.Pair], out: Path
-) -> None:
-    for pool in in_pool_order(block.pool for block in found):
-        blocks, name = [block for block in found if block.pool == pool], f"table_{tables.file_label(pool)}"
-        _write(out / f"{name}.md", tables.markdown_table(facts, blocks))
-        _write(out / f"{name}.tex", tables.latex_table(facts, blocks))
-        _csv(out / f"{name}.csv", tables.csv_table(blocks))
-    if pairs:
-        _csv(out / "significance.csv", significance.table(pairs))
-        _write(out / "significance.md", verdicts.markdown(pairs, facts.scale, measure))
-        _write(out / "significance.tex", verdicts.latex(pairs, facts.scale, measure))
-
-
-def _write_beside(facts: Facts, beside: Sequence[side_by_side.Beside], out: Path) -> None:
-    for table in beside:
-        name = f"metrics_{tables.file_label(table.pool)}"
-        _write(out / f"{name}.md", side_by_side.markdown(facts, table))
-        _write(out / f"{name}.tex", side_by_side.latex(facts, table))
-        _csv(out / f"{name}.csv", side_by_side.csv_table(table))
 
 
 def _summary(
@@ -116,7 +106,7 @@ def _summary(
     measure: Measure,
     found: list[results.Block],
     pairs: list[significance.Pair],
-    beside: Sequence[side_by_side.Beside],
+    all_measures: Mapping[str, Sequence[results.Block]],
 ) -> dict[str, Any]:
     return {
         "run_id": run_id,
@@ -125,7 +115,7 @@ def _summary(
         "seeds": sorted({seed for block in found for seed in block.seeds}),
         "tie_rule": results.TIE_RULE,
         "comparison_rule": significance.rule(measure),
-        "results": summary.summary_records(found, pairs, beside),
+        "results": summary.summary_records(found, pairs, all_measures),
     }
 
 

@@ -14,8 +14,7 @@ from fedtailor.report.metrics import Measure
 from fedtailor.report.names import in_method_order, method_name
 from fedtailor.report.scores import Cell
 from fedtailor.report.significance import MARKS, interval_text, p_text
-from fedtailor.report.tables import ABSENT, percent, points
-from fedtailor.report.wording import spread
+from fedtailor.report.wording import ABSENT, percent, points, spread
 
 PairKey = tuple[int, int, str]
 """Run, earlier run, method."""

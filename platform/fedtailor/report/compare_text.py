@@ -9,8 +9,7 @@ from fedtailor.report.compare_differences import Row
 from fedtailor.report.compare_pairs import rule
 from fedtailor.report.compare_tables import PoolTable
 from fedtailor.report.names import method_name, pool_name
-from fedtailor.report.significance import budget_title
-from fedtailor.report.wording import MARKDOWN, escape, pipes
+from fedtailor.report.wording import MARKDOWN, budget_title, escape, pipes
 
 
 def markdown(content: Comparison) -> str:

@@ -60,6 +60,11 @@ def in_pool_order(pools: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(pools), key=lambda name: (rank.get(name, 2), name)))
 
 
+def in_budget_order(budgets: Iterable[int | None]) -> list[int | None]:
+    """Each budget once, ascending; None first."""
+    return sorted(set(budgets), key=lambda r: -1 if r is None else r)
+
+
 def pool_name(pool: str) -> str:
     """``Seen clients``, ``Unseen clients``; ``All clients`` for the empty pool."""
     return f"{pool[:1].upper()}{pool[1:]} clients" if pool else "All clients"

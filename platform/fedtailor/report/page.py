@@ -13,13 +13,15 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedtailor.report import cost, names, side_by_side, significance, tables
+from fedtailor.report import cost, names, significance, tables
 from fedtailor.report.facts import Facts
+from fedtailor.report.grid import Grid
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
+from fedtailor.report.side_by_side import BY
 from fedtailor.report.significance import Pair, against, rule
 from fedtailor.report.style import Drawing, Missing
-from fedtailor.report.wording import at, counted, leaves, text
+from fedtailor.report.wording import ABSENT, at, budget_title, counted, leaves, percent, points, text
 from fedtailor.tasks.config import NATURAL_CLIENTS
 
 
@@ -40,35 +42,38 @@ class Content:
     Args:
         facts: facts of the run.
         run: content of ``run.json``, for the configuration and provenance sections.
-        found: blocks of the tables.
+        pools: pool to the blocks of its table.
         pairs: paired comparisons.
         drawn: figures with their files (png, svg), or why there is none.
         notes: sentences on incomplete data.
         ties: (method, budget) to share of ranks tied at the threshold.
         spent: `cost.cost`.
-        beside: all measures of a generation run, a table per pool.
+        grids: pool to its table.
+        measures: all measures of a generation run.
+        beside: pool to their table.
     """
 
     facts: Facts
     run: Mapping[str, Any]
-    found: Sequence[Block]
+    pools: Mapping[str, Sequence[Block]]
     pairs: Sequence[Pair]
     drawn: Sequence[tuple[Drawing | Missing, tuple[Path, ...]]]
     notes: Sequence[str]
     ties: Mapping[tuple[str, int], float]
     spent: pd.DataFrame
-    beside: Sequence[side_by_side.Beside] = ()
+    grids: Mapping[str, Grid]
+    measures: Sequence[Measure]
+    beside: Mapping[str, Grid]
 
     @property
     def measure(self) -> Measure:
         """What the tables show."""
-        return self.found[0].measure if self.found else ACCURACY
+        return next((block.measure for blocks in self.pools.values() for block in blocks), ACCURACY)
 
 
 def render(content: Content) -> str:
     """The page as text; every value from the run is HTML-escaped."""
-    facts, run, found, pairs = content.facts, content.run, content.found, content.pairs
-    pools = {pool: [b for b in found if b.pool == pool] for pool in names.in_pool_order(b.pool for b in found)}
+    facts, run, pools, pairs = content.facts, content.run, content.pools, content.pairs
     versus = against(pairs)
     page: str = (
         _environment()
@@ -76,7 +81,9 @@ def render(content: Content) -> str:
         .render(
             facts=facts,
             measure=content.measure,
-            beside=[(table, list(side_by_side.lines(table))) for table in content.beside],
+            measures=content.measures,
+            beside=content.beside,
+            by=BY,
             tiles=_tiles(facts, run, pools),
             headlines=[_headline(blocks, versus) for blocks in pools.values()],
             pools=pools,
@@ -84,14 +91,13 @@ def render(content: Content) -> str:
                 pool: names.in_method_order(m for b in blocks for m in b.methods) for pool, blocks in pools.items()
             },
             languages={pool: tables.languages_of(blocks) for pool, blocks in pools.items()},
-            block_title=tables.block_title,
             reference=names.method_name(REFERENCE),
-            absent=tables.ABSENT,
+            absent=ABSENT,
             versus=versus,
             marks=significance.MARKS,
-            grids={pool: significance.grid(pairs, pool) for pool in names.in_pool_order(p.pool for p in pairs)},
+            grids={pool: significance.by_pair(pairs, pool) for pool in names.in_pool_order(p.pool for p in pairs)},
             sentences={pool: significance.sentences(pairs, pool) for pool in pools},
-            captions={pool: tables.caption(facts, blocks) for pool, blocks in pools.items()},
+            captions={pool: grid.caption for pool, grid in content.grids.items()},
             figures=[_figure(entry, files) for entry, files in content.drawn],
             notes=content.notes,
             ties=[(names.method_name(m), r, value) for (m, r), value in sorted(content.ties.items())],
@@ -113,12 +119,12 @@ def _environment() -> Environment:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": tables.percent, "points": tables.points, "p": significance.p_text}
+    environment.filters |= {"percent": percent, "points": points, "p": significance.p_text}
     environment.filters |= {"language": names.language_name, "own_name": _own_name, "direction": names.text_direction}
     environment.filters |= {"tag": lambda code: names.short_code(code).replace("_", "-"), "number": _number}
     environment.filters |= {
         "method": names.method_name, "pool": names.pool_name, "interval": significance.interval_text,
-        "pair": significance.pair_title, "budget": significance.budget_title,
+        "pair": significance.pair_title, "budget": budget_title,
     }  # fmt: skip
     environment.tests["known"] = lambda value: not math.isnan(value)
     return environment
@@ -133,7 +139,7 @@ def _own_name(code: str) -> str | None:
 def _number(value: float) -> str:
     """A time or a speed: about three digits, thousands grouped; `ABSENT` where unknown."""
     if math.isnan(value):
-        return tables.ABSENT
+        return ABSENT
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -160,7 +166,7 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
         ("Failures", text(facts.failures)),
         ("Warnings", text(facts.warnings)),
     ]
-    return [(name, value or tables.ABSENT) for name, value in tiles]
+    return [(name, value or ABSENT) for name, value in tiles]
 
 
 def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, str], Pair]) -> str:
@@ -171,12 +177,12 @@ def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, st
     shared = f" (shared with {', '.join(ties)})" if ties else ""
     measure = block.measure
     told = measure.mean if measure.name == ACCURACY.name else f"{measure.title}, {measure.mean}"
-    pool, top = names.pool_name(block.pool), tables.percent(block.average[method].mean)
+    pool, top = names.pool_name(block.pool), percent(block.average[method].mean)
     best = f"{pool}: {names.method_name(method)}{where} has the highest {told}, {top} %{shared}"
     pair = versus.get((block.pool, block.budget, method))
     if pair is None:
         return f"{best}."
-    base, gain = names.method_name(REFERENCE), tables.points(pair.difference)
+    base, gain = names.method_name(REFERENCE), points(pair.difference)
     of = counted(pair.n_clients, "client")
     if pair.p_holm is None:
         return f"{best}; {gain} points over {base} ({of}, so no test)."

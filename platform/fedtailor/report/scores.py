@@ -72,6 +72,10 @@ class Block:
     without_budget: frozenset[str] = frozenset()
     measure: Measure = ACCURACY
 
+    def cell(self, language: str, method: str) -> Cell | None:
+        """Of a language, or of `AVERAGE`; None where nothing was measured."""
+        return self.average.get(method) if language == AVERAGE else self.cells.get((language, method))
+
 
 def checked(metrics: pd.DataFrame) -> pd.DataFrame:
     """The metric rows, sorted by all coordinates.

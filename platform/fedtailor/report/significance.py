@@ -7,7 +7,7 @@ test is on the differences between the two methods over clients (Student's t for
 budget, the p-values of all pairs are corrected together: S. Holm, A Simple Sequentially Rejective Multiple Test
 Procedure, Scand. J. Statist. 6 (1979), 65-70.
 
-The paired comparisons in words and as tables in Markdown and LaTeX.
+The paired comparisons in words and as grids.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from fedtailor.report.grid import Grid
 from fedtailor.report.metrics import ACCURACY, Measure, primary
-from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
+from fedtailor.report.names import in_budget_order, in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.report.scores import REFERENCE, Block, client_scores
-from fedtailor.report.tables import ABSENT, file_label, points
-from fedtailor.report.wording import LATEX, MARKDOWN, escape, pipes
+from fedtailor.report.tables import file_label
+from fedtailor.report.wording import ABSENT, budget_title, points
 
 LEVEL = 0.05
 
@@ -205,25 +206,21 @@ def pair_title(key: Key) -> str:
     return f"{method_name(key[0])} – {method_name(key[1])}"
 
 
-def budget_title(budget: int | None) -> str:
-    """``r = 8``, or a phrase where no method has budgets."""
-    return "No budget" if budget is None else f"r = {budget}"
-
-
-def grid(pairs: Sequence[Pair], pool: str) -> tuple[list[int | None], dict[Key, dict[int | None, Pair]]]:
+def by_pair(pairs: Sequence[Pair], pool: str) -> tuple[list[int | None], dict[Key, dict[int | None, Pair]]]:
     """Budgets, and for each (method, other) the comparison at each budget."""
     here = [pair for pair in pairs if pair.pool == pool]
-    budgets = sorted({pair.budget for pair in here}, key=lambda r: -1 if r is None else r)
     rows: dict[Key, dict[int | None, Pair]] = {}
     for pair in here:
         rows.setdefault((pair.method, pair.other), {})[pair.budget] = pair
     order = in_method_order(name for key in rows for name in key)
-    return budgets, dict(sorted(rows.items(), key=lambda row: tuple(map(order.index, row[0]))))
+    return in_budget_order(pair.budget for pair in here), dict(
+        sorted(rows.items(), key=lambda row: tuple(map(order.index, row[0])))
+    )
 
 
 def sentences(pairs: Sequence[Pair], pool: str) -> list[str]:
     """A sentence per method of a pool: against whom it is better, worse or undecided, and at which budgets."""
-    _, rows = grid(pairs, pool)
+    _, rows = by_pair(pairs, pool)
     found = []
     for method in reversed(in_method_order(key[0] for key in rows)):
         parts = []
@@ -245,54 +242,30 @@ def _where(at: Mapping[int | None, Pair], verdict: str) -> str:
     return f" (r = {', '.join(hits)})"
 
 
-def markdown(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCURACY) -> str:
-    """``significance.md``: a table per pool, a row per pair, a column per budget.
+def pairs_grids(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCURACY) -> list[Grid]:
+    """``significance``: a table per pool, a row per pair, a column per budget.
 
     Args:
         pairs: all comparisons.
         scale: a sentence on a run that was made smaller.
         measure: what is compared.
     """
-    parts = ["# Paired comparisons over clients", escape(_caption(scale, measure), MARKDOWN)]
+    rules = [f"Mean difference in {measure.phrase} (points), its 95 % interval, and the corrected p; "
+             "▲ better, ▼ worse, no mark undecided.", *filter(None, [scale]), rule(measure)]  # fmt: skip
+    found = []
     for pool in in_pool_order(pair.pool for pair in pairs):
-        budgets, rows = grid(pairs, pool)
-        body = [["Pair", *(escape(budget_title(b), MARKDOWN) for b in budgets)]]
-        body += [
-            [escape(pair_title(key), MARKDOWN), *(escape(_cell(at.get(b)), MARKDOWN) for b in budgets)]
-            for key, at in rows.items()
-        ]
-        words = "\n".join(f"- {escape(sentence, MARKDOWN)}" for sentence in sentences(pairs, pool))
-        parts += [f"## {escape(pool_name(pool), MARKDOWN)} ({_clients(pairs, pool)})", pipes(body), words]
-    return "\n\n".join(parts) + "\n"
-
-
-def latex(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCURACY) -> str:
-    """``significance.tex`` (booktabs): a float per pool; arguments as in `markdown`."""
-    floats = [r"% needs \usepackage[utf8]{inputenc} and the packages amssymb, booktabs, graphicx"]
-    for pool in in_pool_order(pair.pool for pair in pairs):
-        budgets, rows = grid(pairs, pool)
-        titles = [escape(budget_title(b), LATEX).replace("r =", "$r$ =") for b in budgets]
-        body = [
-            " & ".join([escape(pair_title(key), LATEX), *(escape(_cell(at.get(b)), LATEX) for b in budgets)]) + r" \\"
-            for key, at in rows.items()
-        ]
-        words = escape(f"{pool_name(pool)} ({_clients(pairs, pool)}). {_caption(scale, measure)}", LATEX)
-        floats.append("\n".join([
-            r"\begin{table*}[p]", r"\centering\scriptsize",
-            rf"\caption{{{words}}}\label{{tab:pairs-{file_label(pool)}}}",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * len(budgets)}}}", r"\toprule", " & ".join(["", *titles]) + r" \\",
-            r"\midrule", *body, r"\bottomrule", r"\end{tabular}}", r"\end{table*}",
-        ]))  # fmt: skip
-    return "\n\n".join(floats) + "\n"
-
-
-def _caption(scale: str, measure: Measure) -> str:
-    lead = (
-        f"Mean difference in {measure.phrase} (points), its 95 % interval, and the corrected p; ▲ better, ▼ worse, no "
-        "mark undecided."
-    )
-    return " ".join(part for part in (lead, scale, rule(measure)) if part)
+        (budgets, rows), who = by_pair(pairs, pool), f"{pool_name(pool)} ({_clients(pairs, pool)})"
+        found.append(
+            Grid(
+                header=["Pair", *map(budget_title, budgets)],
+                rows=[[pair_title(key), *(_cell(at.get(b)) for b in budgets)] for key, at in rows.items()],
+                caption=[f"{who}.", *rules],
+                title=f"{who}: paired comparisons",
+                label=f"pairs-{file_label(pool)}",
+                notes=sentences(pairs, pool),
+            )
+        )
+    return found
 
 
 def _clients(pairs: Sequence[Pair], pool: str) -> str:

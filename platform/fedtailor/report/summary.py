@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,12 +10,11 @@ import pandas as pd
 from fedtailor.report.metrics import primary
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.report.scores import Block
-from fedtailor.report.side_by_side import Beside
 from fedtailor.report.significance import Pair, against
 
 
 def summary_records(
-    found: Sequence[Block], pairs: Sequence[Pair], beside: Sequence[Beside] = ()
+    found: Sequence[Block], pairs: Sequence[Pair], all_measures: Mapping[str, Sequence[Block]]
 ) -> list[dict[str, Any]]:
     """``summary.json``: a record per (pool, budget, method), in fractions; null where there is no number.
 
@@ -38,14 +37,14 @@ def summary_records(
                     "versus_base": _comparison(versus.get((block.pool, block.budget, method))),
                     "loss_mean": loss.mean if loss else None,
                     "loss_sd": loss.sd if loss else None,
-                    **_metrics(block, method, beside),
+                    **_metrics(block, method, all_measures),
                 }
             )
     return records
 
 
-def _metrics(block: Block, method: str, beside: Sequence[Beside]) -> dict[str, Any]:
-    here = [b for table in beside for b in table.at(block.budget) if table.pool == block.pool]
+def _metrics(block: Block, method: str, all_measures: Mapping[str, Sequence[Block]]) -> dict[str, Any]:
+    here = [other for other in all_measures.get(block.pool, ()) if other.budget == block.budget]
     if not here:
         return {}
     cells = {b.measure.name: b.average[method] for b in here if method in b.average}

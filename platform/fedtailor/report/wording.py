@@ -13,6 +13,27 @@ from typing import Any
 
 NOT_RECORDED = "not recorded"
 
+ABSENT = "–"
+
+
+def percent(value: float | None) -> str:
+    """A fraction in percent with two decimals; `ABSENT` for None.
+
+    >>> percent(0.84216), percent(None)
+    ('84.22', '–')
+    """
+    return ABSENT if value is None else f"{100 * value:.2f}"
+
+
+def points(value: float) -> str:
+    """A signed difference of fractions in percentage points, with a true minus sign."""
+    return f"{100 * value:+.2f}".replace("-", "−")
+
+
+def budget_title(budget: int | None) -> str:
+    """``r = 8``, or a phrase where no method has budgets."""
+    return "No budget" if budget is None else f"r = {budget}"
+
 
 def at(tree: Any, path: str) -> Any:
     """Value at a dotted path of a nested mapping, None where there is none."""
