@@ -14,6 +14,7 @@ from tiny import run_tiny, tiny
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import Interrupted, RoundError
 from fedtailor.experiment import execute
+from fedtailor.experiment.launch import load_experiment
 from fedtailor.federated.method import Draw, Method
 from fedtailor.methods.build import guarded
 from fedtailor.privacy.central_dp import GaussianRelease
@@ -130,7 +131,7 @@ def test_a_crash_between_ledger_and_commit_releases_the_same_bytes_and_spends_no
 
 
 def test_the_report_names_epsilon_and_what_it_does_not_cover(noisy: RunFolder) -> None:
-    sentence = privacy_sentence(noisy.storage.read_json(f"{noisy.run_id}/run.json"), noisy.metrics())
+    sentence = privacy_sentence(load_experiment(noisy), noisy.metrics())
     last = lines(noisy)["strategy"][-1]["epsilon"]
     assert f"{last:.3g} (FedP²EFT)" in sentence
     assert f"at delta = {lines(noisy)['base'][0]['delta']:.2g}" in sentence

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.messages import METRIC_COLUMNS, metric_row
 from fedtailor.report import write_report
 from fedtailor.report.facts import gather
@@ -32,7 +32,7 @@ def manifest(seed: int = 1, n_test: int = 5, **config: Any) -> dict[str, Any]:
 
 
 def run_with(storage: Path, *manifests: dict[str, Any], **config: Any) -> RunFolder:
-    whole = {"task": TASK, "base": {"name": "fedavg", "rounds": 4}, "seeds": [1, 2], "model": {"name": "m"}} | config
+    whole = {"task": TASK, "base": {"name": "fedavg", "rounds": 4}, "seeds": [1, 2]} | config
     for k, content in enumerate(manifests):
         folder = storage / "artifacts" / f"data-{k}"
         folder.mkdir(parents=True)
@@ -75,11 +75,18 @@ def test_data_that_are_gone_are_left_out(tmp_path: Path) -> None:
     assert found.notes == {}
 
 
+def test_keys_that_are_newer_than_a_run_have_their_defaults(tmp_path: Path) -> None:
+    exp = gather(run_with(tmp_path)).experiment
+    assert (exp.base.rounds, exp.scale, exp.privacy.name) == (4, 1.0, "none")
+    with pytest.raises(ConfigError, match=r"base\.name.*allowed: fedavg"):
+        gather(run_with(tmp_path / "other", base={"name": "gone"}))
+
+
 def test_what_the_model_was_pretrained_on_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     file = tmp_path / "model" / "pretrain.json"
     file.write_text('{"steps": 5}')
-    run = run_with(tmp_path, model={"name": "m", "path": str(tmp_path / "model")})
+    run = run_with(tmp_path, model={"path": str(tmp_path / "model")})
     assert gather(run).pretrain == {"steps": 5}
     for damaged in ("[1]", "{"):
         file.write_text(damaged)
@@ -92,7 +99,7 @@ def test_a_page_shows_data_cost_scale_and_own_names(tmp_path: Path) -> None:
     run.timing("personalise/lora/seed1", 0, {"seen/amh/0": 2.0, "seen/ur/0": 2.0})
     files = write_report(run.info(), metrics(), {}, ["classifier"], tmp_path / "out", gather(run))
     assert {"cost.csv", "figures/clients_per_language.png", "figures/classes_per_language.png"} <= set(files)
-    scale = "Scale 0.5: 1 of 2 clients per language and pool, 2 of 4 base rounds."
+    scale = "Scale 0.5: 1 of 2 clients per language and pool, 2 of 4 base rounds, 75 of 150 strategy rounds."
     for name in ("table_seen.md", "table_unseen.md", "table_seen.tex", "report.html"):
         assert scale in files[name].read_text("utf-8").replace("\\", "")
     page = files["report.html"].read_text("utf-8")

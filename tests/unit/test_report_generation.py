@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 
 from fedtailor.cli.terminal import summary_table
+from fedtailor.core.config import validate
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import metric_row
+from fedtailor.experiment.config import Experiment
 from fedtailor.models.families import locate_module
 from fedtailor.report import metrics, side_by_side, significance, write_report
 from fedtailor.report import scores as results
@@ -26,7 +28,6 @@ PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 MODULES = [f"model.layers.{block}.{part}" for block in range(3) for part in PARTS]
 RUN: dict[str, Any] = {
     "run_id": "aya", "status": "complete", "overrides": [],
-    "config": {"task": {"name": "fed_aya"}, "model": {"name": "tiny-llama"}, "base": {"name": "none"}},
 }  # fmt: skip
 LANGUAGES = {"seen/en/0": ("en", "fr"), "seen/en/1": ("en",), "seen/te/0": ("te", "en"), "seen/fr/0": ("fr",)}
 
@@ -66,7 +67,7 @@ def whole() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    evidence = Evidence(kind="generation")
+    evidence = Evidence(validate(Experiment, {"task": "fed_aya"}), kind="generation")
     return write_report(RUN, pd.DataFrame(list(whole())), {}, MODULES, tmp_path_factory.mktemp("aya"), evidence)
 
 

@@ -9,13 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedtailor.core.config import validate
 from fedtailor.core.errors import DataError
-from fedtailor.core.messages import metric_row
+from fedtailor.core.messages import METRIC_COLUMNS, metric_row
+from fedtailor.experiment.config import Experiment
 from fedtailor.report import heatmaps, names, summary, tables
 from fedtailor.report import scores as results
-from fedtailor.report.facts import read_facts
+from fedtailor.report.facts import Evidence, Facts, read_facts
 from fedtailor.report.grid import latex, markdown
 from fedtailor.report.wording import leaves, percent
+
+NOTHING = pd.DataFrame(columns=list(METRIC_COLUMNS))
 
 
 def score(method: str, client: str, correct: int, n: int, budget: int = 8, **more: Any) -> dict[str, Any]:
@@ -162,16 +166,18 @@ def test_language_distance_averages_over_pairs_of_different_clients() -> None:
 
 RUN: dict[str, Any] = {
     "run_id": "run_1", "status": "complete", "versions": {"torch": "2.13.0"},
-    "config": {"task": {"name": "cldr"}, "model": {"name": "tiny-bert"},
-               "base": {"name": "none", "rounds": 9},
-               "strategy": {"rounds": 30}},
     "overrides": [{"key": "lora.lr", "default": 1e-4, "value": 0.005}],
 }  # fmt: skip
 
 
+def facts_of(n_modules: int, **run: Any) -> Facts:
+    tree = {"task": "cldr", "model": "tiny-bert", "base": {"name": "none", "rounds": 9}, "strategy": {"rounds": 30}}
+    return read_facts(RUN | run, n_modules, results.checked(NOTHING), Evidence(validate(Experiment, tree)))
+
+
 def test_the_caption_names_everything_the_run_departs_from() -> None:
     found = results.blocks(scored(score("lora", "seen/amh/0", 1, 2)))
-    words = " ".join(tables.table_grid(read_facts(RUN, 74), found).caption)
+    words = " ".join(tables.table_grid(facts_of(74), found).caption)
     for part in ("cldr", "tiny-bert", "L = 74", "1 client in 1 language", "seeds 1.",
                  "off the shelf; ", "strategies: 30 rounds", "lora.lr: 0.0001 → 0.005", "run_1",
                  "torch 2.13.0", "one seed"):  # fmt: skip
@@ -184,7 +190,7 @@ def test_markdown_has_a_block_per_budget_with_the_best_in_bold() -> None:
         score("lora", "seen/amh/0", 2, 4), score("lora", "seen/amh/1", 4, 4),
         score("lora", "seen/amh/0", 0, 4, budget=2),
     )  # fmt: skip
-    lines = markdown(tables.table_grid(read_facts(RUN, 2), results.blocks(frame))).splitlines()
+    lines = markdown(tables.table_grid(facts_of(2), results.blocks(frame))).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert [line for line in lines if line.startswith("##")] == ["## r = 2", "## r = 8"]
     last = cells[len(cells) // 2 :]
@@ -207,7 +213,7 @@ def test_the_csv_has_the_papers_layout() -> None:
 
 def test_latex_escapes_data_and_groups_columns_by_budget() -> None:
     frame = scored(score("my_method", "seen/50%/0", 1, 4, budget=2), score("my_method", "seen/50%/0", 1, 4, budget=4))
-    tex = latex(tables.table_grid(read_facts(RUN | {"run_id": "a_b&c"}, 2), results.blocks(frame)))
+    tex = latex(tables.table_grid(facts_of(2, run_id="a_b&c"), results.blocks(frame)))
     for part in (r"a\_b\&c", r"my\_method", r"50\%", r"\toprule", r"$r$ = 2",
                  r"\cmidrule(lr){2-2} \cmidrule(lr){3-3}", r"\label{tab:seen}"):  # fmt: skip
         assert part in tex
@@ -216,25 +222,9 @@ def test_latex_escapes_data_and_groups_columns_by_budget() -> None:
 
 def test_many_methods_continue_in_further_latex_floats() -> None:
     rows = [score(f"m{k}", "seen/amh/0", 1, 4, budget=r) for k in range(9) for r in (1, 2, 4, 8)]
-    tex = latex(tables.table_grid(read_facts(RUN, 2), results.blocks(scored(*rows))))
+    tex = latex(tables.table_grid(facts_of(2), results.blocks(scored(*rows))))
     assert tex.count(r"\begin{table*}") == tex.count(r"\end{table*}") == 2
     assert tex.count(r"\label{") == 1
-
-
-def test_facts_show_what_is_absent_instead_of_inventing_it() -> None:
-    facts = read_facts({}, 0)
-    assert {facts.run_id, facts.task, facts.status} == {"not recorded"}
-    assert facts.base_line == "not recorded, rounds not recorded"
-    assert (facts.scale, facts.pretrained, facts.duplicates, facts.fallbacks) == ("", "", "", {})
-    assert facts.failures is None
-
-
-@pytest.mark.parametrize(("run", "count"), [
-    ({"failures": 3}, 3), ({"failures": [{}, {}]}, 2),
-    ({"status": {"state": "failed", "failures": 4}}, 4), ({}, None),
-])  # fmt: skip
-def test_failures_are_counted_from_numbers_or_lists(run: dict[str, Any], count: int | None) -> None:
-    assert read_facts(run, 0).failures == count
 
 
 def test_nested_configuration_is_listed_by_dotted_key() -> None:

@@ -22,9 +22,8 @@ from fedtailor.report import write_report
 MODULES = [f"bert.encoder.layer.0.{part}" for part in ("attention.self.query", "output.dense")] + ["classifier"]
 EVIL = "<script>alert('x')</script> & $x_1$ --> |"
 RUN: dict[str, Any] = {
-    "run_id": EVIL, "status": "complete", "failures": 0, "warnings": [EVIL], "versions": {"torch": EVIL},
-    "config": {"task": {"name": EVIL}, "model": {"name": "tiny-bert"},
-               "base": {"name": "fedavg", "rounds": 2}},
+    "run_id": EVIL, "status": "complete", "failures": 0, "warnings": 1, "versions": {"torch": EVIL},
+    "config": {"task": {"name": "cldr", "path": EVIL}, "base": {"rounds": 2}},
     "overrides": [{"key": EVIL, "default": EVIL, "value": EVIL}], "stages": [{"key": EVIL, "hash": "1a"}],
     "hardware": {"cpu": EVIL}, "git": {"commit": "abc"},
 }  # fmt: skip

@@ -7,7 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from fedtailor.core.config import validate
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, metric_row
+from fedtailor.experiment.config import Experiment, ExperimentBase
 from fedtailor.report import cost, setting
 from fedtailor.report import scores as results
 from fedtailor.storage import timings
@@ -21,9 +23,9 @@ def rounds_of(stage: str, method: str, n: int, **more: Any) -> list[dict[str, An
     return [metric_row(stage=stage, method=method, round=k, metric="train_loss", **more) for k in range(n)]
 
 
-def config(**base: Any) -> dict[str, Any]:
-    task, strategy = {"clients_per_language": 20}, {"rounds": 150}
-    return {"config": {"scale": 0.1, "task": task, "base": {"rounds": 100} | base, "strategy": strategy}}
+def configured(scale: float = 0.1, **base: Any) -> ExperimentBase:
+    task = {"name": "xnli", "clients_per_language": 20}
+    return validate(Experiment, {"scale": scale, "task": task, "base": base, "strategy": {"rounds": 150}})
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -31,30 +33,29 @@ def config(**base: Any) -> dict[str, Any]:
     ("dept", "DEPT (SPEC), 10 rounds"), ("none", "off the shelf"),
 ])  # fmt: skip
 def test_a_base_is_called_by_its_papers_name(name: str, words: str) -> None:
-    assert setting.base_line(config(name=name)) == words
+    assert setting.base_line(configured(name=name), frame()) == words
 
 
 def test_a_shared_base_is_said() -> None:
-    line = setting.base_line(config(name="fedavg", seed=42))
+    line = setting.base_line(configured(seed=42), frame())
     assert line == "standard FL (FedAvg), 10 rounds, one base of seed 42 for all seeds"
 
 
-def test_rounds_come_from_the_stages_and_from_what_was_run() -> None:
-    run = config(name="fedavg") | {"stages": [{"kind": "base", "rounds": 30}, {"kind": "strategy", "rounds": 15}]}
+def test_rounds_that_were_planned_and_those_that_were_run() -> None:
     done = frame(
         *rounds_of("base", "fedavg", 12), *rounds_of("strategy", "fedp2eft", 15),
         *rounds_of("strategy", "fedl2p", 7, budget=2), *rounds_of("strategy", "fedl2p", 9, budget=4),
     )  # fmt: skip
-    assert setting.base_line(run, done) == "standard FL (FedAvg), 12 of 30 rounds"
-    assert setting.strategy_line(run, done) == "15 rounds (FedL2P: 7 to 9)"
+    assert setting.base_line(configured(rounds=300), done) == "standard FL (FedAvg), 12 of 30 rounds"
+    assert setting.strategy_line(configured(), done) == "15 rounds (FedL2P: 7 to 9)"
 
 
 def test_a_smaller_run_says_by_how_much() -> None:
-    sentence = setting.scale_sentence(config(name="fedavg"))
+    sentence = setting.scale_sentence(configured())
     assert sentence == (
         "Scale 0.1: 2 of 20 clients per language and pool, 10 of 100 base rounds, 15 of 150 strategy rounds."
     )
-    assert setting.scale_sentence({"config": {"scale": 1.0}}) == ""
+    assert setting.scale_sentence(configured(1.0)) == ""
 
 
 @pytest.mark.parametrize(("pretrain", "words"), [

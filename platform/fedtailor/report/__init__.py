@@ -47,13 +47,13 @@ def write_report(
     Incomplete data are fine: what cannot be made is left out, and the page says why.
 
     Args:
-        run: content of ``run.json``: run_id, config (nested), overrides ({key, default, value} each), stages,
-            versions, hardware, git, status; optionally failures and warnings (counts or lists).
+        run: content of ``run.json``, and status (one of `run_folder.STATES`), failures and warnings (numbers).
         metrics: rows of `fedtailor.core.messages.METRIC_COLUMNS`.
         strategies: (method, seed) to client to lambda, (L, r_init) float32.
         modules: names of the L adapted modules.
         out: folder, made if missing; files of an earlier report are replaced.
-        evidence: what `gather` found besides; without it, data, pretraining and cost are left out.
+        evidence: what `gather` found besides; without it the configuration is the default one, and data, pretraining
+            and cost are left out.
 
     Returns:
         files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
@@ -181,11 +181,11 @@ def _write_all(run: RunFolder, out: Path) -> Path:
     metrics = run.metrics()
     if metrics.empty:
         raise StorageError(f"run '{run.run_id}' has committed nothing yet that could be reported")
-    warnings = [event for event in run.events() if event.get("kind") == "warning"]
-    facts = {
-        **run.info(), "status": run.status()["state"], "failures": run.failures(), "warnings": warnings,
+    counts = {
+        "failures": len(run.failures()), "warnings": sum(event.get("kind") == "warning" for event in run.events()),
     }  # fmt: skip
-    write_report(facts, metrics, run.strategies(), modules_of(run), out, gather(run))
+    info = {**run.info(), "status": run.status()["state"], **counts}
+    write_report(info, metrics, run.strategies(), modules_of(run), out, gather(run))
     return out / PAGE
 
 

@@ -1,6 +1,6 @@
 """What a caption must say about a run.
 
-What ``run.json`` says about a run, read leniently: what is absent is shown as absent, never invented.
+What a caption and a page header say about a run.
 
 What was done in a run to hide clients, and what it spent, in a sentence for captions.
 
@@ -10,7 +10,7 @@ What a run folder holds besides metrics: who has how many texts, what the model 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,39 +18,38 @@ from typing import Any
 import pandas as pd
 
 from fedtailor.core.errors import DataError
-from fedtailor.experiment.config import scaled
-from fedtailor.experiment.privacy import NOT_COVERED
+from fedtailor.experiment.config import Experiment, ExperimentBase
+from fedtailor.experiment.launch import load_experiment
+from fedtailor.experiment.privacy import NOT_COVERED, seen_clients
 from fedtailor.privacy.accounting import default_delta
 from fedtailor.report import setting
 from fedtailor.report.names import in_method_order, method_name
-from fedtailor.report.wording import NOT_RECORDED, at, shown, text
-from fedtailor.storage.files import Storage
+from fedtailor.report.wording import NOT_RECORDED, shown, text
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import clients_of
 
 
-def privacy_sentence(run: Mapping[str, Any], frame: pd.DataFrame | None = None) -> str:
+def privacy_sentence(exp: ExperimentBase, frame: pd.DataFrame, seen: int | None = None) -> str:
     """What was done to hide clients and what it spent; empty where nothing was.
 
     Args:
-        run: content of ``run.json``.
+        exp: configuration of the run.
         frame: checked metric rows.
+        seen: clients of the seen pool; default: as configured.
     """
-    config = run.get("config") or {}
-    sentences = []
-    if at(config, "privacy.name") == "central_dp":
-        sentences.append(_dp_sentence(config, frame))
-    masking = at(config, "privacy.secure_aggregation")
-    if masking not in (None, "none"):
+    masking, sentences = exp.privacy.secure_aggregation, []
+    if exp.privacy.name == "central_dp":
+        sentences.append(_dp_sentence(exp, frame, seen or seen_clients(exp)))
+    if masking != "none":
         sentences.append(f"Secure aggregation ({masking}) was simulated, for its cost and drop-outs; it hid nothing.")
     return " ".join(sentences)
 
 
-def _dp_sentence(config: Mapping[str, Any], frame: pd.DataFrame | None) -> str:
-    clip, sampler = at(config, "privacy.clip"), at(config, "privacy.sampler")
-    how = f"clip {clip:g}" if isinstance(clip, int | float) else "no clip"
-    rows = None if frame is None else frame[(frame["metric"] == "epsilon") & (frame["client"] == "")]
-    if rows is None or rows.empty:
+def _dp_sentence(exp: ExperimentBase, frame: pd.DataFrame, seen: int) -> str:
+    cfg = exp.privacy
+    how = "no clip" if cfg.clip is None else f"clip {cfg.clip:g}"
+    rows = frame[(frame["metric"] == "epsilon") & (frame["client"] == "")]
+    if rows.empty:
         return f"Central DP over clients ({how}) without noise: no guarantee."
     least = rows.groupby(["stage", "method"])["value"].max()
     parts = [
@@ -58,25 +57,12 @@ def _dp_sentence(config: Mapping[str, Any], frame: pd.DataFrame | None) -> str:
         for stage in ("base", "strategy")
         for method in in_method_order(rows.loc[rows["stage"] == stage, "method"])
     ]
-    relation = "added or removed" if sampler == "poisson" else "replaced"
-    delta = _delta(config)
-    at_delta = "" if delta is None else f" at delta = {delta:.2g}"
+    relation = "added or removed" if cfg.sampler == "poisson" else "replaced"
     return (
-        f"Central DP over clients ({how}, {sampler} cohorts, one client {relation}): "
-        f"epsilon {', '.join(parts)}{at_delta}, each with its base and per seed. Not covered: {'; '.join(NOT_COVERED)}."
+        f"Central DP over clients ({how}, {cfg.sampler} cohorts, one client {relation}): epsilon {', '.join(parts)} "
+        f"at delta = {cfg.delta or default_delta(seen):.2g}, each with its base and per seed. "
+        f"Not covered: {'; '.join(NOT_COVERED)}."
     )
-
-
-def _delta(config: Mapping[str, Any]) -> float | None:
-    """As configured, or the default for the run's seen clients; None where ``run.json`` does not say."""
-    given, languages = at(config, "privacy.delta"), at(config, "task.languages")
-    full, scale = at(config, "task.clients_per_language"), at(config, "scale")
-    if given is not None:
-        return float(given)
-    if not languages or not isinstance(full, int):
-        return None
-    kept = at(config, "task.clients_kept") or scaled(full, float(scale or 1))
-    return default_delta(len(languages) * kept)
 
 
 PRETRAIN = "pretrain.json"
@@ -91,6 +77,7 @@ class Evidence:
     """Everything is empty or None where the run folder does not say.
 
     Args:
+        experiment: configuration of the run; keys that are newer than it have their defaults.
         clients: client, pool, language, n_train, n_test: one row per client of the data.
         class_counts: client to number of train texts per class, in the order of ``labels``.
         labels: classes of the task, or the groups of a generation task's examples.
@@ -101,6 +88,7 @@ class Evidence:
         events: lines of ``events.jsonl``.
     """
 
+    experiment: ExperimentBase = field(default_factory=Experiment)
     clients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(_CLIENT_COLUMNS)))
     class_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
@@ -118,32 +106,32 @@ def gather(run: RunFolder) -> Evidence:
         run: the run.
 
     Raises:
+        ConfigError: a configuration that this version does not read.
         DataError: a pretrain.json that is not a JSON mapping.
     """
-    info = run.info()
-    seeds = (info.get("config") or {}).get("seeds") or ()
-    manifest = (run.manifest(seeds[0]) if seeds else None) or {}
+    exp = load_experiment(run)
+    manifest = run.manifest(exp.seeds[0]) or {}
     clients = clients_of(manifest) if manifest else ()
     rows = [(c.id, c.pool, c.language, c.n_train, c.n_test) for c in clients]
     return Evidence(
+        experiment=exp,
         clients=pd.DataFrame(rows, columns=list(_CLIENT_COLUMNS)),
         class_counts={str(c["id"]): tuple(c["train_classes"]) for c in manifest.get("clients", ())},
         labels=tuple(str(label) for label in manifest.get("labels", ())),
         kind=str(manifest.get("kind", "classification")),
         notes=dict(manifest.get("notes", {})),
-        pretrain=_pretrain(run.storage, info),
+        pretrain=_pretrain(run, exp.model.path),
         times=run.timings(),
         events=run.events(),
     )
 
 
-def _pretrain(storage: Storage, info: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    parents = dict.fromkeys(str(stage.get("parent")) for stage in info.get("stages") or ())
-    for artifact in (name for name in parents if name.startswith("model-")):
-        path = f"artifacts/{artifact}/{PRETRAIN}"
-        if storage.exists(path):
+def _pretrain(run: RunFolder, folder: str | None) -> Mapping[str, Any] | None:
+    storage = run.storage
+    for parent in dict.fromkeys(str(stage.get("parent")) for stage in run.stages()):
+        path = f"artifacts/{parent}/{PRETRAIN}"
+        if parent.startswith("model-") and storage.exists(path):
             return _mapping(path, storage.read_json(path))
-    folder = ((info.get("config") or {}).get("model") or {}).get("path")
     file = Path(folder) / PRETRAIN if folder else None
     if file is None or not file.is_file():
         return None
@@ -175,7 +163,6 @@ class Facts:
     Args:
         base_line: base method, its rounds, whose seed; ``strategy_line``: rounds of the strategies.
         n_modules: L, the number of adapted linear layers.
-        failures: number of failed clients, None if the run did not record it. So are ``warnings``.
         scale: a sentence on a run that was made smaller, empty at scale 1.
         privacy: a sentence on what was done to hide clients, empty without.
         pretrained: a sentence on what the model was pretrained on, empty where it does not say.
@@ -183,17 +170,14 @@ class Facts:
         fallbacks: pool to a sentence on clients that have nothing of their own of the base.
     """
 
+    experiment: ExperimentBase
     run_id: str
     status: str
-    task: str
-    model: str
     base_line: str
     strategy_line: str
     n_modules: int
     overrides: tuple[Override, ...]
     versions: tuple[tuple[str, str], ...]
-    failures: int | None
-    warnings: int | None
     scale: str = ""
     privacy: str = ""
     pretrained: str = ""
@@ -206,46 +190,28 @@ class Facts:
         return ", ".join(f"{name} {version}" for name, version in self.versions) or NOT_RECORDED
 
 
-def read_facts(
-    run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame | None = None, evidence: Evidence | None = None
-) -> Facts:
+def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, found: Evidence) -> Facts:
     """Facts of a run.
 
     Args:
-        run: content of ``run.json``.
+        run: content of ``run.json`` and the run's ``status``.
         n_modules: number of adapted linear layers.
         frame: checked metric rows.
-        evidence: what else the run folder holds.
+        found: what else the run folder holds.
     """
-    config, status = run.get("config") or {}, run.get("status")
-    state = status.get("state", status.get("status")) if isinstance(status, Mapping) else status
-    found = evidence or Evidence()
+    exp, seen = found.experiment, sum(found.clients["pool"] == "seen")
     return Facts(
+        experiment=exp,
         run_id=text(run.get("run_id")),
-        status=text(state),
-        task=text(at(config, "task.name")),
-        model=text(at(config, "model.name")),
-        base_line=setting.base_line(run, frame),
-        strategy_line=setting.strategy_line(run, frame),
+        status=text(run.get("status")),
+        base_line=setting.base_line(exp, frame),
+        strategy_line=setting.strategy_line(exp, frame),
         n_modules=n_modules,
-        overrides=tuple(
-            Override(str(o["key"]), shown(o.get("default")), shown(o.get("value"))) for o in run.get("overrides") or ()
-        ),
-        versions=tuple((str(name), text(v)) for name, v in sorted((run.get("versions") or {}).items())),
-        failures=_count(run, status, "failures"),
-        warnings=_count(run, status, "warnings"),
-        scale=setting.scale_sentence(run),
-        privacy=privacy_sentence(run, frame),
+        overrides=tuple(Override(o["key"], shown(o["default"]), shown(o["value"])) for o in run.get("overrides", ())),
+        versions=tuple(sorted(run.get("versions", {}).items())),
+        scale=setting.scale_sentence(exp),
+        privacy=privacy_sentence(exp, frame, seen or None),
         pretrained=setting.pretrain_sentence(found.pretrain),
         duplicates=setting.duplicates_sentence(found.notes),
-        fallbacks={} if frame is None else setting.fallback_sentences(frame),
+        fallbacks=setting.fallback_sentences(frame),
     )
-
-
-def _count(run: Mapping[str, Any], status: Any, key: str) -> int | None:
-    found = run.get(key)
-    if found is None and isinstance(status, Mapping):
-        found = status.get(key)
-    if isinstance(found, bool) or found is None:
-        return None
-    return len(found) if isinstance(found, Sized) else int(found)

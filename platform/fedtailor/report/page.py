@@ -21,7 +21,7 @@ from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
 from fedtailor.report.side_by_side import BY
 from fedtailor.report.significance import Pair, against, rule
 from fedtailor.report.style import Drawing, Missing
-from fedtailor.report.wording import ABSENT, at, budget_title, counted, leaves, percent, points, text
+from fedtailor.report.wording import ABSENT, budget_title, counted, leaves, percent, points, text
 from fedtailor.tasks.config import NATURAL_CLIENTS
 
 
@@ -144,15 +144,16 @@ def _number(value: float) -> str:
 
 
 def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]) -> list[tuple[str, str]]:
+    exp = facts.experiment
     seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
     languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
-    evenly = at(run.get("config"), "task.name") in (*NATURAL_CLIENTS, "dolly")  # no Dirichlet draw
+    evenly = exp.task.name in (*NATURAL_CLIENTS, "dolly")  # no Dirichlet draw
     measure = next((b.measure for blocks in pools.values() for b in blocks), ACCURACY)
     clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
     tiles = [
-        ("Task", facts.task),
-        ("Model", facts.model),
+        ("Task", exp.task.name),
+        ("Model", exp.model.name),
         ("Adapted layers L", str(facts.n_modules)),
         ("Clients", clients),
         (measure.groups.capitalize(), str(len(languages)) if languages else ""),
@@ -160,11 +161,11 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
         ("Seeds", ", ".join(map(str, seeds))),
         ("Base", facts.base_line),
         ("Strategy", facts.strategy_line),
-        ("Scale", text(at(run.get("config"), "scale") or 1)),
-        *([] if evenly else [("Alpha (label skew)", text(at(run.get("config"), "task.alpha")))]),
+        ("Scale", str(exp.scale)),
+        *([] if evenly else [("Alpha (label skew)", str(exp.task.alpha))]),
         ("Status", facts.status),
-        ("Failures", text(facts.failures)),
-        ("Warnings", text(facts.warnings)),
+        ("Failures", text(run.get("failures"))),
+        ("Warnings", text(run.get("warnings"))),
     ]
     return [(name, value or ABSENT) for name, value in tiles]
 

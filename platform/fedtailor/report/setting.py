@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from fedtailor.experiment.config import scaled
+from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
-from fedtailor.report.wording import NOT_RECORDED, at, counted, rounds, spread, text
+from fedtailor.report.wording import counted, spread
 
 BASES: Mapping[str, str] = {
     "fedavg": "standard FL (FedAvg)", "feddpa": "FedDPA-T", "dept": "DEPT (SPEC)", "none": "off the shelf",
@@ -17,49 +17,40 @@ BASES: Mapping[str, str] = {
 """How a caption calls a base method."""
 
 
-def base_line(run: Mapping[str, Any], frame: pd.DataFrame | None = None) -> str:
+def base_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
     """``standard FL (FedAvg), 15 rounds, one base of seed 42 for all seeds``."""
-    config = run.get("config") or {}
-    name = text(at(config, "base.name"))
-    if name == "none":
-        return BASES[name]
-    planned = _planned(run, "base")
-    done = _done(frame, "base")
-    number = rounds(planned) if planned == NOT_RECORDED else _partly(planned, done)
-    seed = at(config, "base.seed")
-    shared = "" if seed is None else f", one base of seed {seed} for all seeds"
-    return f"{BASES.get(name, name)}, {number}{shared}"
+    base = exp.base
+    if base.name == "none":
+        return BASES[base.name]
+    planned, done = scaled(base.rounds, exp.scale), _done(frame, "base")
+    partly = f"{spread(done)} of " if set(done) - {planned} else ""
+    shared = "" if base.seed is None else f", one base of seed {base.seed} for all seeds"
+    return f"{BASES.get(base.name, base.name)}, {partly}{counted(planned, 'round')}{shared}"
 
 
-def strategy_line(run: Mapping[str, Any], frame: pd.DataFrame | None = None) -> str:
+def strategy_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
     """``150 rounds``, and the methods that ended earlier: ``150 rounds (FedL2P: 61 to 88)``."""
-    planned = _planned(run, "strategy")
-    done = {} if frame is None else {m: _done(frame, "strategy", m) for m in _methods(frame, "strategy")}
-    early = [f"{method_name(m)}: {spread(n)}" for m, n in done.items() if [str(k) for k in set(n)] != [planned]]
-    return rounds(planned) + (f" ({', '.join(early)})" if early and planned != NOT_RECORDED else "")
+    planned = scaled(exp.strategy.rounds, exp.scale)
+    methods = in_method_order(frame.loc[frame["stage"] == "strategy", "method"])
+    done = {method: _done(frame, "strategy", method) for method in methods}
+    early = [f"{method_name(m)}: {spread(n)}" for m, n in done.items() if set(n) != {planned}]
+    return counted(planned, "round") + (f" ({', '.join(early)})" if early else "")
 
 
-def scale_sentence(run: Mapping[str, Any]) -> str:
+def scale_sentence(exp: ExperimentBase) -> str:
     """How much smaller than configured the run is; empty at scale 1.
 
-    >>> task, rounds = {"clients_per_language": 20}, {"rounds": 150}
-    >>> scale_sentence({"config": {"scale": 0.1, "task": task, "base": {"name": "none"}, "strategy": rounds}})
-    'Scale 0.1: 2 of 20 clients per language and pool, 15 of 150 strategy rounds.'
+    >>> from fedtailor.experiment.config import Experiment
+    >>> scale_sentence(Experiment(scale=0.1, base={"name": "none"}))
+    'Scale 0.1: 1 of 10 clients per language and pool, 15 of 150 strategy rounds.'
     """
-    config = run.get("config") or {}
-    scale = at(config, "scale")
-    if scale is None or scale == 1:
+    if exp.scale == 1:
         return ""
-    parts = []
-    full = at(config, "task.clients_per_language")
-    if isinstance(full, int):
-        kept = at(config, "task.clients_kept") or scaled(full, float(scale))
-        parts.append(f"{kept} of {full} clients per language and pool")
-    for section in ("base", "strategy"):
-        number = at(config, f"{section}.rounds")
-        if isinstance(number, int) and at(config, f"{section}.name") != "none":
-            parts.append(f"{scaled(number, float(scale))} of {number} {section} rounds")
-    return f"Scale {scale:g}: {', '.join(parts)}." if parts else f"Scale {scale:g}."
+    parts = [f"{clients_per_language(exp)} of {exp.task.clients_per_language} clients per language and pool"]
+    for name in ("strategy",) if exp.base.name == "none" else ("base", "strategy"):
+        full = getattr(exp, name).rounds
+        parts.append(f"{scaled(full, exp.scale)} of {full} {name} rounds")
+    return f"Scale {exp.scale:g}: {', '.join(parts)}."
 
 
 def pretrain_sentence(record: Mapping[str, Any] | None) -> str:
@@ -71,8 +62,9 @@ def pretrain_sentence(record: Mapping[str, Any] | None) -> str:
     """
     if not record:
         return ""
-    tasks, loss = at(record, "options.tasks"), at(record, "final.held_out_loss")
-    sizes = {"steps": at(record, "options.steps"), "tokens": record.get("tokens_read")}
+    options = record.get("options", {})
+    tasks, loss = options.get("tasks"), record.get("final", {}).get("held_out_loss")
+    sizes = {"steps": options.get("steps"), "tokens": record.get("tokens_read")}
     parts = [f"{n:,} {name}" for name, n in sizes.items() if isinstance(n, int)]
     parts += [f"held-out loss {loss:.2f}"] if isinstance(loss, int | float) else []
     where = f" on train texts of {', '.join(map(str, tasks))}, both pools" if tasks else ""
@@ -116,28 +108,7 @@ def fallback_sentences(frame: pd.DataFrame) -> dict[str, str]:
     return sentences
 
 
-def _planned(run: Mapping[str, Any], kind: str) -> str:
-    stages: Sequence[Any] = run.get("stages") or ()
-    numbers = {s["rounds"] for s in stages if isinstance(s, Mapping) and s.get("kind") == kind and "rounds" in s}
-    if numbers:
-        return spread(numbers)
-    number, scale = at(run.get("config"), f"{kind}.rounds"), at(run.get("config"), "scale")
-    return text(scaled(number, float(scale)) if isinstance(number, int) and scale else number)
-
-
-def _done(frame: pd.DataFrame | None, stage: str, method: str | None = None) -> list[int]:
+def _done(frame: pd.DataFrame, stage: str, method: str | None = None) -> list[int]:
     """Rounds that each seed (and budget) of a stage has gone through."""
-    if frame is None:
-        return []
     rows = frame[(frame["stage"] == stage) & ((frame["method"] == method) | (method is None))]
     return [int(n) for n in rows.groupby(["method", "seed", "budget"])["round"].max() + 1]
-
-
-def _methods(frame: pd.DataFrame, stage: str) -> tuple[str, ...]:
-    return in_method_order(frame.loc[frame["stage"] == stage, "method"])
-
-
-def _partly(planned: str, done: Sequence[int]) -> str:
-    if not done or {str(n) for n in done} == {planned}:
-        return rounds(planned)
-    return f"{spread(done)} of {rounds(planned)}"

@@ -43,7 +43,7 @@ def table_grid(facts: Facts, found: Sequence[Block]) -> Grid:
 
 def _caption(facts: Facts, found: Sequence[Block]) -> list[str]:
     """Sentences that let a table stand alone: numbers, task, model, base, scale, data, departures, run."""
-    block, measure = found[0], found[0].measure
+    block, measure, exp = found[0], found[0].measure, facts.experiment
     clients = counted(block.n_clients, "client")
     seeds = ", ".join(str(seed) for seed in block.seeds)
     spread = "mean (SD) over seeds" if len(block.seeds) > 1 else "one seed, so no SD (–)"
@@ -53,7 +53,7 @@ def _caption(facts: Facts, found: Sequence[Block]) -> list[str]:
         "and budget in bold.",
         facts.scale,
         facts.privacy,
-        f"Task {facts.task}, model {facts.model} with L = {facts.n_modules} adapted layers, budget rL ranks; "
+        f"Task {exp.task.name}, model {exp.model.name} with L = {facts.n_modules} adapted layers, budget rL ranks; "
         f"{clients} in {counted(len(languages_of(found)), measure.group)}; seeds {seeds}.",
         facts.pretrained,
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",

@@ -54,11 +54,6 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def rounds(number: str) -> str:
-    """``20 rounds``, ``1 round``, or that it is not recorded."""
-    return counted(int(number), "round") if number.isdigit() else f"rounds {number}"
-
-
 def leaves(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Dotted key and text of every leaf of a nested mapping, in order; long lists are numbered by index."""
     if isinstance(tree, Mapping) and tree:
