@@ -423,7 +423,7 @@ for point in faults.POINTS:
     log.prune(2, HEAVY)
     child = os.fork()
     if child == 0:
-        faults._hits.clear()
+        faults._passes.clear()
         os.environ[faults.VARIABLE] = f"{{point}}@1"
         log.commit(3, objects(3), record(3))
         log.prune(2, HEAVY)
@@ -472,7 +472,7 @@ def test_a_full_disk_leaves_the_last_commit_and_a_clear_sentence(
     storage: Storage, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = filled(storage, 2)
-    faults._hits.clear()
+    faults._passes.clear()
     monkeypatch.setenv(faults.VARIABLE, f"enospc:{point}@1")
     with pytest.raises(StorageError, match=r"rounds/000002\S*: no space left on the device.*free space and resume"):
         log.commit(2, objects(2), record(2))
