@@ -113,6 +113,18 @@ def toy_net(dtype: torch.dtype = torch.float64, dropout: float = 0.1, **sizes: i
     return LaneNet(model, adapted_linears(model, "all-linear"))
 
 
+class Warnings(list[tuple[str, str]]):
+    """Takes what a context warns of: client and sentence."""
+
+    def __call__(self, lane: Lane, sentence: str) -> None:
+        self.append((lane.client.id, sentence))
+
+
+def warnings_of(ctx: ClientContext) -> Warnings:
+    assert isinstance(ctx.warn, Warnings)
+    return ctx.warn
+
+
 def toy_context(
     net: LaneNet,
     lanes: Sequence[Lane],
@@ -120,8 +132,7 @@ def toy_context(
     modules: Sequence[Parameters] = (),
     **more: object,
 ) -> ClientContext:
-    warnings: list[tuple[str, str]] = []
-    ctx = ClientContext(
+    return ClientContext(
         net=net,
         lanes=tuple(lanes),
         params=open_params(net, len(lanes), adapter, modules, 3),
@@ -131,8 +142,6 @@ def toy_context(
         num_labels=CLASSES,
         pad_id=0,
         features=lambda group, pad_to: [client_features(net, lane.train, 0, pad_to) for lane in group],
-        warn=lambda lane, text: warnings.append((lane.client.id, text)),
+        warn=Warnings(),
         **more,  # type: ignore[arg-type]
     )
-    ctx.extra["warnings"] = warnings  # type: ignore[index]
-    return ctx

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import toy_context, toy_lanes, toy_net
+from toy import toy_context, toy_lanes, toy_net, warnings_of
 
 from fedtailor.adapters.svd_lora import SvdLora, orthogonality, svd_names
 from fedtailor.core.errors import ConfigError
@@ -100,10 +100,10 @@ def test_without_the_enforced_mask_a_tiny_client_stays_above_its_budget_and_says
     assert made.ranks is not None
     assert int(made.ranks.sum()) > 2 * len(ctx.net.sites)
     assert not made.selects_ranks
-    assert "never came to its final mask" in ctx.extra["warnings"][0][1]
+    assert "never came to its final mask" in warnings_of(ctx)[0][1]
     large = context(toy_net(), toy_lanes([20]))
     assert personalise(large, batch_size=1, epochs=1, final_mask="if_reached").selects_ranks
-    assert not large.extra["warnings"]
+    assert not warnings_of(large)
 
 
 def test_full_budget_keeps_every_rank_of_every_layer() -> None:

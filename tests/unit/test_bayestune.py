@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy import toy_context, toy_lanes, toy_net
+from toy import toy_context, toy_lanes, toy_net, warnings_of
 
 from fedtailor.adapters.bayestune_lora import LAMBDA, BayesTuneLora, column_norms, use_lambda
 from fedtailor.adapters.lora import LoraAdapter, lora_names
@@ -152,7 +152,7 @@ def test_fewer_than_three_steps_warn_and_name_the_client() -> None:
         torch.full((1, LAYERS, RANK), 1e-4, dtype=torch.float64),
         QUICK.model_copy(update={"batch_size": 8}),
     )
-    [(client, text)] = ctx.extra["warnings"]
+    [(client, text)] = warnings_of(ctx)
     assert client == ctx.lanes[0].client.id
     assert "2 step" in text
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toy import toy_context, toy_examples, toy_lanes, toy_net
+from toy import toy_context, toy_examples, toy_lanes, toy_net, warnings_of
 
 from fedtailor.adapters.lora import lora_names
 from fedtailor.core.scope import Scope
@@ -309,7 +309,7 @@ def test_a_client_with_almost_no_texts_takes_part_and_is_reported(size: int) -> 
     assert bool(torch.isfinite(row).all())
     assert not torch.equal(row, before[1])
     assert all(bool(torch.isfinite(values).all()) for values in report.metrics.values())
-    assert [client for client, _ in ctx.extra["warnings"]] == [ctx.lanes[1].client.id]
+    assert [client for client, _ in warnings_of(ctx)] == [ctx.lanes[1].client.id]
 
 
 @pytest.mark.parametrize("terms", [0, 3])

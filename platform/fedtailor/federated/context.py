@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -53,7 +53,6 @@ class ClientContext:
         received: SHARED row as it came, (P,); None without SHARED parameters.
         warn: records a warning about a lane.
         micro_batch: most rows per lane of one forward pass; a larger step is cut and its gradients are added up.
-        extra: for tests and experiments; nothing in the library reads it.
     """
 
     net: LaneNet
@@ -71,7 +70,6 @@ class ClientContext:
     rounds: int = 0
     received: Tensor | None = None
     micro_batch: int | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Tensor:
