@@ -34,7 +34,8 @@ def test_nothing_is_planned_without_the_variable(monkeypatch: pytest.MonkeyPatch
     "text",
     [
         ";", "explode", "commit:nowhere@1", "commit:start@0", "eperm:commit:start@1", "kill round=x", "kill round=-1",
-        "kill colour=red", "kill round", "kill round=1 round=2", "nan client=#x", "flip share=1.5", "kill stage=",
+        "kill colour=red", "kill round", "kill round=1 round=2", "nan client=#x", "flip",
+        "nan share=0.5", "kill stage=",
     ],
 )  # fmt: skip
 def test_a_plan_that_cannot_be_read_is_refused_with_what_is_allowed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,30 +73,19 @@ def test_a_fault_meets_the_segments_that_all_its_keys_fit(text: str, meets: bool
     assert parse(text).workers[0].meets(JOB, JOB.clients) is meets
 
 
-def test_a_share_of_the_clients_is_the_same_in_every_round() -> None:
-    fault = parse("flip share=0.3").workers[0]
-    clients = tuple(f"client{i}" for i in range(1000))
-    chosen = [c for c in clients if fault.meets(JOB, [c])]
-    assert 250 < len(chosen) < 350
-    later = SegmentJob("base/seed42", 9, 0, clients, attempt=0)
-    assert [c for c in clients if fault.meets(later, [c])] == chosen
-
-
 def test_a_retry_is_spared_unless_the_plan_says_always() -> None:
     again = SegmentJob("base/seed42", 3, 1, ("a",), attempt=1)
     assert not parse("kill").workers[0].meets(again, again.clients)
     assert parse("kill attempt=always").workers[0].meets(again, again.clients)
 
 
-def test_byzantine_updates_turn_around_what_was_received() -> None:
-    received, row = np.array([1.0, 1.0], np.float32), np.array([2.0, 0.5], np.float32)
+def test_a_client_s_update_is_spoilt_or_set_aside() -> None:
+    row = np.array([2.0, 0.5], np.float32)
 
     def sent(text: str) -> np.ndarray | None:
-        return Sabotage(parse(text), JOB).update("b", row, received)
+        return Sabotage(parse(text), JOB).update("b", row)
 
-    np.testing.assert_array_equal(sent("flip"), np.array([0.0, 1.5], np.float32))
-    np.testing.assert_array_equal(sent("scale factor=10"), np.array([11.0, -4.0], np.float32))
-    np.testing.assert_array_equal(sent("flip client=a"), row)
+    np.testing.assert_array_equal(sent("nan client=a"), row)
     nan, inf = sent("nan client=b"), sent("inf")
     assert nan is not None
     assert inf is not None

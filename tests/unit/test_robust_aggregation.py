@@ -11,7 +11,6 @@ from tiny import run_tiny, tiny
 from fedtailor.aggregation.robust import CoordinateMedian, Krum, TrimmedMean
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ConfigError
-from fedtailor.core.faults import VARIABLE
 from fedtailor.core.messages import Row, SegmentJob, SegmentResult
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.experiment.compose import compose
@@ -257,15 +256,6 @@ def test_a_bound_that_nobody_reaches_changes_no_byte_of_a_run(tmp_path) -> None:
     plain = run_tiny(tiny(tmp_path / "a", *words)).metrics()
     bound = run_tiny(tiny(tmp_path / "b", *words, "aggregation=norm_bound", "aggregation.bound=1e9")).metrics()
     assert plain.equals(bound)
-
-
-def test_a_liar_in_a_real_run_is_named(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setenv(VARIABLE, "scale factor=1e6 round=1 client=seen/amh/01")
-    events: list[dict[str, object]] = []
-    words = ("methods=[base]", "base.rounds=2", "base.cohort=9", "fedavg.adapter=lora", "personalise.pools=[seen]")
-    run_tiny(tiny(tmp_path, *words, "aggregation=krum"), events=events)
-    alarms = [e["what"] for e in events if e["kind"] == "warning" and e["what"]["kind"] == "norm-alarm"]  # type: ignore[index]
-    assert [alarm["client"] for alarm in alarms] == ["seen/amh/01"]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def _show_header(console: Console, plan: Plan) -> None:
         "budgets": f"r = {', '.join(map(str, exp.budgets))} (r L = "
         f"{', '.join(str(r * model.layers) for r in exp.budgets)} ranks); r_max = {exp.r_max}",
         "seeds": ", ".join(map(str, exp.seeds)),
+        **({} if exp.attack.name == "none" else {"attack": str(exp.attack)}),
     }
     for name, value in rows.items():
         console.print(f"[bold]{name:<8}[/] {escape(value)}", highlight=False)

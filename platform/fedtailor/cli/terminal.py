@@ -60,13 +60,14 @@ def plain_table(*columns: str, title: str = "", numbers: Sequence[str] = ()) -> 
 
 
 def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
-    """What is about to run, in four lines."""
+    """What is about to run, in some lines."""
     listed = ", ".join
     console.print(f"[bold]{escape(run_id)}[/]  [dim]in {escape(exp.storage)}[/]", highlight=False)
     rows = {
         "task, model": f"{exp.task.name}, {exp.model.name} (base dropout {exp.model.base_dropout:g})",
         "methods": listed(exp.methods),
         "budgets, seeds": f"{listed(map(str, exp.budgets))}; {listed(map(str, exp.seeds))}",
+        **({} if exp.attack.name == "none" else {"attack": str(exp.attack)}),
         "engine": f"{exp.engine.backend}, {exp.engine.threads} thread(s) per worker, {exp.engine.dtype}",
     }
     for name, value in rows.items():

@@ -6,12 +6,13 @@ Nothing happens unless ``FEDTAILOR_FAULT`` is set. It holds one or several fault
   as action, the operating system is made to fail there: ``enospc:commit:before-record@3``.
 - ``KIND [KEY=VALUE ...]``: a worker does something wrong wherever all the keys (of `WorkerFault`) fit:
   ``kill stage=base round=4 client=#1 step=2; nan stage=base round=7 client=seen/amh/00``.
+
+Clients that lie are no fault but configuration: `core.attack`.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import signal
 import time
@@ -48,7 +49,7 @@ PROCESS = ("kill", "hang", "stop", "slow", "hog", "raise")
 LATE = ("kill-after",)
 """When all is computed, before it is answered."""
 
-UPDATE = ("nan", "inf", "flip", "scale", "absent")
+UPDATE = ("nan", "inf", "absent")
 """To a client's SHARED parameters; ``absent``: its result is set aside before anybody looks at it."""
 
 UNKNOWN_CLIENT = "nobody/asked/00"
@@ -66,14 +67,11 @@ class WorkerFault(Config):
     segment: Natural | None = None
     client: Annotated[str, Field(pattern=r"^(#\d+|[^#].*)$")] | None = None
     """An id, or ``#2`` for the third of a segment; None: every client."""
-    share: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Of all clients instead, the same ones in every round."""
     attempt: Natural | Literal["always"] = 0
     """0: the retry succeeds."""
     step: Natural = 0
     """Forward pass of the client's group at which a process fault strikes; 0: before it starts."""
     seconds: Annotated[float, Field(ge=0)] = 1.0
-    factor: float = 1e6
     mb: Natural = 256
 
     def meets(self, job: SegmentJob, clients: Sequence[str]) -> bool:
@@ -83,16 +81,13 @@ class WorkerFault(Config):
             and self.round in (None, job.round)
             and self.segment in (None, job.index)
             and self.attempt in ("always", job.attempt)
-            and any(self._strikes(job, client) for client in clients)
+            and bool(set(clients) & set(self._struck(job)))
         )
 
-    def _strikes(self, job: SegmentJob, client: str) -> bool:
-        if self.share < 1:
-            digest = hashlib.blake2s(f"{self.kind}/{client}".encode(), digest_size=4).digest()
-            return int.from_bytes(digest, "little") < self.share * 2**32
-        if self.client is not None and self.client.startswith("#"):
-            return client in job.clients[int(self.client[1:]) :][:1]
-        return self.client in (None, client)
+    def _struck(self, job: SegmentJob) -> Sequence[str]:
+        if self.client is None:
+            return job.clients
+        return job.clients[int(self.client[1:]) :][:1] if self.client.startswith("#") else (self.client,)
 
 
 @dataclass(frozen=True)
@@ -215,17 +210,12 @@ class Sabotage:
         finally:
             hook.remove()
 
-    def update(self, client: str, row: FloatArray, received: FloatArray | None) -> FloatArray | None:
+    def update(self, client: str, row: FloatArray) -> FloatArray | None:
         """A client's SHARED row (P,) as it is to be sent; None: it is set aside."""
         for fault in self._of(UPDATE, [client]):
-            start = np.zeros_like(row) if received is None else np.asarray(received, np.float32)
             if fault.kind == "absent":
                 return None
-            if fault.kind in ("nan", "inf"):
-                row = _spoilt(row, float(fault.kind))
-            else:
-                factor = -1.0 if fault.kind == "flip" else fault.factor
-                row = (start + factor * (row - start)).astype(np.float32)
+            row = _spoilt(row, float(fault.kind))
         return row
 
     def reply(self, result: SegmentResult) -> SegmentResult:

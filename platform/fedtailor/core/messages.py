@@ -73,7 +73,7 @@ class StageSpec:
     zero: Mapping[str, Any] = field(default_factory=dict)
     """Section ``engine.zero`` where a model spans several ranks; empty: every worker holds a whole one."""
     guards: Mapping[str, Any] = field(default_factory=dict)
-    """Sections ``aggregation`` and ``privacy`` that differ from their defaults, see `fedtailor.methods.build`."""
+    """Sections ``aggregation``, ``attack`` and ``privacy`` that differ from their defaults, see `experiment.config`."""
 
 
 @dataclass(frozen=True)

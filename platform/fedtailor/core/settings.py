@@ -171,6 +171,42 @@ class AggregationConfig(Named):
         return self
 
 
+class AttackConfig(Named):
+    """Clients that lie to the server, in every stage with rounds: what ``aggregation`` is to withstand.
+
+    They train honestly, and send something else in the place of their update (what they trained minus what they
+    received). Their metrics are true.
+    """
+
+    name: Literal["none", "sign_flip", "scale", "noise"] = "none"
+    """``sign_flip``: minus ``factor`` times the update (Li et al., 2019). ``scale``: ``factor`` times the update
+    (Bagdasaryan et al., 2020). ``noise``: a Gaussian vector of ``factor`` times its length (Blanchard et al., 2017)."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Liars among the seen clients, rounded to nearest; the same ones in every round, stage and seed."""
+    clients: tuple[str, ...] = ()
+    """Ids of seen clients that lie, in the place of ``share``."""
+    factor: Rate | None = None
+    """Default 1; needed by ``scale``."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AttackConfig:
+        if self.name == "none":
+            given = [f"'attack.{key}'" for key in ("share", "clients", "factor") if getattr(self, key)]
+            if given:
+                raise ValueError(f"{' and '.join(given)} without attack=sign_flip, scale or noise would do nothing")
+        elif (self.share is None) != bool(self.clients):
+            raise ValueError(f"attack={self.name} needs one of 'attack.share' and 'attack.clients': who lies")
+        elif self.name == "scale" and self.factor in (None, 1):
+            raise ValueError("attack=scale needs 'attack.factor', other than 1")
+        if len(set(self.clients)) != len(self.clients):
+            raise ValueError("'attack.clients': has repeats")
+        return self
+
+    def __str__(self) -> str:
+        who = ", ".join(self.clients) if self.share is None else f"a share of {self.share:g} of the seen clients"
+        return f"{self.name} (factor {self.factor or 1:g}) by {who}"
+
+
 class EngineConfig(Config):
     """Where and how clients run. Only threads, token_budget, max_lanes, segments, micro_batch, zero and dtype may
     change numbers."""

@@ -12,6 +12,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from fedtailor.core.config import Config, deviations
 from fedtailor.core.settings import (
     AggregationConfig,
+    AttackConfig,
     BaseStageConfig,
     DecodingConfig,
     EngineConfig,
@@ -50,6 +51,7 @@ class ExperimentBase(Config):
     personalise: PersonaliseStageConfig = PersonaliseStageConfig()
     decoding: DecodingConfig = DecodingConfig()
     aggregation: AggregationConfig = AggregationConfig()
+    attack: AttackConfig = AttackConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     engine: EngineConfig = EngineConfig()
     wandb: WandbConfig = WandbConfig()
@@ -117,8 +119,8 @@ def method_section(experiment: ExperimentBase, method: str) -> Config:
 
 
 def guards_of(experiment: ExperimentBase) -> dict[str, Any]:
-    """Sections around every method that differ from their defaults, as JSON-like data: see `methods.build`."""
-    sections = {"aggregation": experiment.aggregation, "privacy": experiment.privacy}
+    """Sections around every method that differ from their defaults, as JSON-like data."""
+    sections = {name: getattr(experiment, name) for name in ("aggregation", "attack", "privacy")}
     return {name: to_json(section) for name, section in sections.items() if section != type(section)()}
 
 

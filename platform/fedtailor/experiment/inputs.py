@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
+from fedtailor.core.attack import attack_of
 from fedtailor.core.settings import ModelConfig
 from fedtailor.experiment.config import ExperimentBase, scaled_task, to_json
 from fedtailor.experiment.rules import check_population
@@ -55,6 +56,7 @@ def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskDat
         data = prepare(task, seed, Path(made))
         if task.name in NATURAL_CLIENTS:
             check_population(exp, len(data.pool("seen")))
+        attack_of(exp.attack, [client.id for client in data.pool("seen")])
         name = f"data-{data.hash[:16]}"
         folder = artifacts.ensure(name, lambda out: _move_files(Path(made), out))
     return TaskData.open(folder), name

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import try_to_load_from_cache
 
+from fedtailor.core.attack import attack_of
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.scope import Scope
 from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_section, scaled_task
@@ -107,6 +108,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         memory_gb: memory of one worker to plan for; by default what is found here.
 
     Raises:
+        ConfigError: ``attack.clients`` names somebody whom the data does not have.
         DataError: ``task.path`` is given and unusable.
         ModelError: no config of the model is to be had.
     """
@@ -177,6 +179,7 @@ def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population,
                 raise
             notes.append(f"Client sizes are unknown: {error}")
             return None
+        attack_of(exp.attack, [client.id for client in data.pool("seen")])
         return _sizes(data), _inputs(exp, seed, data, notes)
 
 

@@ -4,7 +4,7 @@ How the base is kept: combinations that cannot run, and what a machine must have
 
 What a model that spans several ranks (`engine.zero`) cannot do, said before anything is loaded.
 
-Combinations of the privacy section with the others that would do nothing, or something other than they say.
+Privacy and attack beside other sections: what would do nothing, or something other than it says.
 """
 
 from __future__ import annotations
@@ -159,6 +159,18 @@ def privacy_problems(exp: ExperimentBase, seen: int) -> list[str]:
     return problems
 
 
+def attack_problems(exp: ExperimentBase, seen: int) -> list[str]:
+    """One sentence per broken rule; arguments as in `privacy_problems`."""
+    cfg = exp.attack
+    if cfg.name == "none":
+        return []
+    if not _stages_with_rounds(exp):
+        return [f"'attack' = {cfg.name}: no stage of this run has rounds, so there is nobody to lie to"]
+    if cfg.share is not None and not round(cfg.share * seen):
+        return [f"'attack.share': {cfg.share:g} of {seen} seen clients is nobody"]
+    return []
+
+
 def _dp_problems(exp: ExperimentBase, cohorts: dict[str, int]) -> list[str]:
     problems, how = [], exp.aggregation.name
     if how == "norm_bound":
@@ -246,7 +258,7 @@ def _population_problems(exp: ExperimentBase, seen: int) -> list[str]:
             )
         if cohort < 1:
             problems.append(f"'{name}.cohort': {getattr(exp, name).cohort} of {seen} seen clients is nobody")
-    return problems + privacy_problems(exp, seen)
+    return problems + privacy_problems(exp, seen) + attack_problems(exp, seen)
 
 
 def _task_problems(exp: ExperimentBase) -> list[str]:

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor.adapters.full import FullModel
+from fedtailor.core.attack import Attack, attack_of
 from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
+from fedtailor.core.settings import AttackConfig
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.method import Method, Overlay, as_sent
 from fedtailor.lanes.features import FeatureCache
@@ -87,6 +89,7 @@ class OpenStage:
     params: dict[int, LaneParams]
     initial: dict[str, Tensor]
     overlay: Overlay | None = None
+    attack: Attack | None = None
 
     @classmethod
     def open(cls, spec: StageSpec, net: LaneNet | None = None, ranks: Ranks | None = None) -> OpenStage:
@@ -98,7 +101,9 @@ class OpenStage:
             net = load_together(spec, data, ranks) if ranks else load_net(spec, data.labels, data.kind)
         net.clear_overlay()
         overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
-        stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay)
+        lies = AttackConfig.model_validate(dict(spec.guards.get("attack", {})))
+        attack = attack_of(lies, [client.id for client in data.pool("seen")])
+        stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay, attack)
         for part in stage.parts():
             stage.initial |= {name: value.clone() for name, value in part.initial(net, spec.seed).items()}
         return stage

@@ -124,8 +124,10 @@ class Segment:
             # Copies: a lane's buffer is reused by the next group.
             row = shared[k].detach().cpu().numpy().astype(np.float32, copy=True)
             own = private[k].detach().cpu().numpy().astype(np.float32, copy=True)
+            if self.stage.attack and self.received is not None:
+                row = self.stage.attack.sent(client, row, self.received, ctx.seed, ctx.stage, ctx.round)
             if self.sabotage:
-                changed = self.sabotage.update(client, row, self.received)
+                changed = self.sabotage.update(client, row)
                 if changed is None:
                     self._set_aside(client)
                     continue
