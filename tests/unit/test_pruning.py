@@ -50,8 +50,17 @@ def test_differences_below_the_resolution_are_ties() -> None:
     lam = torch.full((1, 3, 4), 0.07)
     lam[0, 2] *= 1.00001
     assert prune(lam, [2]).ranks.tolist() == [[2, 2, 2]]
-    assert prune(lam, [2], bits=23).ranks.tolist() == [[1, 1, 4]]
+    assert prune(lam, [2], bits=24).ranks.tolist() == [[1, 1, 4]]
     assert float(tied_share(lam, prune(lam, [2]))) == 1.0
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.float64, 53)])
+def test_all_bits_of_a_type_compare_exactly_and_one_less_does_not(dtype: torch.dtype, bits: int) -> None:
+    lam = torch.ones(1, 3, 4, dtype=dtype)
+    lam[0, 2] += torch.finfo(dtype).eps
+    assert torch.equal(resolved(lam, bits), lam)
+    assert prune(lam, [2], bits=bits).ranks.tolist() == [[1, 1, 4]]
+    assert prune(lam, [2], bits=bits - 1).ranks.tolist() == [[2, 2, 2]]
 
 
 def test_rounding_keeps_order_and_sign() -> None:

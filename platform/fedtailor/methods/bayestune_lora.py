@@ -35,8 +35,8 @@ class BayesTuneLoraConfig(Config):
     r_mul: Positive = 2
     lambda_init: Annotated[float, Field(gt=0)] = 1e-4
     ties: TieRule = "rank_then_layer"
-    rank_bits: Annotated[int, Field(ge=1, le=52)] = RANK_BITS
-    """Mantissa bits of lambda that the ranking looks at; 52 compares exactly."""
+    rank_bits: Annotated[int, Field(ge=1, le=53)] = RANK_BITS
+    """Mantissa bits of lambda that the ranking looks at; 24, all that a float32 has, compares exactly."""
 
 
 @dataclass(frozen=True)

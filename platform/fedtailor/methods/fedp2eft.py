@@ -70,8 +70,8 @@ class FedP2EFTConfig(Config):
     r_mul: Positive = 2
     """alpha_r_mul: r_init = r_mul * largest budget."""
     ties: TieRule = "rank_then_layer"
-    rank_bits: Annotated[int, Field(ge=1, le=52)] = RANK_BITS
-    """Mantissa bits of lambda that the ranking looks at; 52 compares exactly."""
+    rank_bits: Annotated[int, Field(ge=1, le=53)] = RANK_BITS
+    """Mantissa bits of lambda that the ranking looks at; 24, all that a float32 has, compares exactly."""
     server_lr: Annotated[float, Field(gt=0)] = 1.0
     reference: bool = False
     """Every deviation of the public code at once; single switches win over it."""

@@ -15,7 +15,7 @@ TieRule = Literal["rank_then_layer", "layer_then_rank"]
 RANK_BITS = 10
 """Mantissa bits of lambda that a ranking looks at: differences below 0.1 % are ties. Ranks of one layer often move
 in lockstep (Adam equalises their steps), so finer differences are rounding noise, other on every machine and in
-every grouping. The reference ranks bfloat16 values, 8 bits."""
+every grouping. The reference ranks bfloat16 values, 8 bits. The leading bit counts: a float32 has 24, a float64 53."""
 
 
 def resolved(lam: Tensor, bits: int = RANK_BITS) -> Tensor:
@@ -41,7 +41,7 @@ def prune(
         lam: (K, L, r_init).
         budgets: r of each lane, (K,).
         ties: order among equal values.
-        bits: see `RANK_BITS`; 23 compares float32 exactly.
+        bits: see `RANK_BITS`; 24 compares float32 exactly, 53 float64.
 
     Returns:
         Kept entries with their lambda; dropped ones are zero.
