@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import pytest
 
-from fedtailor.core.config import Config, deviations, dotted_keys, flatten, merge_layers, validate
+from fedtailor.core.config import (  # fmt: skip
+    Config,
+    at_absent,
+    completed,
+    deviations,
+    dotted_keys,
+    flatten,
+    merge_layers,
+    validate,
+)
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import compose, load_preset, preset_names
 from fedtailor.experiment.config import Experiment
@@ -119,6 +131,29 @@ def test_a_tree_is_frozen() -> None:
     exp = Experiment()
     with pytest.raises(ValueError, match="frozen"):
         exp.base.rounds = 3  # type: ignore[misc]
+
+
+class Inner(Config):
+    when_absent: ClassVar[Mapping[str, Any]] = {"late": 0.0}
+    early: int = 1
+    late: float = 0.5
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    name: str = "x"
+
+
+@pytest.mark.parametrize("stored", [{"inner": {"early": 2}}, {"inner": {}}, {}])
+def test_a_stored_tree_without_a_late_key_means_what_was_done_before_it(stored: dict[str, Any]) -> None:
+    assert validate(Outer, completed(Outer, stored)).inner.late == 0.0
+    assert validate(Outer, stored).inner.late == 0.5
+
+
+def test_a_late_key_that_is_stored_is_kept_and_is_left_out_of_names_only_at_its_old_value() -> None:
+    assert completed(Outer, {"inner": {"late": 0.1}, "name": "y"}) == {"inner": {"late": 0.1}, "name": "y"}
+    assert at_absent(Outer()) == {}
+    assert at_absent(Outer(inner=Inner(late=0.0))) == {"inner": {"late": True}}
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:

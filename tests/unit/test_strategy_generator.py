@@ -66,6 +66,17 @@ def test_features_are_moments_of_real_tokens_only() -> None:
     assert features.shape == (28,)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.5])
+def test_the_generator_s_sd_is_the_root_of_variance_and_eps(eps: float) -> None:
+    lanes = toy_lanes([6, 4])
+    psg = StrategyGenerator(8, PsgConfig(features_eps=eps))
+    plain = torch.stack([client_features(toy_net(), lane.train, 0) for lane in lanes]).double()
+    features = psg.features(toy_context(toy_net(), lanes, None, [psg]))
+    assert torch.equal(features[:, ::2], plain[:, ::2])
+    assert torch.equal(features[:, 1::2], (plain[:, 1::2] ** 2 + eps) ** 0.5)
+    assert torch.equal(features, plain) == (eps == 0.0)
+
+
 def test_more_padding_changes_no_feature_unless_the_reference_is_asked_for() -> None:
     net = toy_net()
     e = toy_lanes([6])[0].train

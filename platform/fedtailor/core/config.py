@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,10 @@ class Config(BaseModel):
     """Base of every node: frozen, unknown keys are errors, defaults are validated too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    when_absent: ClassVar[Mapping[str, Any]] = {}
+    """Keys that came after runs had been stored: the value that means what was done before there was the key. A run
+    folder without the key is read so, and at this value the key is no part of an artifact's name."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -98,6 +102,27 @@ def validate(kind: type[C], tree: Mapping[str, Any]) -> C:
         return kind.model_validate(dict(tree))
     except ValidationError as error:
         raise ConfigError([_sentence(kind, problem) for problem in error.errors()]) from None
+
+
+def completed(kind: type[Config], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored tree of ``kind`` with the keys that it is older than, by `Config.when_absent`."""
+    tree = {**kind.when_absent, **stored}
+    for name, field in kind.model_fields.items():
+        inner, section = _config_class(field.annotation), tree.get(name, {})
+        if inner and isinstance(section, Mapping) and (more := completed(inner, section)):
+            tree[name] = more
+    return tree
+
+
+def at_absent(config: Config) -> dict[str, Any]:
+    """Leaves at their `Config.when_absent` value, as pydantic's ``exclude`` takes them."""
+    leaves: dict[str, Any] = {key: True for key, value in config.when_absent.items() if getattr(config, key) == value}
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    return leaves | {
+        name: inner
+        for name, section in sections.items()
+        if isinstance(section, Config) and (inner := at_absent(section))
+    }
 
 
 def _sentence(kind: type[Config], problem: Any) -> str:

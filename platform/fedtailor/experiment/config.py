@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from fedtailor.core.config import Config, deviations
+from fedtailor.core.config import Config, completed, deviations, validate
 from fedtailor.core.settings import (
     AggregationConfig,
     AttackConfig,
@@ -128,6 +128,15 @@ def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     """``; did you mean 'x'?`` or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def stored_experiment(tree: Mapping[str, Any]) -> ExperimentBase:
+    """The configuration that a run folder holds; keys that came after the run mean what was done before them.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    return validate(Experiment, completed(Experiment, tree))
 
 
 def scaled(number: int, scale: float) -> int:

@@ -17,10 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedtailor.core.config import deviations, validate
+from fedtailor.core.config import deviations
 from fedtailor.core.errors import ConfigError, Interrupted, LockedError, PlacementError, StorageError, TailorError
 from fedtailor.core.settings import EngineConfig
-from fedtailor.experiment.config import Experiment, ExperimentBase, base_seed, overrides_of, to_json
+from fedtailor.experiment.config import ExperimentBase, base_seed, overrides_of, stored_experiment, to_json
 from fedtailor.experiment.execute import Execution
 from fedtailor.experiment.inputs import make_inputs
 from fedtailor.experiment.rules import check_weights
@@ -63,7 +63,7 @@ class StopFlag(Protocol):
 
 def load_experiment(run: RunFolder) -> ExperimentBase:
     """The configuration that a run folder holds, with the storage it was found in."""
-    return validate(Experiment, {**run.info()["config"], "storage": run.storage.url})
+    return stored_experiment({**run.info()["config"], "storage": run.storage.url})
 
 
 def default_run_id(presets: list[str], exp: ExperimentBase) -> str:
@@ -243,7 +243,7 @@ def refuse_other_configuration(storage: Storage, run_id: str, exp: ExperimentBas
     """
     if not storage.exists(f"{run_id}/run.json"):
         return
-    old = validate(Experiment, RunFolder.open(storage, run_id).info()["config"])
+    old = stored_experiment(RunFolder.open(storage, run_id).info()["config"])
     changed = {k: v for k, v in deviations(exp, old).items() if not k.startswith(_FREE)}
     if changed:
         told = "; ".join(f"{key} is {before!r} there and {now!r} here" for key, (before, now) in changed.items())

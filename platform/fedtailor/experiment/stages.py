@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedtailor import NUMERICS_VERSION
+from fedtailor.core.config import Config, at_absent
 from fedtailor.core.messages import StageSpec
 from fedtailor.experiment.config import (
     ExperimentBase,
@@ -85,6 +86,12 @@ class Stage:
 def method_json(exp: ExperimentBase, method: str) -> dict[str, Any]:
     """Resolved configuration of a method."""
     return to_json(method_section(exp, method))
+
+
+def named_by(config: Config) -> dict[str, Any]:
+    """JSON-like data of a configuration without keys at the value that an older run folder means by their absence."""
+    data: dict[str, Any] = json.loads(config.model_dump_json(exclude=at_absent(config)))
+    return data
 
 
 def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> list[Stage]:
@@ -165,8 +172,8 @@ class _Graph:
     def _add(self, stage: Stage, **own: Any) -> str:
         content = {
             **self.common, **own, "seed": stage.seed, "kind": stage.kind, "method": stage.method,
-            "config": method_json(self.exp, stage.method), "parent": stage.parent, "strategy": stage.strategy,
-            "rounds": stage.rounds, "cohort": stage.cohort,
+            "config": named_by(method_section(self.exp, stage.method)),
+            "parent": stage.parent, "strategy": stage.strategy, "rounds": stage.rounds, "cohort": stage.cohort,
         }  # fmt: skip
         guards = {} if stage.kind == "personalise" else self.guards
         named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}", guards=guards)

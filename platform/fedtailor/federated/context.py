@@ -76,15 +76,18 @@ class ClientContext:
         """N of each lane, (K,), in the base's type."""
         return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
 
-    def meta_data(self, pad_to: int | None, count_output: bool = False) -> Tensor:
+    def meta_data(self, pad_to: int | None, count_output: bool = False, eps: float = 0.0) -> Tensor:
         """The clients' features, (K, 2L) in the base's type: E(h), SD(h) of FedP2EFT Eq. 6.
 
         Args:
             pad_to: see `lanes.features.client_features`.
             count_output: the input of a language model's output embedding is a feature pair too, (K, 2(L + 1)); a
                 classifier has no linear layer beside the L.
+            eps: SD(h) is sqrt(variance + eps). Added here, in float64, so that what is cached serves every eps.
         """
-        found = torch.stack(list(self.features(self.lanes, pad_to))).to(self.sizes)
+        found = torch.stack(list(self.features(self.lanes, pad_to))).double()
+        found[:, 1::2] = (found[:, 1::2].square() + eps).sqrt()
+        found = found.to(self.sizes)
         return found if count_output else found[:, : 2 * len(self.net.sites)]
 
     def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -45,6 +45,7 @@ from fedtailor.training.pruning import RANK_BITS, TieRule, prune, tied_share
 class PsgConfig(Config):
     """The strategy generator and its Stage 2."""
 
+    when_absent: ClassVar[Mapping[str, Any]] = {"features_eps": 0.0}
     lr: Rate = 1e-4
     """Adam (A.4)."""
     steps: Positive = 10
@@ -56,6 +57,8 @@ class PsgConfig(Config):
     """bfloat16 rounds phi after every step, as the reference's bfloat16 PSG does."""
     features_pad_to: Positive | None = None
     """None: real tokens only. The reference counts padding up to the task's fixed length: give that length."""
+    features_eps: Annotated[float, Field(ge=0)] = 1e-5
+    """SD(h) = sqrt(variance + features_eps), the reference's constant. Runs from before this key have 0."""
     count_output: bool = False
     """Language models: the input of the output embedding, which carries no adapter, is one more feature pair, as in the
     reference (394 inputs in the place of 392 for Llama-3.2-3B). Without effect on classifiers."""
@@ -121,6 +124,10 @@ class StrategyGenerator:
                 values[spec.name] = torch.full(spec.shape, 0.25 if spec.name == "psg.prelu" else self.cfg.bias)
         return values
 
+    def features(self, ctx: ClientContext) -> Tensor:
+        """Its input, (K, i)."""
+        return ctx.meta_data(self.cfg.features_pad_to, self.cfg.count_output, self.cfg.features_eps)
+
     def __call__(self, params: LaneParams, features: Tensor) -> Tensor:
         """Features (K, i) to lambda_hat (K, L, r_init), clamped straight-through."""
         hidden = torch.baddbmm(
@@ -140,7 +147,7 @@ class TwoStages:
 
     def __call__(self, ctx: ClientContext) -> Report:
         """One client's part of a round."""
-        features = ctx.meta_data(self.cfg.psg.features_pad_to, self.cfg.psg.count_output)
+        features = self.psg.features(ctx)
         with torch.no_grad():
             start = self.psg(ctx.params, features)
         target, metrics = search_ranks(ctx, start, self.cfg.stage1)
@@ -177,8 +184,7 @@ class GeneratedRanks:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """Personalises every client with the ranks that the generator gives it."""
         with torch.no_grad():
-            psg = self.cfg.psg
-            lam = self.psg(ctx.params, ctx.meta_data(psg.features_pad_to, psg.count_output))
+            lam = self.psg(ctx.params, self.psg.features(ctx))
         lanes = budget_lanes(ctx)
         wide = repeat_lanes(lam, ctx)
         selection = prune(wide, budgets_of(lanes), self.cfg.ties, self.cfg.rank_bits)
