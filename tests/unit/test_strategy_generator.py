@@ -8,6 +8,8 @@ import torch
 from toy import ToyExamples, toy_context, toy_lanes, toy_net
 
 from fedtailor.core.scope import Scope
+from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import overrides_of, stored_experiment, to_json
 from fedtailor.lanes.features import client_features
 from fedtailor.methods import build_method
 from fedtailor.methods.fedp2eft import PsgConfig, StrategyGenerator
@@ -104,3 +106,34 @@ def test_reference_switches_all_deviations_at_once_and_single_ones_win() -> None
         True,
     )
     assert (cfg.stage1.max_grad_norm, cfg.psg.weights) == (1.0, "bfloat16")
+    assert (cfg.finetune.max_grad_norm, cfg.rank_bits) == (1.0, 24)
+    own = FedP2EFTConfig.model_validate({"reference": True, "rank_bits": 8, "finetune": {"max_grad_norm": None}})
+    assert (own.finetune.max_grad_norm, own.rank_bits) == (None, 8)
+    plain = FedP2EFTConfig()
+    assert (plain.finetune.max_grad_norm, plain.rank_bits, plain.psg.features_pad_to) == (None, 10, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [
+        (["task=xnli"], 128),
+        (["task=masakhanews"], 256),
+        (["task=masakhanews", "task.max_length=64"], 64),
+        (["task=masakhanews", "fedp2eft.psg.features_pad_to=null"], None),
+        (["task=masakhanews", "fedp2eft.psg.features_pad_to=32"], 32),
+        (["task=masakhanews", "fedp2eft.reference=false"], None),
+        (["task=cldr_instruct"], None),
+    ],
+)
+def test_the_reference_pads_features_to_the_task_s_length(words: list[str], length: int | None) -> None:
+    exp = compose([], ["fedp2eft.reference=true", *words])
+    assert exp.fedp2eft.psg.features_pad_to == length  # type: ignore[attr-defined]
+    changed = {entry["key"]: entry["value"] for entry in overrides_of(exp)}
+    assert changed.get("fedp2eft.psg.features_pad_to") == length
+
+
+def test_a_run_of_the_reference_as_it_was_before_is_resumed_as_it_was() -> None:
+    stored = to_json(compose([], ["fedp2eft.reference=true"]))
+    stored["fedp2eft"]["rank_bits"] = 10
+    stored["fedp2eft"]["finetune"]["max_grad_norm"] = stored["fedp2eft"]["psg"]["features_pad_to"] = None
+    assert to_json(stored_experiment(stored)) == stored

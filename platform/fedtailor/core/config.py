@@ -29,6 +29,11 @@ class Config(BaseModel):
     """Keys that came after runs had been stored: the value that means what was done before there was the key. A run
     folder without the key is read so, and at this value the key is no part of an artifact's name."""
 
+    @classmethod
+    def for_task(cls, given: Mapping[str, Any], task: Any) -> Mapping[str, Any]:
+        """A method's section as it was given, with what it takes from the task (a `TaskConfig`) where it is silent."""
+        return given
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:

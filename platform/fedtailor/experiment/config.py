@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from fedtailor.core.config import Config, completed, deviations, validate
 from fedtailor.core.settings import (
@@ -68,6 +68,19 @@ class ExperimentBase(Config):
         follow = {"methods": tuple(m for m in usual if m != "majority"), **value}
         model = value.get("model", {})
         return follow | {"model": {"name": "tiny-llama", **model}} if isinstance(model, dict) else follow
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_for_task(cls, value: Any) -> Any:
+        """What methods' sections take from the task where they are silent."""
+        if not isinstance(value, dict):
+            return value
+        try:
+            task = TaskConfig.model_validate(value.get("task", {}))
+        except ValidationError:
+            return value  # told with the tree's other problems
+        given = {name: value[name] for name in METHODS if isinstance(value.get(name), dict)}
+        return {**value, **{name: METHODS[name].config.for_task(section, task) for name, section in given.items()}}
 
     @field_validator("methods", "seeds", "budgets")
     @classmethod

@@ -37,6 +37,7 @@ from fedtailor.lanes.features import feature_size
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
 from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.training.bayestune import REFERENCE, RankSearchConfig, clamp_lambda, search_ranks
 from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
 from fedtailor.training.pruning import RANK_BITS, TieRule, prune, tied_share
@@ -56,7 +57,7 @@ class PsgConfig(Config):
     weights: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 rounds phi after every step, as the reference's bfloat16 PSG does."""
     features_pad_to: Positive | None = None
-    """None: real tokens only. The reference counts padding up to the task's fixed length: give that length."""
+    """None: real tokens only. A length: padding up to it counts too, as in the reference, which has the task's."""
     features_eps: Annotated[float, Field(ge=0)] = 1e-5
     """SD(h) = sqrt(variance + features_eps), the reference's constant. Runs from before this key have 0."""
     count_output: bool = False
@@ -77,17 +78,34 @@ class FedP2EFTConfig(Config):
     """Mantissa bits of lambda that the ranking looks at; 24, all that a float32 has, compares exactly."""
     server_lr: Annotated[float, Field(gt=0)] = 1.0
     reference: bool = False
-    """Every deviation of the public code at once; single switches win over it."""
+    """What the public code does otherwise in training, features, ranking and personalisation, at once; single switches
+    win over it. Still ours: lambda, features and the generator's arithmetic are float32 (the public code computes them
+    in bfloat16; rank_bits=8 would rank as that does), ties go by `ties` (there by torch.topk, in no stated order), data
+    order follows the run's seed, and prompts of a generation task are not padded (there to the longest of four)."""
 
     @model_validator(mode="before")
     @classmethod
     def _as_reference(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or not value.get("reference"):
             return value
-        stage1, psg = value.get("stage1", {}), value.get("psg", {})
-        if not isinstance(stage1, Mapping) or not isinstance(psg, Mapping):
+        stage1, psg, finetune = (value.get(name, {}) for name in ("stage1", "psg", "finetune"))
+        if not all(isinstance(section, Mapping) for section in (stage1, psg, finetune)):
             return value
-        return {**value, "stage1": {**REFERENCE, **stage1}, "psg": {"weights": "bfloat16", "count_output": True, **psg}}
+        return {
+            "rank_bits": 24,
+            **value,
+            "stage1": {**REFERENCE, **stage1},
+            "psg": {"weights": "bfloat16", "count_output": True, **psg},
+            "finetune": {"max_grad_norm": 1.0, **finetune},
+        }
+
+    @classmethod
+    def for_task(cls, given: Mapping[str, Any], task: TaskConfig) -> Mapping[str, Any]:
+        """The public code pads every text of a classification task to the task's length, and counts the padding."""
+        psg = given.get("psg", {})
+        if not given.get("reference") or task.kind == "generation" or not isinstance(psg, Mapping):
+            return given
+        return {**given, "psg": {"features_pad_to": task.max_length, **psg}}
 
 
 @dataclass(frozen=True)
