@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -49,6 +49,7 @@ from fedtailor.lanes.params import LaneParams, clip_lanes
 from fedtailor.methods.fedl2p_hypergradient import HypergradientConfig, OuterPairs, rate_derivative
 from fedtailor.methods.fedl2p_inner_loop import FineTuned, InnerLoop, fine_tune, split_lanes
 from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.training.bayestune import clamp_through
 from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
 
@@ -58,6 +59,7 @@ MULTIPLIERS = "multipliers"
 class LrNetConfig(Config):
     """The net that says the rates, and the outer optimizer."""
 
+    when_absent: ClassVar[Mapping[str, Any]] = {"features_eps": 0.0}
     lr: Rate = 1e-4
     """Adam, LRNet (A.4; grid 1e-5 ... 1e-3)."""
     multiplier_lr: Rate = 1e-6
@@ -72,7 +74,9 @@ class LrNetConfig(Config):
     weights: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 rounds phi after every step, as the reference does."""
     features_pad_to: Positive | None = None
-    """None: real tokens only. The reference counts padding up to the task's fixed length: give that length."""
+    """None: real tokens only. A length: padding up to it counts too, as in the reference, which has the task's."""
+    features_eps: Annotated[float, Field(ge=0)] = 0.0
+    """SD(h) = sqrt(variance + features_eps); the reference adds 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ class RateNet:
                 start = self.lr if spec.name == MULTIPLIERS else self.cfg.bias
                 values[spec.name] = torch.full(spec.shape, start, dtype=torch.float64)
         return values
+
+    def features(self, ctx: ClientContext) -> Tensor:
+        """Its input, (K, 2L)."""
+        return ctx.meta_data(self.cfg.features_pad_to, eps=self.cfg.features_eps)
 
     def __call__(self, params: LaneParams, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (K, 2L) to rates (K, 2L), A then B of each layer, and LRNet's outputs before the clamp."""
@@ -175,9 +183,17 @@ class FedL2PConfig(Config):
             "hold_first": True,
             **value,
             "finetune": {"max_grad_norm": 1.0, **sections["finetune"]},
-            "lrnet": {"clip": "norm", "weights": "bfloat16", **sections["lrnet"]},
+            "lrnet": {"clip": "norm", "weights": "bfloat16", "features_eps": 1e-5, **sections["lrnet"]},
             "hypergradient": {"form": "implicit", "share_losses": True, **sections["hypergradient"]},
         }
+
+    @classmethod
+    def for_task(cls, given: Mapping[str, Any], task: TaskConfig) -> Mapping[str, Any]:
+        """The public code pads every text of a classification task to the task's length, and counts the padding."""
+        lrnet = given.get("lrnet", {})
+        if not given.get("reference") or task.kind == "generation" or not isinstance(lrnet, Mapping):
+            return given
+        return {**given, "lrnet": {"features_pad_to": task.max_length, **lrnet}}
 
 
 @dataclass(frozen=True)
@@ -194,7 +210,7 @@ class LearnRates:
         own, validation = split_lanes(ctx, cfg.validation)
         _warn_of_few_texts(ctx)
         pairs = OuterPairs.draw(own, validation, cfg.outer_steps, pairs_each)
-        features, start = ctx.meta_data(cfg.lrnet.features_pad_to), ctx.params.flat(Scope.EPHEMERAL).clone()
+        features, start = self.net.features(ctx), ctx.params.flat(Scope.EPHEMERAL).clone()
         optimizer = LaneAdam(ctx.params, self._outer_groups(ctx.net))
         metrics: dict[str, Tensor] = {}
         clipped = torch.zeros_like(ctx.sizes)
@@ -269,7 +285,7 @@ class GeneratedRates:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """Personalises every client with the rates that the net gives it."""
         with torch.no_grad():
-            rates, raw = self.net(ctx.params, ctx.meta_data(self.cfg.lrnet.features_pad_to))
+            rates, raw = self.net(ctx.params, self.net.features(ctx))
         metrics = {name: repeat_lanes(value, ctx) for name, value in self.net.measure(rates, raw).items()}
         used = split_lanes(ctx, self.cfg.validation)[0] if self.cfg.personalise_on == "train_split" else ctx
         lanes = budget_lanes(used)
