@@ -92,7 +92,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ("word", "told"),
     [
         ("strategy.rouds=3", ["unknown key 'strategy.rouds'", "did you mean 'rounds'?", "cohort, rounds"]),
-        ("rounds=3", ["unknown key 'rounds'", "did you mean 'strategy.rounds'?"]),
+        ("rounds=3", ["unknown key 'rounds'", "did you mean 'base.rounds' or 'strategy.rounds'?"]),
         ("base.rounds=many", ["'base.rounds'", "valid integer", "'many'"]),
         ("base.rounds=-1", ["'base.rounds'", "greater than or equal to 0", "-1"]),
         ("base.cohort=-0.5", ["'base.cohort'", "greater than 0", "-0.5"]),

@@ -85,6 +85,25 @@ def test_an_unknown_top_level_key_finds_the_section_where_it_exists() -> None:
     assert "did you mean 'task.clients_per_language'?" in problem
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("lora.lrr=1", "; did you mean 'lr'? (keys here: batch_size, dropout, epochs, lr, max_grad_norm, scale)"),
+        ("lora.ratee=1", " (keys here: batch_size, dropout, epochs, lr, max_grad_norm, scale)"),
+        ("fedp2eft.lambda=1", "; did you mean 'fedp2eft.stage1.lambda_lr'? (keys here: "),
+        ("fedl2p.lambda_lr=1", " (keys here: constant_correction, finetune, "),
+        ("bayestune_lora.lr=1", "; did you mean 'bayestune_lora.search.lr' or 'bayestune_lora.finetune.lr'? (keys"),
+        ("base.lr=1", " (keys here: cohort, name, rounds, seed)"),
+    ],
+)
+@pytest.mark.parametrize("methods", ["methods=[lora,fedp2eft]", "methods=[base]"])
+def test_an_unknown_key_in_a_section_is_likened_to_keys_of_that_section_alone(
+    word: str, hint: str, methods: str
+) -> None:
+    (problem,) = problems_of(word, methods)
+    assert problem.startswith(f"unknown key '{word.split('=')[0]}'{hint}")
+
+
 def test_truth_values_are_not_numbers() -> None:
     (problem,) = problems_of("base.rounds=true")
     assert problem == "'base.rounds': must be a number, got True"

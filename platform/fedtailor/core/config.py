@@ -54,6 +54,9 @@ def _is_number(annotation: Any) -> bool:
 
 C = TypeVar("C", bound=Config)
 
+_MOST_HINTS = 3
+"""Keys of one name that are worth naming."""
+
 
 def merge_layers(layers: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Merges YAML layers and dotted overrides, later ones winning; lists are replaced, not joined.
@@ -137,11 +140,8 @@ def _sentence(kind: type[Config], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         parent = _model_at(kind, path[:-1])
         known = sorted(parent.model_fields) if parent else []
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        if not near:
-            everywhere = {name.rsplit(".", 1)[-1]: name for name in dotted_keys(kind)}
-            near = [everywhere[m] for m in difflib.get_close_matches(str(path[-1]), list(everywhere), 1, 0.75)]
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        near = difflib.get_close_matches(str(path[-1]), known, 1, 0.5) or _keys_below(kind, path)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         return f"unknown key '{key}'{hint} (keys here: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"'{key}' must be given"
@@ -153,6 +153,17 @@ def _sentence(kind: type[Config], problem: Any) -> str:
     if message.startswith((f"'{key}", key)):
         return message
     return f"'{key}': {_plainly(problem, message)}, got {value!r}"
+
+
+def _keys_below(kind: type[Config], path: tuple[Any, ...]) -> list[str]:
+    """Keys like the last of ``path``, dotted: deeper in the section that it is in, never in another section."""
+    prefix = f"{path[0]}." if len(path) > 1 else ""
+    by_name: dict[str, list[str]] = {}
+    for key in dotted_keys(kind):
+        if key.startswith(prefix):
+            by_name.setdefault(key.rsplit(".", 1)[-1], []).append(key)
+    close = difflib.get_close_matches(str(path[-1]), list(by_name), 1, 0.5 if prefix else 0.75)
+    return [key for name in close for key in by_name[name]][:_MOST_HINTS]
 
 
 def _plainly(problem: Any, message: str) -> str:
