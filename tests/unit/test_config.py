@@ -20,6 +20,7 @@ from fedtailor.core.config import (  # fmt: skip
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import compose, load_preset, preset_names
 from fedtailor.experiment.config import Experiment
+from fedtailor.tasks.config import TaskConfig
 
 
 def problems_of(*overrides: str, presets: tuple[str, ...] = ()) -> list[str]:
@@ -102,6 +103,26 @@ def test_an_unknown_key_in_a_section_is_likened_to_keys_of_that_section_alone(
 ) -> None:
     (problem,) = problems_of(word, methods)
     assert problem.startswith(f"unknown key '{word.split('=')[0]}'{hint}")
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (["base=none"], ["strategy"]),
+        (["base.rounds=0"], ["strategy"]),
+        (["methods=[lora]"], ["base"]),
+        ([], ["base", "strategy"]),
+        (["base=none", "methods=[lora]"], []),
+    ],
+)
+def test_a_cohort_is_checked_where_one_is_drawn(words: list[str], keys: list[str]) -> None:
+    words = ["task=cldr", "task.clients_per_language=1", "base.cohort=500", "strategy.cohort=500", *words]
+    seen = len(TaskConfig.defaults_for("cldr").languages)
+    expected = [f"'{key}.cohort': 500 clients asked, the seen pool has {seen} (allowed: 1 ... {seen})" for key in keys]
+    if expected:
+        assert problems_of(*words) == expected
+    else:
+        assert compose([], words).base.cohort == 500
 
 
 def test_truth_values_are_not_numbers() -> None:

@@ -150,7 +150,7 @@ def privacy_problems(exp: ExperimentBase, seen: int) -> list[str]:
         seen: clients that cohorts are drawn from.
     """
     cfg, problems = exp.privacy, list[str]()
-    stages = _stages_with_rounds(exp)
+    stages = stages_with_rounds(exp)
     cohorts = {stage: cohort_size(getattr(exp, stage).cohort, seen) for stage in stages}
     if cfg.name == "central_dp":
         problems += _dp_problems(exp, cohorts)
@@ -227,7 +227,8 @@ def _used(exp: ExperimentBase) -> list[str]:
     return list(dict.fromkeys([*([] if exp.base.name == "none" else [exp.base.name]), *exp.methods]))
 
 
-def _stages_with_rounds(exp: ExperimentBase) -> list[str]:
+def stages_with_rounds(exp: ExperimentBase) -> list[str]:
+    """``base`` and ``strategy``, those of them in which cohorts are drawn."""
     trained = [build_method(name, method_section(exp, name), exp.r_max).local_update for name in exp.methods]
     base = ["base"] if exp.base.name != "none" and exp.base.rounds else []
     return base + (["strategy"] if any(trained) and exp.strategy.rounds else [])
@@ -250,7 +251,7 @@ def check_population(exp: ExperimentBase, seen: int) -> None:
 def _population_problems(exp: ExperimentBase, seen: int) -> list[str]:
 
     problems = []
-    for name in ("base", "strategy"):
+    for name in stages_with_rounds(exp):
         cohort = cohort_size(getattr(exp, name).cohort, seen)
         if cohort > seen:
             problems.append(
