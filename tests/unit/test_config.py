@@ -125,6 +125,39 @@ def test_a_cohort_is_checked_where_one_is_drawn(words: list[str], keys: list[str
         assert compose([], words).base.cohort == 500
 
 
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("model.targets=query", "'model.targets': allowed: all-linear; or must be a list such as [a,b], got 'query'"),
+        ("privacy.secagg.modulus_bits=16", "'privacy.secagg.modulus_bits': allowed: 32, 64, got 16"),
+        ("engine.zero.stage=5", "'engine.zero.stage': allowed: 1, 3, got 5"),
+    ],
+)
+def test_what_is_allowed_is_listed_whole_and_nothing_else(word: str, problem: str) -> None:
+    assert problems_of(word) == [problem]
+
+
+def test_only_methods_that_can_answer_with_text_are_allowed_for_a_task_that_asks_for_it() -> None:
+    (problem,) = problems_of("task=cldr_instruct", "methods=[majority,lora]")
+    allowed = problem.partition("(allowed: ")[2].rstrip(")").split(", ")
+    assert "majority" not in allowed
+    assert compose([], ["task=cldr_instruct", f"methods=[{','.join(allowed)}]"]).methods == tuple(allowed)
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [
+        (["methods=[lora]"], "(allowed: float32, fedavg.adapter=lora, base=none)"),
+        (["methods=[fedavg]"], "(allowed: float32, fedavg.adapter=lora)"),
+        (["base=dept", "methods=[lora]"], "(allowed: float32, base=none)"),
+        (["base=none", "methods=[dept]"], "(allowed: float32)"),
+    ],
+)
+def test_what_is_allowed_with_a_narrow_base_depends_on_who_trains_it(words: list[str], allowed: str) -> None:
+    (problem,) = problems_of("model.weights=bfloat16", "engine.dtype=bfloat16", *words)
+    assert problem.endswith(allowed)
+
+
 def test_truth_values_are_not_numbers() -> None:
     (problem,) = problems_of("base.rounds=true")
     assert problem == "'base.rounds': must be a number, got True"

@@ -144,7 +144,7 @@ BF16 = ["task=cldr_instruct", "model.weights=bfloat16"]
     ("overrides", "complaint"),
     [
         ([*BF16, "base=none"], "bfloat16 needs engine.dtype=bfloat16"),
-        ([*BF16, "engine.dtype=bfloat16"], "fedavg trains every weight .*fedavg.adapter=lora or base=none"),
+        ([*BF16, "engine.dtype=bfloat16"], "fedavg trains every weight .*fedavg.adapter=lora, base=none"),
         ([*BF16, "engine.dtype=bfloat16", "base=dept"], "dept trains every weight"),
         (["model.weights=4bit", "engine.dtype=bfloat16", "base=none"], "4bit is for language models, and task 'cldr'"),
         (["task=cldr_instruct", "model.weights=8bit", "engine.dtype=bfloat16", "base=none"], "8bit needs a GPU"),

@@ -208,22 +208,21 @@ def test_the_bytes_of_a_round_count_the_weight_and_the_vanished() -> None:
 
 
 MASKED = "privacy.secure_aggregation=secagg+"
+NOISY = ("privacy=central_dp", "privacy.clip=1", "privacy.noise_multiplier=1")
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ((MASKED, "aggregation=krum"), "compares single updates"),
+        ((MASKED, "aggregation=krum"), r"compares single updates.*\(allowed: method, norm_bound\)"),
+        ((MASKED, "aggregation=krum", *NOISY), r"compares single updates.*\(allowed: method\)"),
         ((MASKED, "aggregation=trimmed_mean"), "compares single updates"),
         ((MASKED, "base.cohort=2"), "fewer than 3"),
         ((MASKED, "privacy.secagg.neighbours=16"), "has 15 others"),
         (("privacy.secure_aggregation=secagg", "privacy.secagg.neighbours=4"), "for secagg\\+"),
         (("privacy.secagg.dropout=0.1",), "would do nothing"),
         ((MASKED, "privacy.secagg.modulus_bits=32", "privacy.secagg.range=1e6"), "does not fit"),
-        (
-            (MASKED, "privacy=central_dp", "privacy.clip=1", "privacy.noise_multiplier=1", "privacy.sampler=poisson"),
-            "known size",
-        ),
+        ((MASKED, *NOISY, "privacy.sampler=poisson"), "known size"),
     ],
 )
 def test_what_masks_would_make_impossible_is_refused(overrides: tuple[str, ...], words: str) -> None:

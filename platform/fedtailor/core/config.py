@@ -109,7 +109,12 @@ def validate(kind: type[C], tree: Mapping[str, Any]) -> C:
     try:
         return kind.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError([_sentence(kind, problem) for problem in error.errors()]) from None
+        places: dict[tuple[Any, ...], list[Any]] = {}
+        for problem in error.errors():
+            # pydantic adds the branch of a union, such as "tuple[str, ...]", to the place.
+            place = tuple(part for part in problem["loc"] if "[" not in str(part))
+            places.setdefault(place, []).append(problem)
+        raise ConfigError([_sentence(kind, place, problems) for place, problems in places.items()]) from None
 
 
 def completed(kind: type[Config], stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,8 +138,8 @@ def at_absent(config: Config) -> dict[str, Any]:
     }
 
 
-def _sentence(kind: type[Config], problem: Any) -> str:
-    path = tuple(problem["loc"])
+def _sentence(kind: type[Config], path: tuple[Any, ...], problems: Sequence[Any]) -> str:
+    problem = problems[0]
     key = ".".join(str(part) for part in path)
     value = problem.get("input")
     if problem["type"] == "extra_forbidden":
@@ -145,14 +150,18 @@ def _sentence(kind: type[Config], problem: Any) -> str:
         return f"unknown key '{key}'{hint} (keys here: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"'{key}' must be given"
+    messages = [_message(problem) for problem in problems]
+    if not key or messages[0].startswith((f"'{key}", key)):
+        return messages[0]
+    plain = map(_plainly, problems, messages)
+    return f"'{key}': {'; or '.join(plain)}, got {value!r}"
+
+
+def _message(problem: Any) -> str:
     message = str(problem["msg"])
     for prefix in ("Value error, ", "Assertion failed, "):
         message = message.removeprefix(prefix)
-    if not key:
-        return message
-    if message.startswith((f"'{key}", key)):
-        return message
-    return f"'{key}': {_plainly(problem, message)}, got {value!r}"
+    return message
 
 
 def _keys_below(kind: type[Config], path: tuple[Any, ...]) -> list[str]:
@@ -173,7 +182,7 @@ def _plainly(problem: Any, message: str) -> str:
     if problem["type"] == "model_type":
         return "is a section; set the keys below it"
     if problem["type"] == "literal_error":
-        allowed = re.findall(r"'([^']*)'", str(problem["ctx"]["expected"]))
+        allowed = [word.strip("'") for word in re.split(", | or ", str(problem["ctx"]["expected"]))]
         near = difflib.get_close_matches(str(problem.get("input")), allowed, n=1)
         return f"allowed: {', '.join(allowed)}" + (f" (did you mean '{near[0]}'?)" if near else "")
     return message[0].lower() + message[1:]

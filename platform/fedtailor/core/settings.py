@@ -143,6 +143,13 @@ class ZeroConfig(Config):
     deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds after which a collective without all ranks is an error and the group starts again."""
 
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _stage(cls, value: Any) -> Any:
+        if value not in (1, 2, 3):
+            raise ValueError("allowed: 1, 3")  # 2 is refused later, with the reason
+        return value
+
 
 class AggregationConfig(Named):
     """How the server joins the clients' SHARED parameters, in every stage with rounds.

@@ -33,9 +33,8 @@ def model_problems(exp: ExperimentBase) -> list[str]:
             "float32)"
         )
     problems += [
-        f"'model.weights': {weights} is for a frozen base, and {name} trains every weight (allowed: float32, or "
-        f"{'fedavg.adapter=lora or ' if name == 'fedavg' else ''}base=none)"
-        for name in _whole_trainers(exp)
+        f"'model.weights': {weights} is for a frozen base, and {name} trains every weight (allowed: {allowed})"
+        for name, allowed in _whole_trainers(exp).items()
     ]
     if weights in _QUANTISED and exp.task.kind != "generation":
         problems.append(
@@ -68,11 +67,15 @@ def check_weights(exp: ExperimentBase) -> None:
         )
 
 
-def _whole_trainers(exp: ExperimentBase) -> list[str]:
-    """Base stage and methods whose clients train the model itself."""
-    names = dict.fromkeys([*([] if exp.base.name == "none" else [exp.base.name]), *exp.methods])
-    built = {name: build_method(name, method_section(exp, name), exp.r_max) for name in names}
-    return [name for name, method in built.items() if isinstance(method.adapter, FullModel)]
+def _whole_trainers(exp: ExperimentBase) -> dict[str, str]:
+    """Base stage and methods whose clients train the model itself, with what is allowed in their place."""
+    found = {}
+    for name in dict.fromkeys([*([] if exp.base.name == "none" else [exp.base.name]), *exp.methods]):
+        if isinstance(build_method(name, method_section(exp, name), exp.r_max).adapter, FullModel):
+            adapter = ", fedavg.adapter=lora" if name == "fedavg" else ""
+            base = "" if name in exp.methods else ", base=none"
+            found[name] = f"float32{adapter}{base}"
+    return found
 
 
 def zero_problems(exp: ExperimentBase) -> list[str]:
@@ -199,10 +202,11 @@ def _dp_problems(exp: ExperimentBase, cohorts: dict[str, int]) -> list[str]:
 def _masking_problems(exp: ExperimentBase, cohorts: dict[str, int]) -> list[str]:
     cfg, problems, how = exp.privacy, [], exp.aggregation.name
     kind = cfg.secure_aggregation
+    allowed = "method" if cfg.name == "central_dp" else "method, norm_bound"
     if how not in ("method", "norm_bound"):
         problems.append(
             f"'aggregation' = {how} compares single updates, which 'privacy.secure_aggregation' = {kind} hides from "
-            "the server (allowed: method, norm_bound)"
+            f"the server (allowed: {allowed})"
         )
     if cfg.sampler == "poisson":
         problems.append(
@@ -266,13 +270,10 @@ def _task_problems(exp: ExperimentBase) -> list[str]:
     """What methods need and the task has not."""
     if exp.task.name not in GENERATION_TASKS:
         return []
-    needy = [
-        name
-        for name in exp.methods
-        if Capability.CLASSES in build_method(name, method_section(exp, name), exp.r_max).requires
-    ]
-    able = ", ".join(name for name in METHODS if name not in needy)
+    needs = {name: build_method(name, method_section(exp, name), exp.r_max).requires for name in METHODS}
+    able = ", ".join(name for name in METHODS if Capability.CLASSES not in needs[name])
     return [
         f"'methods': {name} answers with classes, and task '{exp.task.name}' asks for text (allowed: {able})"
-        for name in needy
+        for name in exp.methods
+        if Capability.CLASSES in needs[name]
     ]
