@@ -16,31 +16,18 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import METHODS, build_method
 
 RAGGED = [13, 9, 8, 3]
-TRAINING = {"lr": 5e-3, "batch_size": 4, "epochs": 2}
-SEARCH = TRAINING | {"lambda_lr": 5e-2}
-CONFIGS = {
-    "fedavg": TRAINING | {"adapter": "lora", "rank": 3, "dropout": 0.2, "max_grad_norm": 0.1},
-    "feddpa": TRAINING | {"rank": 3, "local_rank": 2, "dropout": 0.2},
-    "lora": TRAINING | {"dropout": 0.25, "max_grad_norm": 0.1},
-    "bayestune_lora": {"search": SEARCH | {"max_grad_norm": 0.1}, "finetune": TRAINING | {"dropout": 0.25}},
-    "fedl2p": {
-        "finetune": TRAINING | {"max_grad_norm": 0.1},
-        "lrnet": {"lr": 1e-2, "multiplier_lr": 1e-3},
-        "hypergradient": {"pairs": 3},
-    },
-    "fedp2eft": {"stage1": SEARCH, "psg": {"lr": 1e-2}, "finetune": TRAINING},
-    "base": {},
-    "majority": {},
-}
-LANED = [name for name, entry in METHODS.items() if build_method(name, CONFIGS.get(name, {}), 4).lanes]
+TINY = {name: entry.tiny for name, entry in METHODS.items()}
+LANED = [name for name in METHODS if build_method(name, TINY[name] or {}, 4).lanes]
 
 
-def test_every_method_that_claims_lanes_is_covered() -> None:
-    assert set(LANED) <= set(CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_tiny_configuration(name: str) -> None:
+    assert TINY[name] is not None, f"the ENTRY of {name} needs `tiny`, a small section for the contracts"
+    assert METHODS[name].name == name
 
 
 def context(net: LaneNet, name: str, lanes: list, **more: object) -> ClientContext:
-    method = build_method(name, CONFIGS[name], 4)
+    method = build_method(name, TINY[name], 4)
     return toy_context(net, lanes, method.adapter, method.modules, r_max=4, **more)
 
 
@@ -57,9 +44,9 @@ def lanes_of(kind: str) -> list:
 
 
 @pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize("name", [n for n in LANED if build_method(n, CONFIGS[n], 4).local_update])
+@pytest.mark.parametrize("name", [n for n in LANED if build_method(n, TINY[n], 4).local_update])
 def test_a_round_of_k_lanes_is_k_rounds_of_one(name: str, kind: str) -> None:
-    method, lanes, net = build_method(name, CONFIGS[name], 4), lanes_of(kind), NETS[kind]
+    method, lanes, net = build_method(name, TINY[name], 4), lanes_of(kind), NETS[kind]
     together = context(net(), name, lanes)
     report = method.local_update(together)
     for k, lane in enumerate(lanes):
@@ -74,7 +61,7 @@ def test_a_round_of_k_lanes_is_k_rounds_of_one(name: str, kind: str) -> None:
 
 
 def personalise(name: str, net: LaneNet, lanes: list) -> tuple[Personalised, list, torch.Tensor]:
-    method = build_method(name, CONFIGS[name], 4)
+    method = build_method(name, TINY[name], 4)
     ctx = context(net, name, lanes, budgets=(1, 2, 4))
     ctx = replace(ctx, stage="personalise")
     made = method.personaliser(ctx)

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fedtailor.core.config import Config
 from fedtailor.core.messages import Row
 from fedtailor.federated.early_stop import EarlyStop
 from fedtailor.lanes.params import Adapter, Parameters
@@ -305,3 +306,31 @@ class Method:
     def lanes(self) -> bool:
         """Whether clients may share a forward pass."""
         return not self.one_lane and (self.adapter is None or self.adapter.lanes)
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """How a method is named, configured, built and shown: its row of the METHODS table, beside it in its file.
+
+    Args:
+        name: of the method and of its section in the configuration; lower case, an identifier.
+        config: its configuration.
+        build: (config, largest budget) to `Method`.
+        title: its name in tables and figures.
+        summary: one line for ``fedtailor list methods``.
+        colour: of its marks in figures; None: one of the spare ones.
+        marker: as matplotlib writes it; None: one of the spare ones.
+        base: whether it may train the base (``base.name``).
+        tiny: its section for the contracts: steps that change a toy model, and few of them. None: it has none yet,
+            and the contracts say so.
+    """
+
+    name: str
+    config: type[Config]
+    build: Callable[[Any, int], Method]
+    title: str
+    summary: str
+    colour: str | None = None
+    marker: str | None = None
+    base: bool = False
+    tiny: Mapping[str, Any] | None = None

@@ -29,7 +29,7 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Method, Personalised
+from fedtailor.federated.method import Method, MethodEntry, Personalised
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.loss import lane_cross_entropy
@@ -185,3 +185,15 @@ def build(cfg: AdaLoraConfig, r_max: int) -> Method:
         epochs=cfg.epochs,
         one_lane=True,
     )
+
+
+ENTRY = MethodEntry(
+    name="adalora",
+    config=AdaLoraConfig,
+    build=build,
+    title="AdaLoRA",
+    summary="AdaLoRA per client, ranks pruned while training (Zhang et al. 2023)",
+    colour="#56b4e9",
+    marker="s",
+    tiny={"lr": 5e-3, "batch_size": 4, "epochs": 2},
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
-from fedtailor.federated.method import Method
+from fedtailor.federated.method import Method, MethodEntry
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.finetune import NoPersonalisation
 
@@ -16,3 +16,15 @@ class BaseConfig(Config):
 def build(cfg: BaseConfig, r_max: int) -> Method:
     """A client-only method without training."""
     return Method("base", NoPersonalisation(), WeightedMean(), ServerSgd())
+
+
+ENTRY = MethodEntry(
+    name="base",
+    config=BaseConfig,
+    build=build,
+    title="Base",
+    summary="the base model as it is",
+    colour="#4a4f57",
+    marker="|",
+    tiny={},
+)

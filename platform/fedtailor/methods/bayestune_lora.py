@@ -20,7 +20,7 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.settings import Positive
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Method, Personalised
+from fedtailor.federated.method import Method, MethodEntry, Personalised
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.bayestune import RankSearchConfig, search_ranks
 from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
@@ -69,3 +69,18 @@ def build(cfg: BayesTuneLoraConfig, r_max: int) -> Method:
         batch_size=max(cfg.search.batch_size, cfg.finetune.batch_size),
         epochs=cfg.search.epochs + cfg.finetune.epochs,
     )
+
+
+ENTRY = MethodEntry(
+    name="bayestune_lora",
+    config=BayesTuneLoraConfig,
+    build=build,
+    title="BayesTune-LoRA",
+    summary="per-client Bayesian rank search (FedP2EFT 3.2)",
+    colour="#e69f00",
+    marker="^",
+    tiny={
+        "search": {"lr": 5e-3, "batch_size": 4, "epochs": 2, "lambda_lr": 5e-2, "max_grad_norm": 0.1},
+        "finetune": {"lr": 5e-3, "batch_size": 4, "epochs": 2, "dropout": 0.25},
+    },
+)

@@ -23,7 +23,7 @@ from fedtailor.core.config import Config
 from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import Positive, Rate
-from fedtailor.federated.method import Method
+from fedtailor.federated.method import Method, MethodEntry
 from fedtailor.lanes.layers import LaneEmbedding
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
@@ -98,3 +98,14 @@ def build(cfg: DeptConfig, r_max: int) -> Method:
         epochs=cfg.epochs,
         overlay=EmbeddingOverlay(cfg.private) if cfg.private else None,
     )
+
+
+ENTRY = MethodEntry(
+    name="dept",
+    config=DeptConfig,
+    build=build,
+    title="DEPT (SPEC)",
+    summary="DEPT (SPEC): FedAvg with each client's own embeddings (Iacob et al. 2025)",
+    base=True,
+    tiny={"lr": 5e-3, "batch_size": 4, "epochs": 2},
+)

@@ -24,7 +24,7 @@ from fedtailor.core.config import Config
 from fedtailor.core.scope import Scope
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Method, Report, ServerOptimizer
+from fedtailor.federated.method import Method, MethodEntry, Report, ServerOptimizer
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.server_optim.adaptive import AdaptiveServer
 from fedtailor.server_optim.sgd import ServerSgd
@@ -117,3 +117,22 @@ def _server(cfg: FedAvgConfig) -> ServerOptimizer:
     if cfg.server == "sgd":
         return ServerSgd(cfg.server_lr, cfg.server_momentum)
     return AdaptiveServer(cfg.server, cfg.server_lr, cfg.server_momentum, cfg.server_beta2, cfg.server_tau)
+
+
+ENTRY = MethodEntry(
+    name="fedavg",
+    config=FedAvgConfig,
+    build=build,
+    title="FedAvg",
+    summary="FedAvg, full fine-tuning or LoRA (McMahan et al. 2017)",
+    base=True,
+    tiny={
+        "lr": 5e-3,
+        "batch_size": 4,
+        "epochs": 2,
+        "adapter": "lora",
+        "rank": 3,
+        "dropout": 0.2,
+        "max_grad_norm": 0.1,
+    },
+)

@@ -29,7 +29,7 @@ from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import Natural, Positive, Rate
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Method, Report
+from fedtailor.federated.method import Method, MethodEntry, Report
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
@@ -168,3 +168,14 @@ def build(cfg: FedDpaConfig, r_max: int) -> Method:
         epochs=(2 if cfg.local_rank else 1) * cfg.epochs,
         overlay=LocalLoraOverlay(own) if cfg.local_rank else None,
     )
+
+
+ENTRY = MethodEntry(
+    name="feddpa",
+    config=FedDpaConfig,
+    build=build,
+    title="FedDPA-T",
+    summary="FedDPA-T: global LoRA and a local one per client (Yang et al. 2024)",
+    base=True,
+    tiny={"lr": 5e-3, "batch_size": 4, "epochs": 2, "rank": 3, "local_rank": 2, "dropout": 0.2},
+)

@@ -41,7 +41,7 @@ from fedtailor.core.settings import Positive, Rate
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.early_stop import EarlyStop
-from fedtailor.federated.method import Capability, Method, Personalised, Report
+from fedtailor.federated.method import Capability, Method, MethodEntry, Personalised, Report
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.net import LaneNet
@@ -318,3 +318,19 @@ def build(cfg: FedL2PConfig, r_max: int) -> Method:
         per_budget=not cfg.one_for_all,
         early_stop=EarlyStop("val_loss", cfg.patience) if cfg.patience else None,
     )
+
+
+ENTRY = MethodEntry(
+    name="fedl2p",
+    config=FedL2PConfig,
+    build=build,
+    title="FedL2P",
+    summary="federated net for the learning rates of LoRA (Lee et al. 2023)",
+    colour="#009e73",
+    marker="v",
+    tiny={
+        "finetune": {"lr": 5e-3, "batch_size": 4, "epochs": 2, "max_grad_norm": 0.1},
+        "lrnet": {"lr": 1e-2, "multiplier_lr": 1e-3},
+        "hypergradient": {"pairs": 3},
+    },
+)

@@ -31,7 +31,7 @@ from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Method, Personalised, Report
+from fedtailor.federated.method import Method, MethodEntry, Personalised, Report
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.features import feature_size
 from fedtailor.lanes.net import LaneNet
@@ -224,3 +224,19 @@ def build(cfg: FedP2EFTConfig, r_max: int) -> Method:
         batch_size=max(cfg.stage1.batch_size, cfg.finetune.batch_size),
         epochs=cfg.stage1.epochs,
     )
+
+
+ENTRY = MethodEntry(
+    name="fedp2eft",
+    config=FedP2EFTConfig,
+    build=build,
+    title="FedP²EFT",
+    summary="federated strategy generator for LoRA ranks (Lee et al. 2025)",
+    colour="#d55e00",
+    marker="D",
+    tiny={
+        "stage1": {"lr": 5e-3, "batch_size": 4, "epochs": 2, "lambda_lr": 5e-2},
+        "psg": {"lr": 1e-2},
+        "finetune": {"lr": 5e-3, "batch_size": 4, "epochs": 2},
+    },
+)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fedtailor.adapters.selected_lora import uniform_selection
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Method, Personalised
+from fedtailor.federated.method import Method, MethodEntry, Personalised
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune
 
@@ -38,3 +38,15 @@ class UniformLora:
 def build(cfg: LoraConfig, r_max: int) -> Method:
     """A client-only method: no rounds."""
     return Method("lora", UniformLora(cfg), WeightedMean(), ServerSgd(), batch_size=cfg.batch_size, epochs=cfg.epochs)
+
+
+ENTRY = MethodEntry(
+    name="lora",
+    config=LoraConfig,
+    build=build,
+    title="LoRA",
+    summary="LoRA per client, rank r everywhere (Hu et al. 2022)",
+    colour="#0072b2",
+    marker="o",
+    tiny={"lr": 5e-3, "batch_size": 4, "epochs": 2, "dropout": 0.25, "max_grad_norm": 0.1},
+)

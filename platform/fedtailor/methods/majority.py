@@ -14,7 +14,7 @@ from torch import Tensor
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Capability, Method, Personalised
+from fedtailor.federated.method import Capability, Method, MethodEntry, Personalised
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.server_optim.sgd import ServerSgd
 
@@ -47,3 +47,15 @@ def build(cfg: MajorityConfig, r_max: int) -> Method:
     """A client-only method without a model."""
     needs = frozenset({Capability.CLASSES})
     return Method("majority", MajorityClass(), WeightedMean(), ServerSgd(), requires=needs)
+
+
+ENTRY = MethodEntry(
+    name="majority",
+    config=MajorityConfig,
+    build=build,
+    title="Majority",
+    summary="each client's most frequent training class",
+    colour="#9aa0a8",
+    marker="x",
+    tiny={},
+)
