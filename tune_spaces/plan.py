@@ -116,7 +116,7 @@ def make_plan(
     _refuse(address, grid, given)
     exp = compose(presets, overrides)
     if objective_name is None:
-        name = for_task(name, exp.task.kind)
+        name = for_task(name, exp.task_entry.kind)
         judged = objective(name)
     chosen: Content = {"methods": [grid.method]}
     if "budgets" not in given:

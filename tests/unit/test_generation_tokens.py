@@ -14,9 +14,8 @@ from fedtailor.core.errors import DataError, ModelError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.inputs import tokens_artifact
 from fedtailor.lanes.batches import make_batch
-from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.store import TaskData
-from fedtailor.tasks.task import prepare
+from fedtailor.tasks.task import prepare, task_config
 from fedtailor.tasks.templates import Sample, encode
 from fedtailor.tasks.tokens import TokenData, instructions_of, tokenise
 
@@ -38,7 +37,7 @@ def task(folder: Path, values: list[dict[str, Any]]) -> TaskData:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
-    cfg = TaskConfig(name="instructions", path=str(path), unseen=("new",), group_column="group")
+    cfg = task_config("instructions", path=str(path), unseen=("new",), group_column="group")
     return prepare(cfg, 0, folder / "data")
 
 

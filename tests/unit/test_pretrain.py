@@ -33,7 +33,7 @@ from fedtailor.models.pretrain_learner import Learner, guess, learning_rate, spe
 from fedtailor.models.pretrain_options import PretrainOptions, choose_precision, chosen
 from fedtailor.models.pretrain_view import PretrainView
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Source
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.task import TASKS
 
 WORDS = (
@@ -75,7 +75,7 @@ def pairs_source(cfg: TaskConfig, seed: int) -> Source:
 @pytest.fixture(autouse=True)
 def toy_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, load in {"toy": toy_source, "pairs": pairs_source}.items():
-        monkeypatch.setitem(TASKS, name, load)  # type: ignore[arg-type]
+        monkeypatch.setitem(TASKS, name, TaskEntry(load, "classification"))  # type: ignore[arg-type]
 
 
 def options(**changes: Any) -> PretrainOptions:
@@ -102,7 +102,7 @@ def digests(folder: Path) -> dict[str, str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pretrain") / "base"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TASKS, "toy", toy_source)  # type: ignore[arg-type]
+        patch.setitem(TASKS, "toy", TaskEntry(toy_source, "classification"))  # type: ignore[arg-type]
         assert make(out)
     return out
 
@@ -535,7 +535,8 @@ def test_pretraining_in_bfloat16_keeps_weights_in_float32(tmp_path: Path) -> Non
 
 def test_a_task_without_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = {pool: {"en": LanguagePool([], [])} for pool in POOLS}
-    monkeypatch.setitem(TASKS, "empty", lambda cfg, seed: Source(("a",), empty))  # type: ignore[arg-type]
+    entry = TaskEntry(lambda cfg, seed: Source(("a",), empty), "classification")
+    monkeypatch.setitem(TASKS, "empty", entry)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the train parts of empty hold no language"):
         gather(["empty"], 0.1, 1)
 

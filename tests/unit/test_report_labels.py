@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from fedtailor.report import fonts, names
 from fedtailor.report import style as labels
 from fedtailor.report.style import Drawing, save, styled
-from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES
+from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES
+from fedtailor.tasks.xnli import XNLI_LANGUAGES
 
 UNKNOWN = chr(0x10FFFD)
 

@@ -29,7 +29,7 @@ def configured(scale: float = 0.1, **base: Any) -> ExperimentBase:
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("fedavg", "standard FL (FedAvg), 10 rounds"), ("feddpa", "FedDPA-T, 10 rounds"),
+    ("fedavg", "FedAvg, 10 rounds"), ("feddpa", "FedDPA-T, 10 rounds"),
     ("dept", "DEPT (SPEC), 10 rounds"), ("none", "off the shelf"),
 ])  # fmt: skip
 def test_a_base_is_called_by_its_papers_name(name: str, words: str) -> None:
@@ -38,7 +38,7 @@ def test_a_base_is_called_by_its_papers_name(name: str, words: str) -> None:
 
 def test_a_shared_base_is_said() -> None:
     line = setting.base_line(configured(seed=42), frame())
-    assert line == "standard FL (FedAvg), 10 rounds, one base of seed 42 for all seeds"
+    assert line == "FedAvg, 10 rounds, one base of seed 42 for all seeds"
 
 
 def test_rounds_that_were_planned_and_those_that_were_run() -> None:
@@ -46,7 +46,7 @@ def test_rounds_that_were_planned_and_those_that_were_run() -> None:
         *rounds_of("base", "fedavg", 12), *rounds_of("strategy", "fedp2eft", 15),
         *rounds_of("strategy", "fedl2p", 7, budget=2), *rounds_of("strategy", "fedl2p", 9, budget=4),
     )  # fmt: skip
-    assert setting.base_line(configured(rounds=300), done) == "standard FL (FedAvg), 12 of 30 rounds"
+    assert setting.base_line(configured(rounds=300), done) == "FedAvg, 12 of 30 rounds"
     assert setting.strategy_line(configured(), done) == "15 rounds (FedL2P: 7 to 9)"
 
 

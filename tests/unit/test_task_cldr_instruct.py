@@ -18,7 +18,7 @@ from fedtailor.tasks.cldr_instruct import KINDS
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks.source import Example, Owner, Pool, Source, normalise
-from fedtailor.tasks.task import fingerprint, prepare
+from fedtailor.tasks.task import fingerprint, prepare, task_config
 
 PAPERS_LANGUAGES = tuple(sorted({*MASAKHANEWS, *XNLI, *FED_AYA} - {"ara"}))
 OTHERS = ("de", "el", "fa", "he", "hi", "id", "it", "ja", "ko", "nl", "pl", "th", "tr", "ur", "vi", "zh_Hant")
@@ -26,7 +26,7 @@ OTHERS = ("de", "el", "fa", "he", "hi", "id", "it", "ja", "ko", "nl", "pl", "th"
 
 def config(*languages: str, **changes: Any) -> TaskConfig:
     changed = {"languages": languages} if languages else {}
-    return TaskConfig(name="cldr_instruct", **{"clients_per_language": 2, **changed, **changes})
+    return task_config("cldr_instruct", **{"clients_per_language": 2, **changed, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks import source as leakage
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import Example, LanguagePool, Source
+from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.store import BLOCK, TaskData
 from fedtailor.tasks.task import fingerprint, prepare
 
@@ -31,7 +31,7 @@ def split_texts(*texts: str) -> list[Example]:
 
 def custom(monkeypatch: pytest.MonkeyPatch, source: Source) -> TaskConfig:
     """Registers `source` as the only task."""
-    monkeypatch.setattr(task, "TASKS", {"toy": lambda cfg, seed: source})
+    monkeypatch.setattr(task, "TASKS", {"toy": TaskEntry(lambda cfg, seed: source, "classification")})
     languages = tuple(source.pools["seen"])
     return TaskConfig(name="toy", languages=languages, clients_per_language=2)
 
@@ -67,7 +67,7 @@ def test_the_clients_of_a_pool_hold_all_its_train_texts_once(data: TaskData) -> 
 
 
 def test_labels_belong_to_their_texts(data: TaskData) -> None:
-    source = task.TASKS["cldr"](CFG, 42)
+    source = task.TASKS["cldr"].load(CFG, 42)
     for client in data.clients:
         part = source.pools[client.pool][client.language]  # type: ignore[index]
         for split in ("train", "test"):

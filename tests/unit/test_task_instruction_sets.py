@@ -18,11 +18,13 @@ import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks import dolly, fed_aya, instructions
-from fedtailor.tasks.config import DOLLY_CATEGORIES, FED_AYA_LANGUAGES, TaskConfig
+from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.dolly import DOLLY_CATEGORIES
+from fedtailor.tasks.fed_aya import FED_AYA_LANGUAGES
 from fedtailor.tasks.instruction_rows import read_turn
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example, Owner, Source
-from fedtailor.tasks.task import fingerprint, prepare
+from fedtailor.tasks.task import fingerprint, prepare, task_config
 
 DATA = Path(os.environ.get("FEDTAILOR_DATA", ""))
 
@@ -43,7 +45,7 @@ def lines(values: Sequence[Any]) -> str:
 def write(path: Path, values: Sequence[Any]) -> TaskConfig:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(lines(values), encoding="utf-8")
-    return TaskConfig(name="instructions", path=str(path))
+    return task_config("instructions", path=str(path))
 
 
 def examples(owner: Owner) -> list[Example]:
@@ -163,10 +165,10 @@ def test_the_same_rows_in_any_form_of_file_are_the_same_task(
     values = rows("b", 5) + rows("a", 4)
     values[0]["response"] = 'two\nlines, and "quotes"\u2028'
     file = form(tmp_path / "rows", values)
-    source = instructions.load(TaskConfig(name="instructions", path=str(file)), 0)
+    source = instructions.load(task_config("instructions", path=str(file)), 0)
     want = instructions.load(write(tmp_path / "other" / "plain.jsonl", values), 0)
     assert source.owners == want.owners
-    assert instructions.load(TaskConfig(name="instructions", path=str(file)), 0).owners == want.owners
+    assert instructions.load(task_config("instructions", path=str(file)), 0).owners == want.owners
 
 
 def test_a_folder_is_read_file_by_file_and_train_and_test_files_are_the_splits(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_an_id_that_is_no_path_is_loaded_from_the_hub_and_its_failure_says_what_
         return rows(7, 3)
 
     monkeypatch.setattr(datasets, "load_dataset", loaded)
-    source = instructions.load(TaskConfig(name="instructions", path="owner/set", split="validation"), 0)
+    source = instructions.load(task_config("instructions", path="owner/set", split="validation"), 0)
     assert [o.name for o in source.owners] == ["7"]
     assert asked == [("owner/set", "validation")]
 
@@ -200,7 +202,7 @@ def test_an_id_that_is_no_path_is_loaded_from_the_hub_and_its_failure_says_what_
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"'owner/set' \(split 'train'\) from the hub.*no route.*Set task.path to a"):
-        instructions.load(TaskConfig(name="instructions", path="owner/set"), 0)
+        instructions.load(task_config("instructions", path="owner/set"), 0)
 
 
 # --- instructions: clients ----------------------------------------------------------------------------------------
@@ -346,17 +348,17 @@ def test_a_client_without_test_rows_and_a_task_without_seen_clients_are_refused(
 def test_damaged_files_are_refused_with_the_place(name: str, content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
-        instructions.load(TaskConfig(name="instructions", path=str(tmp_path / name)), 0)
+        instructions.load(task_config("instructions", path=str(tmp_path / name)), 0)
 
 
 def test_a_path_is_needed_and_one_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs 'task.path'"):
-        instructions.load(TaskConfig(name="instructions"), 0)
+        instructions.load(task_config("instructions"), 0)
     for path in (str(tmp_path / "none"), "data/none.jsonl", "owner/name with blanks"):
         with pytest.raises(ConfigError, match="no such file or folder, nor an id"):
-            instructions.load(TaskConfig(name="instructions", path=path), 0)
+            instructions.load(task_config("instructions", path=path), 0)
     with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl"):
-        instructions.load(TaskConfig(name="instructions", path=str(tmp_path)), 0)
+        instructions.load(task_config("instructions", path=str(tmp_path)), 0)
 
 
 # --- fed_aya ------------------------------------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def aya(folder: Path, content: Any = None, **more: Any) -> TaskConfig:
     folder.mkdir(exist_ok=True)
     content = {f"annotator{c}": aya_rows(c) for c in range(38)} if content is None else content
     (folder / "aya_38c_25k.json").write_text(json.dumps(content), encoding="utf-8")
-    return TaskConfig.model_validate({"name": "fed_aya", "path": str(folder), **more})
+    return task_config(**{"name": "fed_aya", "path": str(folder), **more})
 
 
 def test_fed_aya_has_38_clients_by_place_8_of_them_unseen_and_8_languages(tmp_path: Path) -> None:
@@ -428,7 +430,7 @@ def test_fed_aya_is_found_by_file_by_folder_gzipped_and_in_the_data_folder(
     plain.with_suffix(".json.gz").write_bytes(gzip.compress(plain.read_bytes()))
     plain.unlink()
     monkeypatch.setenv("FEDTAILOR_DATA", str(tmp_path))
-    assert fed_aya.load(TaskConfig(name="fed_aya"), 0) == want
+    assert fed_aya.load(task_config("fed_aya"), 0) == want
 
 
 @pytest.mark.parametrize("where", ["nowhere", "data", "path"])
@@ -440,7 +442,7 @@ def test_without_its_file_fed_aya_says_where_to_get_it(
         monkeypatch.setenv("FEDTAILOR_DATA", str(tmp_path))
     path = str(tmp_path) if where == "path" else None
     with pytest.raises(DataError, match=r"FedLLM-Bench.*set task.path to its Fed-Aya/aya_38c_25k.json"):
-        fed_aya.load(TaskConfig(name="fed_aya", path=path), 0)
+        fed_aya.load(task_config("fed_aya", path=path), 0)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +503,7 @@ def dolly_rows(n: int, categories: Sequence[str] = DOLLY_CATEGORIES) -> list[dic
 
 def dolly_file(folder: Path, values: Sequence[Any], **more: Any) -> TaskConfig:
     write(folder / "databricks-dolly-15k.jsonl", values)
-    return TaskConfig.model_validate({"name": "dolly", "path": str(folder), "clients_per_language": 2, **more})
+    return task_config(**{"name": "dolly", "path": str(folder), "clients_per_language": 2, **more})
 
 
 def test_dolly_deals_every_category_to_clients_of_its_own_in_both_pools(tmp_path: Path) -> None:
@@ -557,19 +559,19 @@ def test_dolly_without_a_local_copy_comes_from_the_hub(monkeypatch: pytest.Monke
         return dolly_rows(12)
 
     monkeypatch.setattr(datasets, "load_dataset", loaded)
-    source = dolly.load(TaskConfig(name="dolly", clients_per_language=2), 0)
+    source = dolly.load(task_config("dolly", clients_per_language=2), 0)
     assert asked == [("databricks/databricks-dolly-15k", "train")]
     assert source.labels == DOLLY_CATEGORIES
 
 
 @needs("dolly")
 def test_the_real_dolly_has_15011_rows_in_8_categories(tmp_path: Path) -> None:
-    data = prepare(TaskConfig(name="dolly", max_examples=20), 0, tmp_path / "out")
+    data = prepare(task_config("dolly", max_examples=20), 0, tmp_path / "out")
     assert data.manifest["notes"]["rows_read"] == 15011
     assert data.manifest["notes"]["dropped_repeated_rows"] == 16
     assert len(data.clients) == 160
     assert {(c.n_train, c.n_test) for c in data.clients} == {(16, 4)}
-    source = dolly.load(TaskConfig(name="dolly"), 0)
+    source = dolly.load(task_config("dolly"), 0)
     sizes = {c: sum(len(p[c].train) + len(p[c].test) for p in source.pools.values()) for c in source.labels}
     assert sum(sizes.values()) == 15011 - 16
     assert max(sizes, key=lambda c: sizes[c]) == "open_qa"

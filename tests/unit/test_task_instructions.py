@@ -18,7 +18,7 @@ from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.files import Storage
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import Example, LanguagePool, Owner, Pool, Source
+from fedtailor.tasks.source import Example, LanguagePool, Owner, Pool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import fingerprint, prepare
 
@@ -47,7 +47,7 @@ def source(*owners: Owner, **changes: Any) -> Source:
 
 
 def config(monkeypatch: pytest.MonkeyPatch, made: Source, **changes: Any) -> TaskConfig:
-    monkeypatch.setitem(task.TASKS, "toy", lambda cfg, seed: made)
+    monkeypatch.setitem(task.TASKS, "toy", TaskEntry(lambda cfg, seed: made, "generation"))
     return TaskConfig(name="toy", **changes)
 
 

@@ -15,7 +15,7 @@ from fedtailor.lanes.features import client_features
 from fedtailor.models.embedded import build_wordpiece
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import Example, LanguagePool, Source
+from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import fingerprint, prepare
 from fedtailor.tasks.tokens import Examples, TokenData, examples_of, tokenise
@@ -43,7 +43,12 @@ def pair_source(second: bool = True) -> Source:
 @pytest.fixture
 def cfg(monkeypatch: pytest.MonkeyPatch) -> TaskConfig:
     monkeypatch.setattr(
-        task, "TASKS", {"pairs": lambda cfg, seed: pair_source(), "single": lambda cfg, seed: pair_source(False)}
+        task,
+        "TASKS",
+        {
+            "pairs": TaskEntry(lambda cfg, seed: pair_source(), "classification"),
+            "single": TaskEntry(lambda cfg, seed: pair_source(False), "classification"),
+        },
     )
     return TaskConfig(name="pairs", languages=("en",), clients_per_language=3)
 
@@ -94,7 +99,7 @@ def test_single_texts_have_no_pairs_no_column_for_them_and_no_segments(
 def test_a_task_of_pairs_and_single_texts_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mixed = LanguagePool([Example("a", 0, "b"), Example("c", 1)], [Example("d", 0, "e")])
     source = Source(("no", "yes"), {"seen": {"en": mixed}, "unseen": {"en": mixed}})
-    monkeypatch.setattr(task, "TASKS", {"mixed": lambda cfg, seed: source})
+    monkeypatch.setattr(task, "TASKS", {"mixed": TaskEntry(lambda cfg, seed: source, "classification")})
     with pytest.raises(DataError, match="some examples are pairs of texts and some are single"):
         prepare(TaskConfig(name="mixed", languages=("en",), clients_per_language=1), 0, tmp_path)
 

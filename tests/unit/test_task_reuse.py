@@ -10,9 +10,10 @@ from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import overrides_of
 from fedtailor.tasks import cldr, task
-from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, XNLI_LANGUAGES, TaskConfig
-from fedtailor.tasks.source import Example, LanguagePool, Source
-from fedtailor.tasks.task import fingerprint, prepare
+from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
+from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
+from fedtailor.tasks.task import fingerprint, prepare, task_config
+from fedtailor.tasks.xnli import XNLI_LANGUAGES
 
 CFG = TaskConfig(languages=("yor", "amh"), clients_per_language=5)
 SPLITS = ("train", "test")
@@ -67,7 +68,9 @@ def skewed(monkeypatch: pytest.MonkeyPatch, unseen: int = 400) -> TaskConfig:
         )
 
     pools = {"seen": {"en": part("seen", 400)}, "unseen": {"en": part("unseen", unseen)}}
-    monkeypatch.setattr(task, "TASKS", {"toy": lambda cfg, seed: Source(("a", "b", "c"), pools)})  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        task, "TASKS", {"toy": TaskEntry(lambda cfg, seed: Source(("a", "b", "c"), pools), "classification")}
+    )
     return TaskConfig(name="toy", languages=("en",), clients_per_language=8, reference_unseen_partition=True)
 
 
@@ -132,9 +135,9 @@ def test_what_is_given_wins_over_a_tasks_defaults_and_survives_a_round_trip() ->
 
 def test_other_tasks_keep_the_general_defaults() -> None:
     for name in ("cldr", "masakhanews"):
-        cfg = TaskConfig.defaults_for(name)
+        cfg = task_config(name)
         assert (cfg.languages, cfg.clients_per_language, cfg.max_length) == (MASAKHANEWS_LANGUAGES, 10, 256)
-    assert TaskConfig.defaults_for("xnli") == TaskConfig(name="xnli")
+    assert task_config("xnli") == compose([], ["task=xnli"]).task
 
 
 def test_cldr_knows_the_languages_of_xnli() -> None:

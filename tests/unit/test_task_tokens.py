@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import Example, LanguagePool, Source
+from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare
 from fedtailor.tasks.tokens import TokenData, tokenise
@@ -117,7 +117,7 @@ def test_long_and_unreadable_texts_give_at_least_one_token(monkeypatch: pytest.M
     part = LanguagePool([Example(text, i % 2) for i, text in enumerate(odd)], [Example("t", 0)])
     other = LanguagePool([Example("a", 0), Example("b", 1)], [Example("c", 0)])
     source = Source(("a", "b"), {"seen": {"x": part}, "unseen": {"x": other}})
-    monkeypatch.setattr(task, "TASKS", {"toy": lambda cfg, seed: source})
+    monkeypatch.setattr(task, "TASKS", {"toy": TaskEntry(lambda cfg, seed: source, "classification")})
     data = prepare(TaskConfig(name="toy", languages=("x",), clients_per_language=1), 0, tmp_path / "data")
     tokenizer = word_pieces(["ordinary text"], pad_token="[PAD]")
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # as GPT-2: no special tokens

@@ -12,11 +12,11 @@ import pytest
 
 from fedtailor.core.errors import DataError
 from fedtailor.tasks import xnli
-from fedtailor.tasks.config import XNLI_LANGUAGES, TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source, normalise
 from fedtailor.tasks.store import TaskData
-from fedtailor.tasks.task import prepare
-from fedtailor.tasks.xnli import LABELS, load, read_tsv
+from fedtailor.tasks.task import prepare, task_config
+from fedtailor.tasks.xnli import LABELS, XNLI_LANGUAGES, load, read_tsv
 
 PLACES = [(pool, split) for pool in ("seen", "unseen") for split in ("train", "test")]
 REAL = Path(os.environ.get("FEDTAILOR_DATA", "")) / "xnli"
@@ -48,7 +48,7 @@ def write(folder: Path, *languages: str, **files: str | int) -> TaskConfig:
                 path.with_suffix(".tsv.gz").write_bytes(gzip.compress(text.encode()))
             else:
                 path.write_text(text, encoding="utf-8")
-    return TaskConfig(name="xnli", path=str(folder), languages=languages, clients_per_language=2)
+    return task_config("xnli", path=str(folder), languages=languages, clients_per_language=2)
 
 
 def part(source: Source, pool: str, split: str, language: str = "en") -> list[Example]:
@@ -225,7 +225,7 @@ def test_without_folder_or_hub_the_error_says_what_to_set(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"xnli \(en, train\) .*ConnectionError: no network.*task.path.*FEDTAILOR_DATA"):
-        load(TaskConfig(name="xnli", languages=("en",)), 0)
+        load(task_config("xnli", languages=("en",)), 0)
 
 
 @pytest.mark.parametrize(("label", "message"), [(None, None), (-1, r"\(fr, test\), row 4: unknown label -1")])
@@ -244,7 +244,7 @@ def test_the_hubs_rows_are_read_by_config_and_split(
         return datasets.Dataset.from_list(found, features=datasets.Features(features))
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    cfg = TaskConfig(name="xnli", languages=("en", "fr"))
+    cfg = task_config("xnli", languages=("en", "fr"))
     if message:
         with pytest.raises(DataError, match=message):
             load(cfg, 0)
@@ -256,7 +256,7 @@ def test_the_hubs_rows_are_read_by_config_and_split(
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
-    return prepare(TaskConfig(name="xnli", path=str(REAL)), 42, tmp_path_factory.mktemp("real"))
+    return prepare(task_config("xnli", path=str(REAL)), 42, tmp_path_factory.mktemp("real"))
 
 
 @needs_data
@@ -281,7 +281,7 @@ def test_both_pools_of_the_real_data_are_skewed_by_their_own_labels(real: TaskDa
 
 @pytest.fixture(scope="module")
 def sources() -> dict[int, Source]:
-    return {seed: load(TaskConfig(name="xnli", path=str(REAL)), seed) for seed in (42, 52, 62)}
+    return {seed: load(task_config("xnli", path=str(REAL)), seed) for seed in (42, 52, 62)}
 
 
 def line_numbers(language: str, stem: str) -> dict[tuple[str, str, int], set[int]]:

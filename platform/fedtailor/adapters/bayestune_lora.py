@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class BayesTuneLora:
     r_init: int
     scale: float = 2.0
     lanes: bool = True
+    trains_base: ClassVar[bool] = False
 
     @property
     def _lora(self) -> LoraAdapter:

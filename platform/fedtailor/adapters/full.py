@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class FullModel:
 
     private: tuple[str, ...] = ()
     lanes: bool = False
+    trains_base: ClassVar[bool] = True
+    r_init: ClassVar[int] = 0
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Every parameter once, tied ones under their first name."""

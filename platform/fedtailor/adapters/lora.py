@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,8 @@ class LoraAdapter:
     head: bool = False
     prefix: str = "lora"
     lanes: bool = True
+    trains_base: ClassVar[bool] = False
+    r_init: ClassVar[int] = 0
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """A then B of each layer, in module order; then the head's weights and biases."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ class SelectedLora:
     """
 
     lanes = True
+    trains_base: ClassVar[bool] = False
+    r_init: ClassVar[int] = 0
 
     def __init__(self, selection: RankSelection, scale: float) -> None:
         self.selection, self.scale = selection, scale

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class SvdLora:
     scale: float
     draw_rank: int = 0
     lanes: bool = True
+    trains_base: ClassVar[bool] = False
+    r_init: ClassVar[int] = 0
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """A, E, B of each layer, in module order."""
@@ -125,6 +128,8 @@ class SvdLanes:
 
     trained: Sequence[TrainedSvd]
     lanes: bool = True
+    trains_base: ClassVar[bool] = False
+    r_init: ClassVar[int] = 0
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """None: nothing is trained any more."""

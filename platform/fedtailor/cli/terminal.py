@@ -20,7 +20,6 @@ from rich.table import Table
 
 from fedtailor.core.errors import ConfigError, TailorError
 from fedtailor.storage.provenance import scrub
-from fedtailor.tasks.config import NATURAL_CLIENTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +85,7 @@ def show_privacy(console: Console, exp: ExperimentBase, width: int, seen: int | 
     """
     from fedtailor.experiment.privacy import privacy_lines, seen_clients
 
-    if seen is None and exp.task.name in NATURAL_CLIENTS:
+    if seen is None and exp.task_entry.clients == "natural":
         return  # how many clients there are is not known before the data is
     for number, line in enumerate(privacy_lines(exp, seen or seen_clients(exp))):
         name = "privacy" if not number else ""
@@ -155,8 +154,8 @@ def _tasks() -> Table:
     from fedtailor.tasks.task import TASKS
 
     table = plain_table("task", "what it is")
-    for name, load in TASKS.items():
-        table.add_row(name, escape(_first_line(load)))
+    for name, entry in TASKS.items():
+        table.add_row(name, escape(_first_line(entry.load)))
     return table
 
 

@@ -12,7 +12,6 @@ from fedtailor.core.config import merge_layers, validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.config import Experiment, ExperimentBase, clients_per_language, nearest
 from fedtailor.experiment.rules import _population_problems, _task_problems
-from fedtailor.tasks.config import NATURAL_CLIENTS
 
 
 def preset_names() -> list[str]:
@@ -82,7 +81,7 @@ def check(experiment: ExperimentBase) -> None:
 
     problems += model_problems(experiment)
     problems += zero_problems(experiment)
-    if experiment.task.name not in NATURAL_CLIENTS:
+    if experiment.task_entry.clients == "dealt":
         problems += _population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
     if problems:
         raise ConfigError(problems)

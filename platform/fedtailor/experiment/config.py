@@ -24,8 +24,9 @@ from fedtailor.core.settings import (
 )
 from fedtailor.methods import METHODS
 from fedtailor.privacy.config import PrivacyConfig
-from fedtailor.tasks.config import GENERATION_TASKS, TaskConfig
-from fedtailor.tasks.task import TASKS
+from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.source import TaskEntry
+from fedtailor.tasks.task import TASKS, task_config
 
 
 class ExperimentBase(Config):
@@ -59,10 +60,17 @@ class ExperimentBase(Config):
     @model_validator(mode="before")
     @classmethod
     def _follow_task(cls, value: Any) -> Any:
-        """A task that asks for text starts from a language model, and from methods that can answer."""
-        task = value.get("task") if isinstance(value, dict) else None
-        name = task.get("name") if isinstance(task, dict) else getattr(task, "name", task)
-        if name not in GENERATION_TASKS:
+        """Keys of the task that are not given are its own; one that asks for text starts from a language model, and
+        from methods that can answer."""
+        if not isinstance(value, dict):
+            return value
+        task = value.get("task", {})
+        task = {"name": task} if isinstance(task, str) else task
+        name = task.get("name") if isinstance(task, dict) else getattr(task, "name", None)
+        entry = TASKS.get(name) if isinstance(name, str) else None
+        if entry and isinstance(task, dict):
+            value = {**value, "task": {**entry.defaults, **task}}
+        if entry is None or entry.kind != "generation":
             return value
         usual = cls.model_fields["methods"].default
         follow = {"methods": tuple(m for m in usual if m != "majority"), **value}
@@ -105,6 +113,11 @@ class ExperimentBase(Config):
     @classmethod
     def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(value))
+
+    @property
+    def task_entry(self) -> TaskEntry:
+        """What is known of the task without its data."""
+        return TASKS[self.task.name]
 
     @field_validator("task")
     @classmethod
@@ -199,7 +212,7 @@ def overrides_of(experiment: ExperimentBase) -> list[dict[str, Any]]:
     neutral = ("engine.", "wandb.", "storage", "save_adapters", "methods", "task.path", "model.path")
     used = {*experiment.methods, experiment.base.name}
     found = []
-    usual = Experiment(task=TaskConfig.defaults_for(experiment.task.name))
+    usual = Experiment(task=task_config(experiment.task.name))
     for key, (default, value) in deviations(experiment, usual).items():
         section = key.split(".")[0]
         if key.startswith(neutral) or (section in _SECTIONS and section not in used):

@@ -19,11 +19,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Final
+from typing import Final
 
-from fedtailor.adapters.full import FullModel
 from fedtailor.core.settings import DecodingConfig, EngineConfig, ModelConfig, ZeroConfig
-from fedtailor.experiment.config import ExperimentBase, method_section
+from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.stages import Stage
 from fedtailor.federated.method import Method
 from fedtailor.models.dimensions import ModelDimensions
@@ -109,17 +108,17 @@ def estimate(
     shared, own = numbers
     wire, fixed = shared * FLOAT * stage.cohort, None
     if stage.kind == "personalise":
-        passes = _passes(method_section(exp, stage.method), len(stage.budgets), method.personaliser.budgeted)
+        passes = method.search_epochs + method.budget_epochs * len(stage.budgets)
         pools = [population.train if pool == "seen" else population.train_unseen for pool in exp.personalise.pools]
         rows = [n for pool in pools for n in pool]
         updates = sum(population.seen if pool == "seen" else population.unseen for pool in exp.personalise.pools)
         trained, share = dims.adapter_parameters(stage.r_max) if passes else 0, 1.0
     else:
         passes, rows = method.epochs, list(population.train)
-        fixed = getattr(method_section(exp, stage.method), "steps", None)
+        fixed = method.steps
         updates = stage.rounds * stage.cohort
         trained, share = shared + own, updates / max(1, len(rows))
-    full = isinstance(method.adapter, FullModel)
+    full = method.adapter is not None and method.adapter.trains_base
     body = dims.parameters - dims.embedding_parameters
     steps = flops = None
     if rows:
@@ -145,7 +144,7 @@ def estimate(
         activations=_activations(exp, method, dims, lanes) if passes else 0,
         adapters=trained * FLOAT * lanes,
     )
-    return known if exp.task.kind == "classification" else _of_language_model(exp, known, method, dims, lanes)
+    return known if exp.task_entry.kind == "classification" else _of_language_model(exp, known, method, dims, lanes)
 
 
 def _of_language_model(
@@ -171,13 +170,6 @@ def _lanes(exp: ExperimentBase, method: Method, each: int) -> int:
     """Widest lane group at full texts; a client with its budgets is never cut."""
     fitting = exp.engine.token_budget // (method.batch_size * exp.task.max_length)
     return each * max(1, min(exp.engine.max_lanes, fitting) // each)
-
-
-def _passes(section: Any, budgets: int, budgeted: bool) -> int:
-    """Epochs over a client's data while it is personalised: a search once, fine-tuning at every budget."""
-    search = getattr(getattr(section, "search", None), "epochs", 0)
-    tuning = getattr(section, "finetune", section)
-    return int(search) + (int(getattr(tuning, "epochs", 0)) * budgets if budgeted else 0)
 
 
 def _activations(exp: ExperimentBase, method: Method, dims: ModelDimensions, lanes: int) -> int:

@@ -236,7 +236,7 @@ class Execution:
         local = on_this_node(spec)
         self.artifacts.replace(
             f"{stage.artifact}/model",
-            lambda out: write_base(local, method, tensors, data.labels, out, self.exp.task.kind),
+            lambda out: write_base(local, method, tensors, data.labels, out, self.exp.task_entry.kind),
         )
 
     def _personalise(

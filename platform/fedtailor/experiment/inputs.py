@@ -20,7 +20,7 @@ from fedtailor.models.load import load_tokenizer
 from fedtailor.models.source import EMBEDDED_KINDS, resolve
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.tasks import prompts
-from fedtailor.tasks.config import GENERATION_TASKS, NATURAL_CLIENTS, TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare
 from fedtailor.tasks.tokens import tokenise
@@ -54,7 +54,7 @@ def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskDat
     task = scaled_task(exp)
     with TemporaryDirectory(dir=artifacts.folder, prefix=".data-") as made:
         data = prepare(task, seed, Path(made))
-        if task.name in NATURAL_CLIENTS:
+        if exp.task_entry.clients == "natural":
             check_population(exp, len(data.pool("seen")))
         attack_of(exp.attack, [client.id for client in data.pool("seen")])
         name = f"data-{data.hash[:16]}"
@@ -81,7 +81,7 @@ def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
 def tokens_artifact(exp: ExperimentBase, data: str, model: str) -> str:
     """Name of the tokenised clients."""
     content: list[object] = [data, model, exp.task.max_length]
-    if exp.task.name in GENERATION_TASKS:
+    if exp.task_entry.kind == "generation":
         content += [prompts.identity(exp.task.template), exp.task.overlong]
     return f"tokens-{short_hash(content)}"
 

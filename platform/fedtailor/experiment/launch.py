@@ -227,9 +227,9 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     refuse_other_configuration(storage, run_id, exp)
     check_placement(exp)
     check_wandb(exp.wandb, exp.save_adapters)
-    check_available(exp.model, exp.task.max_length, exp.task.kind)
+    check_available(exp.model, exp.task.max_length, exp.task_entry.kind)
     check_weights(exp)
-    if exp.task.kind == "generation":
+    if exp.task_entry.kind == "generation":
         check_name(exp.task.template)
     prepare_data(exp, emit)
     return RunFolder.create(storage, run_id, to_json(exp), overrides_of(exp), ignore=_FREE)

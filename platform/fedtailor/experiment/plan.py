@@ -33,15 +33,8 @@ from fedtailor.models.source import resolve
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder, run_ids
-from fedtailor.tasks.config import NATURAL_CLIENTS
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare
-
-EMBEDDED_TASKS = frozenset({"cldr", "cldr_instruct"})
-"""Tasks whose data come with the package."""
-
-PUBLISHED = {"fed_aya": 38}
-"""Natural clients of a data set as its paper has them (FedP2EFT A.1), for plans without the data."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     data = {seed: _data(exp, seed, notes) for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds)}
     found = {seed: data[base_seed(exp, seed)] for seed in exp.seeds}
     population = _population(exp, next(iter(found.values())), notes)
-    dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task.kind)
+    dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
     methods = {name: build_method(name, method_section(exp, name), exp.r_max) for name in _used(exp)}
     sizes = {name: method_sizes(exp, method, population.classes) for name, method in methods.items()}
     stages: list[StagePlan] = []
@@ -131,7 +124,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
             if all(known_stage.stage.key != stage.key for known_stage in stages):
                 stages.append(StagePlan(stage, there, work))
     fitting = None
-    if exp.task.kind == "generation":
+    if exp.task_entry.kind == "generation":
 
         def largest(other: ExperimentBase) -> Estimate:
             works = (
@@ -146,7 +139,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
 
 def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
     """Sums a method's declared parameters by owner, on a model without weights."""
-    model = meta_model(exp.model, classes, exp.task.max_length, exp.task.kind)
+    model = meta_model(exp.model, classes, exp.task.max_length, exp.task_entry.kind)
     own_layers = method.name == exp.base.name
     net = LaneNet(model, adapted_linears(model, "all-linear" if own_layers else exp.model.targets))
     parts = [*([method.adapter] if method.adapter else []), *method.modules]
@@ -168,7 +161,7 @@ def _used(exp: ExperimentBase) -> list[str]:
 
 def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population, Inputs | None] | None:
     """Client sizes of a seed, and the names of its inputs if they can be known; None without data."""
-    if not (exp.task.path or os.environ.get("FEDTAILOR_DATA") or exp.task.name in EMBEDDED_TASKS):
+    if not (exp.task.path or os.environ.get("FEDTAILOR_DATA") or exp.task_entry.embedded):
         notes.append("The data is not here (task.path, FEDTAILOR_DATA): client sizes are unknown.")
         return None
     with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
@@ -218,11 +211,12 @@ def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | N
     """The clients as prepared, else as configured; of natural clients only their data tells the number."""
     if found is not None:
         return found[0]
-    if exp.task.name in PUBLISHED:
-        clients, unseen = PUBLISHED[exp.task.name], len(exp.task.unseen)
+    clients = exp.task_entry.published_clients
+    if clients is not None:
+        unseen = len(exp.task.unseen)
         notes.append(f"{clients} clients, {unseen} of them unseen: as published, not as found in the data.")
         return Population(seen=clients - unseen, unseen=unseen)
-    if exp.task.name in NATURAL_CLIENTS:
+    if exp.task_entry.clients == "natural":
         raise DataError(
             f"task '{exp.task.name}' has the clients that its data has, and the data is not here: give task.path"
         )

@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from fedtailor.adapters.full import FullModel
 from fedtailor.core.errors import ConfigError, PlacementError
 from fedtailor.experiment.config import ExperimentBase, cohort_size, method_section
 from fedtailor.federated.method import Capability, Method
 from fedtailor.methods import METHODS, build_method
-from fedtailor.tasks.config import GENERATION_TASKS
 
 _QUANTISED = ("8bit", "4bit")
 
@@ -36,7 +34,7 @@ def model_problems(exp: ExperimentBase) -> list[str]:
         f"'model.weights': {weights} is for a frozen base, and {name} trains every weight (allowed: {allowed})"
         for name, allowed in _whole_trainers(exp).items()
     ]
-    if weights in _QUANTISED and exp.task.kind != "generation":
+    if weights in _QUANTISED and exp.task_entry.kind != "generation":
         problems.append(
             f"'model.weights': {weights} is for language models, and task '{exp.task.name}' asks for classes (allowed: "
             "float32, bfloat16)"
@@ -71,7 +69,8 @@ def _whole_trainers(exp: ExperimentBase) -> dict[str, str]:
     """Base stage and methods whose clients train the model itself, with what is allowed in their place."""
     found = {}
     for name in dict.fromkeys([*([] if exp.base.name == "none" else [exp.base.name]), *exp.methods]):
-        if isinstance(build_method(name, method_section(exp, name), exp.r_max).adapter, FullModel):
+        trained = build_method(name, method_section(exp, name), exp.r_max).adapter
+        if trained and trained.trains_base:
             adapter = ", fedavg.adapter=lora" if name == "fedavg" else ""
             base = "" if name in exp.methods else ", base=none"
             found[name] = f"float32{adapter}{base}"
@@ -135,7 +134,7 @@ def _reason(method: Method) -> str | None:
             "needs second derivatives (SECOND_ORDER), and a base that is partitioned over ranks is gone when the "
             "second backward pass comes (its first-order form, e.g. fedl2p.hypergradient.terms=0, works)"
         )
-    if isinstance(method.adapter, FullModel):
+    if method.adapter is not None and method.adapter.trains_base:
         return "trains the base's own weights, of which a rank has only a part"
     if getattr(method.adapter, "head", False):
         return "trains the classification head's own weights, of which a rank has only a part"
@@ -167,7 +166,7 @@ def attack_problems(exp: ExperimentBase, seen: int) -> list[str]:
     cfg = exp.attack
     if cfg.name == "none":
         return []
-    if not _stages_with_rounds(exp):
+    if not stages_with_rounds(exp):
         return [f"'attack' = {cfg.name}: no stage of this run has rounds, so there is nobody to lie to"]
     if cfg.share is not None and not round(cfg.share * seen):
         return [f"'attack.share': {cfg.share:g} of {seen} seen clients is nobody"]
@@ -268,7 +267,7 @@ def _population_problems(exp: ExperimentBase, seen: int) -> list[str]:
 
 def _task_problems(exp: ExperimentBase) -> list[str]:
     """What methods need and the task has not."""
-    if exp.task.name not in GENERATION_TASKS:
+    if exp.task_entry.kind != "generation":
         return []
     needs = {name: build_method(name, method_section(exp, name), exp.r_max).requires for name in METHODS}
     able = ", ".join(name for name in METHODS if Capability.CLASSES not in needs[name])

@@ -24,7 +24,6 @@ from fedtailor.experiment.config import (
 )
 from fedtailor.experiment.privacy import resolved
 from fedtailor.methods import build_method
-from fedtailor.tasks.config import GENERATION_TASKS
 
 NUMERIC_ENGINE_KEYS = ("threads", "token_budget", "max_lanes", "segments", "min_segment", "dtype")
 
@@ -161,7 +160,7 @@ class _Graph:
             stage, budgets=budgets, r_max=r_max, pools=exp.personalise.pools, chunk=exp.personalise.chunk,
             base_dropout=exp.model.base_dropout, adapters=exp.save_adapters,
             **({"score_train": True} if exp.personalise.score_train else {}),
-            **({"decoding": to_json(exp.decoding)} if exp.task.name in GENERATION_TASKS else {}),
+            **({"decoding": to_json(exp.decoding)} if exp.task_entry.kind == "generation" else {}),
             **({"predictions": True} if exp.personalise.save_predictions else {}),
         )  # fmt: skip
 

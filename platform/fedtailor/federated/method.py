@@ -270,7 +270,10 @@ class Method:
         downlink: what a client is sent.
         requires: capabilities.
         batch_size: rows of a training step, from which the lane width follows.
-        epochs: passes over the local data of ``local_update``, for estimates.
+        epochs: passes over the local data of ``local_update``, for estimates, as are the three below.
+        steps: of ``local_update`` exactly, in the place of ``epochs``.
+        search_epochs: passes of ``personaliser`` that serve all budgets.
+        budget_epochs: passes of ``personaliser`` at each budget.
         one_lane: clients never share a forward pass.
         per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
         early_stop: ends the rounds before their number is reached.
@@ -293,6 +296,9 @@ class Method:
     requires: frozenset[Capability] = frozenset()
     batch_size: int = 32
     epochs: int = 1
+    steps: int | None = None
+    search_epochs: int = 0
+    budget_epochs: int = 0
     one_lane: bool = False
     per_budget: bool = False
     early_stop: EarlyStop | None = None

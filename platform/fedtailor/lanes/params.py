@@ -160,5 +160,13 @@ class Adapter(Parameters, Protocol):
     def lanes(self) -> bool:
         """False: one client at a time."""
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether the model's own weights are what is trained."""
+
+    @property
+    def r_init(self) -> int:
+        """Ranks per layer of which a strategy chooses; 0: it chooses none."""
+
     def bind(self, net: LaneNet, params: LaneParams) -> None:
         """Makes the model compute with ``params``."""

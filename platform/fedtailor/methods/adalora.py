@@ -182,7 +182,7 @@ def build(cfg: AdaLoraConfig, r_max: int) -> Method:
         WeightedMean(),
         ServerSgd(),
         batch_size=cfg.batch_size,
-        epochs=cfg.epochs,
+        budget_epochs=cfg.epochs,
         one_lane=True,
     )
 

@@ -67,7 +67,8 @@ def build(cfg: BayesTuneLoraConfig, r_max: int) -> Method:
         WeightedMean(),
         ServerSgd(),
         batch_size=max(cfg.search.batch_size, cfg.finetune.batch_size),
-        epochs=cfg.search.epochs + cfg.finetune.epochs,
+        search_epochs=cfg.search.epochs,
+        budget_epochs=cfg.finetune.epochs,
     )
 
 

@@ -106,6 +106,7 @@ def build(cfg: FedAvgConfig, r_max: int) -> Method:
         server=_server(cfg),
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
+        steps=cfg.steps,
     )
 
 

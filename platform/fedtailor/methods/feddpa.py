@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -67,6 +67,8 @@ class DualLora:
     shared: LoraAdapter
     local: LoraAdapter | None
     lanes: bool = True
+    trains_base: ClassVar[bool] = False
+    r_init: ClassVar[int] = 0
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Global parameters, then local ones."""

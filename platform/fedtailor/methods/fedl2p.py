@@ -315,6 +315,7 @@ def build(cfg: FedL2PConfig, r_max: int) -> Method:
         requires=_needs(cfg),
         batch_size=cfg.finetune.batch_size,
         epochs=cfg.outer_steps * cfg.finetune.epochs,
+        budget_epochs=cfg.finetune.epochs,
         per_budget=not cfg.one_for_all,
         early_stop=EarlyStop("val_loss", cfg.patience) if cfg.patience else None,
     )

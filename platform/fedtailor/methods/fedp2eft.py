@@ -223,6 +223,7 @@ def build(cfg: FedP2EFTConfig, r_max: int) -> Method:
         server=ServerSgd(cfg.server_lr),
         batch_size=max(cfg.stage1.batch_size, cfg.finetune.batch_size),
         epochs=cfg.stage1.epochs,
+        budget_epochs=cfg.finetune.epochs,
     )
 
 

@@ -37,7 +37,9 @@ class UniformLora:
 
 def build(cfg: LoraConfig, r_max: int) -> Method:
     """A client-only method: no rounds."""
-    return Method("lora", UniformLora(cfg), WeightedMean(), ServerSgd(), batch_size=cfg.batch_size, epochs=cfg.epochs)
+    return Method(
+        "lora", UniformLora(cfg), WeightedMean(), ServerSgd(), batch_size=cfg.batch_size, budget_epochs=cfg.epochs
+    )
 
 
 ENTRY = MethodEntry(

@@ -11,7 +11,7 @@ from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, Source, normalise
-from fedtailor.tasks.task import TASKS
+from fedtailor.tasks.task import TASKS, task_config
 
 Document = tuple[str, ...]
 """Texts that belong together: an article, or a premise and its hypotheses."""
@@ -66,7 +66,7 @@ def gather(tasks: Sequence[str], held_out: float, seed: int) -> Corpus:
     Raises:
         DataError: a task's files are missing or damaged, or there is no text.
     """
-    sources = {name: TASKS[name](_everything(name), seed) for name in tasks}
+    sources = {name: TASKS[name].load(_everything(name), seed) for name in tasks}
     forbidden = {normalise(text) for source in sources.values() for e in _of(source, "test") for text in _texts(e)}
     train: dict[str, Sequence[Document]] = {}
     held: dict[str, Sequence[Document]] = {}
@@ -95,7 +95,7 @@ def vocabulary_texts(documents: Mapping[str, Sequence[Document]], smoothing: flo
 
 def _everything(name: str) -> TaskConfig:
     # Pools without bounds: both together are the whole train part.
-    return TaskConfig(**{"name": name, "train_per_pool": _ALL, "test_per_pool": _ALL})
+    return task_config(name, train_per_pool=_ALL, test_per_pool=_ALL)
 
 
 def _of(source: Source, split: str) -> Iterator[Example]:

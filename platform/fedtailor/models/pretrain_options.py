@@ -11,7 +11,6 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from fedtailor.core.config import Config, validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import Natural, Positive, Rate
-from fedtailor.tasks.config import GENERATION_TASKS
 from fedtailor.tasks.task import TASKS
 
 
@@ -76,7 +75,7 @@ class PretrainOptions(Config):
     @field_validator("tasks")
     @classmethod
     def _tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        allowed = [name for name in TASKS if name not in GENERATION_TASKS]
+        allowed = [name for name, entry in TASKS.items() if entry.kind == "classification"]
         if not set(value) <= set(allowed):
             raise ValueError(f"allowed: {', '.join(allowed)}")
         return tuple(sorted(set(value)))

@@ -126,7 +126,7 @@ def _own_part(run: RunFolder, client: str, seed: int) -> tuple[Overlay, Mapping[
         return None
     named_labels = dict(load_config(base_folder(run, seed)).id2label or {})
     labels = [str(name) for _, name in sorted(named_labels.items())]
-    model = load_base(base_folder(run, seed), exp.task.kind, labels)
+    model = load_base(base_folder(run, seed), exp.task_entry.kind, labels)
     specs = overlay.specs(LaneNet(model, adapted_linears(model)))
     return overlay, named(specs, np.asarray(rounds.private(client, at[client]), np.float32)), labels
 

@@ -127,7 +127,7 @@ def checked_fingerprint(storage: Storage, psg: TrainedPsg) -> str:
 
 
 def _refuse_unserved(run_id: str, exp: ExperimentBase, seed: int, budget: int) -> None:
-    if exp.task.kind != "classification":
+    if exp.task_entry.kind != "classification":
         raise ConfigError(
             f"run '{run_id}' is of task '{exp.task.name}': a newcomer brings texts and classes, so only runs of "
             "classification tasks can serve it"

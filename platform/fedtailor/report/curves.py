@@ -21,7 +21,6 @@ from fedtailor.report.fonts import drawable
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, metric_name, pool_name
 from fedtailor.report.scores import Block
-from fedtailor.report.setting import BASES
 from fedtailor.report.significance import NOT_COMPARED
 from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, language_label, looks, plain
 
@@ -82,7 +81,7 @@ def _figure(stage: str, look: Look, method: str, series: pd.DataFrame) -> Drawin
     if len(budgets) > 1:
         handles = axes.flat[0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
-    whose = f"base model, {BASES.get(method, look.label)}" if stage == "base" else f"strategy of {look.label}"
+    whose = f"base model, {look.label}" if stage == "base" else f"strategy of {look.label}"
     several = series["seed"].nunique() > 1
     return Drawing(
         f"training_curves_{stage}_{''.join(c if c.isalnum() else '_' for c in method)}",

@@ -23,7 +23,7 @@ from fedtailor.experiment.config import nearest
 from fedtailor.storage.payloads import canonical_json, sha256
 from fedtailor.storage.round_store import PREDICTION_SCHEMA, PREDICTIONS
 from fedtailor.storage.run_folder import RunFolder
-from fedtailor.tasks.config import GENERATION_TASKS
+from fedtailor.tasks.task import TASKS
 
 Messages = list[dict[str, str]]
 
@@ -186,7 +186,7 @@ def _refuse(run: RunFolder, methods: Sequence[str]) -> None:
     if problems:
         raise ConfigError(problems)
     task, state = config["task"]["name"], run.status()["state"]
-    if task not in GENERATION_TASKS:
+    if TASKS[task].kind != "generation":
         raise StorageError(f"run '{run.run_id}' has no answers to judge: task {task} asks for classes")
     if state != "complete":
         raise StorageError(f"run '{run.run_id}' is {state}, not complete; resume it first")

@@ -8,24 +8,7 @@ from functools import cache
 from babel import Locale
 from babel.core import UnknownLocaleError, get_global
 
-METHOD_NAMES: dict[str, str] = {
-    "majority": "Majority", "base": "Base", "lora": "LoRA", "adalora": "AdaLoRA",
-    "bayestune_lora": "BayesTune-LoRA", "fedl2p": "FedL2P", "fedp2eft": "FedP²EFT", "fedavg": "FedAvg",
-    "fedprox": "FedProx", "fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad",
-    "fedavgm": "FedAvgM", "hetlora": "HETLoRA", "pf2lora": "PF2LoRA", "pfedgpt": "pFedGPT",
-    "perfit": "PerFIT", "feddpa": "FedDPA-T", "dept": "DEPT", "none": "off the shelf",
-}  # fmt: skip
-
-METHOD_ORDER: tuple[str, ...] = (
-    "majority",
-    "base",
-    "lora",
-    "adalora",
-    "bayestune_lora",
-    "fedl2p",
-    "fedp2eft",
-)
-"""As in the columns of FedP2EFT's tables, floor and base first; other methods follow alphabetically."""
+from fedtailor.methods import METHODS
 
 _METRICS = {
     "train_loss": "Training loss", "psg_loss": "PSG loss (L1)", "psg_loss_after": "PSG loss after the step",
@@ -41,16 +24,16 @@ _METRICS = {
 
 def method_name(method: str) -> str:
     """Name of a method as printed, e.g. ``FedP²EFT``; the identifier itself where none is known."""
-    return METHOD_NAMES.get(method, method)
+    return METHODS[method].title if method in METHODS else method
 
 
 def in_method_order(methods: Iterable[str]) -> tuple[str, ...]:
-    """Each method once, `METHOD_ORDER` first.
+    """Each method once, as in the METHODS table; others follow alphabetically.
 
     >>> in_method_order(["zeta", "fedp2eft", "alpha", "base", "base"])
     ('base', 'fedp2eft', 'alpha', 'zeta')
     """
-    rank = {name: k for k, name in enumerate(METHOD_ORDER)}
+    rank = {name: k for k, name in enumerate(METHODS)}
     return tuple(sorted(set(methods), key=lambda name: (rank.get(name, len(rank)), name)))
 
 

@@ -22,7 +22,7 @@ from fedtailor.report.side_by_side import BY
 from fedtailor.report.significance import Pair, against, rule
 from fedtailor.report.style import Drawing, Missing
 from fedtailor.report.wording import ABSENT, budget_title, counted, leaves, percent, points, text
-from fedtailor.tasks.config import NATURAL_CLIENTS
+from fedtailor.tasks.task import TASKS
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Bl
     seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
     languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
-    evenly = exp.task.name in (*NATURAL_CLIENTS, "dolly")  # no Dirichlet draw
+    entry = TASKS.get(exp.task.name)
+    evenly = entry is not None and (entry.clients == "natural" or not entry.label_skew)  # no Dirichlet draw
     measure = next((b.measure for blocks in pools.values() for b in blocks), ACCURACY)
     clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
     tiles = [

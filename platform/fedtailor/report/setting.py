@@ -11,21 +11,19 @@ from fedtailor.experiment.config import ExperimentBase, clients_per_language, sc
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.report.wording import counted, spread
 
-BASES: Mapping[str, str] = {
-    "fedavg": "standard FL (FedAvg)", "feddpa": "FedDPA-T", "dept": "DEPT (SPEC)", "none": "off the shelf",
-}  # fmt: skip
-"""How a caption calls a base method."""
+OFF_THE_SHELF = "off the shelf"
+"""How a caption calls a base that no federated training has changed."""
 
 
 def base_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
-    """``standard FL (FedAvg), 15 rounds, one base of seed 42 for all seeds``."""
+    """``FedAvg, 15 rounds, one base of seed 42 for all seeds``."""
     base = exp.base
     if base.name == "none":
-        return BASES[base.name]
+        return OFF_THE_SHELF
     planned, done = scaled(base.rounds, exp.scale), _done(frame, "base")
     partly = f"{spread(done)} of " if set(done) - {planned} else ""
     shared = "" if base.seed is None else f", one base of seed {base.seed} for all seeds"
-    return f"{BASES.get(base.name, base.name)}, {partly}{counted(planned, 'round')}{shared}"
+    return f"{method_name(base.name)}, {partly}{counted(planned, 'round')}{shared}"
 
 
 def strategy_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:

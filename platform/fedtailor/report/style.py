@@ -17,18 +17,13 @@ import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from fedtailor.methods import METHODS
 from fedtailor.report.fonts import drawable, families
 from fedtailor.report.names import in_method_order, language_name, method_name, shortened
 
 INK, MUTED, GRID = "#1f2328", "#6a717c", "#dfe2e8"
 
 SEQUENTIAL = "viridis"
-
-_LOOK: dict[str, tuple[str, str]] = {
-    "majority": ("#9aa0a8", "x"), "base": ("#4a4f57", "|"), "lora": ("#0072b2", "o"),
-    "adalora": ("#56b4e9", "s"), "bayestune_lora": ("#e69f00", "^"), "fedl2p": ("#009e73", "v"),
-    "fedp2eft": ("#d55e00", "D"),
-}  # fmt: skip
 
 _SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d")
 
@@ -74,12 +69,16 @@ class Look:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method, in method order; the same for a known method in every figure."""
+    """A look for each method, in method order; the same in every figure for one whose entry names it."""
     spare = iter(list(zip(sns.color_palette("colorblind").as_hex()[4:] * 2, _SPARE_MARKERS * 2, strict=False)))
     found = {}
     for method in in_method_order(methods):
-        colour, marker = _LOOK.get(method) or next(spare, ("#000000", "."))
-        found[method] = Look(str(colour), marker, drawable(method_name(method)))
+        entry = METHODS.get(method)
+        colour, marker = (entry.colour, entry.marker) if entry else (None, None)
+        if colour is None or marker is None:
+            free = next(spare, ("#000000", "."))
+            colour, marker = colour or str(free[0]), marker or free[1]
+        found[method] = Look(colour, marker, drawable(method_name(method)))
     return found
 
 

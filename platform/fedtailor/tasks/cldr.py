@@ -22,7 +22,7 @@ from babel.localedata import locale_identifiers
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import seed_for
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, normalise
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, normalise
 
 MASAKHANEWS = {
     "amh": "am", "eng": "en", "fra": "fr", "hau": "ha", "ibo": "ig", "lin": "ln", "lug": "lg", "orm": "om",
@@ -184,3 +184,6 @@ def _dates(locale: Locale) -> Names:
 
 def _texts(names: Mapping[Any, Any] | None) -> list[str]:
     return [text for text in names.values() if isinstance(text, str)] if names is not None else []
+
+
+ENTRY = TaskEntry(load, "classification", embedded=True)

@@ -33,7 +33,7 @@ from fedtailor.tasks.cldr import locale_for
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import client_id
-from fedtailor.tasks.source import POOLS, SPLITS, Example, Owner, Pool, Source, Split
+from fedtailor.tasks.source import POOLS, SPLITS, Example, Owner, Pool, Source, Split, TaskEntry
 
 KINDS: Final = (*rules(), *cldr_names.KINDS)
 """Kinds of subjects: what follows a rule, then names."""
@@ -276,3 +276,6 @@ def _answer(
         thing, response = rule.ask(subject, cldr_names.is_english(language.locale)), written
         wordings = _RULE_WORDINGS
     return wordings[int(rng.integers(len(wordings)))].format(thing, language=language.name), response
+
+
+ENTRY = TaskEntry(load, "generation", embedded=True, defaults={"max_length": 96, "test_fraction": 0.2})

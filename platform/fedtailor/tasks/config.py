@@ -13,45 +13,11 @@ MASAKHANEWS_LANGUAGES: tuple[str, ...] = (
 )  # fmt: skip
 """ISO 639-3 codes, the paper's 16 languages."""
 
-XNLI_LANGUAGES: tuple[str, ...] = (
-    "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
-)  # fmt: skip
-"""ISO 639-1 codes, the data set's 15 languages in its order."""
-
-FED_AYA_LANGUAGES: tuple[str, ...] = ("ar", "en", "es", "fr", "pt", "ru", "te", "zh")
-"""ISO 639-1 codes of the languages that FedP2EFT keeps of Fed-Aya (A.1)."""
-
-DOLLY_CATEGORIES: tuple[str, ...] = (
-    "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",
-    "open_qa", "summarization",
-)  # fmt: skip
-"""Categories of databricks-dolly-15k, which take the place of languages."""
-
-GENERATION_TASKS: tuple[str, ...] = ("cldr_instruct", "dolly", "fed_aya", "instructions")
-"""Tasks that ask for a response instead of a class."""
-
-NATURAL_CLIENTS: tuple[str, ...] = ("fed_aya", "instructions")
-"""Tasks whose data names the clients: how many there are is known once it is loaded."""
-
-_TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "xnli": {"languages": XNLI_LANGUAGES, "clients_per_language": 20, "max_length": 128},
-    "cldr_instruct": {"max_length": 96, "test_fraction": 0.2},
-    "dolly": {"languages": DOLLY_CATEGORIES, "max_length": 1024, "test_fraction": 0.2},
-    "fed_aya": {
-        "languages": FED_AYA_LANGUAGES,
-        "max_length": 1024,
-        "test_fraction": 0.2,
-        "unseen": ("21", "22", "23", "24", "25", "26", "27", "34"),
-    },
-    "instructions": {"max_length": 1024, "test_fraction": 0.2},
-}
-"""Task -> what FedP2EFT (A.4) sets differently from the fields' own defaults for it."""
-
 
 class TaskConfig(Named):
     """Which data, and how it becomes clients (FedP2EFT section 4.1.1).
 
-    Keys that are not given follow the task: `defaults_for` names them; the values below are MasakhaNEWS's.
+    Keys that are not given follow the task, see `TaskEntry.defaults`; the values below are MasakhaNEWS's.
     """
 
     name: str = "cldr"
@@ -105,13 +71,6 @@ class TaskConfig(Named):
     """Repeat a mistake of the reference code's xnli: deal the unseen pool by the row numbers that the seen pool's
     labels gave, whatever labels these rows have, so that unseen clients have hardly any label skew."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _task_defaults(cls, value: Any) -> Any:
-        value = {"name": value} if isinstance(value, str) else value
-        name = value.get("name") if isinstance(value, dict) else None
-        return _TASK_DEFAULTS[name] | value if isinstance(name, str) and name in _TASK_DEFAULTS else value
-
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
         if self.clients_kept is not None and self.clients_kept > self.clients_per_language:
@@ -122,20 +81,6 @@ class TaskConfig(Named):
         if self.reference_unseen_partition and self.resample:
             raise ValueError("'task.reference_unseen_partition' and 'task.resample' exclude each other: give one")
         return self
-
-    @classmethod
-    def defaults_for(cls, name: str) -> TaskConfig:
-        """What a task has when nothing but its name is given.
-
-        >>> TaskConfig.defaults_for("xnli").clients_per_language, TaskConfig.defaults_for("cldr").clients_per_language
-        (20, 10)
-        """
-        return cls(name=name)
-
-    @property
-    def kind(self) -> Literal["classification", "generation"]:
-        """What the task asks for: a class, or a response."""
-        return "generation" if self.name in GENERATION_TASKS else "classification"
 
     @property
     def clients_used(self) -> int:

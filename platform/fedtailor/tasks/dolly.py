@@ -12,11 +12,17 @@ from difflib import get_close_matches
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.tasks.config import DOLLY_CATEGORIES, TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
 from fedtailor.tasks.natural_clients import MIN_EXAMPLES, held_out
 from fedtailor.tasks.rows import Row, find_file, hub_rows, read_rows
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry
+
+DOLLY_CATEGORIES: tuple[str, ...] = (
+    "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",
+    "open_qa", "summarization",
+)  # fmt: skip
+"""Categories of databricks-dolly-15k, which take the place of languages."""
 
 HUB_ID = "databricks/databricks-dolly-15k"
 
@@ -111,3 +117,11 @@ def _pool(examples: Sequence[Example], where: str, cfg: TaskConfig) -> LanguageP
         each = min(each, cfg.max_examples)
         examples, tests = examples[: n * each], n * held_out(each, cfg.test_fraction)
     return LanguagePool(train=tuple(examples[tests:]), test=tuple(examples[:tests]))
+
+
+ENTRY = TaskEntry(
+    load,
+    "generation",
+    label_skew=False,
+    defaults={"languages": DOLLY_CATEGORIES, "max_length": 1024, "test_fraction": 0.2},
+)

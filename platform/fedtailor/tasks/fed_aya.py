@@ -21,11 +21,14 @@ from typing import Any
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks.cldr import FED_AYA
-from fedtailor.tasks.config import FED_AYA_LANGUAGES, TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
 from fedtailor.tasks.natural_clients import MIN_EXAMPLES, Held, check_unseen, owners
 from fedtailor.tasks.rows import Row, find_file, parse_json, read_text
-from fedtailor.tasks.source import Example, Source
+from fedtailor.tasks.source import Example, Source, TaskEntry
+
+FED_AYA_LANGUAGES: tuple[str, ...] = ("ar", "en", "es", "fr", "pt", "ru", "te", "zh")
+"""ISO 639-1 codes of the languages that FedP2EFT keeps of Fed-Aya (A.1)."""
 
 FILE = "aya_38c_25k.json"
 
@@ -249,3 +252,17 @@ def _held(rows: Sequence[Row], languages: Sequence[str], dropped: Dropped) -> li
 def _usable(rows: Sequence[Row]) -> int:
     """A client's examples in any language."""
     return sum(map(Dropped().keeps, map(read_turn, rows)))
+
+
+ENTRY = TaskEntry(
+    load,
+    "generation",
+    clients="natural",
+    defaults={
+        "languages": FED_AYA_LANGUAGES,
+        "max_length": 1024,
+        "test_fraction": 0.2,
+        "unseen": ("21", "22", "23", "24", "25", "26", "27", "34"),
+    },
+    published_clients=38,
+)

@@ -18,7 +18,7 @@ from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, Turn, read_turn
 from fedtailor.tasks.natural_clients import Held, id_part, owners
 from fedtailor.tasks.rows import Row, hub_rows, is_table, read_rows, table_files
-from fedtailor.tasks.source import SPLITS, Example, Source, Split
+from fedtailor.tasks.source import SPLITS, Example, Source, Split, TaskEntry
 
 ONE_GROUP = "all"
 """The group of every example where no column names one."""
@@ -126,3 +126,6 @@ def _split_known(entries: list[_Entry]) -> list[_Entry]:
         entry = next(entry for entry in entries if entry.split is None)
         raise DataError(f"{entry.where}: no 'split', but other rows have one; it is needed in all rows or none")
     return entries
+
+
+ENTRY = TaskEntry(load, "generation", clients="natural", defaults={"max_length": 1024, "test_fraction": 0.2})

@@ -16,7 +16,7 @@ from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks.rows import local_folder, read_text
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry
 
 LABELS: tuple[str, ...] = (
     "business",
@@ -156,3 +156,6 @@ def _halves(examples: list[Example], seed: int, language: str, split: str) -> tu
     shuffled = [examples[i] for i in order]
     middle = (len(shuffled) + 1) // 2
     return shuffled[:middle], shuffled[middle:]
+
+
+ENTRY = TaskEntry(load, "classification")

@@ -8,11 +8,12 @@ Texts that occur where they should not: in two pools, or in train and test of on
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fedtailor.core.errors import DataError
+from fedtailor.tasks.config import TaskConfig
 
 Pool = Literal["seen", "unseen"]
 
@@ -125,6 +126,29 @@ def normalise(text: str) -> str:
     True
     """
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What the platform knows of a task without its data: its row of the TASKS table, beside it in its file.
+
+    Args:
+        load: (section ``task``, seed) to its texts.
+        kind: whether it asks for a class or for a response.
+        clients: ``natural``: the data names them, so how many there are is known once it is loaded.
+        label_skew: whether dealt clients have the label skew of ``task.alpha``.
+        embedded: whether its data come with the package.
+        defaults: what its section sets differently from `TaskConfig`'s own defaults (FedP2EFT A.4).
+        published_clients: natural clients as the paper has them, for plans without the data.
+    """
+
+    load: Callable[[TaskConfig, int], Source]
+    kind: TaskKind
+    clients: Literal["dealt", "natural"] = "dealt"
+    label_skew: bool = True
+    embedded: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    published_clients: int | None = None
 
 
 def check(source: Source) -> dict[str, int]:

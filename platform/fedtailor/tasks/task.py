@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
@@ -16,31 +17,42 @@ import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.messages import Client
-from fedtailor.tasks import cldr, cldr_instruct, dolly, fed_aya, instructions, masakhanews, xnli
 from fedtailor.tasks import source as leakage
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.natural_clients import check_instructions, check_owners, keep_share, own_holdings
 from fedtailor.tasks.partition import Shard, Shards, client_id, keep_first, partition, repeat_on, resample
-from fedtailor.tasks.source import SPLITS, Example, Pool, Source
+from fedtailor.tasks.source import SPLITS, Example, Pool, Source, TaskEntry
 from fedtailor.tasks.store import BLOCK, EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, Holding, TaskData, write_stream
 
-__all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare"]
+__all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare", "task_config"]
 
-TASKS: Final[Mapping[str, Callable[[TaskConfig, int], Source]]] = {
-    "cldr": cldr.load,
-    "cldr_instruct": cldr_instruct.load,
-    "masakhanews": masakhanews.load,
-    "xnli": xnli.load,
-    "dolly": dolly.load,
-    "fed_aya": fed_aya.load,
-    "instructions": instructions.load,
-}
-"""Task name -> function that loads its texts."""
+_FILES: Final = (
+    "cldr",
+    "cldr_instruct",
+    "masakhanews",
+    "xnli",
+    "dolly",
+    "fed_aya",
+    "instructions",
+)
+"""The rows: files beside this one, each with its ``ENTRY``, in the order in which they are listed."""
+
+TASKS: Final[Mapping[str, TaskEntry]] = {name: import_module(f"fedtailor.tasks.{name}").ENTRY for name in _FILES}
+"""Name of a task to its entry."""
 
 _PLACE = {"path", "max_length", "template", "overlong"}
 """Keys that say where a task is read or how it becomes tokens, not what it holds."""
 
 _INSTRUCTIONS_ONLY = {"unseen", "names", "client_column", "group_column", "split", "max_examples"}
+
+
+def task_config(name: str, **given: Any) -> TaskConfig:
+    """Section of a task of which only some keys are given; the others are as its entry has them.
+
+    >>> task_config("xnli").clients_per_language, task_config("cldr").clients_per_language
+    (20, 10)
+    """
+    return TaskConfig(**{"name": name, **TASKS[name].defaults, **given})
 
 
 def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
@@ -72,7 +84,7 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
         near = get_close_matches(cfg.name, TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{hint}")
-    source = TASKS[cfg.name](cfg, seed)
+    source = TASKS[cfg.name].load(cfg, seed)
     if source.owners:
         _refuse_dealing(cfg)
         check_owners(source)

@@ -32,9 +32,9 @@ from scipy.sparse.csgraph import connected_components
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.tasks.config import XNLI_LANGUAGES, TaskConfig
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.rows import local_folder, read_text
-from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, Split, normalise
+from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, Split, TaskEntry, normalise
 
 Ints = npt.NDArray[np.int64]
 
@@ -127,6 +127,11 @@ def _fill(members: Sequence[tuple[int, Ints]], target: int, taken: set[int]) -> 
             room -= len(pieces[-1])
     return np.concatenate(pieces)
 
+
+XNLI_LANGUAGES: tuple[str, ...] = (
+    "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
+)  # fmt: skip
+"""ISO 639-1 codes, the data set's 15 languages in its order."""
 
 LABELS: tuple[str, ...] = ("entailment", "neutral", "contradiction")
 
@@ -289,3 +294,10 @@ def _check_parallel(labels: npt.NDArray[np.int64], first: str, found: npt.NDArra
 def _examples(pairs: pa.Table, rows: npt.NDArray[np.int64]) -> list[Example]:
     columns = pairs.take(rows).to_pydict()
     return list(map(Example, columns["premise"], columns["label"], columns["hypothesis"]))
+
+
+ENTRY = TaskEntry(
+    load,
+    "classification",
+    defaults={"languages": XNLI_LANGUAGES, "clients_per_language": 20, "max_length": 128},
+)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.adapters.full import FullModel
 from fedtailor.core.attack import Attack, attack_of
 from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
@@ -111,7 +110,7 @@ class OpenStage:
     @property
     def trains_base(self) -> bool:
         """Whether the resident weights themselves change."""
-        return isinstance(self.method.adapter, FullModel)
+        return self.method.adapter is not None and self.method.adapter.trains_base
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -131,7 +130,7 @@ class OpenStage:
         params = self._lanes(1)
         self._reset(params, None, [None])
         initial = params.flat(Scope.SHARED)[0].detach().float().cpu().numpy().copy()
-        r_init = getattr(self.method.adapter, "r_init", 0)
+        r_init = self.method.adapter.r_init if self.method.adapter else 0
         return StageInfo(self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init)
 
     def groups(self, clients: Sequence[str]) -> list[list[int]]:
