@@ -23,6 +23,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined,u
 from ray.exceptions import AuthenticationError
 
 from fedtailor.core.errors import PlacementError
+from fedtailor.core.outside import packages
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -115,7 +116,8 @@ _PORTS = "host:port is the head's port (6379), ray://host:port the client server
 
 
 def join(address: str) -> None:
-    """Connects this process to a cluster; fedtailor's code goes along unless a Ray job has brought it.
+    """Connects this process to a cluster; fedtailor's code, and methods from outside, go along unless a Ray job has
+    brought them.
 
     Args:
         address: ``auto``, ``host:port`` or ``ray://host:port``.
@@ -176,4 +178,4 @@ def _code() -> dict[str, Any]:
         return {}
     found = [find_spec(name) for name in PACKAGES]
     folders = [str(Path(place).resolve()) for spec in found if spec for place in spec.submodule_search_locations or ()]
-    return {"runtime_env": {"py_modules": folders}}
+    return {"runtime_env": {"py_modules": [*folders, *map(str, packages())]}}

@@ -23,6 +23,7 @@ import fedtailor
 from actors.client_actor import THREAD_VARIABLES
 from actors.join import join, provide_token
 from actors.placement import NodeResources
+from fedtailor.core.outside import packages
 
 PROBE_S = 30.0
 
@@ -155,7 +156,10 @@ def _object_store_bytes() -> int:
 def _local_variables(threads: int) -> dict[str, str]:
     roots = [str(Path(package.__path__[0]).resolve().parent) for package in (fedtailor, actors)]
     installed = set(site.getsitepackages())
-    path = [root for root in roots if root not in installed] + os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    roots += [str(place.parent) for place in packages()]
+    path = [root for root in dict.fromkeys(roots) if root not in installed] + os.environ.get("PYTHONPATH", "").split(
+        os.pathsep
+    )
     return {
         **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),

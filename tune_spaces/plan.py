@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import tune_spaces
-from fedtailor.core.config import validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import check, compose
-from fedtailor.experiment.config import Experiment, ExperimentBase, clients_per_language, to_json
+from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, to_json
 from fedtailor.experiment.stages import short_hash
 from tune_spaces.grid import Grid, Objective, Value, combinations, find, for_task, objective
 
@@ -74,7 +73,7 @@ class SweepPlan:
 
     def base(self) -> ExperimentBase:
         """Configuration of `base_run`: the base model as it is, scored on the same clients."""
-        return validate(Experiment, {**self.config, "methods": ["base"]})
+        return experiment_of({**self.config, "methods": ["base"]})
 
     def experiment(self, number: int) -> ExperimentBase:
         """Configuration of a trial."""
@@ -128,7 +127,7 @@ def make_plan(
     elif judged.pool not in stage["pools"]:
         raise ConfigError(f"'personalise.pools': --objective {name} needs the {judged.pool} clients")
     config["personalise"] = stage
-    plan = SweepPlan("", address, grid, name, asha, tuple(words), to_json(validate(Experiment, config)))
+    plan = SweepPlan("", address, grid, name, asha, tuple(words), to_json(experiment_of(config)))
     for number in range(len(plan.trials)):
         check(plan.experiment(number))
     found = sweep_id or _default_id(plan, presets)
@@ -161,7 +160,7 @@ def _with(config: Mapping[str, Any], values: Mapping[str, Value]) -> ExperimentB
             node[part] = dict(node[part])
             node = node[part]
         node[parts[-1]] = value
-    return validate(Experiment, tree)
+    return experiment_of(tree)
 
 
 def _refuse(address: str, grid: Grid, given: Sequence[str]) -> None:

@@ -60,6 +60,8 @@ RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="Name of a run's fo
 
 Storage = cli_models.Storage
 
+AllowCode = cli_models.AllowCode
+
 JsonLog = Annotated[bool, typer.Option("--json-log", help="One JSON object per event instead of a bar.")]
 
 Address = Annotated[
@@ -117,6 +119,7 @@ def resume(
     storage: Storage = "./runs",
     address: Annotated[str | None, typer.Option(help="Another Ray cluster than before; local: one of its own.")] = None,
     json_log: JsonLog = False,
+    allow_code: AllowCode = None,
 ) -> None:
     """Go on with an interrupted or failed run from its last commit."""
     from fedtailor.experiment import launch
@@ -193,6 +196,7 @@ def report(
     run_id: RunId,
     storage: Storage = "./runs",
     out: Annotated[Path | None, typer.Option(help="New folder; default: STORAGE/RUN_ID/report, made anew.")] = None,
+    allow_code: AllowCode = None,
 ) -> None:
     """Write the tables and figures of a run again."""
     typer.echo(f"report: {_write_report(_open(run_id, storage), out)}")
@@ -221,6 +225,7 @@ def sync(
         str | None,
         typer.Option(help="online, offline, or auto: online if there is a key; default: wandb.mode, else auto."),
     ] = None,
+    allow_code: AllowCode = None,
 ) -> None:
     """Feed W&B from a run's committed metrics: one W&B run per experiment; repeated, it adds what is missing."""
     from fedtailor.experiment.launch import load_experiment
@@ -277,6 +282,7 @@ def export(
     base: Annotated[bool, typer.Option("--base", help="The base model instead of an adapter.")] = False,
     seed: Annotated[int | None, typer.Option(help="Default: the run's first.")] = None,
     storage: Storage = "./runs",
+    allow_code: AllowCode = None,
 ) -> None:
     """Copy a client's peft adapter, or the base model, out of a run."""
     from fedtailor.personalise import export as takeaway
@@ -356,7 +362,8 @@ def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFold
                 error.exit_code = stop.exit_code
             if folder is not None:
                 where = "" if exp.storage == "./runs" else f" --storage {exp.storage}"
-                error.add_note(f"Resume with: fedtailor resume {run_id}{where}")
+                code = "".join(f" --allow-code {module}" for module in launch.modules_of(exp))
+                error.add_note(f"Resume with: fedtailor resume {run_id}{where}{code}")
             raise
         finally:
             show.close()

@@ -18,6 +18,25 @@ from fedtailor.core.errors import Interrupted, JudgeError
 Storage = Annotated[str, typer.Option(help="Where runs are kept; the key 'storage' of the configuration.")]
 
 
+def _allow(modules: list[str] | None) -> list[str] | None:
+    if modules:
+        from fedtailor.methods.external import allow
+
+        allow(modules)
+    return modules
+
+
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-code",
+        metavar="MODULE",
+        callback=_allow,
+        help="Module from outside that the run may import; repeatable.",
+    ),
+]
+
+
 def personalise(
     psg: Annotated[str, typer.Option(metavar="RUN_ID", help="Run with a trained strategy generator (fedp2eft).")],
     data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet, a data set folder or owner/name[:config].")],
@@ -39,6 +58,7 @@ def personalise(
     merge: Annotated[bool, typer.Option("--merge", help="Also write the whole model, adapter merged.")] = False,
     base: Annotated[Path | None, typer.Option(help="Another copy of the run's base model.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    allow_code: AllowCode = None,
 ) -> None:
     """Give a client of your own the adapter that a trained strategy generator chooses for it."""
     from fedtailor.cli.personalise_view import show_ready, show_result

@@ -143,10 +143,15 @@ def listing(what: str) -> Table:
 
 def _methods() -> Table:
     from fedtailor.methods import METHODS
+    from fedtailor.methods.external import add_method, installed
 
     table = plain_table("method", "what it is")
+    for name, reference in installed().items():
+        if name not in METHODS:
+            add_method(reference, f"entry point {name}")
     for name, entry in METHODS.items():
         table.add_row(name, escape(entry.summary))
+    table.add_row("[dim]PACKAGE.MODULE:ENTRY[/]", "a method of your own: methods=[base,mypkg.mymethod:ENTRY]")
     return table
 
 

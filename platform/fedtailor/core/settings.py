@@ -82,9 +82,9 @@ class ModelConfig(Named):
 class BaseStageConfig(Named):
     """How the base model is trained before personalisation (FedP2EFT 4.2: standard FL, full fine-tuning)."""
 
-    name: Literal["fedavg", "feddpa", "dept", "none"] = "fedavg"
-    """``fedavg``: standard FL; ``feddpa`` and ``dept``: personalised FL, a part of the base is each client's own;
-    ``none``: off-the-shelf."""
+    name: str = "fedavg"
+    """A method whose entry says ``base=True``, e.g. ``fedavg``: standard FL; ``feddpa``: personalised FL, a part of the
+    base is each client's own; or ``none``: off-the-shelf."""
     rounds: Natural = 100
     cohort: Annotated[float, Field(gt=0)] = 0.1
     """Clients sampled each round: a share of the seen pool if <= 1 and not an integer, else a number."""

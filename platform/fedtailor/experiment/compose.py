@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from fedtailor.core.config import merge_layers, validate
+from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError
-from fedtailor.experiment.config import Experiment, ExperimentBase, clients_per_language, nearest
+from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, nearest
 from fedtailor.experiment.rules import _population_problems, _task_problems
 
 
@@ -58,7 +58,7 @@ def compose(presets: list[str], overrides: list[str]) -> ExperimentBase:
     Raises:
         ConfigError: every problem found.
     """
-    experiment = validate(Experiment, merge_layers([load_preset(name) for name in presets], overrides))
+    experiment = experiment_of(merge_layers([load_preset(name) for name in presets], overrides))
     check(experiment)
     return experiment
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
 from fedtailor.core.config import Config, completed, deviations, validate
+from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import (
     AggregationConfig,
     AttackConfig,
@@ -22,7 +24,8 @@ from fedtailor.core.settings import (
     StrategyStageConfig,
     WandbConfig,
 )
-from fedtailor.methods import METHODS
+from fedtailor.methods import FILES, METHODS
+from fedtailor.methods.external import resolved
 from fedtailor.privacy.config import PrivacyConfig
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import TaskEntry
@@ -32,7 +35,10 @@ from fedtailor.tasks.task import TASKS, task_config
 class ExperimentBase(Config):
     """A run: a matrix methods x budgets x seeds. Defaults: FedP2EFT section 4.1."""
 
+    code: Mapping[str, str] = {}
+    """Methods from outside, name to ``package.module:ENTRY``; filled in from ``methods`` and ``base.name``."""
     methods: tuple[str, ...] = ("majority", "base", "lora", "bayestune_lora", "fedp2eft")
+    """Names, or ``package.module:ENTRY`` of a method from outside."""
     budgets: tuple[Positive, ...] = (2, 4, 8, 16)
     """r: total rank r L over the L adapted layers."""
     r_max: Positive = 16
@@ -101,12 +107,23 @@ class ExperimentBase(Config):
 
     @field_validator("methods")
     @classmethod
-    def _known_methods(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _known_methods(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        known = [*FILES, *info.data.get("code", {})]
         for name in value:
-            if name not in METHODS:
+            if name not in known:
                 raise ValueError(
-                    f"'methods': unknown method '{name}'{nearest(name, METHODS)} (known: {', '.join(METHODS)})"
+                    f"'methods': unknown method '{name}'{nearest(name, known)} (known: {', '.join(known)})"
                 )
+        return value
+
+    @field_validator("base")
+    @classmethod
+    def _known_base(cls, value: BaseStageConfig, info: ValidationInfo) -> BaseStageConfig:
+        known = [name for name in (*FILES, *info.data.get("code", {})) if METHODS[name].base]
+        if value.name not in (*known, "none"):
+            raise ValueError(
+                f"'base.name': allowed: {', '.join((*known, 'none'))}{nearest(value.name, known)}, got '{value.name}'"
+            )
         return value
 
     @field_validator("budgets")
@@ -129,18 +146,59 @@ class ExperimentBase(Config):
         return value
 
 
-# Methods with nothing to set have no section (and `base` is the name of a stage).
-_SECTIONS: dict[str, Any] = {
-    name: (entry.config, entry.config()) for name, entry in METHODS.items() if entry.config.model_fields
-}
+def _has_section(method: str) -> bool:
+    """Methods with nothing to set have none (and `base` is the name of a stage)."""
+    return method in METHODS and bool(METHODS[method].config.model_fields)
 
-Experiment: type[ExperimentBase] = create_model("Experiment", __base__=ExperimentBase, **_SECTIONS)
+
+@cache
+def _with_sections(sections: tuple[tuple[str, type[Config]], ...]) -> type[ExperimentBase]:
+    fields: dict[str, Any] = {name: (config, config()) for name, config in sections}
+    return create_model("Experiment", __base__=ExperimentBase, **fields)
+
+
+def _sections(methods: Iterable[str]) -> tuple[tuple[str, type[Config]], ...]:
+    return tuple((name, METHODS[name].config) for name in methods if _has_section(name))
+
+
+Experiment: type[ExperimentBase] = _with_sections(_sections(FILES))
 """`ExperimentBase` with a section for every method, e.g. ``fedp2eft.psg.lr``."""
+
+
+def experiment_of(tree: Mapping[str, Any]) -> ExperimentBase:
+    """Builds the tree; methods from outside are imported, and have sections like the others.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    tree = resolved(tree)
+    return validate(_class_for(tree), tree)
+
+
+def stored_experiment(tree: Mapping[str, Any]) -> ExperimentBase:
+    """The configuration that a run folder holds; keys that came after the run mean what was done before them.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    tree = resolved(tree)
+    kind = _class_for(tree)
+    return validate(kind, completed(kind, tree))
+
+
+def _class_for(tree: Mapping[str, Any]) -> type[ExperimentBase]:
+    """The tree's class, with a section for every method from outside that it names."""
+    code = tree.get("code", {})
+    if taken := [name for name in code if name in ExperimentBase.model_fields]:
+        raise ConfigError(
+            f"'methods': '{code[taken[0]]}' has the name '{taken[0]}', which is a key of the configuration"
+        )
+    return _with_sections(_sections((*FILES, *code)))
 
 
 def method_section(experiment: ExperimentBase, method: str) -> Config:
     """Configuration of one method."""
-    section: Config = getattr(experiment, method) if method in _SECTIONS else METHODS[method].config()
+    section: Config = getattr(experiment, method) if _has_section(method) else METHODS[method].config()
     return section
 
 
@@ -150,19 +208,10 @@ def guards_of(experiment: ExperimentBase) -> dict[str, Any]:
     return {name: to_json(section) for name, section in sections.items() if section != type(section)()}
 
 
-def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     """``; did you mean 'x'?`` or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def stored_experiment(tree: Mapping[str, Any]) -> ExperimentBase:
-    """The configuration that a run folder holds; keys that came after the run mean what was done before them.
-
-    Raises:
-        ConfigError: every problem found.
-    """
-    return validate(Experiment, completed(Experiment, tree))
 
 
 def scaled(number: int, scale: float) -> int:
@@ -204,18 +253,20 @@ def cohort_size(cohort: float, pool: int) -> int:
 def to_json(config: Config) -> dict[str, Any]:
     """JSON-like data of a configuration."""
     data: dict[str, Any] = json.loads(config.model_dump_json())
+    if isinstance(config, ExperimentBase) and not config.code:
+        del data["code"]  # runs without methods from outside keep their names
     return data
 
 
 def overrides_of(experiment: ExperimentBase) -> list[dict[str, Any]]:
     """Every numeric choice that departs from the paper's default, for captions: key, default, value."""
-    neutral = ("engine.", "wandb.", "storage", "save_adapters", "methods", "task.path", "model.path")
+    neutral = ("engine.", "wandb.", "storage", "save_adapters", "methods", "code", "task.path", "model.path")
     used = {*experiment.methods, experiment.base.name}
     found = []
-    usual = Experiment(task=task_config(experiment.task.name))
+    usual = type(experiment)(task=task_config(experiment.task.name))
     for key, (default, value) in deviations(experiment, usual).items():
         section = key.split(".")[0]
-        if key.startswith(neutral) or (section in _SECTIONS and section not in used):
+        if key.startswith(neutral) or (_has_section(section) and section not in used):
             continue
         found.append({"key": key, "default": default, "value": value})
     return found

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from fedtailor.core.config import deviations
 from fedtailor.core.errors import ConfigError, Interrupted, LockedError, PlacementError, StorageError, TailorError
+from fedtailor.core.outside import module_of
 from fedtailor.core.settings import EngineConfig
 from fedtailor.experiment.config import ExperimentBase, base_seed, overrides_of, stored_experiment, to_json
 from fedtailor.experiment.execute import Execution
@@ -26,6 +27,7 @@ from fedtailor.experiment.inputs import make_inputs
 from fedtailor.experiment.rules import check_weights
 from fedtailor.experiment.stages import device_of, short_hash
 from fedtailor.federated.pool import OnEvent, Pool
+from fedtailor.methods.external import add_stored, allow
 from fedtailor.models.hub import check_available
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.digest import committed_stages
@@ -62,8 +64,19 @@ class StopFlag(Protocol):
 
 
 def load_experiment(run: RunFolder) -> ExperimentBase:
-    """The configuration that a run folder holds, with the storage it was found in."""
-    return stored_experiment({**run.info()["config"], "storage": run.storage.url})
+    """The configuration that a run folder holds, with the storage it was found in.
+
+    Raises:
+        ConfigError: the run has a method from outside that is neither installed nor allowed.
+    """
+    config = run.info()["config"]
+    add_stored(config.get("code", {}), run.run_id)
+    return stored_experiment({**config, "storage": run.storage.url})
+
+
+def modules_of(exp: ExperimentBase) -> list[str]:
+    """Modules of the methods from outside."""
+    return sorted({module_of(reference) for reference in exp.code.values()})
 
 
 def default_run_id(presets: list[str], exp: ExperimentBase) -> str:
@@ -107,7 +120,8 @@ def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent,
     before, me = run.status(), Owner.here(run.run_id)
     run.set_status("running", "", {"launcher": asdict(me)})
     try:
-        backend(ENTRY, {"storage": exp.storage, "run_id": run.run_id}, exp.engine, emit, should_stop)
+        payload = {"storage": exp.storage, "run_id": run.run_id, "allow_code": modules_of(exp)}
+        backend(ENTRY, payload, exp.engine, emit, should_stop)
         missing = [stage["key"] for stage in committed_stages(run) if not stage["done"]]
         if missing:
             raise StorageError(f"not everything that was asked for is committed: {', '.join(missing)}")
@@ -133,7 +147,7 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink,
     """Runs all stages of a run in this process; the pool may be anywhere.
 
     Args:
-        payload: ``storage`` and ``run_id``.
+        payload: ``storage``, ``run_id`` and ``allow_code``, the modules that whoever asks has allowed.
         make_pool: builds a pool from the engine's configuration.
         sink: receives every event as it is kept in the run folder, and those of `events.QUIET`, which are not.
         stop: looked at between segments.
@@ -141,6 +155,7 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink,
     Raises:
         TailorError: what ended the run; commits made before it stay.
     """
+    allow(payload["allow_code"])
     run = RunFolder.open(Storage(payload["storage"]), payload["run_id"])
     exp = load_experiment(run)
     progress = ProgressFile(run)
@@ -243,8 +258,10 @@ def refuse_other_configuration(storage: Storage, run_id: str, exp: ExperimentBas
     """
     if not storage.exists(f"{run_id}/run.json"):
         return
-    old = stored_experiment(RunFolder.open(storage, run_id).info()["config"])
-    changed = {k: v for k, v in deviations(exp, old).items() if not k.startswith(_FREE)}
+    stored = RunFolder.open(storage, run_id).info()["config"]
+    changed: dict[str, tuple[Any, Any]] = {"code": (stored.get("code", {}), dict(exp.code))}
+    if changed["code"][0] == changed["code"][1]:  # code of another run is not imported to be compared
+        changed = {k: v for k, v in deviations(exp, stored_experiment(stored)).items() if not k.startswith(_FREE)}
     if changed:
         told = "; ".join(f"{key} is {before!r} there and {now!r} here" for key, (before, now) in changed.items())
         raise StorageError(f"run id '{run_id}' belongs to another configuration: {told}. Choose another --run-id")

@@ -174,6 +174,8 @@ class _Graph:
             "config": named_by(method_section(self.exp, stage.method)),
             "parent": stage.parent, "strategy": stage.strategy, "rounds": stage.rounds, "cohort": stage.cohort,
         }  # fmt: skip
+        if stage.method in self.exp.code:
+            content["code"] = self.exp.code[stage.method]
         guards = {} if stage.kind == "personalise" else self.guards
         named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}", guards=guards)
         self.stages.append(named)
@@ -229,6 +231,7 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         save_predictions=exp.personalise.save_predictions and stage.kind == "personalise",
         zero=to_json(exp.engine.zero) if exp.engine.zero.ranks > 1 else {},
         guards=stage.guards,
+        code={name: exp.code[name] for name in (stage.method, exp.base.name) if name in exp.code},
         **_overlay(exp, stage),
     )
 

@@ -1,4 +1,4 @@
-"""One file per paper. The METHODS table is the only registry: adding a method is a file and a row."""
+"""One file per paper. The METHODS table is the only registry: adding a method is a file and a row in `FILES`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedtailor.core.config import Config
 from fedtailor.core.errors import ConfigError
 from fedtailor.federated.method import Method, MethodEntry
 
-_FILES: Final = (
+FILES: Final = (
     "majority",
     "base",
     "fedavg",
@@ -24,8 +24,8 @@ _FILES: Final = (
 )
 """The rows: files beside this one, each with its ``ENTRY``, in the order of columns and legends."""
 
-METHODS: Final[Mapping[str, MethodEntry]] = {name: import_module(f"fedtailor.methods.{name}").ENTRY for name in _FILES}
-"""Name of a method to its entry."""
+METHODS: Final[dict[str, MethodEntry]] = {name: import_module(f"fedtailor.methods.{name}").ENTRY for name in FILES}
+"""Name of a method to its entry; those from outside come after the rows, see `methods.external`."""
 
 
 def build_method(name: str, config: Mapping[str, Any] | Config, r_max: int) -> Method:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import FloatArray
+from fedtailor.methods.external import add_stored
 from fedtailor.report import cost, figures, significance, summary, tables
 from fedtailor.report import metrics as metrics_of
 from fedtailor.report import page as html
@@ -149,6 +150,7 @@ def report_of(run: RunFolder, out: Path | None = None) -> Path | str:
         out: new local folder; None: ``<run>/report/`` anew, on a remote storage by uploading it.
 
     Raises:
+        ConfigError: a method from outside that is neither installed nor allowed.
         StorageError: nothing is committed yet, or ``out`` is not empty.
     """
     if out is not None:
@@ -181,6 +183,7 @@ def _write_all(run: RunFolder, out: Path) -> Path:
     metrics = run.metrics()
     if metrics.empty:
         raise StorageError(f"run '{run.run_id}' has committed nothing yet that could be reported")
+    add_stored(run.info()["config"].get("code", {}), run.run_id)
     counts = {
         "failures": len(run.failures()), "warnings": sum(event.get("kind") == "warning" for event in run.events()),
     }  # fmt: skip

@@ -24,6 +24,7 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams, Parameters
 from fedtailor.methods import build_method
 from fedtailor.methods.build import guarded
+from fedtailor.methods.external import add_method
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.load import load_base, load_tokenizer
 from fedtailor.models.zero import load_partitioned
@@ -95,6 +96,8 @@ class OpenStage:
         """Loads data and, unless an unchanged one is handed in, the model."""
         torch.set_num_threads(spec.threads)
         data = TokenData.open(Path(spec.data_dir))
+        for reference in spec.code.values():
+            add_method(reference, "code")
         method = guarded(spec.method, spec.method_config, spec.r_max, spec.guards)
         if net is None:
             net = load_together(spec, data, ranks) if ranks else load_net(spec, data.labels, data.kind)
