@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from fedtailor.core.received import Received
+from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.lanes.features import client_features
@@ -132,10 +134,14 @@ def toy_context(
     modules: Sequence[Parameters] = (),
     **more: object,
 ) -> ClientContext:
-    return ClientContext(
+    params = open_params(net, len(lanes), adapter, modules, 3)
+    sent = params.flat(Scope.SHARED)[:1].detach().clone()
+    ctx = ClientContext(
         net=net,
         lanes=tuple(lanes),
-        params=open_params(net, len(lanes), adapter, modules, 3),
+        params=params,
+        received=Received(params.of_scope(Scope.SHARED), sent, [0] * len(lanes)),
+        fresh=torch.ones(len(lanes), dtype=torch.bool),
         seed=3,
         stage="strategy",
         round=0,

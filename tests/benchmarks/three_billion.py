@@ -33,6 +33,7 @@ for place in (HERE, HERE.parent):
 from toy import ToyClient, ToyExamples
 
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
+from fedtailor.core.received import Received
 from fedtailor.core.scope import Ranks, Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig
@@ -149,9 +150,12 @@ class ThreeBillion:
             return found
 
         params = open_params(self._net, 1, method.adapter, method.modules, 1)
+        shared = params.of_scope(Scope.SHARED)
+        received = Received(shared, params.flat(Scope.SHARED).detach().clone(), [0])
         return ClientContext(
             net=self._net, lanes=(lane,), params=params, seed=1, stage="strategy", round=0, num_labels=1, pad_id=0,
-            features=features, warn=lambda *_: None, r_max=16,
+            features=features, warn=lambda *_: None, r_max=16, received=received,
+            fresh=torch.tensor([True]),
         )  # fmt: skip
 
     def _step_marks(self) -> list[float]:

@@ -79,6 +79,12 @@ class ClientError(TailorError):
         return ClientError, (self.client, self.stage, self.round, self.cause)
 
 
+class MethodError(TailorError):
+    """A method breaks a rule of `fedtailor.federated.method`; names the method, the rule and what was found instead."""
+
+    exit_code = 6
+
+
 class RoundError(TailorError):
     """A round has no valid update, or fewer than the quorum; the last good state is kept."""
 

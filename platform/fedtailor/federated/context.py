@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedtailor.core.received import Received
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng, torch_rng
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, lane_batches, training_picks
@@ -50,7 +51,8 @@ class ClientContext:
         budgets: of a personaliser.
         r_max: largest budget of the run.
         rounds: of the stage, for schedules over rounds.
-        received: SHARED row as it came, (P,); None without SHARED parameters.
+        received: SHARED parameters as each client got them, by name, (K, *shape); read-only, empty without any.
+        fresh: which clients have no committed PRIVATE state yet, (K,) bool: their PRIVATE parameters are initial.
         warn: records a warning about a lane.
         micro_batch: most rows per lane of one forward pass; a larger step is cut and its gradients are added up.
     """
@@ -65,10 +67,11 @@ class ClientContext:
     pad_id: int
     features: Callable[[Sequence[Lane], int | None], Sequence[Tensor]]
     warn: Callable[[Lane, str], None]
+    received: Received
+    fresh: Tensor
     budgets: tuple[int, ...] = ()
     r_max: int = 0
     rounds: int = 0
-    received: Tensor | None = None
     micro_batch: int | None = None
 
     @property
@@ -117,11 +120,18 @@ class ClientContext:
             for lane in self.lanes
         ]
 
+    def with_lanes(self, lanes: Sequence[Lane]) -> ClientContext:
+        """The same parameters, seen by other lanes of the same clients: ``received`` and ``fresh`` are those of each
+        lane's client."""
+        row = {lane.client.id: k for k, lane in reversed(list(enumerate(self.lanes)))}
+        rows = [row[lane.client.id] for lane in lanes]
+        return replace(self, lanes=tuple(lanes), received=self.received.of(rows), fresh=self.fresh[rows])
+
     def fork(self, lanes: Sequence[Lane], adapter: Adapter | None, modules: Sequence[Parameters] = ()) -> ClientContext:
         """The same surroundings with other lanes and fresh parameters, bound to the model."""
         params = open_params(self.net, len(lanes), adapter, modules, self.seed)
         self.net.place([lane.client.id for lane in lanes])
-        return replace(self, lanes=tuple(lanes), params=params)
+        return replace(self.with_lanes(lanes), params=params)
 
 
 def open_params(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedtailor.core.config import Config
+from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import Row
 from fedtailor.federated.early_stop import EarlyStop
 from fedtailor.lanes.params import Adapter, Parameters
@@ -307,6 +308,13 @@ class Method:
     alarm: float = 0.0
     masking: Masking | None = None
     release: Release | None = None
+
+    def __post_init__(self) -> None:
+        if self.per_budget and not self.personaliser.budgeted:
+            raise MethodError(
+                f"method {self.name}: per_budget=True needs a personaliser with budgeted=True, "
+                f"{type(self.personaliser).__name__} has budgeted=False: every budget would be trained and none used"
+            )
 
     @property
     def lanes(self) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import torch
@@ -108,7 +108,7 @@ class AdaptiveRanks:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """One AdaLoRA per client and budget."""
         lanes = budget_lanes(ctx)
-        done = [self._lane(replace(lanes, lanes=(lane,))) for lane in lanes.lanes]
+        done = [self._lane(lanes.with_lanes((lane,))) for lane in lanes.lanes]
         trained = [one for one, _ in done]
         own = ctx.fork(lanes.lanes, SvdLanes(trained))
         ranks = torch.stack([one.ranks for one in trained])

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtailor.core.config import merge_layers, validate
 from fedtailor.core.errors import ModelError
 from fedtailor.core.messages import Client, StageSpec
+from fedtailor.core.received import Received
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.evaluation.classification import Score, evaluate
@@ -206,7 +207,8 @@ def _context(
         warn=lambda lane, sentence: warnings.append(sentence),
         budgets=(budget,),
         r_max=psg.exp.r_max,
-        received=row,
+        received=Received(shared, row.unsqueeze(0), [0]),
+        fresh=torch.tensor([True], device=net.device),
     )
 
 

@@ -40,8 +40,7 @@ class FinetuneConfig(Config):
 
 def budget_lanes(ctx: ClientContext) -> ClientContext:
     """A context whose lanes are (client, budget), client-major; parameters are still the clients'."""
-    lanes = tuple(replace(lane, budget=budget) for lane in ctx.lanes for budget in ctx.budgets)
-    return replace(ctx, lanes=lanes)
+    return ctx.with_lanes([replace(lane, budget=budget) for lane in ctx.lanes for budget in ctx.budgets])
 
 
 def finetune(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtailor.core.returned import check_loss
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.batches import IntArray, LaneBatch, lane_batches, micro_batches
@@ -65,13 +66,16 @@ def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:
 
     A step is cut where ``ctx.micro_batch`` or the number of ranks asks for it; the result is that of the whole step,
     to rounding.
+
+    Raises:
+        MethodError: a loss that is not (k,).
     """
     ranks, total = ctx.net.ranks, torch.zeros(batch.lanes, dtype=torch.float64, device=ctx.net.device)
     if ranks and ranks.index:
         # A gradient that is kept over steps (a switch) is counted once, on rank 0.
         ctx.params.zero_gradients()
     for part in micro_batches(batch, ctx.micro_batch, (ranks.index, ranks.size) if ranks else (0, 1)):
-        values = loss(part)
+        values = check_loss(loss(part), part.lanes)
         if part.share is not None:
             values = values * part.share.to(values.dtype)
         values.sum().backward()  # type: ignore[no-untyped-call]

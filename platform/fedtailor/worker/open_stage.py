@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.attack import Attack, attack_of
 from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
+from fedtailor.core.received import Received
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
 from fedtailor.core.settings import AttackConfig
 from fedtailor.federated.context import ClientContext, Lane, open_params
@@ -115,6 +116,11 @@ class OpenStage:
         """Whether the resident weights themselves change."""
         return self.method.adapter is not None and self.method.adapter.trains_base
 
+    @property
+    def who(self) -> str:
+        """How an error names what runs here."""
+        return f"method {self.spec.method}, stage {self.spec.key}"
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model's folder, loaded at first use: it turns a generation task's tokens into text."""
@@ -173,7 +179,8 @@ class OpenStage:
         self._lay_over(clients, overlay or {})
         lanes = tuple(Lane(self.data.client(c), self.data.examples(c, "train")) for c in clients)
         params = self._lanes(len(lanes))
-        self._reset(params, shared, [private.get(c) for c in clients], clients)
+        sent = self._sent(params, shared, clients)
+        self._reset(params, sent, [private.get(c) for c in clients])
         return ClientContext(
             net=self.net,
             lanes=lanes,
@@ -188,7 +195,8 @@ class OpenStage:
             budgets=spec.budgets,
             r_max=spec.r_max,
             rounds=spec.rounds,
-            received=shared,
+            received=self._received(params, sent),
+            fresh=torch.tensor([c not in private for c in clients], device=self.net.device),
             micro_batch=spec.micro_batch,
         )
 
@@ -232,27 +240,36 @@ class OpenStage:
     def _reset(
         self,
         params: LaneParams,
-        shared: Tensor | None,
+        sent: Tensor | None,
         private: Sequence[FloatArray | None],
-        clients: Sequence[str] = (),
     ) -> None:
         """Received SHARED, stored PRIVATE, initial EPHEMERAL values; copies, never references."""
         for scope in (Scope.SHARED, Scope.PRIVATE, Scope.EPHEMERAL):
-            if scope is not Scope.SHARED or shared is None:
+            if scope is not Scope.SHARED or sent is None:
                 params.flat(scope).zero_()
                 for spec in params.of_scope(scope):
                     if spec.name in self.initial:
                         params.set(spec.name, self.initial[spec.name].to(params.flat(scope)))
-        if shared is not None:
-            size = params.flat(Scope.SHARED).shape[1]
-            if shared.shape != (size,):
-                raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
-            for lane in range(params.lanes):
-                sent = self.method.downlink(shared.cpu().numpy(), clients[lane]) if self._truncates() else shared
-                params.flat(Scope.SHARED)[lane].copy_(torch.as_tensor(sent))
+        if sent is not None:
+            params.flat(Scope.SHARED).copy_(sent)
         for lane, row in enumerate(private):
             if row is not None:
                 params.flat(Scope.PRIVATE)[lane].copy_(torch.from_numpy(row.copy()))
 
-    def _truncates(self) -> bool:
-        return self.method.downlink is not as_sent
+    def _sent(self, params: LaneParams, shared: Tensor | None, clients: Sequence[str]) -> Tensor | None:
+        """What each client is sent: one row (1, P) for all, or (K, P) through the method's own downlink."""
+        if shared is None:
+            return None
+        size = params.flat(Scope.SHARED).shape[1]
+        if shared.shape != (size,):
+            raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
+        if self.method.downlink is as_sent:
+            return shared.unsqueeze(0)
+        row = shared.cpu().numpy()
+        return torch.stack([torch.as_tensor(self.method.downlink(row.copy(), c)) for c in clients]).to(shared.device)
+
+    def _received(self, params: LaneParams, sent: Tensor | None) -> Received:
+        if sent is None:
+            return Received((), torch.empty(1, 0), range(params.lanes))
+        rows = range(params.lanes) if len(sent) > 1 else [0] * params.lanes
+        return Received(params.of_scope(Scope.SHARED), sent.to(params.flat(Scope.SHARED).dtype), rows)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtailor.core.errors import TailorError
+from fedtailor.core.errors import MethodError, TailorError
 from fedtailor.core.faults import Sabotage
 from fedtailor.core.messages import Failure, FloatArray, SegmentJob, SegmentResult, metric_row
+from fedtailor.core.returned import bad_metrics, check_personalised, check_report
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.federated.checks import bounded
@@ -108,16 +109,16 @@ class Segment:
         self.tokens |= {lane.client.id: int(lane.train.lengths.sum()) for lane in ctx.lanes}
         torch.manual_seed(_group_seed(ctx))
         with self.sabotage.during(clients, self.stage.net.model) if self.sabotage else nullcontext():
-            if self.stage.spec.kind == "personalise":
-                self._personalise(ctx)
-            else:
-                self._update(ctx)
+            try:
+                self._personalise(ctx) if self.stage.spec.kind == "personalise" else self._update(ctx)
+            except MethodError as broken:
+                raise MethodError(f"{self.stage.who}: {broken}") from broken
 
     def _update(self, ctx: ClientContext) -> None:
         update = self.stage.method.local_update
         if update is None:
             raise TailorError(f"method {self.stage.method.name} has no local update: it cannot take part in rounds")
-        report = update(ctx)
+        report = check_report(update(ctx), len(ctx.lanes))
         shared, private = ctx.params.flat(Scope.SHARED), ctx.params.flat(Scope.PRIVATE)
         for k, lane in enumerate(ctx.lanes):
             client = lane.client.id
@@ -133,7 +134,10 @@ class Segment:
                     continue
                 row = changed
             if not (np.isfinite(row).all() and np.isfinite(own).all()):
-                self._reject(client, "NaN or Inf in the update")
+                self._reject(client, self._not_finite("NaN or Inf in the update"))
+                continue
+            if bad := bad_metrics(report.metrics, k):
+                self._reject(client, self._not_finite(f"NaN or Inf in the metrics {bad}"))
                 continue
             self.rows[client], norm = self._bounded(row)
             if self.stage.method.masking is None:
@@ -163,7 +167,9 @@ class Segment:
 
     def _personalise(self, ctx: ClientContext) -> None:
         spec = self.stage.spec
-        made = self.stage.method.personaliser(ctx)
+        personaliser = self.stage.method.personaliser
+        classes = None if self.stage.data.kind == "generation" else ctx.num_labels
+        made = check_personalised(personaliser(ctx), ctx, personaliser, classes)
         ctx.net.train_mode(False)
         scores = scores_on_test(self.stage, made)
         fitted = scores_on_train(self.stage, made) if spec.score_train else [()] * len(scores)
@@ -174,7 +180,10 @@ class Segment:
             if client in self.failed:
                 continue  # one bad budget rejects the client whole
             if not np.isfinite(score.loss):
-                self._reject(client, f"test loss is {score.loss}")
+                self._reject(client, self._not_finite(f"test loss is {score.loss}, by Personalised.logits"))
+                continue
+            if bad := bad_metrics(made.metrics, k):
+                self._reject(client, self._not_finite(f"NaN or Inf in the metrics {bad}"))
                 continue
             rows = self.metrics.setdefault(client, [])
             rows += [self._row(lane, **values) for values in (*score.rows, *fitted[k])]
@@ -207,6 +216,10 @@ class Segment:
             record.pop(client, None)
         adapters = self.result.adapters
         self.result.adapters = {lane: files for lane, files in adapters.items() if lane.partition("/")[2] != client}
+
+    def _not_finite(self, found: str) -> str:
+        """The rule beside what was found."""
+        return f"{found}; updates, metrics and logits of {self.stage.who} must be finite"
 
     def _set_aside(self, client: str) -> None:
         """Leaves a client out before its update is looked at: what a rejection must be equal to."""

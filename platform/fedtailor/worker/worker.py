@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.torch import load
 
-from fedtailor.core.errors import TailorError, WorkerError
+from fedtailor.adapters.full import plain_name
+from fedtailor.core.errors import MethodError, TailorError, WorkerError
 from fedtailor.core.faults import FaultPlan, Sabotage, planned
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.scope import Ranks
@@ -124,6 +125,9 @@ class Worker:
         if ranks is None:  # the weights that ranks gather come and go: theirs go back to the system
             keep_freed_memory()
         self._stage: OpenStage | None = None
+        self._base: dict[str, int] = {}
+        """Fingerprint of the resident base, as it was loaded."""
+        self._verified = False
         self._faults: FaultPlan | None = None
 
     def open(self, spec: StageSpec) -> StageInfo:
@@ -131,10 +135,15 @@ class Worker:
         spec, old = on_this_node(spec), self._stage
         keep = old and not old.trains_base and same_base(old.spec, spec)
         net = old.net if old and keep else None
+        if old and keep:
+            self._verify(old)
         self._stage = None
         if net is not None:
             net.unbind()
         self._stage = OpenStage.open(spec, net, self._ranks)
+        self._verified = self._stage.trains_base
+        if net is None and not self._verified:
+            self._base = self._stage.net.fingerprint()
         self._faults = planned()
         return self._stage.info()
 
@@ -153,6 +162,7 @@ class Worker:
             One sum over the valid clients, and rows, private state and failures of each.
 
         Raises:
+            MethodError: the method breaks a rule of `federated.method`, or changed the frozen base.
             TailorError: nothing in the segment can run (wrong stage, method without a round).
             WorkerError: what ranks computed together is not what it should be; see `worker.worker`.
         """
@@ -161,10 +171,34 @@ class Worker:
             raise TailorError(f"segment of stage {job.stage} sent to a worker of {stage.spec.key if stage else 'none'}")
         sabotage = Sabotage(self._faults, job) if self._faults else None
         result = Segment(stage, job, shared, sabotage).play()
+        if not self._verified:
+            self._verify(stage)
         if self._ranks is not None:
             stage.net.verify()
             check_answer(result, stage.net)
         return result
+
+    def _verify(self, stage: OpenStage) -> None:
+        """Once per stage, before anything of it is committed, and once more before the next stage gets the model."""
+        check_base(self._base, stage.net.fingerprint(), stage.who)
+        self._verified = True
+
+
+def check_base(before: Mapping[str, int], after: Mapping[str, int], who: str) -> None:
+    """Compares two of `LaneNet.fingerprint`.
+
+    Raises:
+        MethodError: a weight is not what it was.
+    """
+    # An overlay that was bound in between puts a wrapper around a layer.
+    known = {plain_name(name): value for name, value in before.items()}
+    changed = [name for name, value in after.items() if known[plain_name(name)] != value]
+    if changed:
+        more = f" and {len(changed) - 1} more weights" if len(changed) > 1 else ""
+        raise MethodError(
+            f"{who} changed the frozen base: {plain_name(changed[0])}{more}; "
+            "a client function trains ctx.params, what its adapter and modules declare, and nothing else"
+        )
 
 
 def same_base(old: StageSpec, new: StageSpec) -> bool:
