@@ -8,6 +8,7 @@ import pytest
 import torch
 from toy import toy_context, toy_lanes, toy_net
 
+from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.scope import Scope
 from fedtailor.federated.method import Method
 from fedtailor.lanes.batches import make_batch
@@ -119,3 +120,14 @@ def test_the_initial_overlay_changes_nothing(name: str, config: dict) -> None:
     torch.testing.assert_close(net.logits(batch), before, rtol=1e-12, atol=1e-12)
     net.clear_overlay()
     assert torch.equal(net.logits(batch), before)
+
+
+def test_the_heads_lora_is_merged_on_top_of_the_heads_own_weights() -> None:
+    net, adapter = toy_net(), LoraAdapter(2, 2.0, Scope.SHARED, targets=("classifier",), head=True)
+    draw = torch.Generator().manual_seed(5)
+    values = {spec.name: torch.randn(spec.shape, generator=draw, dtype=torch.float64) for spec in adapter.specs(net)}
+    weights = {"classifier.weight": torch.zeros(4, 16, dtype=torch.float64), "classifier.bias": torch.zeros(4).double()}
+    adapter.merge(weights, {name: value.numpy() for name, value in values.items()})
+    low_rank = 2.0 * values["lora_B.classifier"] @ values["lora_A.classifier"]
+    torch.testing.assert_close(weights["classifier.weight"], values["classifier.weight"] + low_rank)
+    torch.testing.assert_close(weights["classifier.bias"], values["classifier.bias"])

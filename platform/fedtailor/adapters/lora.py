@@ -121,13 +121,16 @@ class LoraAdapter:
             weights: parameters of an unwrapped model by name.
             tensors: values of this adapter's parameters.
         """
+        down, up = f"{self.prefix}_A.", f"{self.prefix}_B."
+        # The head's weights first: its LoRA, if it has one, belongs on top of them.
         for name, value in tensors.items():
-            if name.startswith(f"{self.prefix}_A."):
-                site = name.removeprefix(f"{self.prefix}_A.")
-                up = torch.from_numpy(tensors[f"{self.prefix}_B.{site}"])
-                weights[f"{site}.weight"].add_(self.scale * up @ torch.from_numpy(value))
-            elif not name.startswith(f"{self.prefix}_B."):
+            if not name.startswith((down, up)):
                 weights[name].copy_(torch.from_numpy(value))
+        for name, value in tensors.items():
+            if name.startswith(down):
+                site = name.removeprefix(down)
+                b = torch.from_numpy(tensors[f"{up}{site}"])
+                weights[f"{site}.weight"].add_(self.scale * b @ torch.from_numpy(value))
 
     def _heads(self, net: LaneNet) -> list[tuple[str, LaneLinear]]:
         layers = zip(net.modules, net.layers, strict=True)
