@@ -136,7 +136,7 @@ def toy_context(
 ) -> ClientContext:
     params = open_params(net, len(lanes), adapter, modules, 3)
     sent = params.flat(Scope.SHARED)[:1].detach().clone()
-    ctx = ClientContext(
+    return ClientContext(
         net=net,
         lanes=tuple(lanes),
         params=params,

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedtailor.adapters.peft_export import export_adapter
 from fedtailor.core.errors import ModelError
 from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
@@ -31,18 +32,25 @@ def initial_a(site: Site, rank: int, seed: int) -> Tensor:
     return draws.mul_(2 * bound).sub_(bound)
 
 
-Targets = Literal["all-linear"] | tuple[str, ...]
+Targets = Literal["all-linear", "body", "head"] | tuple[str, ...]
+"""Which of the adapted layers: all, those of the pretrained body, those of the classification head above it, or endings
+of module paths."""
 
 
 def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[Site, LaneLinear]]:
-    """Adapted layers whose module path ends in one of ``targets``, in module order.
+    """Adapted layers that ``targets`` names, in module order.
 
     Raises:
-        ModelError: a target that no layer has.
+        ModelError: a target that no layer has; ``head`` of a model whose head carries no adapter (language models).
     """
     pairs = list(zip(net.sites, net.layers, strict=True))
     if targets == "all-linear":
         return pairs
+    if targets in ("body", "head"):
+        chosen = [pair for pair in pairs if (pair[0].name in net.heads) == (targets == "head")]
+        if not chosen:
+            raise ModelError(f"no adapted layer belongs to the {targets}; this model has {endings(net.modules)}")
+        return chosen
     missing = [t for t in targets if not any(ends(site.name, t) for site in net.sites)]
     if missing:
         raise ModelError(f"no adapted layer ends in {missing}; this model has {endings(net.modules)}")
@@ -58,7 +66,7 @@ class LoraAdapter:
         scale: s = alpha / r; FedP2EFT uses alpha = 2 r, so s = 2.
         scope: SHARED when trained federatedly, EPHEMERAL when only personalised.
         draw_rank: rows of A that are drawn; the first r are used, so that A does not depend on the rank.
-        targets: layers that get one: all that are adapted, or endings of module paths.
+        targets: layers that get one.
         head: whether the classification head's own weights are trained too (peft's SEQ_CLS).
         prefix: of the parameters' names.
     """
@@ -91,6 +99,10 @@ class LoraAdapter:
         ]
         return low_rank + own
 
+    def names(self, net: LaneNet) -> tuple[str, ...]:
+        """Names of its parameters, in the order of ``specs``."""
+        return tuple(spec.name for spec in self.specs(net))
+
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
         """Seeded A; B stays zero and the head as it is, so the adapted model is the base model."""
         rows = max(self.draw_rank or 0, self.rank)
@@ -108,6 +120,13 @@ class LoraAdapter:
             layer.bind(params[f"{self.prefix}_A.{site.name}"], params[f"{self.prefix}_B.{site.name}"], None, self.scale)
         for name, layer in self._heads(net):
             layer.bind_own(params[f"{name}.weight"], params[f"{name}.bias"])
+
+    def bind_frozen(self, net: LaneNet, params: LaneParams) -> None:
+        """Without gradients: A and B under whatever is bound to the layers, the head's weights into the head."""
+        for site, layer in chosen_layers(net, self.targets):
+            layer.under = self.branch(site, params)
+        for name, layer in self._heads(net):
+            layer.bind_own(params[f"{name}.weight"].detach(), params[f"{name}.bias"].detach())
 
     def branch(self, site: Site, params: LaneParams) -> Branch:
         """The layer's A and B as a branch without gradients."""
@@ -131,6 +150,28 @@ class LoraAdapter:
                 site = name.removeprefix(down)
                 b = torch.from_numpy(tensors[f"{up}{site}"])
                 weights[f"{site}.weight"].add_(self.scale * b @ torch.from_numpy(value))
+
+    def export(
+        self, net: LaneNet, params: LaneParams, clients: Sequence[str], lane: int, base_ref: str
+    ) -> dict[str, bytes]:
+        """Files of one lane as a peft folder, name to content; ``partial`` makes it an export of `Personalised`.
+
+        Args:
+            net: the model that the adapter belongs to.
+            params: its lanes' parameters.
+            clients: client id of each lane, for messages.
+            lane: which one is exported.
+            base_ref: where the base model is, as peft gets it.
+
+        Raises:
+            ModelError: a value is not finite, or the head's own weights are trained, which are no LoRA.
+        """
+        if self._heads(net):
+            raise ModelError(f"client {clients[lane]}: a head with weights of its own does not fit a LoRA folder")
+        modules = [site.name for site, _ in chosen_layers(net, self.targets)]
+        a, b = ({m: params[f"{self.prefix}_{part}.{m}"][lane] for m in modules} for part in "AB")
+        lam = dict.fromkeys(modules, torch.ones(self.rank))
+        return export_adapter(modules, a, b, lam, self.scale, base_ref, clients[lane])
 
     def _heads(self, net: LaneNet) -> list[tuple[str, LaneLinear]]:
         layers = zip(net.modules, net.layers, strict=True)

@@ -1,4 +1,4 @@
-"""Is what a method's functions return built as `fedtailor.federated.method` says? One sentence per rule, no guessing."""
+"""Is what a method's functions return built as `federated.method` says? One sentence per rule, no guessing."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from fedtailor.adapters.full import FullModel
-from fedtailor.adapters.lora import LoraAdapter
+from fedtailor.adapters.lora import LoraAdapter, Targets
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.scope import Scope
@@ -49,8 +49,8 @@ class FedAvgConfig(Config):
     """adapter=lora only, as are the four below."""
     scale: Rate = 2.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Layers that get a LoRA, e.g. ``[query, value]``."""
+    targets: Targets = "all-linear"
+    """Layers that get a LoRA: all, ``body``, ``head``, or e.g. ``[query, value]``."""
     head: bool = False
     """Whether the classification head trains too, as peft's SEQ_CLS does."""
     weights: Literal["float32", "bfloat16"] = "float32"

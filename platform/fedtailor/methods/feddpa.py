@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from fedtailor.adapters.lora import LoraAdapter, chosen_layers
+from fedtailor.adapters.pair import AdapterPair
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.messages import Row
@@ -56,74 +57,24 @@ class FedDpaConfig(Config):
 
 
 @dataclass(frozen=True)
-class DualLora:
-    """Global and local LoRA on the same layers, and the head.
-
-    Args:
-        shared: global part.
-        local: local part; None without one.
-    """
-
-    shared: LoraAdapter
-    local: LoraAdapter | None
-    lanes: bool = True
-    trains_base: ClassVar[bool] = False
-    r_init: ClassVar[int] = 0
-
-    def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
-        """Global parameters, then local ones."""
-        return [*self.shared.specs(net), *(self.local.specs(net) if self.local else [])]
-
-    def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
-        """Seeded A, B zero: the adapted model is the base model."""
-        return {**self.shared.initial(net, seed), **(self.local.initial(net, seed) if self.local else {})}
-
-    def bind(self, net: LaneNet, params: LaneParams) -> None:
-        """The sum of both, for inference and for phase 2: the global part has no gradients."""
-        self.shared.bind(net, params)
-        if self.local is None:
-            return
-        for site, layer in chosen_layers(net, self.shared.targets):
-            layer.under = self.shared.branch(site, params)
-        self.local.bind(net, params)
-        for name, layer in zip(net.modules, net.layers, strict=True):
-            if name in net.heads:
-                layer.bind_own(params[f"{name}.weight"].detach(), params[f"{name}.bias"].detach())
-
-    def bind_global(self, net: LaneNet, params: LaneParams) -> None:
-        """The global part alone, for phase 1."""
-        net.unbind()
-        self.shared.bind(net, params)
-
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
-        """The SHARED part as plain weights."""
-        self.shared.merge(weights, tensors)
-
-
-@dataclass(frozen=True)
 class GlobalThenLocal:
-    """The two phases of a round."""
+    """The two phases of a round; the first alone where there is no local LoRA."""
 
     cfg: FedDpaConfig
-    adapter: DualLora
+    adapter: LoraAdapter | AdapterPair
 
     def __call__(self, ctx: ClientContext) -> Report:
         """One client's part of a round."""
-        cfg = self.cfg
+        if isinstance(self.adapter, LoraAdapter):
+            return Report({"train_loss": self._train(ctx, self.adapter, "train")})
+        self.adapter.switch(ctx.net, ctx.params, "first")
+        loss = self._train(ctx, self.adapter.first, "train")
+        self.adapter.switch(ctx.net, ctx.params, "both")
+        return Report({"train_loss": loss, "local_train_loss": self._train(ctx, self.adapter.second, "local")})
 
-        def how(purpose: str) -> Training:
-            return Training(cfg.epochs, cfg.batch_size, purpose, dropout=cfg.dropout)
-
-        names = [spec.name for spec in self.adapter.shared.specs(ctx.net)]
-        self.adapter.bind_global(ctx.net, ctx.params)
-        found = train(ctx, [AdamGroup(tuple(names), cfg.lr)], how("train"))
-        metrics = {"train_loss": found.loss}
-        if self.adapter.local is not None:
-            ctx.net.unbind()
-            self.adapter.bind(ctx.net, ctx.params)
-            own = tuple(spec.name for spec in self.adapter.local.specs(ctx.net))
-            metrics["local_train_loss"] = train(ctx, [AdamGroup(own, cfg.lr)], how("local")).loss
-        return Report(metrics)
+    def _train(self, ctx: ClientContext, part: LoraAdapter, purpose: str) -> Tensor:
+        how = Training(self.cfg.epochs, self.cfg.batch_size, purpose, dropout=self.cfg.dropout)
+        return train(ctx, [AdamGroup(part.names(ctx.net), self.cfg.lr)], how).loss
 
 
 @dataclass(frozen=True)
@@ -158,7 +109,7 @@ def build(cfg: FedDpaConfig, r_max: int) -> Method:
     """FedDPA-T."""
     shared = LoraAdapter(cfg.rank, cfg.scale, Scope.SHARED, targets=cfg.targets, head=True, prefix="global")
     own = LoraAdapter(cfg.local_rank, cfg.scale, Scope.PRIVATE, targets=cfg.targets, prefix="local")
-    adapter = DualLora(shared, own if cfg.local_rank else None)
+    adapter = AdapterPair(shared, own) if cfg.local_rank else shared
     return Method(
         name="feddpa",
         adapter=adapter,
