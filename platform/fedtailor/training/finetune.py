@@ -37,6 +37,10 @@ class FinetuneConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
 
+    def training(self, purpose: str) -> Training:
+        """How `train` runs by these settings; see `Training.purpose`."""
+        return Training(self.epochs, self.batch_size, purpose, self.max_grad_norm, dropout=self.dropout)
+
 
 def budget_lanes(ctx: ClientContext) -> ClientContext:
     """A context whose lanes are (client, budget), client-major; parameters are still the clients'."""
@@ -66,8 +70,8 @@ def finetune(
     """
     adapter = SelectedLora(selection, cfg.scale)
     own = ctx.fork(ctx.lanes, adapter)
-    how = Training(cfg.epochs, cfg.batch_size, "personalise", cfg.max_grad_norm, dropout=cfg.dropout)
-    trace = train(own, [AdamGroup(lora_names(ctx.net), cfg.lr if rates is None else rates)], how)
+    groups = [AdamGroup(lora_names(ctx.net), cfg.lr if rates is None else rates)]
+    trace = train(own, groups, cfg.training("personalise"))
 
     def export(lane: int, base_ref: str) -> dict[str, bytes]:
         a, b, lam = {}, {}, {}
