@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from toy import toy_context, toy_lanes, toy_net
 
 from fedtailor.adapters.lora import LoraAdapter
+from fedtailor.core.scope import Scope
 from fedtailor.lanes.batches import make_batch
 from fedtailor.lanes.loss import lane_cross_entropy
 
@@ -21,7 +22,7 @@ def test_forward_and_gradients_equal_peft() -> None:
             if type(child).__name__ == "LaneLinear":
                 setattr(module, name, child.base)
     net = toy_net()
-    ctx = toy_context(net, toy_lanes([6]), LoraAdapter(4, scale=1.7))
+    ctx = toy_context(net, toy_lanes([6]), LoraAdapter(4, 1.7, Scope.EPHEMERAL))
     config = LoraConfig(r=4, lora_alpha=1.7 * 4, target_modules=list(net.modules), lora_dropout=0.0)
     theirs = get_peft_model(plain, config, autocast_adapter_dtype=False).eval().double()
     layers = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if hasattr(m, "lora_A")}

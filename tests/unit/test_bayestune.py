@@ -12,6 +12,7 @@ from toy import toy_context, toy_lanes, toy_net, warnings_of
 
 from fedtailor.adapters.bayestune_lora import LAMBDA, BayesTuneLora, column_norms, use_lambda
 from fedtailor.adapters.lora import LoraAdapter, lora_names
+from fedtailor.core.scope import Scope
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.batches import make_batch
 from fedtailor.lanes.loss import lane_cross_entropy
@@ -169,7 +170,7 @@ def test_with_lambda_frozen_at_one_and_no_penalty_the_search_is_lora_training() 
     searched = toy_context(toy_net(), lanes, BayesTuneLora(4, 2.0))
     lam, _ = search_ranks(searched, torch.ones(2, len(searched.net.sites), 4, dtype=torch.float64), cfg)
     assert torch.equal(lam, torch.ones_like(lam))
-    plain = toy_context(toy_net(), lanes, LoraAdapter(4, 2.0))
+    plain = toy_context(toy_net(), lanes, LoraAdapter(4, 2.0, Scope.EPHEMERAL))
     train(plain, [AdamGroup(lora_names(plain.net), 5e-3)], Training(2, 4, "train"))
     for name in lora_names(plain.net):
         assert torch.equal(searched.params[name], plain.params[name])

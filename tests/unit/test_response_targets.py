@@ -82,7 +82,9 @@ def test_the_parts_of_a_step_add_up_to_the_step(kind: str, rows: int | None, siz
 def test_accumulation_and_checkpointing_change_nothing(checkpointing: bool) -> None:
     def trained(micro_batch: int | None, checkpointing: bool) -> torch.Tensor:
         net = toy_llama(checkpointing=checkpointing)
-        ctx = toy_context(net, with_prompts(toy_lanes([9, 4])), LoraAdapter(2, 2.0), micro_batch=micro_batch)
+        ctx = toy_context(
+            net, with_prompts(toy_lanes([9, 4])), LoraAdapter(2, 2.0, Scope.EPHEMERAL), micro_batch=micro_batch
+        )
         names = [spec.name for spec in ctx.params.specs]
         trace = train(ctx, [AdamGroup(tuple(names), 1e-2)], Training(2, 4))
         return torch.cat([trace.loss, ctx.params.flat(Scope.EPHEMERAL).flatten()])
@@ -91,7 +93,7 @@ def test_accumulation_and_checkpointing_change_nothing(checkpointing: bool) -> N
 
 
 def test_a_fixed_number_of_steps_takes_as_many_passes_as_it_needs() -> None:
-    ctx = toy_context(toy_net(), toy_lanes([9, 2]), LoraAdapter(2, 2.0))
+    ctx = toy_context(toy_net(), toy_lanes([9, 2]), LoraAdapter(2, 2.0, Scope.EPHEMERAL))
     names = tuple(spec.name for spec in ctx.params.specs)
     trace = train(ctx, [AdamGroup(names, 1e-2)], Training(1, 4, steps=5))
     assert trace.steps.tolist() == [5, 5]

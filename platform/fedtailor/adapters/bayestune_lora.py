@@ -33,7 +33,7 @@ class BayesTuneLora:
 
     @property
     def _lora(self) -> LoraAdapter:
-        return LoraAdapter(self.r_init, self.scale)
+        return LoraAdapter(self.r_init, self.scale, Scope.EPHEMERAL)
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """LoRA's parameters, then lambda."""

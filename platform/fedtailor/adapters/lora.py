@@ -64,7 +64,8 @@ class LoraAdapter:
     Args:
         rank: r.
         scale: s = alpha / r; FedP2EFT uses alpha = 2 r, so s = 2.
-        scope: SHARED when trained federatedly, EPHEMERAL when only personalised.
+        scope: SHARED when trained federatedly, PRIVATE when kept by its client, EPHEMERAL when only personalised. It
+            decides what leaves a client, so there is no default.
         draw_rank: rows of A that are drawn; the first r are used, so that A does not depend on the rank.
         targets: layers that get one.
         head: whether the classification head's own weights are trained too (peft's SEQ_CLS).
@@ -72,8 +73,8 @@ class LoraAdapter:
     """
 
     rank: int
-    scale: float = 2.0
-    scope: Scope = Scope.EPHEMERAL
+    scale: float
+    scope: Scope
     draw_rank: int | None = None
     targets: Targets = "all-linear"
     head: bool = False

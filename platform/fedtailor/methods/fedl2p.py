@@ -303,7 +303,7 @@ def _needs(cfg: FedL2PConfig) -> frozenset[Capability]:
 def build(cfg: FedL2PConfig, r_max: int) -> Method:
     """FedL2P for LoRA of rank ``r_max``."""
     net = RateNet(cfg.lrnet, cfg.finetune.lr)
-    adapter = LoraAdapter(r_max, cfg.finetune.scale)
+    adapter = LoraAdapter(r_max, cfg.finetune.scale, Scope.EPHEMERAL)
     return Method(
         name="fedl2p",
         adapter=adapter,
