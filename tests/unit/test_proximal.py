@@ -12,7 +12,7 @@ from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.training.local import Training, train
-from fedtailor.updates.proximal import ProximalTerm
+from fedtailor.training.proximal import ProximalTerm
 
 HOW, MU = Training(2, 4, max_grad_norm=0.5), 0.7
 Trained = tuple[torch.Tensor, torch.Tensor]

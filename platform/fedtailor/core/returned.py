@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fedtailor.core.errors import MethodError
+from fedtailor.core.scope import ParamSpec
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.method import Personalised, Personaliser, Report
+from fedtailor.federated.method import Overlay, Personalised, Personaliser, Report
 from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.net import LaneNet
 
 
 def check_report(report: Any, lanes: int) -> Report:
@@ -69,9 +71,25 @@ def check_loss(loss: Tensor, lanes: int) -> Tensor:
     if tuple(loss.shape) != (lanes,):
         raise MethodError(
             f"a loss is (k,) = ({lanes},), one mean per running lane, got {tuple(loss.shape)}: "
-            "a sum or mean over lanes would mix clients"
+            "a number for all lanes together makes a client's step depend on who runs beside it"
         )
     return loss
+
+
+def check_overlay(overlay: Overlay | None, private: Sequence[ParamSpec], net: LaneNet) -> None:
+    """What later stages lay over the base must be what this one keeps for each client.
+
+    Raises:
+        MethodError: the overlay's specs are not the PRIVATE ones.
+    """
+    if overlay is None:
+        return
+    kept, laid = ([(spec.name, spec.shape) for spec in specs] for specs in (private, overlay.specs(net)))
+    if kept != laid:
+        raise MethodError(
+            "an overlay has the specs of the method's PRIVATE parameters, in their order; PRIVATE are "
+            f"{_some(kept) if kept else 'none'}, the overlay has {_some(laid) if laid else 'none'}"
+        )
 
 
 class _Scores:
@@ -105,4 +123,4 @@ def _kind(value: Any) -> str:
 
 
 def _some(values: list[Any]) -> str:
-    return f"{values[:4]}{' ...' if len(values) > 4 else ''}"
+    return ", ".join(map(str, values[:4])) + (f" and {len(values) - 4} more" if len(values) > 4 else "")

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.attack import Attack, attack_of
+from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
 from fedtailor.core.received import Received
+from fedtailor.core.returned import check_overlay
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
 from fedtailor.core.settings import AttackConfig
 from fedtailor.federated.context import ClientContext, Lane, open_params
@@ -109,6 +111,10 @@ class OpenStage:
         stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay, attack)
         for part in stage.parts():
             stage.initial |= {name: value.clone() for name, value in part.initial(net, spec.seed).items()}
+        try:
+            check_overlay(method.overlay, stage.specs(Scope.PRIVATE), net)
+        except MethodError as broken:
+            raise MethodError(f"{stage.who}: {broken}") from broken
         return stage
 
     @property
