@@ -14,6 +14,7 @@ FILES: Final = (
     "majority",
     "base",
     "fedavg",
+    "fedprox",
     "feddpa",
     "dept",
     "lora",
