@@ -20,6 +20,7 @@ FILES: Final = (
     "lora",
     "adalora",
     "bayestune_lora",
+    "ditto",
     "fedl2p",
     "fedp2eft",
 )
