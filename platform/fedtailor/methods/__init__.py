@@ -21,6 +21,7 @@ FILES: Final = (
     "adalora",
     "bayestune_lora",
     "ditto",
+    "fedbabu",
     "fedl2p",
     "fedp2eft",
 )
