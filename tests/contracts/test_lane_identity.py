@@ -62,7 +62,7 @@ def test_a_round_of_k_lanes_is_k_rounds_of_one(name: str, kind: str) -> None:
 
 def personalise(name: str, net: LaneNet, lanes: list) -> tuple[Personalised, list, torch.Tensor]:
     method = build_method(name, TINY[name], 4)
-    ctx = context(net, name, lanes, budgets=(1, 2, 4))
+    ctx = context(net, name, lanes, budgets=(4,) if method.per_budget else (1, 2, 4))
     ctx = replace(ctx, stage="personalise")
     made = method.personaliser(ctx)
     tests = [toy_examples(f"{lane.client.id}/test", 7) for lane in made.lanes]
