@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from fedtailor.models.load import load_causal, load_classifier
 from fedtailor.personalise.export import base_folder, export_client
 from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.tokens import TokenData
 
 CLIENTS = ("seen/amh/00", "unseen/yor/02")
@@ -27,25 +28,37 @@ def loss_of(model: torch.nn.Module, data: TokenData, client: str) -> float:
     return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(test.labels)))
 
 
-@pytest.mark.parametrize("method", ["lora", "fedp2eft"])
-def test_peft_reproduces_the_test_loss_of_the_run(tmp_path: Path, method: str) -> None:
-    scale = "lora.scale=1.7" if method == "lora" else "fedp2eft.finetune.scale=1.7"
-    run = run_tiny(tiny(tmp_path, f"methods=[{method}]", "save_adapters=true", scale))
-    artifacts = tmp_path / "artifacts"
+METHODS = {
+    "lora": ("scale=1.7",), "fedp2eft": ("finetune.scale=1.7",), "ditto": ("scale=1.7", "lr=1e-2", "batch_size=8"),
+    "fedbabu": ("scale=1.7", "lr=1e-2", "batch_size=8", "tune_epochs=1"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    keys = [f"{method}.{key}" for method, keys in METHODS.items() for key in keys]
+    few = ("strategy.rounds=2", f"methods=[{','.join(METHODS)}]", "save_adapters=true")
+    return run_tiny(tiny(tmp_path_factory.mktemp("run"), *few, *keys))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_reproduces_the_test_loss_of_the_run(run: RunFolder, tmp_path: Path, method: str) -> None:
+    artifacts = Path(run.storage.url) / "artifacts"
     base = next(artifacts.glob("base-*/model"))
     data = TokenData.open(next(artifacts.glob("tokens-*")))
-    [stage] = run.stages("personalise")
     objects = {
         name: commit
+        for stage in run.stages("personalise")
+        if stage["method"] == method
         for commit in CommitLog(run.storage, f"artifacts/{stage['artifact']}").all()
         for name in commit.objects
     }
     frame = run.metrics()
-    losses = frame[frame.metric == "loss"].set_index(["client", "budget"]).value
+    losses = frame[(frame.metric == "loss") & (frame.method == method)].set_index(["client", "budget"]).value
     for client in CLIENTS:
         for budget in (1, 2):
             prefix = f"adapters/r{budget}/{client}/"
-            folder = tmp_path / "out" / method / prefix
+            folder = tmp_path / "out" / prefix
             folder.mkdir(parents=True)
             for name in (n for n in objects if n.startswith(prefix)):
                 (folder / name.removeprefix(prefix)).write_bytes(objects[name].bytes(name))
