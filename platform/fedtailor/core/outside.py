@@ -48,7 +48,7 @@ def import_object(reference: str, key: str) -> Any:
         given = ", ".join(known for known in vars(found) if known.isupper()) or "no constant"
         raise ConfigError(f"'{key}': module {module} has no '{name}' for '{reference}' (it has: {given})")
     top = import_module(module.partition(".")[0])
-    places = list(getattr(top, "__path__", ())) or [top.__file__]
+    places = list(getattr(top, "__path__", ())) or [getattr(top, "__file__", None)]  # a notebook has none
     _packages[top.__name__] = tuple(Path(place).resolve() for place in places if place)
     return getattr(found, name)
 
