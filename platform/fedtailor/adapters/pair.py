@@ -44,7 +44,8 @@ class AdapterPair:
     def switch(self, net: LaneNet, params: LaneParams, to: Literal["first", "second", "both"]) -> None:
         """Takes off what is bound, and binds one of the two or, as `bind` does, both."""
         net.unbind()
-        {"first": self.first, "second": self.second, "both": self}[to].bind(net, params)
+        adapters: Mapping[str, LoraAdapter | AdapterPair] = {"first": self.first, "second": self.second, "both": self}
+        adapters[to].bind(net, params)
 
     def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
         """The first's values as plain weights; see `LoraAdapter.merge`."""
