@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
-.PHONY: demo test check unit bench bench-3b chaos clean
+.PHONY: demo test check unit contracts bench bench-3b chaos clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
@@ -27,6 +27,9 @@ test: check            ## everything that decides whether a change lands
 
 unit: $(VENV)/.ready   ## the fast part
 	$(PYTEST) tests/unit tests/contracts tests/golden
+
+contracts: $(VENV)/.ready  ## every method: the kit of checks, and whole runs that are killed and on Ray
+	$(PYTEST) tests/contracts tests/ray/test_method_runs.py -m ''
 
 bench: $(VENV)/.ready  ## speed and memory beside a plain loop, Flower and pfl; a part: BENCH='--only null'
 	$(BIN)/python tests/benchmarks $(BENCH)

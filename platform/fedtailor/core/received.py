@@ -16,7 +16,7 @@ from fedtailor.core.scope import ParamSpec
 
 
 class ReadOnly(Tensor):
-    """A tensor that may be computed with and not written to, and neither may its views."""
+    """A tensor that may be computed with and not written to, and neither may its views; `clone` is an ordinary one."""
 
     _plain: Tensor
 
@@ -28,7 +28,9 @@ class ReadOnly(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch types it as the function that is there by default
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         written, aliases = _effects(func)
         kwargs = kwargs or {}
         for index, name in written:
