@@ -51,6 +51,11 @@ def _word(value: Any) -> str:
     return "[" + ",".join(map(_word, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
 
 
+def budgets_of(method: Method) -> tuple[int, ...]:
+    """Budgets of a stage: of one that is trained for a budget, that budget alone."""
+    return BUDGETS[-1:] if method.per_budget else BUDGETS
+
+
 @dataclass(frozen=True)
 class Bench:
     """Data and model that all methods are tried on."""
@@ -79,7 +84,8 @@ class Bench:
         return self.played[entry.name]
 
     def spec(self, entry: MethodEntry, kind: str) -> StageSpec:
-        stage = Stage(f"{kind}/{entry.name}/seed42", kind, entry.name, 42, "", self.model, None, ROUNDS, 4, BUDGETS, 2)
+        budgets = budgets_of(build_method(entry.name, entry.tiny or {}, max(BUDGETS)))
+        stage = Stage(f"{kind}/{entry.name}/seed42", kind, entry.name, 42, "", self.model, None, ROUNDS, 4, budgets, 2)
         folders = (str(self.root / model_path(self.model)), str(self.root / artifact_path(self.tokens)))
         return replace(stage_spec(self.exp, stage, *folders, None), method_config=dict(entry.tiny or {}))
 
@@ -195,7 +201,7 @@ def every_client_gets_a_model(entry: MethodEntry, bench: Bench) -> None:
     assert done.made is not None
     failures = [f for outcome in done.log.outcomes for f in outcome.failures] + done.made.failures
     demand(not failures, entry, f"every client succeeds on the tiny task, but {failures[:1]}")
-    each = len(BUDGETS) if done.method.personaliser.budgeted else 1
+    each = len(budgets_of(done.method)) if done.method.personaliser.budgeted else 1
     found = losses(done.made)
     demand(set(found) == set(bench.clients), entry, "every client gets a personal model")
     demand({len(v) for v in found.values()} == {each}, entry, f"every client is scored {each} times, once a budget")
