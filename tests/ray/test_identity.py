@@ -44,12 +44,6 @@ def test_what_clients_keep_of_their_base_travels_the_same_on_ray(cluster: None, 
     assert digest_of(on_ray(tmp_path / "ray", 2, *only)) == digest_of(alone)
 
 
-def test_personal_models_that_clients_keep_travel_the_same_on_ray(cluster: None, tmp_path: Path) -> None:
-    only = ("base.name=none", "methods=[ditto]", "budgets=[2]", "ditto.lr=1e-2", "ditto.batch_size=8")
-    alone = run_tiny(tiny(tmp_path / "serial", *only))
-    assert digest_of(on_ray(tmp_path / "ray", 2, *only)) == digest_of(alone)
-
-
 def test_an_actor_killed_in_the_middle_changes_nothing(cluster: None, serial: str, tmp_path: Path) -> None:
     class Killer(list):  # type: ignore[type-arg]
         killed = 0
