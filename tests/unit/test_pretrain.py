@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from io import StringIO
@@ -21,17 +22,23 @@ from transformers import BertForMaskedLM
 from typer.testing import CliRunner
 
 from fedtailor.cli import app
+from fedtailor.cli.terminal import PretrainView
 from fedtailor.core.errors import ConfigError, DataError, Interrupted, ModelError, StorageError
 from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import embedded as tiny_bert
-from fedtailor.models import hub, pretrain_blocks, pretrain_checkpoint, pretrain_start, source
+from fedtailor.models import hub, pretrain_data, source
 from fedtailor.models.load import load_classifier, load_tokenizer
-from fedtailor.models.pretrain import pretrain
-from fedtailor.models.pretrain_corpus import Corpus, gather, vocabulary_texts
-from fedtailor.models.pretrain_learner import Learner, guess, learning_rate, special_ids
-from fedtailor.models.pretrain_options import PretrainOptions, choose_precision, chosen
-from fedtailor.models.pretrain_view import PretrainView
+from fedtailor.models.pretrain import TENSORS, Position, guess, load, pretrain, save
+from fedtailor.models.pretrain_data import Corpus, gather, vocabulary_texts
+from fedtailor.models.pretrain_learner import (
+    Learner,
+    PretrainOptions,
+    choose_precision,
+    chosen,
+    learning_rate,
+    special_ids,
+)
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.task import TASKS
@@ -171,7 +178,7 @@ def tokenizer() -> Any:
 
 def test_rows_begin_with_cls_and_hold_the_texts_one_after_another_with_sep_between(tokenizer: Any) -> None:
     documents = [(sentence("big", 1), sentence("big", 2)), (sentence("big", 3),)]
-    rows = pretrain_blocks.pack(documents, tokenizer, 8)
+    rows = pretrain_data.pack(documents, tokenizer, 8)
     assert rows.dtype == np.int32
     assert set(rows[:, 0]) == {tokenizer.cls_token_id}
     flat: list[int] = []
@@ -182,18 +189,18 @@ def test_rows_begin_with_cls_and_hold_the_texts_one_after_another_with_sep_betwe
 
 
 def test_a_stream_shorter_than_a_row_is_padded_and_an_empty_one_has_no_row(tokenizer: Any) -> None:
-    rows = pretrain_blocks.pack([("sun",)], tokenizer, 16)
+    rows = pretrain_data.pack([("sun",)], tokenizer, 16)
     assert rows.shape == (1, 16)
     assert (rows == tokenizer.pad_token_id).sum() > 0
-    assert pretrain_blocks.pack([], tokenizer, 16).shape == (0, 16)
+    assert pretrain_data.pack([], tokenizer, 16).shape == (0, 16)
 
 
-def numbered(**sizes: int) -> dict[str, pretrain_blocks.Rows]:
+def numbered(**sizes: int) -> dict[str, pretrain_data.Rows]:
     return {name: np.arange(n, dtype=np.int32)[:, None] for name, n in sizes.items()}
 
 
 def test_a_stream_gives_each_row_once_before_it_gives_one_twice_in_another_order() -> None:
-    sampler = pretrain_blocks.Sampler(numbered(a=20), 0.5, 10, 7)
+    sampler = pretrain_data.Sampler(numbered(a=20), 0.5, 10, 7)
     draws = np.concatenate([sampler.next(step) for step in range(4)]).ravel().tolist()
     assert sorted(draws[:20]) == sorted(draws[20:]) == list(range(20))
     assert draws[:20] != draws[20:]
@@ -201,9 +208,9 @@ def test_a_stream_gives_each_row_once_before_it_gives_one_twice_in_another_order
 
 def test_streams_are_drawn_in_proportion_to_size_to_the_power_alpha() -> None:
     sizes = numbered(big=900, low=100)
-    probabilities = {alpha: pretrain_blocks.Sampler(sizes, alpha, 1, 1).probabilities()[1] for alpha in (1.0, 0.5, 0.0)}
+    probabilities = {alpha: pretrain_data.Sampler(sizes, alpha, 1, 1).probabilities()[1] for alpha in (1.0, 0.5, 0.0)}
     assert probabilities == pytest.approx({1.0: 0.1, 0.5: 0.25, 0.0: 0.5})
-    sampler = pretrain_blocks.Sampler(sizes, 0.5, 100, 1)
+    sampler = pretrain_data.Sampler(sizes, 0.5, 100, 1)
     for step in range(20):
         sampler.next(step)
     assert sampler.drawn["low"] / 2000 == pytest.approx(0.25, abs=0.03)
@@ -211,12 +218,12 @@ def test_streams_are_drawn_in_proportion_to_size_to_the_power_alpha() -> None:
 
 def test_a_sampler_goes_on_from_the_counts_it_had() -> None:
     rows = numbered(a=7, b=30)
-    whole = pretrain_blocks.Sampler(rows, 0.5, 8, 3)
+    whole = pretrain_data.Sampler(rows, 0.5, 8, 3)
     expected = [whole.next(step) for step in range(6)]
-    half = pretrain_blocks.Sampler(rows, 0.5, 8, 3)
+    half = pretrain_data.Sampler(rows, 0.5, 8, 3)
     for step in range(3):
         half.next(step)
-    later = pretrain_blocks.Sampler(rows, 0.5, 8, 3, dict(half.drawn))
+    later = pretrain_data.Sampler(rows, 0.5, 8, 3, dict(half.drawn))
     assert all(np.array_equal(later.next(step), expected[step]) for step in range(3, 6))
 
 
@@ -233,7 +240,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
 
 def test_the_loss_is_that_of_transformers_own_masked_language_model(tokenizer: Any) -> None:
     learner = Learner(options(), tokenizer)
-    rows = pretrain_blocks.pack([(sentence("big", i),) for i in range(8)], tokenizer, 16).astype(np.int64)
+    rows = pretrain_data.pack([(sentence("big", i),) for i in range(8)], tokenizer, 16).astype(np.int64)
     loss, count, _ = learner._loss(learner._collator, rows, "train", 3)
     ids = torch.from_numpy(rows)
     learner._collator.generator = torch_rng(42, "pretrain", "mask", "train", 3)
@@ -245,7 +252,7 @@ def test_the_loss_is_that_of_transformers_own_masked_language_model(tokenizer: A
 
 def test_held_out_tokens_are_measured_hidden_so_that_copying_counts_for_nothing(tokenizer: Any) -> None:
     learner = Learner(options(), tokenizer)
-    ids = torch.from_numpy(pretrain_blocks.pack([(sentence("big", i),) for i in range(8)], tokenizer, 16)).long()
+    ids = torch.from_numpy(pretrain_data.pack([(sentence("big", i),) for i in range(8)], tokenizer, 16)).long()
     shown, labels = learner._hiding.torch_mask_tokens(ids.clone(), torch.isin(ids, learner._special))
     assert set(shown[labels != -100].tolist()) == {tokenizer.mask_token_id}
     assert torch.equal(shown[labels == -100], ids[labels == -100])
@@ -253,13 +260,13 @@ def test_held_out_tokens_are_measured_hidden_so_that_copying_counts_for_nothing(
 
 def test_special_tokens_are_never_to_be_predicted(tokenizer: Any) -> None:
     learner = Learner(options(mask=0.99), tokenizer)
-    rows = torch.from_numpy(pretrain_blocks.pack([(sentence("big", i),) for i in range(8)], tokenizer, 16)).long()
+    rows = torch.from_numpy(pretrain_data.pack([(sentence("big", i),) for i in range(8)], tokenizer, 16)).long()
     _, targets = learner._collator.torch_mask_tokens(rows.clone(), torch.isin(rows, learner._special))
     assert not set(targets.unique().tolist()) & {tokenizer.cls_token_id, tokenizer.sep_token_id}
 
 
 def test_all_positions_are_learned_though_rows_are_shorter_unless_shifting_is_off(tokenizer: Any) -> None:
-    rows = pretrain_blocks.pack([(sentence("big", i),) for i in range(40)], tokenizer, 16).astype(np.int64)
+    rows = pretrain_data.pack([(sentence("big", i),) for i in range(40)], tokenizer, 16).astype(np.int64)
     touched = {}
     for shift in (True, False):
         learner = Learner(options(shift=shift, weight_decay=0.0), tokenizer)
@@ -296,7 +303,7 @@ def test_tokens_that_stand_near_the_same_tokens_start_with_similar_vectors() -> 
     first = [[5, token, 6, 5, 6] for token in draws.choice([3, 4], 200)]
     second = [[9, token, 10, 9, 10] for token in draws.choice([7, 8], 200)]
     rows = {"a": np.array([[0, *row] for row in first + second], dtype=np.int32)}
-    vectors = pretrain_start.token_vectors(rows, 11, [0], 4, 1)
+    vectors = pretrain_data.token_vectors(rows, 11, [0], 4, 1)
     assert vectors.shape == (11, 4)
     assert vectors.dtype == np.float32
     assert not vectors[:3].any()
@@ -310,25 +317,25 @@ def test_tokens_that_stand_near_the_same_tokens_start_with_similar_vectors() -> 
 
 def test_the_information_of_two_tokens_is_that_of_the_formula() -> None:
     rows = {"a": np.array([[1, 2], [1, 2], [1, 3]], dtype=np.int32)}
-    counts = pretrain_start._counts(rows, 4, [0])
+    counts = pretrain_data._counts(rows, 4, [0])
     assert counts.toarray()[1].tolist() == [0, 0, 2, 1]
     assert (counts.toarray() == counts.toarray().T).all()
     context = np.array([0, 3, 2, 1]) ** 0.75
     expected = np.log(2 / (3 * context[2] / context.sum()))
-    assert pretrain_start._positive_information(counts).toarray()[1, 2] == pytest.approx(expected)
+    assert pretrain_data._positive_information(counts).toarray()[1, 2] == pytest.approx(expected)
 
 
 def test_a_vocabulary_smaller_than_the_vectors_leaves_columns_empty_and_no_neighbours_no_vector() -> None:
     rows = {"a": np.array([[0, 1, 2]] * 3, dtype=np.int32)}
-    vectors = pretrain_start.token_vectors(rows, 3, [0], 8, 1)
+    vectors = pretrain_data.token_vectors(rows, 3, [0], 8, 1)
     assert vectors[1:, :3].any()
     assert not vectors[:, 3:].any()
-    assert not pretrain_start.token_vectors({"a": rows["a"][:, :2]}, 3, [0], 8, 1).any()
+    assert not pretrain_data.token_vectors({"a": rows["a"][:, :2]}, 3, [0], 8, 1).any()
 
 
 def test_the_output_starts_at_the_frequencies_of_the_tokens(tokenizer: Any) -> None:
-    rows = pretrain_blocks.pack([(sentence("big", i),) for i in range(40)], tokenizer, 16)
-    bias = pretrain_start.log_frequencies([rows], len(tokenizer), special_ids(tokenizer))
+    rows = pretrain_data.pack([(sentence("big", i),) for i in range(40)], tokenizer, 16)
+    bias = pretrain_data.log_frequencies([rows], len(tokenizer), special_ids(tokenizer))
     assert np.exp(bias).sum() == pytest.approx(1, rel=1e-5)
     assert bias[tokenizer.cls_token_id] == bias.min()
     assert bias.argmax() == np.bincount(rows[~np.isin(rows, special_ids(tokenizer))]).argmax()
@@ -391,25 +398,25 @@ def test_a_checkpoint_that_fails_to_be_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = {"weight.x": torch.ones(2)}
-    pretrain_checkpoint.save(tmp_path, pretrain_checkpoint.Position(1, {"a": 3}, 0.5), state)
+    save(tmp_path, Position(1, {"a": 3}, 0.5), state)
 
     def full(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(pretrain_checkpoint, "write_json", full)
+    monkeypatch.setattr(sys.modules[save.__module__], "write_json", full)
     with pytest.raises(OSError, match="disk full"):
-        pretrain_checkpoint.save(tmp_path, pretrain_checkpoint.Position(2, {"a": 4}, 0.5), state)
-    found = pretrain_checkpoint.load(tmp_path)
+        save(tmp_path, Position(2, {"a": 4}, 0.5), state)
+    found = load(tmp_path)
     assert found is not None
-    assert found[0] == pretrain_checkpoint.Position(1, {"a": 3}, 0.5)
+    assert found[0] == Position(1, {"a": 3}, 0.5)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    pretrain_checkpoint.save(tmp_path, pretrain_checkpoint.Position(1), {"weight.x": torch.ones(2)})
-    path = tmp_path / "checkpoint-00000001" / pretrain_checkpoint.TENSORS
+    save(tmp_path, Position(1), {"weight.x": torch.ones(2)})
+    path = tmp_path / "checkpoint-00000001" / TENSORS
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(StorageError, match=f"{pretrain_checkpoint.TENSORS} is damaged"):
-        pretrain_checkpoint.load(tmp_path)
+    with pytest.raises(StorageError, match=f"{TENSORS} is damaged"):
+        load(tmp_path)
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path, made: Path) -> None:

@@ -108,7 +108,7 @@ def pretrain(
     """Make a small multilingual base from tasks' train texts, or go on with it: pretrain --task masakhanews."""
     given = {key: value for key, value in locals().items() if value is not None}
     from fedtailor.experiment.launch import refuse_job_folder
-    from fedtailor.models.pretrain_options import chosen
+    from fedtailor.models.pretrain_learner import chosen
     from fedtailor.models.source import pretrained_folder
 
     given["tasks"] = given.pop("task")
@@ -116,10 +116,9 @@ def pretrain(
         given.pop(other, None)
     options, folder = chosen(given), out or pretrained_folder()
     refuse_job_folder("--out", folder)
-    from fedtailor.cli.terminal import terminal
+    from fedtailor.cli.terminal import PretrainView, terminal
     from fedtailor.experiment.stop import StopSignals
     from fedtailor.models.pretrain import pretrain as make
-    from fedtailor.models.pretrain_view import PretrainView
 
     console = terminal()
     with PretrainView(console) as view, StopSignals(lambda text: view({"kind": "note", "text": text})) as stop:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedtailor.core.errors import ConfigError, TailorError
@@ -32,6 +35,9 @@ STATES = {
     "complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "dead": "bold red",
     "created": "dim",
 }  # fmt: skip
+
+LINE_EVERY_S = 30.0
+"""Between two lines of a pretraining where there is no terminal."""
 
 
 def show_error(console: Console, error: TailorError) -> None:
@@ -134,6 +140,64 @@ def terminal(stderr: bool = False) -> Console:
     """A console that does not squeeze tables to 80 columns where nobody set a width (files, pipes, CI)."""
     console = Console(stderr=stderr)
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
+
+
+class PretrainView:
+    """Receives the events of `models.pretrain`; ``with PretrainView(console) as show: ...``.
+
+    A bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: where to show.
+        clock: seconds, for the speeds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
+        self._bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=1, speed="", visible=False)
+        self._loss: float | None = None
+        self._start: Mapping[str, Any] = {}
+        self._began = self._said = 0.0
+
+    def __enter__(self) -> PretrainView:
+        """Takes the terminal's last line."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the terminal as it was."""
+        self._bar.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Shows one event."""
+        if event["kind"] == "note":
+            self._console.print(escape(event["text"]), highlight=False)
+        elif event["kind"] == "start":
+            self._start, self._began = event, self._clock()
+            self._said = self._began
+            self._bar.update(self._task, total=event["steps"], completed=event["step"], visible=True)
+        elif event["kind"] == "step":
+            self._step(event["step"], event["loss"])
+        elif event["kind"] == "measure":
+            self._console.print(
+                f"step {event['step']}: train loss {event['train_loss']:.3f}, held-out loss "
+                f"{event['held_out_loss']:.3f}, accuracy {event['held_out_accuracy']:.1%} of masked tokens",
+                highlight=False,
+            )
+
+    def _step(self, step: int, loss: float) -> None:
+        self._loss = loss if self._loss is None else 0.98 * self._loss + 0.02 * loss
+        now, steps = self._clock(), self._start["steps"]
+        rate = (step - self._start["step"]) / max(now - self._began, 1e-9)
+        left, tokens = timedelta(seconds=round((steps - step) / rate)), rate * self._start["tokens"]
+        speed = f"loss {self._loss:.3f}  {rate:.2f} steps/s  {tokens:,.0f} tokens/s  ETA {left}"
+        self._bar.update(self._task, completed=step, speed=speed)
+        self._bar.refresh()
+        if not self._console.is_terminal and now - self._said >= LINE_EVERY_S:
+            self._said = now
+            self._console.print(f"step {step}/{steps}  {speed}", highlight=False)
 
 
 def listing(what: str) -> Table:
