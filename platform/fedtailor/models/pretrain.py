@@ -95,7 +95,7 @@ def pretrain(options: PretrainOptions, out: Path, every: int, show: Show, stop: 
 
     Raises:
         StorageError: ``out`` or ``out.partial`` was made with other options, or is not a pretraining's.
-        DataError: see `pretrain_corpus.gather`.
+        DataError: see `pretrain_data.gather`.
         Interrupted: it was asked to stop.
     """
     work = out.parent / f"{out.name}.partial"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -42,6 +42,16 @@ FED_AYA = {
 """ISO 639-3, 8 languages."""
 
 LOCALES = MASAKHANEWS | XNLI | FED_AYA
+
+
+def locales_of(languages: Sequence[str]) -> dict[str, Locale]:
+    """Language to its `locale_for`; two languages of one locale are a `DataError`."""
+    locales = {language: locale_for(language) for language in languages}
+    owners: dict[str, str] = {}
+    for language, locale in locales.items():
+        if (other := owners.setdefault(str(locale), language)) != language:
+            raise DataError(f"task.languages: {other!r} and {language!r} are the same CLDR locale {locale}")
+    return locales
 
 
 def locale_for(language: str) -> Locale:
@@ -121,13 +131,8 @@ def _tables(cfg: TaskConfig) -> tuple[dict[str, dict[str, tuple[str, str]]], dic
     inherited = {normalise(text) for _, _, text in _names(Locale("root"))}
     english_names = {normalise(text) for _, _, text in _names(english)}
     notes: Counter[str] = Counter({"dropped_inherited": 0, "dropped_english": 0, "dropped_two_labels": 0})
-    owners: dict[str, str] = {}
     tables = {}
-    for language in cfg.languages:
-        locale = locale_for(language)
-        other = owners.setdefault(str(locale), language)
-        if other != language:
-            raise DataError(f"task.languages: {other!r} and {language!r} are the same CLDR locale {locale}")
+    for language, locale in locales_of(cfg.languages).items():
         is_english = locale.language == "en"
         tables[language] = _clean(list(_names(locale)), inherited, set() if is_english else english_names, notes)
     return tables, dict(notes)

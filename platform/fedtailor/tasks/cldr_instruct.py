@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 from babel import Locale
 
-from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.core.errors import ConfigError
 from fedtailor.core.seeding import numpy_rng, seed_for
 from fedtailor.tasks import cldr_names
-from fedtailor.tasks.cldr import locale_for
+from fedtailor.tasks.cldr import locales_of
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import client_id
@@ -70,13 +70,8 @@ def languages_of(cfg: TaskConfig, seed: int) -> tuple[dict[str, Language], dict[
     key = seed_for(seed, "cldr_instruct", "places").to_bytes(8, "little")
     by_pool = {kind: _by_pool(kind, rule.subjects, key) for kind, rule in rules().items()}
     dropped: Counter[str] = Counter()
-    holders: dict[str, str] = {}
     languages = {}
-    for code in cfg.languages:
-        locale = locale_for(code)
-        other = holders.setdefault(str(locale), code)
-        if other != code:
-            raise DataError(f"task.languages: {other!r} and {code!r} are the same CLDR locale {locale}")
+    for code, locale in locales_of(cfg.languages).items():
         names, lost = cldr_names.names(locale)
         dropped += lost
         stock: dict[tuple[Pool, Split], dict[str, Sequence[Any]]] = {(p, s): {} for p in POOLS for s in SPLITS}

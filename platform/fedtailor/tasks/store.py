@@ -10,7 +10,7 @@ The files are what `datasets` itself writes, so `datasets.Dataset.from_file(path
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,25 +134,12 @@ class Membership:
 
 
 @dataclass(frozen=True)
-class TaskData:
-    """A prepared task, opened read-only; texts stay on disk until asked for."""
+class Partitioned:
+    """What the texts and the tokens of partitioned clients have in common: folder, manifest, who holds which rows."""
 
     path: Path
     manifest: Mapping[str, Any] = field(repr=False)
     members: Membership = field(repr=False)
-    batches: tuple[pa.RecordBatch, ...] = field(repr=False)
-
-    @classmethod
-    def open(cls, path: Path | str) -> TaskData:
-        """Opens a folder that `prepare` wrote.
-
-        Raises:
-            DataError: a file is missing or damaged.
-        """
-        path = Path(path)
-        manifest = read_manifest(path / "manifest.json")
-        members = Membership.open(path, clients_of(manifest))
-        return cls(path, manifest, members, tuple(open_stream(path / "texts.arrow", manifest["rows"])))
 
     @property
     def kind(self) -> TaskKind:
@@ -171,7 +158,7 @@ class TaskData:
 
     @property
     def hash(self) -> str:
-        """sha256 of all clients' content."""
+        """sha256 of all clients' content; of tokens also of all token ids."""
         return str(self.manifest["hash"])
 
     def pool(self, name: str) -> tuple[Client, ...]:
@@ -182,6 +169,25 @@ class TaskData:
         """The client of this id."""
         return self.members.client(client_id)
 
+
+@dataclass(frozen=True)
+class TaskData(Partitioned):
+    """A prepared task, opened read-only; texts stay on disk until asked for."""
+
+    batches: tuple[pa.RecordBatch, ...] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> TaskData:
+        """Opens a folder that `prepare` wrote.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        path = Path(path)
+        manifest = read_manifest(path / "manifest.json")
+        members = Membership.open(path, clients_of(manifest))
+        return cls(path, manifest, members, tuple(open_stream(path / "texts.arrow", manifest["rows"])))
+
     @property
     def paired(self) -> bool:
         """The examples are pairs of texts; an instruction and its response are one too."""
@@ -190,12 +196,12 @@ class TaskData:
     def texts(self, client_id: str, split: Split) -> tuple[list[str], Ints]:
         """A client's texts (of a pair the first one, see `pairs`) or instructions, and their labels, (n,) int64."""
         rows = self.members.rows_of(client_id, split)
-        return self._column("text", rows), np.array(self._column("label", rows), dtype=np.int64)
+        return cells(self.batches, "text", rows), np.array(cells(self.batches, "label", rows), dtype=np.int64)
 
     def pairs(self, client_id: str, split: Split) -> list[str] | None:
         """The second texts in the order of `texts`; None where texts are single."""
         rows = self.members.rows_of(client_id, split)
-        return self._column("pair", rows) if self.paired else None
+        return cells(self.batches, "pair", rows) if self.paired else None
 
     def responses(self, client_id: str, split: Split) -> list[str]:
         """The responses in the order of `texts`.
@@ -216,10 +222,7 @@ class TaskData:
     def _of_instructions(self, column: str, client_id: str, split: Split) -> list[Any]:
         if self.kind != "generation":
             raise DataError(f"{self.path}: a {self.kind} task has labels and no responses")
-        return self._column(column, self.members.rows_of(client_id, split))
-
-    def _column(self, name: str, rows: Ints) -> list[Any]:
-        return [self.batches[row // BLOCK].column(name)[int(row % BLOCK)].as_py() for row in rows]
+        return cells(self.batches, column, self.members.rows_of(client_id, split))
 
     def train_texts(self, pool: str = "seen") -> Iterator[str]:
         """The pool's train texts (both of a pair, an instruction and its response), each row once, in table order."""
@@ -229,6 +232,11 @@ class TaskData:
             for its_pool, split, *texts in zip(*columns, strict=True):
                 if its_pool == pool and split == "train":
                     yield from texts
+
+
+def cells(batches: Sequence[pa.RecordBatch], column: str, rows: Ints) -> list[Any]:
+    """A column's values at ``rows`` of a table that is stored in blocks of `BLOCK` rows."""
+    return [batches[row // BLOCK].column(column)[int(row % BLOCK)].as_py() for row in rows]
 
 
 def clients_of(manifest: Mapping[str, Any]) -> tuple[Client, ...]:

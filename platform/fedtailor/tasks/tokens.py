@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import copyfile
@@ -15,15 +15,16 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.messages import Client
 from fedtailor.tasks import encoding as instruction_tokens
 from fedtailor.tasks import templates
 from fedtailor.tasks.encoding import check, check_pad, encode
-from fedtailor.tasks.source import Split, TaskKind
+from fedtailor.tasks.source import Split
 from fedtailor.tasks.store import (
     BLOCK,
     Membership,
+    Partitioned,
     TaskData,
+    cells,
     clients_of,
     kind_of,
     open_stream,
@@ -197,12 +198,9 @@ def _client_entry(client: str, train: Ints, test: Ints, lengths: Ints) -> dict[s
 
 
 @dataclass(frozen=True)
-class TokenData:
+class TokenData(Partitioned):
     """Tokenised clients, opened read-only through memory maps; cheap enough for every worker."""
 
-    path: Path
-    manifest: Mapping[str, Any] = field(repr=False)
-    members: Membership = field(repr=False)
     batches: tuple[tuple[Ints, Ids, Ids, Ids | None], ...] = field(repr=False)
     """(offsets, ids, labels, tokens of the first segments or of the prompts) of each block."""
     texts: tuple[pa.RecordBatch, ...] = field(repr=False, default=())
@@ -227,21 +225,6 @@ class TokenData:
         return cls(path, manifest, members, tuple(blocks), tuple(texts))
 
     @property
-    def clients(self) -> tuple[Client, ...]:
-        """All clients by (pool, language, index)."""
-        return self.members.clients
-
-    @property
-    def kind(self) -> TaskKind:
-        """``classification`` or ``generation``."""
-        return kind_of(self.manifest)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names; of instructions the groups that results are reported by."""
-        return tuple(self.manifest["labels"])
-
-    @property
     def num_labels(self) -> int:
         """Number of classes."""
         return len(self.manifest["labels"])
@@ -250,19 +233,6 @@ class TokenData:
     def pad_id(self) -> int:
         """Token id that fills rows."""
         return int(self.manifest["pad_id"])
-
-    @property
-    def hash(self) -> str:
-        """sha256 over the task's hash and all token ids."""
-        return str(self.manifest["hash"])
-
-    def pool(self, name: str) -> tuple[Client, ...]:
-        """The clients of one pool."""
-        return tuple(client for client in self.clients if client.pool == name)
-
-    def client(self, client_id: str) -> Client:
-        """The client of this id."""
-        return self.members.client(client_id)
 
     def longest(self, client_id: str) -> int:
         """Tokens of the client's longest text in train and test, the T of its `Examples`."""
@@ -294,12 +264,8 @@ class TokenData:
 
     def answers(self, client_id: str, split: Split) -> list[str]:
         """The reference responses, in the order of `examples`; whole, even where tokens were cut."""
-        return self._texts("answer", client_id, split)
+        return cells(self.texts, "answer", self.members.rows_of(client_id, split))
 
     def questions(self, client_id: str, split: Split) -> list[str]:
         """The instructions without template and history, in the order of `examples`."""
-        return self._texts("question", client_id, split)
-
-    def _texts(self, column: str, client_id: str, split: Split) -> list[str]:
-        rows = self.members.rows_of(client_id, split)
-        return [self.texts[row // BLOCK].column(column)[int(row % BLOCK)].as_py() for row in rows]
+        return cells(self.texts, "question", self.members.rows_of(client_id, split))
