@@ -182,7 +182,7 @@ class Learner:
         self._special = torch.tensor(special_ids(tokenizer))
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mask)
         # Tokens that stay visible are no test: held-out tokens are all hidden.
-        hidden = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}
+        hidden: dict[str, Any] = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}
         self._hiding = DataCollatorForLanguageModeling(tokenizer, mlm_probability=HELD_OUT_MASK, **hidden)
         self.model = new_model(options, len(tokenizer), self.pad).to(self.device)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
