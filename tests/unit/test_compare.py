@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from fedtailor.runs.comparison.content import Comparison, work_out
+from fedtailor.runs.comparison.make import compare_runs, write
+from fedtailor.runs.comparison.read import open_sides
 from rich.console import Console
 from scipy import stats
 
@@ -23,9 +26,6 @@ from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import base_seed, overrides_of, to_json
 from fedtailor.report import compare_online as online
 from fedtailor.report import wandb as wandb_sink
-from fedtailor.report.compare import compare_runs, write
-from fedtailor.report.compare_content import Comparison, work_out
-from fedtailor.report.compare_read import open_sides
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRICS, metrics_table

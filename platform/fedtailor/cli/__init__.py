@@ -210,7 +210,7 @@ def compare(
 ) -> None:
     """Put runs side by side: what differs, one table, one figure, paired tests where they share their clients."""
     from fedtailor.cli.views import show_comparison
-    from fedtailor.report.compare import compare_runs
+    from fedtailor.report.compare_files import compare_runs
     from fedtailor.storage.files import Storage as Store
 
     content, folder = compare_runs(Store(storage), runs, out)

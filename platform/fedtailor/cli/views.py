@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -25,16 +26,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtailor.cli.terminal import STATES, plain_table, status_table
-from fedtailor.report.compare import TEXT
-from fedtailor.report.compare_content import Comparison, behind, cell_text, pair_text, pair_title
-from fedtailor.report.compare_differences import Row, told_apart
-from fedtailor.report.compare_pairs import RunPair
-from fedtailor.report.compare_tables import PoolTable
+from fedtailor.report.compare import Comparison, Rows
+from fedtailor.report.compare_files import TEXT, by_key, pairs_grid, results_grid
+from fedtailor.report.grid import Grid
 from fedtailor.report.judge import AVERAGE, RESULT_COLUMNS, Judged, shown
-from fedtailor.report.metrics import Measure
-from fedtailor.report.names import method_name, pool_name, shortened
+from fedtailor.report.names import in_pool_order, pool_name, shortened
 from fedtailor.report.significance import LEVEL
-from fedtailor.report.wording import budget_title
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.status import EXIT_CODES, State, Status, all_states, status_of
@@ -178,23 +175,27 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _LONGEST = 60
 
-_SUM = "clients × seeds"
-
 
 def show_comparison(console: Console, content: Comparison, out: Path) -> None:
     """Runs, differences, results and paired differences to the first run, then where everything was written."""
-    letters = letters_of(content.run_ids)
-    console.print(_transposed("", letters, [("Run", content.run_ids), *content.facts], "Runs"))
-    if content.changed.rows:
-        console.print(_transposed("key", letters, [told_apart(row) for row in content.changed.rows], "What differs"))
+    ids, measure = content.run_ids, content.measure
+    # Short names; numbers where letters do not suffice.
+    letters = list(_LETTERS[: len(ids)]) if len(ids) <= len(_LETTERS) else [str(k + 1) for k in range(len(ids))]
+    names = dict(zip(ids, letters, strict=True))
+    console.print(_table(by_key("", letters, _cut((("Run", tuple(ids)), *content.facts))), "Runs"))
+    if content.changed:
+        rows = _cut(tuple((key, _without_common_start(values)) for key, values in content.changed))
+        console.print(_table(by_key("Key", letters, rows), "What differs"))
     else:
         console.print("[bold]What differs[/]  no key that can change a number", highlight=False)
-    for table in content.tables:
-        console.print(_results(letters, table, content.measure))
-        if content.grid(table.pool):
-            console.print(_pairs(content, letters, table))
+    for pool in in_pool_order(content.results["pool"]):
+        title = f"{pool_name(pool)}: {measure.phrase} in %, {measure.mean} (SD over seeds)"
+        console.print(_table(results_grid(content, pool, names), title))
+        pairs = pairs_grid(content, pool, names, brief=True)
+        if pairs.rows:
+            console.print(_table(pairs, f"{pool_name(pool)}: paired differences in points (corrected p)"))
     if content.pairs:
-        rest = f", and differences not from {letters[0]}," if any(pair.other for pair in content.pairs) else ""
+        rest = f", and differences not from {letters[0]}," if any(p.other != ids[0] for p in content.pairs) else ""
         console.print(
             f"[dim]▲ better, ▼ worse (p < {LEVEL:g}). 95 % intervals{rest} are in {TEXT}.[/]", highlight=False
         )
@@ -205,50 +206,33 @@ def show_comparison(console: Console, content: Comparison, out: Path) -> None:
     console.print(f"[green]written[/]  {escape(str(out / TEXT))}", highlight=False, soft_wrap=True)
 
 
-def letters_of(run_ids: Sequence[str]) -> list[str]:
-    """Short names for tables: A, B, ...; numbers where letters do not suffice."""
-    if len(run_ids) <= len(_LETTERS):
-        return list(_LETTERS[: len(run_ids)])
-    return [str(number + 1) for number in range(len(run_ids))]
-
-
-def _transposed(name: str, letters: Sequence[str], rows: Sequence[Row], title: str) -> Table:
-    table = plain_table(name, *letters, title=title)
-    for key, values in rows:
-        table.add_row(escape(key), *(escape(shortened(value, _LONGEST)) for value in values))
+def _table(grid: Grid, title: str) -> Table:
+    """A grid in the terminal; between two rules, the first row alone has the name."""
+    table = plain_table(*grid.header, title=escape(title), numbers=grid.header[grid.labels :])
+    for i, row in enumerate(grid.rows):
+        cells = [
+            Text(" ").join(
+                Text(word, "bold" if (i, j, k) in grid.bold else "") for k, word in enumerate(cell.split(" "))
+            )
+            for j, cell in enumerate(row)
+        ]
+        repeated = bool(grid.rules) and i > 0 and i not in grid.rules
+        table.add_row("" if repeated else cells[0], *cells[1:], end_section=i + 1 in grid.rules)
     return table
 
 
-def _results(letters: Sequence[str], table: PoolTable, measure: Measure) -> Table:
-    heads = [budget_title(budget) for budget in table.budgets]
-    title = f"{escape(pool_name(table.pool))}: {measure.phrase} in %, {measure.mean} (SD over seeds)"
-    shown = plain_table("run", "method", *heads, _SUM, title=title, numbers=(*heads, _SUM))
-    for number, line in enumerate(table.lines):
-        cells = []
-        for budget in table.budgets:
-            mean, sd = cell_text(cell := line.cells.get(budget))
-            cells.append(f"{f'[bold]{mean}[/]' if cell is not None and cell.best else mean} {sd}".strip())
-        first = number == 0 or table.lines[number - 1].run != line.run
-        last = number + 1 == len(table.lines) or table.lines[number + 1].run != line.run
-        name = letters[line.run] if first else ""
-        shown.add_row(name, escape(method_name(line.method)), *cells, behind(line), end_section=last)
-    return shown
+def _cut(rows: Rows) -> Rows:
+    return tuple((key, tuple(shortened(value, _LONGEST) for value in values)) for key, values in rows)
 
 
-def _pairs(content: Comparison, letters: Sequence[str], table: PoolTable) -> Table:
-    """The pairs with the first run, which is the reference; with none of it, all of them."""
-    rows = content.grid(table.pool)
-    rows = {key: at for key, at in rows.items() if key[1] == 0} or rows
-    heads = [budget_title(budget) for budget in table.budgets]
-    title = f"{escape(pool_name(table.pool))}: paired differences in points (corrected p)"
-    shown = plain_table("runs", "method", *heads, title=title, numbers=heads)
-    for key, at in rows.items():
-        runs, method = pair_title(key, letters)
-        shown.add_row(runs, escape(method), *(_short(at.get(budget)) for budget in table.budgets))
-    return shown
+def _without_common_start(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Lists cut by their common beginning, so that long ones can be told apart; other values as they are.
 
-
-def _short(pair: RunPair | None) -> str:
-    """``+3.28▲ (<0.001)``: without the interval, so that four budgets fit into 100 columns."""
-    told, _, p = pair_text(pair)
-    return escape(f"{told.replace(' ▲', '▲').replace(' ▼', '▼')} {p and f'({p[2:]})'}".strip())
+    >>> _without_common_start(("[amh, eng, yor]", "[amh, eng]")), _without_common_start(("0.001", "0.01"))
+    (('[…, yor]', '[…]'), ('0.001', '0.01'))
+    """
+    lists = [value[1:-1].split(", ") for value in values if value.startswith("[") and value.endswith("]")]
+    if len(lists) < len(values):
+        return values
+    shared = sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))
+    return tuple(f"[{', '.join(['…', *items[shared:]])}]" for items in lists) if shared else values

@@ -1,70 +1,303 @@
-"""``fedtailor compare``: opens the runs, compares them and writes a folder."""
+"""Several runs side by side: what differs between them, their results, and tests on the clients that they share.
+
+A run is a column beside those of a report: its rows go through the report's own averages and paired tests. A client's
+score is averaged over the seeds for which two runs have the same clients, which their contents decide.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, groupby
+from typing import Any
 
-from fedtailor.core.errors import StorageError
-from fedtailor.core.files import staged_folder
-from fedtailor.experiment.stages import short_hash
-from fedtailor.report.compare_content import Comparison, work_out
-from fedtailor.report.compare_figure import draw
-from fedtailor.report.compare_online import on_wandb
-from fedtailor.report.compare_pairs import pairs_csv
-from fedtailor.report.compare_read import open_sides
-from fedtailor.report.compare_tables import results_csv
-from fedtailor.report.compare_text import markdown
-from fedtailor.report.style import save, styled
+import pandas as pd
+
+from fedtailor.core.errors import ConfigError, StorageError
+from fedtailor.experiment.config import ExperimentBase, nearest
+from fedtailor.experiment.launch import load_experiment
+from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
+from fedtailor.methods import METHODS
+from fedtailor.report.metrics import Measure, primary
+from fedtailor.report.names import in_method_order, in_pool_order
+from fedtailor.report.scores import AVERAGE, checked, client_scores, results_table, scores
+from fedtailor.report.setting import base_line, strategy_line
+from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
+from fedtailor.report.wording import at, leaves, text
+from fedtailor.storage.digest import committed_stages, digest
 from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder, run_ids
 
-TEXT = "compare.md"
+Rows = tuple[tuple[str, tuple[str, ...]], ...]
+"""Name or key, and a text per run."""
+
+COLUMNS = ("pool", "run", "method", "budget", "mean", "sd", "n_clients", "n_examples", "n_seeds")
+
+_NEUTRAL = ("storage", "save_adapters", "wandb.")
+
+_ENGINE = ("micro_batch", "zero.ranks", "on_client_failure", "quorum", "num_gpus", "memory_gb", *NUMERIC_ENGINE_KEYS)
+"""Keys of the engine that can change a number; GPU keys choose the device."""
+
+_ORIGINS = ("versions.fedtailor", "versions.torch", "git.sha")
+
+_CLIENT = ["pool", "method", "budget", "seed", "client"]
 
 
-def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None) -> tuple[Comparison, Path]:
-    """Compares runs and writes ``compare.md``, ``.csv``, ``.png``, ``.svg`` and ``compare_pairs.csv``.
+@dataclass(frozen=True)
+class Side:
+    """One run of a comparison.
 
     Args:
-        storage: where the runs are.
-        names: run ids, two or more; a difference is a later one minus an earlier one.
-        out: new folder; default: ``compare-<hash of the run ids>`` in the storage, which replaces an earlier one.
+        folder: the run; ``info``: content of its ``run.json``; ``exp``: its configuration.
+        state: as its status says; ``stages``: how many are finished, of how many.
+        digest: hex sha256 over what it computed; None while a stage is unfinished.
+        measure: what its clients are scored by; ``values``: those rows of `results.scores`.
+        clients: seed to client to the sha256 of its texts and labels, for seeds whose data the storage still has.
+        labels: names of its classes or groups, empty where unknown.
+    """
 
-    Returns:
-        What was found, and the folder.
+    folder: RunFolder
+    info: Mapping[str, Any]
+    exp: ExperimentBase
+    state: str
+    stages: tuple[int, int]
+    digest: str | None
+    measure: Measure
+    values: pd.DataFrame
+    clients: Mapping[int, Mapping[str, str]]
+    labels: tuple[str, ...]
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run."""
+        return self.folder.run_id
+
+
+@dataclass(frozen=True)
+class RunPair:
+    """One method at one budget in a run against an earlier run.
+
+    Args:
+        seeds: for which both runs have the same clients.
+        same: both runs took their results from the same stages, so there is nothing to test.
+        result: the comparison; its ``method`` and ``other`` are the method.
+    """
+
+    run: str
+    other: str
+    seeds: tuple[int, ...]
+    same: bool
+    result: Pair
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is shown of several runs.
+
+    Args:
+        sides: the runs, in the order given.
+        facts: state and setting of each run.
+        changed: configuration keys that differ and can change a number; ``neutral``: those that cannot.
+        results: `COLUMNS`, mean over languages; budget -1 for methods without, NaN SD with one seed.
+        pairs: by pool, budget (methods without come first), runs and method.
+        notes: what makes averages unlike, and why runs have no paired test.
+        wandb: sentences on where the runs are on W&B, empty where they are not.
+    """
+
+    sides: tuple[Side, ...]
+    facts: Rows
+    changed: Rows
+    neutral: tuple[str, ...]
+    results: pd.DataFrame
+    pairs: tuple[RunPair, ...]
+    notes: tuple[str, ...]
+    wandb: tuple[str, ...] = ()
+
+    @property
+    def measure(self) -> Measure:
+        """What the runs' clients are scored by."""
+        return self.sides[0].measure
+
+    @property
+    def run_ids(self) -> list[str]:
+        """Names of the runs."""
+        return [side.run_id for side in self.sides]
+
+
+def compare(storage: Storage, names: Sequence[str]) -> Comparison:
+    """Compares runs.
+
+    Args:
+        storage: where they are.
+        names: run ids, two or more; a difference is a later one minus an earlier one.
 
     Raises:
-        ConfigError, StorageError: see `open_sides`; also if ``out`` is not empty, or the storage is not local and
-            ``out`` is not given.
+        ConfigError: fewer than two, one named twice, or runs of different tasks or label sets.
+        StorageError: no such run (names the nearest), one without results, or one whose files are damaged.
     """
-    folder = _folder(storage, names, out)
-    content = work_out(open_sides(storage, names))
-    content = replace(content, wandb=on_wandb(content.sides, markdown(content)))
-    with staged_folder(folder) as stage:
-        write(content, stage)
-    return content, folder
+    sides = _open(storage, names)
+    pairs, reasons = _paired_runs(sides)
+    columns = [_facts(side) for side in sides]
+    facts = tuple((name, tuple(column[name] for column in columns)) for name in columns[0])
+    return Comparison(sides, facts, *_differences(sides), _results(sides), pairs, (*_notes(sides), *reasons))
 
 
-def write(content: Comparison, folder: Path) -> None:
-    """Writes all files; equal runs give equal bytes."""
-    with styled(content.run_ids):
-        save(draw(content.run_ids, content.tables, content.measure), folder)
-    for name, table in (
-        ("compare.csv", results_csv(content.sides)),
-        ("compare_pairs.csv", pairs_csv(content.sides, content.pairs)),
-    ):
-        table.to_csv(folder / name, index=False, lineterminator="\n")
-    (folder / TEXT).write_text(markdown(content), encoding="utf-8", newline="\n")
+def _open(storage: Storage, names: Sequence[str]) -> tuple[Side, ...]:
+    if len(set(names)) < 2:
+        raise ConfigError(f"a comparison needs two different runs or more, got {', '.join(names) or 'none'}")
+    twice = [f"run '{name}' is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ConfigError(twice)
+    known = run_ids(storage)
+    unknown = [f"no run '{name}' in {storage.url}{nearest(name, known)}" for name in names if name not in known]
+    if unknown:
+        raise StorageError(f"{'; '.join(unknown)} (runs there: {', '.join(known) or 'none'})")
+    folders = [RunFolder.open(storage, name) for name in names]
+    tasks = {folder.run_id: str(folder.info()["config"]["task"]["name"]) for folder in folders}
+    if len(set(tasks.values())) > 1:
+        listed = ", ".join(f"'{run_id}': {task}" for run_id, task in tasks.items())
+        raise ConfigError(f"runs of different tasks cannot be compared ({listed})")
+    sides = tuple(_side(folder) for folder in folders)
+    labels = {side.run_id: side.labels for side in sides if side.labels}
+    if len({frozenset(own) for own in labels.values()}) > 1:
+        noun = sides[0].measure.groups if sides[0].measure.own_groups else "classes"
+        listed = "; ".join(f"'{run_id}': {', '.join(own)}" for run_id, own in labels.items())
+        raise ConfigError(f"runs with different {noun} cannot be compared ({listed})")
+    return sides
 
 
-def _folder(storage: Storage, names: Sequence[str], out: Path | None) -> Path:
-    if out is None:
-        if not storage.is_local:
-            raise StorageError(f"{storage.url} is not a local folder; give --out a new folder for the comparison")
-        own = storage.local_path(f"compare-{short_hash(list(names))[:8]}")
-        if not own.exists() or (own / TEXT).is_file():
-            return own
-        raise StorageError(f"{own} is there and is no comparison; give --out a new folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"--out {out} is there already and not an empty folder")
-    return out
+def _side(folder: RunFolder) -> Side:
+    exp, state = load_experiment(folder), str(folder.status()["state"])
+    scored = scores(checked(folder.metrics("personalise")))
+    measure = primary(scored)
+    values = scored[scored["metric"] == measure.name]
+    if values.empty:
+        raise StorageError(
+            f"run '{folder.run_id}' ({state}) has committed no score of a personalised client; "
+            f"go on with it: fedtailor resume {folder.run_id}"
+        )
+    stages = committed_stages(folder)
+    done = sum(stage["done"] for stage in stages)
+    whole = digest(folder.storage, folder.run_id) if done == len(stages) else None
+    data = {seed: found for seed in exp.seeds if (found := folder.manifest(seed)) is not None}
+    clients = {seed: {str(c["id"]): str(c["sha256"]) for c in found["clients"]} for seed, found in data.items()}
+    labels = tuple(next(iter(data.values()))["labels"]) if data else ()
+    return Side(folder, folder.info(), exp, state, (done, len(stages)), whole, measure, values, clients, labels)
+
+
+def _facts(side: Side) -> dict[str, str]:
+    exp, (done, total) = side.exp, side.stages
+    counts = side.values.groupby("pool")["client"].nunique()
+    return {
+        "State": side.state if done == total else f"{side.state}, {done} of {total} stages",
+        "Digest": side.digest[:12] if side.digest else "none yet",
+        "Task": exp.task.name,
+        "Model": exp.model.name,
+        "Base": base_line(exp, side.values),
+        "Strategies": strategy_line(exp, side.values),
+        "Seeds": ", ".join(map(str, exp.seeds)),
+        "Scale": str(exp.scale),
+        "Budgets r": ", ".join(map(str, exp.budgets)),
+        "Clients tested": " + ".join(f"{counts[pool]} {pool}".strip() for pool in in_pool_order(counts.index)),
+    }
+
+
+def _differences(sides: Sequence[Side]) -> tuple[Rows, tuple[str, ...]]:
+    """Keys whose values are not the same in all runs, in the order of the configuration.
+
+    Returns:
+        those that can change a number, and the versions of code and torch; those that cannot: where results are
+        computed, kept or sent, and sections of methods that none of the runs uses.
+    """
+    trees = [dict(leaves(side.info["config"])) for side in sides]
+    used = {name for side in sides for name in (*side.exp.methods, side.exp.base.name)}
+    neutral = (*_NEUTRAL, *(f"{name}." for name in METHODS if name not in used))
+    rows = {key: tuple(tree.get(key, "not set") for tree in trees) for tree in trees for key in tree}
+    rows |= {key: tuple(text(at(side.info, key)) for side in sides) for key in _ORIGINS}
+    rows = {key: values for key, values in rows.items() if len(set(values)) > 1}
+    engine = {key for key in rows if key.startswith("engine.") and key.removeprefix("engine.") not in _ENGINE}
+    idle = [key for key in rows if key in engine or key.startswith(neutral)]
+    return tuple((key, values) for key, values in rows.items() if key not in idle), tuple(idle)
+
+
+def _notes(sides: Sequence[Side]) -> list[str]:
+    """Sentences on what makes the averages of the runs unlike: unfinished runs, other languages or seeds."""
+    found = [
+        f"{side.run_id} is unfinished ({side.stages[0]} of {side.stages[1]} stages); its numbers are of what is there."
+        for side in sides
+        if side.stages[0] < side.stages[1]
+    ]
+    values = pd.concat([side.values.assign(run=side.run_id) for side in sides])
+    for pool in in_pool_order(values["pool"]):
+        codes = values[values["pool"] == pool].groupby("run", sort=False)["language"].unique()
+        if len(set(map(frozenset, codes))) > 1:
+            counts = ", ".join(f"{run_id}: {len(own)}" for run_id, own in codes.items())
+            found.append(f"The runs average over different {sides[0].measure.groups} of the {pool} pool ({counts}).")
+    seeds = {side.run_id: ", ".join(map(str, sorted(set(side.values["seed"])))) for side in sides}
+    if len(set(seeds.values())) > 1:
+        listed = ", ".join(f"{run_id}: {own}" for run_id, own in seeds.items())
+        found.append(f"The runs average over different seeds ({listed}).")
+    return found
+
+
+def _results(sides: Sequence[Side]) -> pd.DataFrame:
+    table = pd.concat([results_table(side.values).assign(run=side.run_id) for side in sides], ignore_index=True)
+    table = _without_strays(table[table["language"] == AVERAGE], ["run", "pool", "method"])
+    order = {"pool": in_pool_order(table["pool"]), "run": tuple(side.run_id for side in sides)}
+    order |= {"method": in_method_order(table["method"])}
+    table = table.sort_values([*order, "budget"], key=lambda c: c.map(order[c.name].index) if c.name in order else c)
+    return table[list(COLUMNS)].reset_index(drop=True)
+
+
+def _without_strays(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """As in a report: a method with budgets and a stray row without is taken at its budgets."""
+    return table[(table["budget"] >= 0) | (table.groupby(keys)["budget"].transform("max") < 0)]
+
+
+def _paired_runs(sides: Sequence[Side]) -> tuple[tuple[RunPair, ...], list[str]]:
+    """All pairs of runs, corrected over those of a pool and budget; and why two runs have none."""
+    own = {s.run_id: _without_strays(client_scores(s.values), ["pool", "method"]) for s in sides}
+    pairs: list[RunPair] = []
+    reasons = []
+    for a, b in combinations(sides, 2):
+        seeds, why = _shared_seeds(a, b)
+        both = own[a.run_id].merge(own[b.run_id], on=_CLIENT, suffixes=("_other", ""))
+        both = both[both["seed"].isin(seeds) & ~both["method"].isin(NOT_COMPARED)]
+        both = both.assign(gain=both["value"] - both["value_other"])
+        if both.empty:
+            why = why or f"{a.run_id} and {b.run_id} have no method, budget and client in common: no paired test."
+            reasons.append(why)
+        for method in in_method_order(both["method"]):
+            same = _origins(a, method, seeds) == _origins(b, method, seeds)
+            for (pool, budget), rows in both[both["method"] == method].groupby(["pool", "budget"]):
+                gain = rows.groupby("client")["gain"].mean().to_numpy(float)
+                r = None if budget == -1 else int(budget)
+                result = Pair(str(pool), r, method, method, len(gain), 0.0, None, None, None)
+                pairs.append(RunPair(b.run_id, a.run_id, seeds, same, result if same else paired(result, gain)))
+    pools, found = in_pool_order(pair.result.pool for pair in pairs), []
+    pairs.sort(key=lambda pair: (pools.index(pair.result.pool), pair.result.budget or -1))
+    for _, family in groupby(pairs, key=lambda pair: (pair.result.pool, pair.result.budget)):
+        members = list(family)
+        results = corrected([pair.result for pair in members])
+        found += [replace(pair, result=result) for pair, result in zip(members, results, strict=True)]
+    return tuple(found), reasons
+
+
+def _shared_seeds(a: Side, b: Side) -> tuple[tuple[int, ...], str]:
+    """Seeds for which two runs have the same clients, or a sentence on why there are none."""
+    names = f"{a.run_id} and {b.run_id}"
+    common = sorted({int(s) for s in a.values["seed"]} & {int(s) for s in b.values["seed"]})
+    if not common:
+        return (), f"{names} have no seed in common: no paired test."
+    unknown = [side.run_id for side in (a, b) if not any(seed in side.clients for seed in common)]
+    if unknown:
+        which = " and ".join(unknown)
+        return (), f"The clients of {which} cannot be told (no data in the storage fits the run): no paired test."
+    same = tuple(seed for seed in common if seed in a.clients and a.clients[seed] == b.clients.get(seed))
+    return same, "" if same else f"{names} have different clients (the populations differ): no paired test."
+
+
+def _origins(side: Side, method: str, seeds: Sequence[int]) -> set[str]:
+    """Artifacts that hold a method's results; equal names are equal content."""
+    stages = (s for s in side.info["stages"] if s["kind"] == "personalise")
+    return {str(s["artifact"]) for s in stages if s["method"] == method and s["seed"] in seeds}

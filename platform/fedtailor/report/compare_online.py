@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from fedtailor.report import wandb as wandb_sink
-from fedtailor.report.compare_read import Side
+from fedtailor.report.compare import Side
 from fedtailor.report.names import shortened
 from fedtailor.report.wording import at
 

@@ -98,7 +98,7 @@ def compare(scored: pd.DataFrame, found: Sequence[Block]) -> list[Pair]:
         # As in the tables: a method with budgets and a stray row without is taken at its budget.
         here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["method", "seed", "client"])
         wide = here.pivot_table(index=["client", "seed"], columns="method", values="value")
-        pairs += _corrected([_pair(block, wide, one, other) for one, other in _opponents(block.methods)])
+        pairs += corrected([_pair(block, wide, one, other) for one, other in _opponents(block.methods)])
     return pairs
 
 
@@ -173,11 +173,12 @@ def paired(blank: Pair, gain: npt.NDArray[np.float64]) -> Pair:
     return replace(known, standard_error=error, interval=(float(low), float(high)), p=float(test.pvalue))
 
 
-def _corrected(pairs: Sequence[Pair]) -> list[Pair]:
+def corrected(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs that have a client in common, with `Pair.p_holm` over all that were tested."""
     tested = [pair.p for pair in pairs if pair.p is not None]
-    corrected = iter(holm(tested))
+    found = iter(holm(tested))
     pairs = [pair for pair in pairs if pair.n_clients]
-    return [pair if pair.p is None else replace(pair, p_holm=next(corrected)) for pair in pairs]
+    return [pair if pair.p is None else replace(pair, p_holm=next(found)) for pair in pairs]
 
 
 MARKS: Mapping[Verdict, str] = {"better": "▲", "undecided": "", "worse": "▼"}

@@ -1,0 +1,272 @@
+"""The files of ``fedtailor compare``: Markdown, two CSV and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fedtailor.core.errors import StorageError
+from fedtailor.core.files import staged_folder
+from fedtailor.experiment.stages import short_hash
+from fedtailor.report.compare import Comparison, Rows, RunPair, compare
+from fedtailor.report.compare_online import on_wandb
+from fedtailor.report.curves import PERCENT
+from fedtailor.report.fonts import drawable
+from fedtailor.report.grid import Grid, markdown
+from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name, shortened
+from fedtailor.report.significance import LEVEL, MARKS, NOT_COMPARED, interval_text, p_text, table
+from fedtailor.report.style import MUTED, Drawing, looks, save, styled
+from fedtailor.report.wording import ABSENT, MARKDOWN, budget_title, escape, percent, points, spread
+from fedtailor.storage.files import Storage
+
+TEXT = "compare.md"
+
+_RULE = (
+    "Later run minus earlier run, in {phrase} points. Each client's {phrase} is averaged over the seeds for which both "
+    "runs have the same clients (the same texts); the difference is then tested over clients with a paired t-test "
+    "(two-sided), which takes clients as independent. p-values are Holm-corrected over all pairs of a pool and budget, "
+    "methods without a budget by themselves; ▲ better and ▼ worse mark those below {level:g}. The 95 % intervals are "
+    "of the single comparisons, without correction. With few seeds this says little on how the runs would fare when "
+    "trained anew."
+)
+
+_MARKERS = "os^DvPX*"
+
+_DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
+    (0, ()), (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)),
+)  # fmt: skip
+
+
+def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None) -> tuple[Comparison, Path]:
+    """Compares runs and writes ``compare.md``, ``.csv``, ``.png``, ``.svg`` and ``compare_pairs.csv``.
+
+    Args:
+        storage: where the runs are.
+        names: run ids, two or more; a difference is a later one minus an earlier one.
+        out: new folder; default: ``compare-<hash of the run ids>`` in the storage, which replaces an earlier one.
+
+    Returns:
+        What was found, and the folder.
+
+    Raises:
+        ConfigError, StorageError: see `compare`; also if ``out`` is not empty, or the storage is not local and
+            ``out`` is not given.
+    """
+    folder = _folder(storage, names, out)
+    content = compare(storage, names)
+    content = replace(content, wandb=on_wandb(content.sides, document(content)))
+    with staged_folder(folder) as stage:
+        write(content, stage)
+    return content, folder
+
+
+def write(content: Comparison, folder: Path) -> None:
+    """Writes all files; equal runs give equal bytes."""
+    with styled(content.run_ids):
+        save(_draw(content), folder)
+    for name, frame in (("compare.csv", content.results), ("compare_pairs.csv", _pairs_csv(content.pairs))):
+        frame.to_csv(folder / name, index=False, lineterminator="\n")
+    (folder / TEXT).write_text(document(content), encoding="utf-8", newline="\n")
+
+
+def _folder(storage: Storage, names: Sequence[str], out: Path | None) -> Path:
+    if out is None:
+        if not storage.is_local:
+            raise StorageError(f"{storage.url} is not a local folder; give --out a new folder for the comparison")
+        own = storage.local_path(f"compare-{short_hash(list(names))[:8]}")
+        if not own.exists() or (own / TEXT).is_file():
+            return own
+        raise StorageError(f"{own} is there and is no comparison; give --out a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StorageError(f"--out {out} is there already and not an empty folder")
+    return out
+
+
+def _pairs_csv(pairs: Sequence[RunPair]) -> pd.DataFrame:
+    """The columns of ``significance.csv`` with run, earlier run and seeds in place of the other method."""
+    frame = table([pair.result for pair in pairs]).drop(columns="other")
+    frame.loc[[pair.same for pair in pairs], "verdict"] = "same"
+    for k, (name, values) in enumerate({
+        "run": [pair.run for pair in pairs], "other_run": [pair.other for pair in pairs],
+        "seeds": [" ".join(map(str, pair.seeds)) for pair in pairs],
+    }.items()):  # fmt: skip
+        frame.insert(3 + k, name, values)
+    return frame
+
+
+def document(content: Comparison) -> str:
+    """``compare.md``."""
+    ids, measure = content.run_ids, content.measure
+    parts = [f"# {_plain(' · '.join(ids))}", "## Runs", markdown(by_key("", ids, content.facts))]
+    parts += ["\n".join(f"- {_plain(note)}" for note in content.notes)] if content.notes else []
+    changed = markdown(by_key("Key", ids, content.changed)) if content.changed else "No key that can change a number."
+    parts += ["## What differs", changed]
+    if content.neutral:
+        parts.append(f"Differ too, but change no number here: {_plain(', '.join(content.neutral))}.")
+    pools, names = in_pool_order(content.results["pool"]), {run_id: run_id for run_id in ids}
+    rule = (
+        f"{measure.title} in percent, {measure.mean}: mean (SD) over seeds; the best of each budget in bold. Clients "
+        "and seeds are those behind a row. A method without budgets has the same number at each."
+    )
+    for pool in pools:
+        parts.append(f"## {_plain(pool_name(pool))}: {measure.phrase} (%)")
+        parts.append(markdown(replace(results_grid(content, pool, names), caption=[rule])))
+    parts += [f"![{measure.title} per budget](compare.svg)", _plain(_caption(content))]
+    rule = _RULE.format(phrase=measure.phrase, level=LEVEL)
+    for pool in pools:
+        grid = pairs_grid(content, pool, names)
+        if grid.rows:
+            parts.append(f"## {_plain(pool_name(pool))}: paired differences")
+            parts.append(markdown(replace(grid, caption=[rule])))
+    if content.wandb:
+        parts += ["## W&B", "\n".join(f"- {sentence}" for sentence in content.wandb)]
+    return "\n\n".join(parts) + "\n"
+
+
+def at_every_budget(results: pd.DataFrame) -> pd.DataFrame:
+    """The results with methods without budgets (``flat``) at every budget; ``best`` of each pool and budget."""
+    budgets = sorted({int(r) for r in results["budget"]} - {-1}) or [-1]
+    rows = results.assign(flat=results["budget"] == -1)
+    rows["budget"] = rows["budget"].map(lambda r: budgets if r == -1 else [r])
+    rows = rows.explode("budget").astype({"budget": int})
+    return rows.assign(best=rows["mean"] >= rows.groupby(["pool", "budget"])["mean"].transform("max") - 1e-9)
+
+
+def by_key(title: str, names: Sequence[str], rows: Rows) -> Grid:
+    """A row per key, a column per run."""
+    return Grid([title, *names], [[key, *values] for key, values in rows], labels=1 + len(names))
+
+
+def results_grid(content: Comparison, pool: str, names: Mapping[str, str]) -> Grid:
+    """Results of a pool, a row per run and method; ``names``: run id to what it is called."""
+    frame = at_every_budget(content.results)
+    budgets, here = sorted(set(frame["budget"])), frame[frame["pool"] == pool]
+    rows, bold, runs = [], set(), []
+    for (run, method), line in here.groupby(["run", "method"], sort=False):
+        cells = dict(zip(line["budget"], line.itertuples(), strict=True))
+        bold |= {(len(rows), 2 + k, 0) for k, budget in enumerate(budgets) if budget in cells and cells[budget].best}
+        shown = [
+            ABSENT if cell is None else percent(cell.mean) + ("" if np.isnan(cell.sd) else f" ({percent(cell.sd)})")
+            for cell in map(cells.get, budgets)
+        ]
+        people = spread(round(n) for n in line["n_clients"])
+        rows.append([names[str(run)], method_name(str(method)), *shown, f"{people} × {line['n_seeds'].max()}"])
+        runs.append(run)
+    rules = {k + 1 for k, (before, run) in enumerate(pairwise(runs)) if run != before}
+    return Grid(["Run", "Method", *map(_title, budgets), "Clients × seeds"], rows, bold, rules=rules, labels=2)
+
+
+def pairs_grid(content: Comparison, pool: str, names: Mapping[str, str], brief: bool = False) -> Grid:
+    """Paired differences in a pool, methods together.
+
+    Args:
+        content: the comparison; ``pool``: one of its pools.
+        names: run id to what it is called.
+        brief: no intervals, and differences to the first run alone, unless there are none.
+    """
+    budgets, ids = sorted(set(at_every_budget(content.results)["budget"])), content.run_ids
+    pairs = [pair for pair in content.pairs if pair.result.pool == pool]
+    if brief:
+        pairs = [pair for pair in pairs if pair.other == ids[0]] or pairs
+    found: dict[tuple[str, str, str], dict[int, RunPair]] = {}
+    order = in_method_order(pair.result.method for pair in pairs)
+    for pair in sorted(pairs, key=lambda p: (order.index(p.result.method), ids.index(p.other), ids.index(p.run))):
+        at = budgets if pair.result.budget is None else [pair.result.budget]
+        found.setdefault((pair.result.method, pair.other, pair.run), {}).update(dict.fromkeys(at, pair))
+    rows = []
+    for (method, other, run), at in found.items():
+        size = f"{spread(p.result.n_clients for p in at.values())} × {spread({len(p.seeds) for p in at.values()})}"
+        cells = [_difference(at.get(budget), brief) for budget in budgets]
+        rows.append([f"{names[run]} – {names[other]}", method_name(method), *cells, *([] if brief else [size])])
+    header = ["Runs", "Method", *map(_title, budgets), *([] if brief else ["Clients × seeds"])]
+    return Grid(header, rows, labels=2)
+
+
+def _difference(pair: RunPair | None, brief: bool) -> str:
+    """``+1.20 ▲ [+0.40, +2.06] p 0.003``, in brief ``+1.20▲ (0.003)``; or that there is nothing to test."""
+    if pair is None or pair.same:
+        return "same stages" if pair else ABSENT
+    result = pair.result
+    mark, p = MARKS[result.verdict], p_text(result.p_holm)
+    if brief:
+        return f"{points(result.difference)}{mark}" + ("" if result.p_holm is None else f" ({p})")
+    rest = ABSENT if result.p_holm is None else f"{interval_text(result)} p {p}"
+    return " ".join(filter(None, [points(result.difference), mark, rest]))
+
+
+def _title(budget: int) -> str:
+    return budget_title(None if budget == -1 else budget)
+
+
+def _plain(word: str) -> str:
+    return escape(word, MARKDOWN)
+
+
+def _draw(content: Comparison) -> Drawing:
+    """Scores against the budget, a panel per pool: colour shows the method, dashes and marker the run."""
+    frame, ids, measure = at_every_budget(content.results), content.run_ids, content.measure
+    frame = frame[~frame["method"].isin(_hidden(content))]
+    budgets, pools, look = sorted(set(frame["budget"])), in_pool_order(frame["pool"]), looks(frame["method"])
+    figure = Figure(figsize=(0.6 + 5.6 * len(pools), 5.0))
+    axes = figure.subplots(1, len(pools), squeeze=False, sharey=True)[0]
+    steep = in_method_order(frame.loc[~frame["flat"], "method"])
+    for axis, pool in zip(axes, pools, strict=True):
+        for (run, method), rows in frame[frame["pool"] == pool].groupby(["run", "method"], sort=False):
+            k, flat = ids.index(run), bool(rows["flat"].all())
+            if flat:
+                x = np.linspace(-0.4, len(budgets) - 0.6, max(len(budgets), 2))
+                rows = rows.iloc[[0] * len(x)]
+            else:
+                # Error bars of close lines stay apart: runs of a method together, methods beside each other.
+                place = (steep.index(method) * len(ids) + k + 0.5) / (len(steep) * len(ids))
+                x = np.array([budgets.index(r) for r in rows["budget"]]) + 0.6 * (place - 0.5)
+            axis.errorbar(
+                x, rows["mean"], yerr=None if flat or rows["sd"].isna().all() else rows["sd"].fillna(0.0), capsize=2,
+                color=look[method].colour, linewidth=1.0 if flat else 1.5, elinewidth=1.0, alpha=0.75 if flat else 1,
+                **_style(k) | ({"marker": "none"} if flat else {}),
+            )  # fmt: skip
+        axis.set_title(pool_name(pool))
+        axis.yaxis.set_major_formatter(PERCENT)
+        axis.tick_params(labelleft=True)
+        axis.set_xticks(range(len(budgets)), ["" if r == -1 else str(r) for r in budgets])
+        axis.set_xlim(-0.5, len(budgets) - 0.5)
+        axis.set_xlabel("" if budgets == [-1] else "budget r (ranks per adapted layer)")
+    axes[0].set_ylabel(f"{measure.phrase}, {measure.mean}")
+    names = [shortened(drawable(run_id), 44) for run_id in ids]
+    runs = [Line2D([], [], color=MUTED, label=name, **_style(k)) for k, name in enumerate(names)]
+    columns = max(1, min(len(runs), 120 // (max(map(len, names)) + 8)))
+    figure.legend(handles=runs, loc="outside upper left", ncols=columns, columnspacing=1.6, handlelength=3.2)
+    methods = [Line2D([], [], color=own.colour, linewidth=3.5, label=own.label) for own in look.values()]
+    figure.legend(handles=methods, loc="outside lower left", ncols=min(len(methods), 7), handlelength=1.3)
+    return Drawing("compare", f"{measure.title} per budget", _caption(content), figure)
+
+
+def _caption(content: Comparison) -> str:
+    shown = content.results[~content.results["method"].isin(_hidden(content))]
+    bars = "one seed, so no error bars" if shown["sd"].isna().all() else "error bars: ± SD over seeds"
+    flat = "; thin lines without markers: methods without a budget" if (shown["budget"] == -1).any() else ""
+    rest = [f"{method_name(method)} is in the table only." for method in _hidden(content)]
+    words = (
+        f"Colour: method; dashes and marker: run. {content.measure.mean.capitalize()}, then over seeds; {bars}{flat}."
+    )
+    return " ".join([words, *rest])
+
+
+def _hidden(content: Comparison) -> list[str]:
+    """The floor, which no figure needs beside a method."""
+    methods = in_method_order(content.results["method"])
+    floor = [method for method in methods if method in NOT_COMPARED]
+    return floor if len(floor) < len(methods) else []
+
+
+def _style(run: int) -> dict[str, Any]:
+    look = {"linestyle": _DASHES[run % len(_DASHES)], "marker": _MARKERS[run % len(_MARKERS)], "markersize": 6}
+    return look | {"markeredgecolor": "white", "markeredgewidth": 0.5}
