@@ -41,7 +41,7 @@ def write_report(
     strategies: Mapping[tuple[str, int], Mapping[str, FloatArray]],
     modules: Sequence[str],
     out: Path,
-    evidence: Evidence | None = None,
+    evidence: Evidence,
 ) -> dict[str, Path]:
     """Writes everything a reader needs into ``out``. Equal input, in any order of rows, gives equal bytes.
 
@@ -53,8 +53,7 @@ def write_report(
         strategies: (method, seed) to client to lambda, (L, r_init) float32.
         modules: names of the L adapted modules.
         out: folder, made if missing; files of an earlier report are replaced.
-        evidence: what `gather` found besides; without it the configuration is the default one, and data, pretraining
-            and cost are left out.
+        evidence: what `gather` found besides.
 
     Returns:
         files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
@@ -69,10 +68,9 @@ def write_report(
     measure, found = metrics_of.primary(scored), results.blocks(scored)
     pools = {pool: [b for b in found if b.pool == pool] for pool in in_pool_order(b.pool for b in found)}
     all_measures = beside(scored)
-    known = evidence or Evidence()
-    facts = read_facts(run, len(modules), frame, known)
+    facts = read_facts(run, len(modules), frame, evidence)
     pairs = significance.compare(scored, found)
-    spent = cost.cost(run.get("stages") or (), known.times, known.events)
+    spent = cost.cost(run.get("stages") or (), evidence.times, evidence.events)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     _csv(out / "results.csv", results.results_table(scored))
@@ -93,7 +91,7 @@ def write_report(
         write_grids(verdicts.pairs_grids(pairs, facts.scale, measure), significance.table(pairs), out, "significance")
     if len(spent):
         _csv(out / "cost.csv", spent)
-    drawn = figures.draw(frame, found, strategies, modules, known, out / "figures")
+    drawn = figures.draw(frame, found, strategies, modules, evidence, out / "figures")
     content = html.Content(
         facts, run, pools, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent, grids,
         metrics_of.shown_beside(scored), of_measures,

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from fedtailor.core.errors import DataError
-from fedtailor.experiment.config import Experiment, ExperimentBase
+from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.privacy import NOT_COVERED, seen_clients
 from fedtailor.privacy.accounting import default_delta
@@ -88,7 +88,7 @@ class Evidence:
         events: lines of ``events.jsonl``.
     """
 
-    experiment: ExperimentBase = field(default_factory=Experiment)
+    experiment: ExperimentBase
     clients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(_CLIENT_COLUMNS)))
     class_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
@@ -127,33 +127,17 @@ def gather(run: RunFolder) -> Evidence:
 
 
 def _pretrain(run: RunFolder, folder: str | None) -> Mapping[str, Any] | None:
-    storage = run.storage
-    for parent in dict.fromkeys(str(stage.get("parent")) for stage in run.stages()):
+    for parent in sorted({str(stage.get("parent")) for stage in run.stages()}):
         path = f"artifacts/{parent}/{PRETRAIN}"
-        if parent.startswith("model-") and storage.exists(path):
-            return _mapping(path, storage.read_json(path))
+        if parent.startswith("model-") and run.storage.exists(path):
+            return dict(run.storage.read_json(path))
     file = Path(folder) / PRETRAIN if folder else None
     if file is None or not file.is_file():
         return None
     try:
-        return _mapping(str(file), json.loads(file.read_text("utf-8")))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON: {error}") from error
-
-
-def _mapping(path: str, content: Any) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise DataError(f"{path}: a mapping of keys was expected, found {type(content).__name__}")
-    return content
-
-
-@dataclass(frozen=True)
-class Override:
-    """A choice that departs from the default; ``default`` and ``value`` as text."""
-
-    key: str
-    default: str
-    value: str
+        return dict(json.loads(file.read_text("utf-8")))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file}: no JSON mapping of keys: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -163,6 +147,7 @@ class Facts:
     Args:
         base_line: base method, its rounds, whose seed; ``strategy_line``: rounds of the strategies.
         n_modules: L, the number of adapted linear layers.
+        overrides: choices that depart from the default: key, default, value.
         scale: a sentence on a run that was made smaller, empty at scale 1.
         privacy: a sentence on what was done to hide clients, empty without.
         pretrained: a sentence on what the model was pretrained on, empty where it does not say.
@@ -176,13 +161,13 @@ class Facts:
     base_line: str
     strategy_line: str
     n_modules: int
-    overrides: tuple[Override, ...]
+    overrides: tuple[tuple[str, str, str], ...]
     versions: tuple[tuple[str, str], ...]
-    scale: str = ""
-    privacy: str = ""
-    pretrained: str = ""
-    duplicates: str = ""
-    fallbacks: Mapping[str, str] = field(default_factory=dict)
+    scale: str
+    privacy: str
+    pretrained: str
+    duplicates: str
+    fallbacks: Mapping[str, str]
 
     @property
     def version_line(self) -> str:
@@ -207,7 +192,7 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         base_line=setting.base_line(exp, frame),
         strategy_line=setting.strategy_line(exp, frame),
         n_modules=n_modules,
-        overrides=tuple(Override(o["key"], shown(o["default"]), shown(o["value"])) for o in run.get("overrides", ())),
+        overrides=tuple((o["key"], shown(o["default"]), shown(o["value"])) for o in run.get("overrides", ())),
         versions=tuple(sorted(run.get("versions", {}).items())),
         scale=setting.scale_sentence(exp),
         privacy=privacy_sentence(exp, frame, seen or None),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pandas as pd
 
-from fedtailor.report.wording import LATEX, MARKDOWN, escape, pipes
+from fedtailor.report.wording import LATEX, MARKDOWN, escape
 
 _UPRIGHT_COLUMNS, _SIDEWAYS_COLUMNS = 10, 14
+
+_plain, _tex = partial(escape, rules=MARKDOWN), partial(escape, rules=LATEX)
 
 _PREAMBLE = r"% needs \usepackage[utf8]{inputenc} and the packages amssymb, booktabs, graphicx, rotating"
 
@@ -88,6 +91,17 @@ def markdown(grid: Grid) -> str:
     return "\n\n".join(blocks)
 
 
+def pipes(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """Labels stand on the left, numbers on the right; padded so that the source reads as well."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * width if k < labels else "-" * (width - 1) + ":" for k, width in enumerate(widths)]
+    sides = ["<" if k < labels else ">" for k in range(len(widths))]
+    lines = [rows[0], rule, *rows[1:]]
+    return "\n".join(
+        f"| {' | '.join(f'{c:{s}{w}}' for c, s, w in zip(line, sides, widths, strict=True))} |" for line in lines
+    )
+
+
 def latex(grid: Grid) -> str:
     """Floats, never wider than the text: two groups beside each other where they fit; many take several floats."""
     parts = grid.parts
@@ -113,7 +127,7 @@ def _panel(grid: Grid, parts: Sequence[tuple[str, range]]) -> str:
     columns = [column for _, own in parts for column in own]
     header, *body = (" & ".join(row) + r" \\" for row in _cells(grid, columns, _tex, r"\textbf{{{}}}"))
     edges = list(accumulate((len(own) for _, own in parts), initial=grid.labels))
-    titles = [rf"\multicolumn{{{len(own)}}}{{c}}{{{_budget(_tex(title))}}}" for title, own in parts]
+    titles = [rf"\multicolumn{{{len(own)}}}{{c}}{{{_typeset(_tex(title))}}}" for title, own in parts]
     above = [
         " & ".join([*[""] * grid.labels, *titles]) + r" \\",
         " ".join(rf"\cmidrule(lr){{{a + 1}-{b}}}" for a, b in pairwise(edges)),
@@ -123,9 +137,9 @@ def _panel(grid: Grid, parts: Sequence[tuple[str, range]]) -> str:
         rf"\begin{{tabular}}{{{'l' * grid.labels}{'r' * len(columns)}}}",
         r"\toprule",
         *(above if grid.groups else []),
-        _budget(header),
+        _typeset(header),
         r"\midrule",
-        *(line for k, row in enumerate(body) for line in ([r"\midrule"] if k in grid.rules else []) + [_budget(row)]),
+        *(line for k, row in enumerate(body) for line in ([r"\midrule"] if k in grid.rules else []) + [_typeset(row)]),
         r"\bottomrule",
         r"\end{tabular}}",
     ])  # fmt: skip
@@ -142,14 +156,6 @@ def _cells(grid: Grid, columns: Sequence[int], show: Callable[[str], str], stron
     return [[show(grid.header[j]) for j in at], *([cell(i, j) for j in at] for i in range(len(grid.rows)))]
 
 
-def _plain(word: str) -> str:
-    return escape(word, MARKDOWN)
-
-
-def _tex(word: str) -> str:
-    return escape(word, LATEX)
-
-
-def _budget(line: str) -> str:
-    """Sets the r of a budget in math."""
-    return re.sub(r"\br = (?=\d)", "$r$ = ", line)
+def _typeset(line: str) -> str:
+    """Sets the r of a budget in math, and a thin space between a mean and its SD."""
+    return re.sub(r"(?<=[\d}]) \(", r"\\,(", re.sub(r"\br = (?=\d)", "$r$ = ", line))

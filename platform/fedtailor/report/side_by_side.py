@@ -45,7 +45,7 @@ def measures_grid(found: Sequence[Block], caption: Sequence[str]) -> Grid:
         cells = [[block.cell(code, method) for block in here] for code in (*codes, AVERAGE)]
         places = [(j, k, cell) for j, at in enumerate(cells, 2) for k, cell in enumerate(at)]
         bold |= {(i, j, 2 * k) for j, k, cell in places if cell is not None and cell.best}  # slashes are words too
-        texts = [[percent(cell and cell.mean) for cell in at] for at in cells]
+        texts = [[percent(None if cell is None else cell.mean) for cell in at] for at in cells]
         texts.append([str(block.wins.get(method, ABSENT)) for block in here])
         rows.append([ABSENT if budget is None else budget_title(budget), method_name(method), *map(BY.join, texts)])
     titles, (first, *rest) = BY.join(measure.title for measure in measures), caption

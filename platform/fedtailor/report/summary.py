@@ -25,21 +25,14 @@ def summary_records(
     for block in found:
         for method in block.methods:
             cell, loss = block.average[method], block.loss.get(method)
-            records.append(
-                {
-                    "pool": block.pool,
-                    "budget": block.budget,
-                    "method": method,
-                    "mean": cell.mean,
-                    "sd": cell.sd,
-                    "wins": block.wins[method],
-                    "n_languages": sum((language, method) in block.cells for language in block.languages),
-                    "versus_base": _comparison(versus.get((block.pool, block.budget, method))),
-                    "loss_mean": loss.mean if loss else None,
-                    "loss_sd": loss.sd if loss else None,
-                    **_metrics(block, method, all_measures),
-                }
-            )
+            records.append({
+                "pool": block.pool, "budget": block.budget, "method": method, "mean": cell.mean, "sd": cell.sd,
+                "wins": block.wins[method],
+                "n_languages": sum((language, method) in block.cells for language in block.languages),
+                "versus_base": _comparison(versus.get((block.pool, block.budget, method))),
+                "loss_mean": loss.mean if loss else None, "loss_sd": loss.sd if loss else None,
+                **_metrics(block, method, all_measures),
+            })  # fmt: skip
     return records
 
 
@@ -55,14 +48,10 @@ def _comparison(pair: Pair | None) -> dict[str, Any] | None:
     if pair is None:
         return None
     return {
-        "mean_difference": pair.difference,
-        "standard_error": pair.standard_error,
-        "ci95": pair.interval and list(pair.interval),
-        "p": pair.p,
-        "p_holm": pair.p_holm,
-        "n_clients": pair.n_clients,
-        "verdict": pair.verdict,
-    }
+        "mean_difference": pair.difference, "standard_error": pair.standard_error,
+        "ci95": pair.interval and list(pair.interval), "p": pair.p, "p_holm": pair.p_holm,
+        "n_clients": pair.n_clients, "verdict": pair.verdict,
+    }  # fmt: skip
 
 
 def gaps(scored: pd.DataFrame) -> list[str]:
@@ -86,7 +75,6 @@ def gaps(scored: pd.DataFrame) -> list[str]:
 def tied_shares(frame: pd.DataFrame) -> dict[tuple[str, int], float]:
     """(method, budget) to the share of ranks that tie with the last one kept, mean over clients and seeds."""
     rows = frame[(frame["stage"] == "personalise") & (frame["metric"] == "tied_at_threshold")]
-    means = rows.groupby(["method", "budget"])["value"].mean()
-    table = means.reset_index()
-    rows_of = zip(table["method"], table["budget"], table["value"], strict=True)
-    return {(str(method), int(budget)): float(value) for method, budget, value in rows_of}
+    means = rows.groupby(["method", "budget"], as_index=False)["value"].mean()
+    cells = zip(means["method"], means["budget"], means["value"], strict=True)
+    return {(str(method), int(budget)): float(value) for method, budget, value in cells}

@@ -47,7 +47,7 @@ def _caption(facts: Facts, found: Sequence[Block]) -> list[str]:
     clients = counted(block.n_clients, "client")
     seeds = ", ".join(str(seed) for seed in block.seeds)
     spread = "mean (SD) over seeds" if len(block.seeds) > 1 else "one seed, so no SD (–)"
-    changed = "; ".join(f"{o.key}: {o.default} → {o.value}" for o in facts.overrides)
+    changed = "; ".join(f"{key}: {default} → {value}" for key, default, value in facts.overrides)
     sentences = [
         f"{measure.title} in percent on {pool_name(block.pool).lower()}: {spread}; the best of each {measure.group} "
         "and budget in bold.",

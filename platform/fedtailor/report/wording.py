@@ -2,7 +2,7 @@
 
 Values of a run as people write them, and where to find them in nested mappings.
 
-Text of a run inside Markdown and LaTeX: escaped, and laid out as a table.
+Text of a run inside Markdown and LaTeX, escaped.
 """
 
 from __future__ import annotations
@@ -109,20 +109,3 @@ def escape(word: str, rules: Mapping[str, str]) -> str:
     'a\\\\_b \\\\& 5 \\\\%'
     """
     return "".join(rules.get(letter, letter) for letter in word)
-
-
-def pipes(rows: Sequence[Sequence[str]], labels: int = 1) -> str:
-    """A Markdown table, columns padded so that the source reads as well.
-
-    Args:
-        rows: cells as they stand; the first row is the header.
-        labels: leading columns that stand on the left; numbers stand on the right.
-    """
-    widths = [max(3, *(len(row[k]) for row in rows)) for k in range(len(rows[0]))]
-    rule = ["-" * width if k < labels else "-" * (width - 1) + ":" for k, width in enumerate(widths)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if k < labels else c.rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
