@@ -13,9 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fedtailor.runs.comparison.content import Comparison, work_out
-from fedtailor.runs.comparison.make import compare_runs, write
-from fedtailor.runs.comparison.read import open_sides
 from rich.console import Console
 from scipy import stats
 
@@ -26,6 +23,8 @@ from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import base_seed, overrides_of, to_json
 from fedtailor.report import compare_online as online
 from fedtailor.report import wandb as wandb_sink
+from fedtailor.report.compare import Comparison, compare
+from fedtailor.report.compare_files import at_every_budget, compare_runs, write
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRICS, metrics_table
@@ -94,7 +93,7 @@ class Lab:
         self.storage.write_json(f"artifacts/{stage['artifact']}/{DONE}", {"modules": ["m"]})
 
     def compare(self, *names: str) -> Comparison:
-        return work_out(open_sides(self.storage, names))
+        return compare(self.storage, names)
 
 
 @pytest.fixture
@@ -103,7 +102,7 @@ def lab(tmp_path: Path) -> Lab:
 
 
 def rows_of(content: Comparison) -> dict[str, tuple[str, ...]]:
-    return dict(content.changed.rows)
+    return dict(content.changed)
 
 
 def printed(content: Comparison, width: int = 100) -> str:
@@ -126,7 +125,7 @@ def test_keys_that_change_no_number_of_these_runs_are_only_named(lab: Lab) -> No
     lab.run("two", words=["fedp2eft.psg.lr=0.5", "engine.actors=2", "wandb.project=x", "engine.dtype=bfloat16"])
     content = lab.compare("one", "two")
     assert rows_of(content) == {"engine.dtype": ("float32", "bfloat16")}
-    assert set(content.changed.neutral) == {"fedp2eft.psg.lr", "engine.actors", "wandb.project"}
+    assert set(content.neutral) == {"fedp2eft.psg.lr", "engine.actors", "wandb.project"}
 
 
 def test_each_run_shows_its_state_and_its_digest_once_it_is_finished(lab: Lab) -> None:
@@ -148,18 +147,17 @@ def test_the_best_of_a_budget_is_over_all_runs_and_methods(lab: Lab) -> None:
 
     lab.run("one")
     lab.run("two", better_with_rank)
-    (table,) = lab.compare("one", "two").tables
-    best = {(line.run, line.method, r) for line in table.lines for r, cell in line.cells.items() if cell.best}
-    assert best == {(1, "base", 2), (1, "lora", 8)}
+    table = at_every_budget(lab.compare("one", "two").results)
+    best = table.loc[table["best"], ["run", "method", "budget"]]
+    assert best.to_numpy().tolist() == [["two", "base", 2], ["two", "lora", 8]]
 
 
 def test_a_budget_that_a_run_lacks_is_a_gap_but_a_method_without_budgets_is_in_every_column(lab: Lab) -> None:
     lab.run("one", words=["budgets=[2,8]"])
     lab.run("two", words=["budgets=[8,16]"])
-    (table,) = lab.compare("one", "two").tables
-    assert table.budgets == (2, 8, 16)
-    assert {(line.run, line.method): tuple(line.cells) for line in table.lines} == {
-        (0, "base"): (2, 8, 16), (0, "lora"): (2, 8), (1, "base"): (2, 8, 16), (1, "lora"): (8, 16),
+    table = at_every_budget(lab.compare("one", "two").results)
+    assert table.groupby(["run", "method"])["budget"].agg(list).to_dict() == {
+        ("one", "base"): [2, 8, 16], ("one", "lora"): [2, 8], ("two", "base"): [2, 8, 16], ("two", "lora"): [8, 16],
     }  # fmt: skip
 
 
@@ -169,11 +167,10 @@ def test_means_are_over_languages_then_seeds_with_the_sd_over_seeds(lab: Lab) ->
 
     lab.run("one", of_seed, words=["seeds=[42,52]"])
     lab.run("two", of_seed, words=["seeds=[42,52]", "lora.lr=0.5"])
-    (table,) = lab.compare("one", "two").tables
-    cell = table.lines[0].cells[2]
-    assert cell.mean == pytest.approx(0.55)
-    assert cell.sd == pytest.approx(np.std([0.4, 0.6], ddof=1))
-    assert (table.lines[0].clients, table.lines[0].seeds) == ((6, 6), 2)
+    row = lab.compare("one", "two").results.iloc[0]
+    assert row["mean"] == pytest.approx(0.55)
+    assert row["sd"] == pytest.approx(np.std([0.4, 0.6], ddof=1))
+    assert (row["n_clients"], row["n_seeds"]) == (6, 2)
 
 
 def test_averages_over_other_languages_or_seeds_are_noted(lab: Lab) -> None:
@@ -203,7 +200,7 @@ def test_the_difference_is_tested_over_clients_after_averaging_the_shared_seeds(
     (pair,) = (p for p in content.pairs if p.result.method == "lora" and p.result.budget == 8)
     gains = [np.mean([two("lora", 8, s, c) - one("lora", 8, s, c) for s in (42, 52)]) for c in CLIENTS]
     test = stats.ttest_1samp(gains, 0.0)
-    assert (pair.run, pair.other, pair.seeds, pair.result.n_clients) == (1, 0, (42, 52), 6)
+    assert (pair.run, pair.other, pair.seeds, pair.result.n_clients) == ("two", "one", (42, 52), 6)
     assert pair.result.difference == pytest.approx(np.mean(gains))
     assert pair.result.p == pytest.approx(test.pvalue)
     assert pair.result.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
@@ -287,6 +284,7 @@ def test_markdown_marks_the_best_and_escapes_what_runs_hold(lab: Lab) -> None:
     text = (folder / "compare.md").read_text("utf-8")
     assert r"x\|y\*z" in text
     assert r"a\_b" in text
+    assert "thin lines without markers: methods without a budget" in text, "the caption of the figure"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["two", "LoRA", "**70.00**", "**70.00**", "6 × 1"] in cells
     assert ["two", "Base", "50.00", "50.00", "6 × 1"] in cells
@@ -305,6 +303,13 @@ def test_the_terminal_shows_four_runs_in_a_hundred_columns(lab: Lab) -> None:
     assert "differences not from A" in text
 
 
+def test_the_terminal_shows_lists_in_their_brackets_from_where_they_differ(lab: Lab) -> None:
+    lab.run("one", words=["task.languages=[swa,yor]"])
+    lab.run("two", words=["task.languages=[swa,hau,yor]"])
+    (line,) = (line for line in printed(lab.compare("one", "two")).splitlines() if "task.languages" in line)
+    assert line.split() == ["task.languages", "[…,", "yor]", "[…,", "hau,", "yor]"]
+
+
 def test_a_comparison_replaces_an_earlier_one_of_its_own_but_nothing_else(lab: Lab, tmp_path: Path) -> None:
     lab.run("one")
     lab.run("two", words=["lora.lr=0.5"])
@@ -319,7 +324,7 @@ def test_a_comparison_replaces_an_earlier_one_of_its_own_but_nothing_else(lab: L
         compare_runs(lab.storage, ["one", "two"], folder)
 
 
-def test_runs_with_one_budget_are_drawn_as_points(lab: Lab, tmp_path: Path) -> None:
+def test_runs_with_one_budget_are_drawn(lab: Lab, tmp_path: Path) -> None:
     lab.run("one", words=["budgets=[8]"])
     lab.run("two", noisy(0.1, 2), words=["budgets=[8]", "lora.lr=0.5"])
     assert (compare_runs(lab.storage, ["one", "two"], tmp_path / "out")[1] / "compare.png").stat().st_size > 5000

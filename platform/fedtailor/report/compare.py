@@ -269,10 +269,10 @@ def _paired_runs(sides: Sequence[Side]) -> tuple[tuple[RunPair, ...], list[str]]
             reasons.append(why)
         for method in in_method_order(both["method"]):
             same = _origins(a, method, seeds) == _origins(b, method, seeds)
-            for (pool, budget), rows in both[both["method"] == method].groupby(["pool", "budget"]):
+            for (pool, _), rows in both[both["method"] == method].groupby(["pool", "budget"]):
                 gain = rows.groupby("client")["gain"].mean().to_numpy(float)
-                r = None if budget == -1 else int(budget)
-                result = Pair(str(pool), r, method, method, len(gain), 0.0, None, None, None)
+                r = int(rows["budget"].iloc[0])
+                result = Pair(str(pool), None if r == -1 else r, method, method, len(gain), 0.0, None, None, None)
                 pairs.append(RunPair(b.run_id, a.run_id, seeds, same, result if same else paired(result, gain)))
     pools, found = in_pool_order(pair.result.pool for pair in pairs), []
     pairs.sort(key=lambda pair: (pools.index(pair.result.pool), pair.result.budget or -1))

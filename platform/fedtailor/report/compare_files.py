@@ -149,7 +149,9 @@ def results_grid(content: Comparison, pool: str, names: Mapping[str, str]) -> Gr
     """Results of a pool, a row per run and method; ``names``: run id to what it is called."""
     frame = at_every_budget(content.results)
     budgets, here = sorted(set(frame["budget"])), frame[frame["pool"] == pool]
-    rows, bold, runs = [], set(), []
+    rows: list[list[str]] = []
+    bold: set[tuple[int, int, int]] = set()
+    runs = []
     for (run, method), line in here.groupby(["run", "method"], sort=False):
         cells = dict(zip(line["budget"], line.itertuples(), strict=True))
         bold |= {(len(rows), 2 + k, 0) for k, budget in enumerate(budgets) if budget in cells and cells[budget].best}
@@ -179,8 +181,8 @@ def pairs_grid(content: Comparison, pool: str, names: Mapping[str, str], brief: 
     found: dict[tuple[str, str, str], dict[int, RunPair]] = {}
     order = in_method_order(pair.result.method for pair in pairs)
     for pair in sorted(pairs, key=lambda p: (order.index(p.result.method), ids.index(p.other), ids.index(p.run))):
-        at = budgets if pair.result.budget is None else [pair.result.budget]
-        found.setdefault((pair.result.method, pair.other, pair.run), {}).update(dict.fromkeys(at, pair))
+        where = budgets if pair.result.budget is None else [pair.result.budget]
+        found.setdefault((pair.result.method, pair.other, pair.run), {}).update(dict.fromkeys(where, pair))
     rows = []
     for (method, other, run), at in found.items():
         size = f"{spread(p.result.n_clients for p in at.values())} × {spread({len(p.seeds) for p in at.values()})}"
@@ -220,7 +222,7 @@ def _draw(content: Comparison) -> Drawing:
     steep = in_method_order(frame.loc[~frame["flat"], "method"])
     for axis, pool in zip(axes, pools, strict=True):
         for (run, method), rows in frame[frame["pool"] == pool].groupby(["run", "method"], sort=False):
-            k, flat = ids.index(run), bool(rows["flat"].all())
+            k, flat = ids.index(str(run)), bool(rows["flat"].all())
             if flat:
                 x = np.linspace(-0.4, len(budgets) - 0.6, max(len(budgets), 2))
                 rows = rows.iloc[[0] * len(x)]
@@ -230,8 +232,8 @@ def _draw(content: Comparison) -> Drawing:
                 x = np.array([budgets.index(r) for r in rows["budget"]]) + 0.6 * (place - 0.5)
             axis.errorbar(
                 x, rows["mean"], yerr=None if flat or rows["sd"].isna().all() else rows["sd"].fillna(0.0), capsize=2,
-                color=look[method].colour, linewidth=1.0 if flat else 1.5, elinewidth=1.0, alpha=0.75 if flat else 1,
-                **_style(k) | ({"marker": "none"} if flat else {}),
+                color=look[str(method)].colour, alpha=0.75 if flat else 1, linewidth=1.0 if flat else 1.5,
+                elinewidth=1.0, **_style(k) | ({"marker": "none"} if flat else {}),
             )  # fmt: skip
         axis.set_title(pool_name(pool))
         axis.yaxis.set_major_formatter(PERCENT)
