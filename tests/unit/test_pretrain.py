@@ -81,8 +81,8 @@ def pairs_source(cfg: TaskConfig, seed: int) -> Source:
 
 @pytest.fixture(autouse=True)
 def toy_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, load in {"toy": toy_source, "pairs": pairs_source}.items():
-        monkeypatch.setitem(TASKS, name, TaskEntry(load, "classification"))  # type: ignore[arg-type]
+    for name, source_of in {"toy": toy_source, "pairs": pairs_source}.items():
+        monkeypatch.setitem(TASKS, name, TaskEntry(source_of, "classification"))  # type: ignore[arg-type]
 
 
 def options(**changes: Any) -> PretrainOptions:
