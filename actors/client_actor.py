@@ -10,13 +10,13 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import ray
 
 from actors.metrics import ActorMetrics
+from fedtailor.core.config import resolve
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.scope import Ranks
 
@@ -44,12 +44,6 @@ class Host:
 def forwarded_environment() -> dict[str, str]:
     """The `FORWARDED` variables that are set in this process."""
     return {name: os.environ[name] for name in FORWARDED if name in os.environ}
-
-
-def resolve(dotted: str) -> Any:
-    """Imports ``package.module:name``."""
-    module, _, name = dotted.partition(":")
-    return getattr(import_module(module), name)
 
 
 class ClientActor:

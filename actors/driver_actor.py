@@ -11,11 +11,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.client_actor import forwarded_environment, resolve
+from actors.client_actor import forwarded_environment
 from actors.metrics import CommitMetrics
 from actors.ray_errors import Loss, judge
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
+from fedtailor.core.config import resolve
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.pool import OnEvent

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from actors.ray_errors import Loss
-from fedtailor.core.errors import WorkerError
+from fedtailor.core.errors import WorkerError, listed
 from fedtailor.core.messages import SegmentJob, SegmentResult
 
 BATCH_S = 0.02
 """Jobs share a call until they are expected to take this long: calls cost about a millisecond."""
-
-_SHOWN_CLIENTS = 5
 
 
 class Costs:
@@ -142,11 +140,8 @@ class JobLedger:
 
     def _obituary(self, position: int) -> str:
         job, losses = self._jobs[position], self._losses[position]
-        names = ", ".join(job.clients[:_SHOWN_CLIENTS])
-        more = len(job.clients) - _SHOWN_CLIENTS
-        clients = names + (f" and {more} more" if more > 0 else "")
         causes = "; ".join(f"try {i + 1}: {loss.kind}: {loss.cause}" for i, loss in enumerate(losses))
         return (
-            f"segment {job.index} of {job.stage}, round {job.round} (clients {clients}) was lost "
+            f"segment {job.index} of {job.stage}, round {job.round} (clients {listed(job.clients)}) was lost "
             f"{len(losses)} times, engine.retries={self._retries}: {causes}"
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedtailor.core.errors import PlacementError
+from fedtailor.core.errors import PlacementError, listed
 from fedtailor.core.settings import EngineConfig
 
 MAX_DEFAULT_ACTORS = 8
@@ -137,9 +137,8 @@ def _table(nodes: Sequence[NodeResources], slots: Sequence[int] | None = None) -
     if not nodes:
         return "no node is alive"
     lines = []
-    for i, node in enumerate(nodes[:_SHOWN_NODES]):
+    for i, node in enumerate(nodes):
         memory = f" of {node.gpu_memory_gb:.1f} GB" if node.gpu_memory_gb else ""
         fits = f" ({slots[i]} fit)" if slots else ""
         lines.append(f"{node.name} has {node.cpus:g} CPU, {node.gpus:g} GPU{memory}{fits}")
-    more = len(nodes) - _SHOWN_NODES
-    return "; ".join(lines) + (f"; and {more} more nodes" if more > 0 else "")
+    return listed(lines, _SHOWN_NODES, "; ")

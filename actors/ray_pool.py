@@ -15,13 +15,14 @@ from typing import Any
 
 import ray
 
-from actors.client_actor import ClientActor, Host, forwarded_environment, resolve
+from actors.client_actor import ClientActor, Host, forwarded_environment
 from actors.job_queue import Costs, JobLedger
 from actors.metrics import PoolMetrics
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
 from actors.supervisor import Answer, Crew, Member
 from actors.zero_group import ZeroGroup
+from fedtailor.core.config import resolve
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.settings import EngineConfig

@@ -7,7 +7,6 @@ What a trial is judged by: one number from the committed metrics of its personal
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from typing import Final, Literal
 
 import pandas as pd
 
-from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.experiment.config import nearest
+from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.report.metrics import SHARES
 from fedtailor.report.scores import averages, checked
 
@@ -60,9 +58,7 @@ def find(address: str, grids: Mapping[str, Grid]) -> Grid:
     """
     if address in grids:
         return grids[address]
-    close = difflib.get_close_matches(address, list(grids), n=1, cutoff=0.5)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise ConfigError(f"unknown sweep '{address}'{hint} (known: {', '.join(grids)})")
+    raise ConfigError(f"unknown sweep '{address}'{did_you_mean(address, grids)} (known: {', '.join(grids)})")
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def objective(name: str) -> Objective:
     """
     if name not in OBJECTIVES:
         raise ConfigError(
-            f"'--objective': unknown '{name}'{nearest(name, list(OBJECTIVES))} (known: {', '.join(OBJECTIVES)})"
+            f"'--objective': unknown '{name}'{did_you_mean(name, list(OBJECTIVES))} (known: {', '.join(OBJECTIVES)})"
         )
     return OBJECTIVES[name]
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from ray import tune
 
+from fedtailor.core.config import resolve
 from fedtailor.core.errors import DataError, Interrupted, LockedError
 from fedtailor.core.settings import EngineConfig
 from fedtailor.experiment import launch
@@ -148,13 +149,6 @@ def round_loss(rows: pd.DataFrame) -> float:
     raise DataError(f"no client reports one of {', '.join(ROUND_LOSSES)}")
 
 
-class _Here:
-    """Sink and flag of a run that is driven in this process."""
-
-    def __init__(self, emit: OnEvent, should_stop: Callable[[], bool]) -> None:
-        self.event, self.is_set = emit, should_stop
-
-
 def _backend(exp: ExperimentBase) -> launch.Backend:
     """Drives a run in this process; its client actors, if any, take the bundles of this trial."""
     if exp.engine.backend == "serial":
@@ -165,7 +159,7 @@ def _backend(exp: ExperimentBase) -> launch.Backend:
     def drive(
         entry: str, payload: Mapping[str, Any], _: EngineConfig, on_event: OnEvent, should_stop: Callable[[], bool]
     ) -> None:
-        here, run = _Here(on_event, should_stop), str(payload["run_id"])
-        launch.resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(here, run), here)
+        here, run = launch.Here(on_event, should_stop), str(payload["run_id"])
+        resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(here, run), here)
 
     return drive

@@ -116,7 +116,7 @@ def run_here(entry: str, payload: Mapping[str, Any], config: Any, on_event: Any,
 
     from actors.ray_pool import RayPool
     from actors.session import ensure_ray
-    from fedtailor.experiment.launch import resolve
+    from fedtailor.core.config import resolve
 
     if (config.address or "").startswith("127."):
         # Ray would replace the address of a cluster on the loopback interface by the one that other machines see.

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from tiny import open_run, tiny
 
+from fedtailor.core.config import resolve
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
 from fedtailor.core.settings import EngineConfig
 from fedtailor.experiment import launch
@@ -69,8 +70,8 @@ def run_shown(storage: Path, pool: Callable[[EngineConfig, OnEvent], Pool] = Ser
     run, shown = open_run(exp), []
 
     def backend(entry: str, payload: Any, config: Any, on_event: OnEvent, should_stop: Any) -> None:
-        here = launch._Here(on_event, should_stop)
-        launch.resolve(entry)(payload, pool, here, here)
+        here = launch.Here(on_event, should_stop)
+        resolve(entry)(payload, pool, here, here)
 
     launch.launch(backend, run, exp, shown.append, lambda: False)
     return run, shown

@@ -304,7 +304,7 @@ def test_prepared_instructions_keep_response_history_and_group(tmp_path: Path) -
     [
         (rows("a", 1), {}, "client 'a' has 1 example with a response; at least 3 are needed"),
         (rows("a", 3) + rows("b", 3, response=""), {}, "client 'b' has 0 examples with a response"),
-        (rows("anna", 3), {"unseen": ("ana",)}, "no client 'ana' among the 1 clients .*nearest: anna"),
+        (rows("anna", 3), {"unseen": ("ana",)}, "no client 'ana' among the 1 clients .*did you mean 'anna'"),
         (rows("a", 3), {"client_column": "user"}, r"line 1: no column 'user' \(task.client_column\); columns: client,"),
         (rows("a", 3), {"group_column": "tongue"}, r"line 1: no column 'tongue' \(task.group_column\)"),
         ([*rows("a", 3), *rows(None, 1)], {}, r"line 4: 'client' \(task.client_column\) is None; it must be"),

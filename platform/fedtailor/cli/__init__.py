@@ -152,7 +152,7 @@ def sweep(
     json_log: JsonLog = False,
 ) -> None:
     """Run a published grid with Ray Tune, or what is missing of it: sweep fedp2eft/lambda_lr demo."""
-    from fedtailor.experiment.launch import resolve
+    from fedtailor.core.config import resolve
 
     log = _console() if json_log else None
     resolve(SWEEPS["run"])(
@@ -267,7 +267,7 @@ def doctor(
 def list_(what: Annotated[Listing, typer.Argument()]) -> None:
     """List what can be named in a configuration."""
     from fedtailor.cli.terminal import listing
-    from fedtailor.experiment.launch import resolve
+    from fedtailor.core.config import resolve
 
     _console().print(resolve(SWEEPS["list"])() if what is Listing.sweeps else listing(what.value))
 
@@ -341,6 +341,7 @@ def _write_report(folder: RunFolder, out: Path | None = None) -> Path | str:
 def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFolder], json_log: bool) -> None:
     """Opens, runs, reports; every way out tells what to do next."""
     from fedtailor.cli.terminal import show_header, summary_table
+    from fedtailor.core.config import resolve
     from fedtailor.core.faults import planned
     from fedtailor.experiment import launch
     from fedtailor.experiment.stop import StopSignals
@@ -348,7 +349,7 @@ def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFold
 
     planned()
     told = _console(stderr=json_log)
-    backend = launch.resolve(BACKENDS[exp.engine.backend])
+    backend = resolve(BACKENDS[exp.engine.backend])
     show = reporter(_console() if json_log else told, json_log, run_id)
     with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
         folder = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtailor.core.errors import ConfigError
+from fedtailor.core.errors import ConfigError, did_you_mean
 from fedtailor.core.messages import FloatArray
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import AttackConfig
@@ -63,7 +63,7 @@ def attack_of(cfg: AttackConfig, seen: Sequence[str]) -> Attack | None:
     if cfg.share is None:
         unknown = [client for client in cfg.clients if client not in seen]
         if unknown:
-            raise ConfigError([f"'attack.clients': no seen client '{client}'" for client in unknown])
+            raise ConfigError([f"'attack.clients': no seen client '{id}'{did_you_mean(id, seen)}" for id in unknown])
         return Attack(cfg, frozenset(cfg.clients))
     drawn = sorted(seen, key=lambda client: hashlib.sha256(client.encode()).digest())
     return Attack(cfg, frozenset(drawn[: round(cfg.share * len(seen))]))

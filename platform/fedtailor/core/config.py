@@ -6,10 +6,10 @@ adds is the wording: every problem is reported in one go, with the key, the valu
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from yaml import YAMLError
 
-from fedtailor.core.errors import ConfigError
+from fedtailor.core.errors import ConfigError, nearest
 
 
 class Config(BaseModel):
@@ -145,7 +145,7 @@ def _sentence(kind: type[Config], path: tuple[Any, ...], problems: Sequence[Any]
     if problem["type"] == "extra_forbidden":
         parent = _model_at(kind, path[:-1])
         known = sorted(parent.model_fields) if parent else []
-        near = difflib.get_close_matches(str(path[-1]), known, 1, 0.5) or _keys_below(kind, path)
+        near = [found] if (found := nearest(str(path[-1]), known)) else _keys_below(kind, path)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         return f"unknown key '{key}'{hint} (keys here: {', '.join(known)})"
     if problem["type"] == "missing":
@@ -171,8 +171,8 @@ def _keys_below(kind: type[Config], path: tuple[Any, ...]) -> list[str]:
     for key in dotted_keys(kind):
         if key.startswith(prefix):
             by_name.setdefault(key.rsplit(".", 1)[-1], []).append(key)
-    close = difflib.get_close_matches(str(path[-1]), list(by_name), 1, 0.5 if prefix else 0.75)
-    return [key for name in close for key in by_name[name]][:_MOST_HINTS]
+    near = nearest(str(path[-1]), by_name, 0.5 if prefix else 0.75)
+    return by_name[near][:_MOST_HINTS] if near else []
 
 
 def _plainly(problem: Any, message: str) -> str:
@@ -183,8 +183,8 @@ def _plainly(problem: Any, message: str) -> str:
         return "is a section; set the keys below it"
     if problem["type"] == "literal_error":
         allowed = [word.strip("'") for word in re.split(", | or ", str(problem["ctx"]["expected"]))]
-        near = difflib.get_close_matches(str(problem.get("input")), allowed, n=1)
-        return f"allowed: {', '.join(allowed)}" + (f" (did you mean '{near[0]}'?)" if near else "")
+        near = nearest(str(problem.get("input")), allowed)
+        return f"allowed: {', '.join(allowed)}" + (f" (did you mean '{near}'?)" if near else "")
     return message[0].lower() + message[1:]
 
 
@@ -234,3 +234,18 @@ def deviations(config: BaseModel, default: BaseModel) -> dict[str, tuple[Any, An
     """Leaves that differ from ``default``: dotted key to (default, value)."""
     here, there = flatten(config), flatten(default)
     return {key: (there.get(key), value) for key, value in here.items() if there.get(key) != value}
+
+
+def resolve(dotted: str) -> Any:
+    """What ``package.module:name`` names, imported.
+
+    Raises:
+        ConfigError: the module, or one that it needs, is not installed.
+    """
+    module, _, name = dotted.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{dotted} needs the module '{error.name}', which is not installed here: install it"
+        ) from error

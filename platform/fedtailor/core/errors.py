@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 
 class TailorError(Exception):
@@ -119,3 +120,28 @@ class Interrupted(TailorError):
     """The run was asked to stop (Ctrl-C or SIGTERM) and stopped at a commit; it can be resumed."""
 
     exit_code = 130
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The most similar name, if one is similar enough (`difflib`'s ratio, 0 to 1)."""
+    return next(iter(get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name.
+
+    >>> did_you_mean("lra", ["base", "lora"]), did_you_mean("xyz", ["lora"])
+    ("; did you mean 'lora'?", '')
+    """
+    near = nearest(name, (other for other in known if other != name))
+    return f"; did you mean '{near}'?" if near else ""
+
+
+def listed(names: Sequence[object], most: int = 5, separator: str = ", ") -> str:
+    """The first few names.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(map(str, names[:most])) + more

@@ -122,7 +122,7 @@ def parse(text: str) -> FaultPlan:
     Raises:
         ConfigError: lists every fault that is not understood, with what is allowed.
     """
-    plan, problems = FaultPlan(commits := {}, workers := []), list[str]()
+    commits, workers, problems = dict[tuple[str, int], str](), list[WorkerFault](), list[str]()
     for part in filter(None, (part.strip() for part in text.split(";"))):
         try:
             if "@" in part.split()[0]:
@@ -133,7 +133,7 @@ def parse(text: str) -> FaultPlan:
             problems += [f"{VARIABLE}='{part}': {problem}" for problem in error.problems]
     if problems or not (commits or workers):
         raise ConfigError(problems or f"{VARIABLE}='{text}' names no fault")
-    return plan
+    return FaultPlan(commits, workers)
 
 
 def _commit_fault(text: str) -> dict[tuple[str, int], str]:

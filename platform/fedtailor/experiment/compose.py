@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from fedtailor.core.config import merge_layers
-from fedtailor.core.errors import ConfigError
-from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, nearest
+from fedtailor.core.errors import ConfigError, did_you_mean
+from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of
 from fedtailor.experiment.rules import _population_problems, _task_problems
 
 
@@ -29,9 +29,8 @@ def load_preset(name: str) -> dict[str, Any]:
     if name.endswith(".yaml"):
         return _load_file(name)
     if name not in preset_names():
-        raise ConfigError(
-            f"unknown preset '{name}'{nearest(name, preset_names())} (known: {', '.join(preset_names())})"
-        )
+        known = preset_names()
+        raise ConfigError(f"unknown preset '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})")
     text = (resources.files("fedtailor.presets") / f"{name}.yaml").read_text("utf-8")
     tree = yaml.safe_load(text)
     if not isinstance(tree, dict):

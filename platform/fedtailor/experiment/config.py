@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
 from fedtailor.core.config import Config, completed, deviations, validate
-from fedtailor.core.errors import ConfigError
+from fedtailor.core.errors import ConfigError, did_you_mean
 from fedtailor.core.settings import (
     AggregationConfig,
     AttackConfig,
@@ -112,7 +111,7 @@ class ExperimentBase(Config):
         for name in value:
             if name not in known:
                 raise ValueError(
-                    f"'methods': unknown method '{name}'{nearest(name, known)} (known: {', '.join(known)})"
+                    f"'methods': unknown method '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})"
                 )
         return value
 
@@ -122,7 +121,7 @@ class ExperimentBase(Config):
         known = [name for name in (*FILES, *info.data.get("code", {})) if METHODS[name].base]
         if value.name not in (*known, "none"):
             raise ValueError(
-                f"'base.name': allowed: {', '.join((*known, 'none'))}{nearest(value.name, known)}, got '{value.name}'"
+                f"'base.name': allowed: {', '.join((*known, 'none'))}{did_you_mean(value.name, known)}, got '{value.name}'"
             )
         return value
 
@@ -141,7 +140,7 @@ class ExperimentBase(Config):
     def _known_task(cls, value: TaskConfig) -> TaskConfig:
         if value.name not in TASKS:
             raise ValueError(
-                f"'task.name': unknown task '{value.name}'{nearest(value.name, TASKS)} (known: {', '.join(TASKS)})"
+                f"'task.name': unknown task '{value.name}'{did_you_mean(value.name, TASKS)} (known: {', '.join(TASKS)})"
             )
         return value
 
@@ -206,12 +205,6 @@ def guards_of(experiment: ExperimentBase) -> dict[str, Any]:
     """Sections around every method that differ from their defaults, as JSON-like data."""
     sections = {name: getattr(experiment, name) for name in ("aggregation", "attack", "privacy")}
     return {name: to_json(section) for name, section in sections.items() if section != type(section)()}
-
-
-def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """``; did you mean 'x'?`` or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def scaled(number: int, scale: float) -> int:

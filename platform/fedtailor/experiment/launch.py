@@ -13,11 +13,10 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedtailor.core.config import deviations
+from fedtailor.core.config import deviations, resolve
 from fedtailor.core.errors import ConfigError, Interrupted, LockedError, PlacementError, StorageError, TailorError
 from fedtailor.core.outside import module_of
 from fedtailor.core.settings import EngineConfig
@@ -171,7 +170,7 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink,
     Execution(exp, run, pool, emit, stop.is_set).execute()
 
 
-class _Here:
+class Here:
     """Sink and flag of a run that is driven in this process."""
 
     def __init__(self, emit: OnEvent, should_stop: ShouldStop) -> None:
@@ -182,24 +181,8 @@ def run_serial(
     entry: str, payload: Mapping[str, Any], config: EngineConfig, on_event: OnEvent, should_stop: ShouldStop
 ) -> None:
     """The backend without Ray: everything in this process. Arguments: `actors.driver_actor.run_on_driver`."""
-    here = _Here(on_event, should_stop)
+    here = Here(on_event, should_stop)
     resolve(entry)(payload, SerialPool, here, here)
-
-
-def resolve(dotted: str) -> Any:
-    """Imports ``package.module:name``.
-
-    Raises:
-        ConfigError: the module, or one that it needs, is not installed.
-    """
-    module, _, name = dotted.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"'engine.backend': {module} needs the module '{error.name}', which is not installed; "
-            "install it or use engine.backend=serial"
-        ) from error
 
 
 _COPIES, _COPY = "working_dir_files", "_ray_pkg_"

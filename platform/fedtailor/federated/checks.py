@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from fedtailor.core.errors import listed
 from fedtailor.core.messages import METRIC_COLUMNS, Failure, FloatArray, Row, SegmentResult, metric_row
 from fedtailor.federated.method import Aggregator
-
-_SHOWN = 5
 
 
 def screened(
@@ -101,13 +100,13 @@ def _roll_call(result: SegmentResult, clients: tuple[str, ...]) -> Iterator[str]
     named = Counter([*result.valid, *failed])
     strangers = sorted(named.keys() - set(clients))
     if strangers:
-        yield f"client {_listed(strangers)} was not asked for"
+        yield f"client {listed(strangers)} was not asked for"
     twice = [client for client, times in named.items() if times > 1]
     if twice:
-        yield f"client {_listed(twice)} is named twice"
+        yield f"client {listed(twice)} is named twice"
     silent = [client for client in clients if client not in named]
     if silent:
-        yield f"client {_listed(silent)} is neither counted nor reported as failed"
+        yield f"client {listed(silent)} is neither counted nor reported as failed"
     counted = set(result.valid)
     if list(result.valid) != [client for client in clients if client in counted]:
         yield "its clients are not in the order asked for"
@@ -129,7 +128,7 @@ def _row_problems(result: SegmentResult) -> Iterator[str]:
         keys.add(key)
     told = {row["client"] for row in result.metrics}
     if told and (silent := [client for client in result.valid if client not in told]):
-        yield f"client {_listed(silent)} has no metrics, others have"
+        yield f"client {listed(silent)} has no metrics, others have"
 
 
 def _list_problems(result: SegmentResult, size: int) -> Iterator[str]:
@@ -139,7 +138,7 @@ def _list_problems(result: SegmentResult, size: int) -> Iterator[str]:
         return
     names = [client for client, _, _ in result.partial]
     if names != list(result.valid):
-        yield f"partial has updates of {_listed(names)}, counted are {_listed(result.valid)}"
+        yield f"partial has updates of {listed(names)}, counted are {listed(result.valid)}"
     expected = np.zeros(size, np.float32)
     for client, row, weight in result.partial:
         yield from _differences(f"the update of client {client}", expected, row)
@@ -155,7 +154,7 @@ def _private_problems(result: SegmentResult, size: int | None) -> Iterator[str]:
         length = row.size if size is None else size
         yield from _differences(where, np.zeros(length, np.float32), row)
     if size and (missing := [client for client in result.valid if client not in result.private]):
-        yield f"client {_listed(missing)} has no private row"
+        yield f"client {listed(missing)} has no private row"
 
 
 def _differences(where: str, expected: Any, found: Any) -> Iterator[str]:
@@ -184,11 +183,6 @@ def _differences(where: str, expected: Any, found: Any) -> Iterator[str]:
 
 def _kind(value: Any) -> str:
     return "missing" if value is None else f"a {type(value).__name__}"
-
-
-def _listed(clients: Sequence[str]) -> str:
-    more = f" and {len(clients) - _SHOWN} more" if len(clients) > _SHOWN else ""
-    return ", ".join(clients[:_SHOWN]) + more
 
 
 _EPS = float(np.finfo(np.float64).eps)

@@ -5,7 +5,6 @@ The other functions of the model package are re-exported here.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
-from fedtailor.core.errors import ModelError
+from fedtailor.core.errors import ModelError, did_you_mean
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model, packaged_config
 from fedtailor.models.families import check_kind
@@ -229,10 +228,9 @@ def _title(source: ModelSource) -> str:
 
 
 def _advice(source: ModelSource, kind: TaskKind = "classification") -> str:
-    near = difflib.get_close_matches(source.name, [*EMBEDDED_KINDS, PRETRAINED, *PRESETS], n=1)
-    hint = f"did you mean '{near[0]}'? " if near and near[0] != source.name else ""
+    hint = did_you_mean(source.name, [*EMBEDDED_KINDS, PRETRAINED, *PRESETS]).removeprefix("; ")
     return (
-        f"{hint}Give a local folder with 'model.path=FOLDER', fetch it once with "
+        f"{hint}{' ' * bool(hint)}Give a local folder with 'model.path=FOLDER', fetch it once with "
         f"'hf download {source.location}', or use model={EMBEDDED if kind == 'classification' else EMBEDDED_CAUSAL}"
     )
 

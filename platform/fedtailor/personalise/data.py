@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import DataError, listed
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.personalise.files import Table
 from fedtailor.tasks.source import Example
@@ -31,8 +31,6 @@ PAIR_NAMES: Final[Mapping[str, str]] = {
 
 LABEL_NAMES: Final = ("label", "labels", "category", "class", "target")
 """Columns that are taken for the label."""
-
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _labels(table: Table, name: str, rows: Sequence[int], allowed: Sequence[str]
     if missing:
         raise DataError(
             f"{table.name}: {len(missing)} of {len(rows)} rows have no label in column '{name}' (row "
-            f"{_some(missing)}); give each one of: {_allowed(allowed)}"
+            f"{listed(missing)}); give each one of: {_allowed(allowed)}"
         )
     found = {i: read(values[i]) for i in rows}
     strange: dict[str, int] = {}
@@ -182,9 +180,9 @@ def _labels(table: Table, name: str, rows: Sequence[int], allowed: Sequence[str]
         if label is None:
             strange.setdefault(f"{values[i]!r:.60}", i + 1)
     if strange:
-        listed = _some([f"{value} (row {row})" for value, row in strange.items()])
+        unknown = listed([f"{value} (row {row})" for value, row in strange.items()])
         raise DataError(
-            f"{table.name}: column '{name}' has labels that the base model does not know: {listed}; "
+            f"{table.name}: column '{name}' has labels that the base model does not know: {unknown}; "
             f"allowed: {_allowed(allowed)}"
         )
     return tuple(label for label in found.values() if label is not None)
@@ -216,11 +214,6 @@ def _reader(allowed: Sequence[str], classes: Sequence[str] | None) -> Callable[[
 def _is_missing(value: Any, from_classes: bool) -> bool:
     # -1 stands for "no label" in data sets of the Hugging Face library.
     return value is None or (isinstance(value, str) and not value.strip()) or (from_classes and value == -1)
-
-
-def _some(values: Sequence[object]) -> str:
-    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
-    return ", ".join(map(str, values[:SHOWN])) + more
 
 
 def _allowed(names: Sequence[str]) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from fedtailor.adapters.peft_export import CONFIG_FILE
-from fedtailor.core.errors import ConfigError, StorageError
+from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
 from fedtailor.core.files import staged_folder
 from fedtailor.core.messages import Row
 from fedtailor.experiment.base_model import write_merged
-from fedtailor.experiment.config import base_seed, method_section, nearest
+from fedtailor.experiment.config import base_seed, method_section
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.federated.method import Overlay
 from fedtailor.lanes.net import LaneNet
@@ -143,7 +143,7 @@ def _refuse_unknown(run: RunFolder, method: str, budget: int, seed: int) -> None
     config, problems = run.info()["config"], []
     if method not in config["methods"]:
         known = list(config["methods"])
-        problems.append(f"--method {method}: not in this run{nearest(method, known)} (it has: {', '.join(known)})")
+        problems.append(f"--method {method}: not in this run{did_you_mean(method, known)} (it has: {', '.join(known)})")
     for option, value, allowed in (("budget", budget, config["budgets"]), ("seed", seed, config["seeds"])):
         if value not in allowed:
             problems.append(f"--{option} {value}: not in this run (it has: {', '.join(map(str, allowed))})")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from fedtailor.core.errors import ConfigError, StorageError
-from fedtailor.experiment.config import ExperimentBase, nearest
+from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
+from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
 from fedtailor.methods import METHODS
@@ -149,7 +149,7 @@ def _open(storage: Storage, names: Sequence[str]) -> tuple[Side, ...]:
     if twice:
         raise ConfigError(twice)
     known = run_ids(storage)
-    unknown = [f"no run '{name}' in {storage.url}{nearest(name, known)}" for name in names if name not in known]
+    unknown = [f"no run '{name}' in {storage.url}{did_you_mean(name, known)}" for name in names if name not in known]
     if unknown:
         raise StorageError(f"{'; '.join(unknown)} (runs there: {', '.join(known) or 'none'})")
     folders = [RunFolder.open(storage, name) for name in names]

@@ -17,9 +17,8 @@ from typing import Any, Final
 import pandas as pd
 import pyarrow as pa
 
-from fedtailor.core.errors import ConfigError, StorageError
+from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.experiment.config import nearest
 from fedtailor.storage.payloads import canonical_json, sha256
 from fedtailor.storage.round_store import PREDICTION_SCHEMA, PREDICTIONS
 from fedtailor.storage.run_folder import RunFolder
@@ -179,7 +178,7 @@ def _refuse(run: RunFolder, methods: Sequence[str]) -> None:
     config = run.info()["config"]
     known = list(config["methods"])
     problems = [
-        f"--method {name}: not in this run{nearest(name, known)} (it has: {', '.join(known)})"
+        f"--method {name}: not in this run{did_you_mean(name, known)} (it has: {', '.join(known)})"
         for name in methods
         if name not in known
     ]

@@ -13,13 +13,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from babel import Locale, UnknownLocaleError
 from babel.localedata import locale_identifiers
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import DataError, did_you_mean
 from fedtailor.core.seeding import seed_for
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, normalise
@@ -58,7 +57,7 @@ def locale_for(language: str) -> Locale:
     """The Babel locale of a dataset's language code or of any Babel locale name (``pt_BR``, ``zh_Hant``).
 
     Raises:
-        DataError: CLDR has no such locale; names the nearest codes.
+        DataError: CLDR has no such locale; names the nearest code.
     """
     name = LOCALES.get(language, language).replace("-", "_")
     try:
@@ -66,8 +65,7 @@ def locale_for(language: str) -> Locale:
             return Locale.parse(name)
     except (UnknownLocaleError, ValueError):
         pass
-    near = get_close_matches(language, [*LOCALES, *locale_identifiers()], n=3)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
+    hint = did_you_mean(language, [*LOCALES, *locale_identifiers()])
     raise DataError(f"task.languages: {language!r} is neither a known code nor a Babel locale name{hint}")
 
 

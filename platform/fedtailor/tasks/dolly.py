@@ -8,9 +8,8 @@ random and in equal sizes. Results are reported by category.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 
-from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
@@ -63,10 +62,8 @@ def _check(cfg: TaskConfig) -> None:
     problems = []
     for category in cfg.languages:
         if category not in DOLLY_CATEGORIES:
-            near = get_close_matches(category, DOLLY_CATEGORIES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            allowed = ", ".join(DOLLY_CATEGORIES)
-            problems.append(f"'task.languages' has {category!r}, no category of dolly; allowed: {allowed}{hint}")
+            allowed = ", ".join(DOLLY_CATEGORIES) + did_you_mean(category, DOLLY_CATEGORIES)
+            problems.append(f"'task.languages' has {category!r}, no category of dolly; allowed: {allowed}")
     if cfg.unseen:
         problems.append(
             f"'task.unseen' ({', '.join(cfg.unseen)}) has no meaning for task=dolly: half of every category's rows "

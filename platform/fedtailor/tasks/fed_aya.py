@@ -15,11 +15,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.cldr import FED_AYA
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
@@ -231,8 +230,7 @@ def _check_languages(languages: Sequence[str], found: Mapping[str, int], path: P
     problems = []
     for language in languages:
         if language not in found:
-            near = [name for name in get_close_matches(language, [*found, *CODES], n=3) if name != language]
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(language, [*found, *CODES])
             there = ", ".join(sorted(found))
             problems.append(f"'task.languages' has {language!r}, which no row of {path} has; allowed: {there}{hint}")
     if problems:

@@ -11,12 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import DataError, did_you_mean, listed
 from fedtailor.core.messages import Client
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
@@ -87,19 +86,14 @@ def check_unseen(unseen: Iterable[str], clients: Iterable[str]) -> None:
     known = list(clients)
     for name in unseen:
         if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise DataError(f"task.unseen: no client {name!r} among the {len(known)} clients ({_some(known)}){hint}")
+            hint = did_you_mean(name, known)
+            raise DataError(f"task.unseen: no client {name!r} among the {len(known)} clients ({listed(known)}){hint}")
 
 
 def _unseen(unseen: Iterable[str], clients: Iterable[str]) -> frozenset[str]:
     names = [id_part(name) for name in unseen]
     check_unseen(names, clients)
     return frozenset(names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} ... {names[-1]}"
 
 
 def _split(name: str, held: Sequence[Held], cfg: TaskConfig, seed: int) -> tuple[list[Example], list[Example]]:

@@ -8,13 +8,12 @@ token that closes the response. `alpaca_input` is Alpaca's second form (Taori et
 from __future__ import annotations
 
 import hashlib
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.errors import ConfigError, ModelError
+from fedtailor.core.errors import ConfigError, ModelError, did_you_mean
 from fedtailor.tasks.prompt_template import (
     INSTRUCTION,
     RESPONSE,
@@ -118,11 +117,9 @@ def _slots(path: str) -> str:
     """A user's template, read and checked."""
     file = Path(path).expanduser()
     if not file.is_file():
-        near = get_close_matches(path, (*NAMES, "auto"), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"'task.template' is {path!r}, allowed: {', '.join(NAMES)}, auto, or a text file (there is none here) "
-            f"with the slots {INSTRUCTION} and {RESPONSE}{hint}"
+            f"with the slots {INSTRUCTION} and {RESPONSE}{did_you_mean(path, (*NAMES, 'auto'))}"
         )
     try:
         text = file.read_text(encoding="utf-8").rstrip("\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.core.messages import Client
 from fedtailor.tasks import source as leakage
 from fedtailor.tasks.config import TaskConfig
@@ -81,9 +80,7 @@ def fingerprint(cfg: TaskConfig, seed: int) -> str:
 
 def _load(cfg: TaskConfig, seed: int) -> Source:
     if cfg.name not in TASKS:
-        near = get_close_matches(cfg.name, TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{hint}")
+        raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{did_you_mean(cfg.name, TASKS)}")
     source = TASKS[cfg.name].load(cfg, seed)
     if source.owners:
         _refuse_dealing(cfg)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
+from fedtailor.core.errors import listed
 from fedtailor.storage.journal import stamp
 from fedtailor.tracking.events import Event, describe
 from fedtailor.tracking.throughput import Pace
@@ -63,8 +64,7 @@ class Notes:
             return
         console.print(f"[yellow]{total} warnings[/] of {len(self.warnings)} kinds, all in events.jsonl:")
         for text, places in sorted(self.warnings.items(), key=lambda item: -len(item[1]))[:SHOWN]:
-            more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-            console.print(f"  [yellow]•[/] {len(places)} x {escape(text)}: {escape(', '.join(places[:SHOWN]))}{more}")
+            console.print(f"  [yellow]•[/] {len(places)} x {escape(text)}: {escape(listed(places, SHOWN))}")
 
 
 class JsonLog:
