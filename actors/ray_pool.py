@@ -170,7 +170,6 @@ class RayPool:
 
     def close(self) -> None:
         """Ends the actors, and Ray only if this pool started it."""
-        self._metrics.close()
         if ray.is_initialized():
             self._crew.close()
         self._session.close()
