@@ -34,7 +34,7 @@ RUNS = [pytest.param("patterns"), pytest.param("all", marks=pytest.mark.contract
 def overrides(which: str) -> tuple[str, ...]:
     names = WHOLE[which]
     sections = [word for name in names for word in tiny_section(name, METHODS[name].tiny or {})]
-    return (*SMALL, f"methods=[{','.join(names)}]", *sections)
+    return (*SMALL, "personalise.chunk=8", f"methods=[{','.join(names)}]", *sections)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def in_process(storage: Path, words: tuple[str, ...], fault: str) -> int:
 
 
 @pytest.mark.parametrize("which", RUNS)
-def test_killed_after_every_second_commit_a_run_ends_as_if_undisturbed(which: str, clean: str, tmp_path: Path) -> None:
+def test_killed_after_every_third_commit_a_run_ends_as_if_undisturbed(which: str, clean: str, tmp_path: Path) -> None:
     codes = []
     while not codes or codes[-1]:
-        codes.append(in_process(tmp_path, overrides(which), "commit:after-record@2"))
+        codes.append(in_process(tmp_path, overrides(which), "commit:after-record@3"))
         assert codes[-1] in (0, -signal.SIGKILL)
-    assert len(codes) > len(WHOLE[which]) // 2
+    assert len(codes) > 3
     assert digest(run_tiny(tiny(tmp_path, *overrides(which))).storage, "run") == clean
 
 
