@@ -19,12 +19,13 @@ TINY = [
     "model.hidden_size=16", "model.layers=1", "model.intermediate_size=24", "model.vocab_size=400",
     "methods=[majority,base,lora,bayestune_lora,fedp2eft]", "budgets=[1,2]", "r_max=2",
     "base.rounds=3", "base.cohort=5", "strategy.rounds=3", "strategy.cohort=5", "personalise.chunk=5",
-    "engine.backend=serial", "engine.min_segment=2", "engine.segments=3", "engine.token_budget=512",
-    "fedavg.lr=2e-3", "fedavg.batch_size=16", "fedavg.epochs=1",
-    "lora.lr=5e-3", "lora.batch_size=16", "lora.epochs=1",
-    "bayestune_lora.search.batch_size=16", "bayestune_lora.finetune.batch_size=16",
-    "fedp2eft.stage1.batch_size=16", "fedp2eft.stage1.epochs=1", "fedp2eft.psg.lr=5e-3",
-    "fedp2eft.finetune.batch_size=16", "fedp2eft.finetune.epochs=1",
+    "engine.backend=serial", "engine.min_segment=2", "engine.segments=3", "engine.token_budget=2048",
+    "fedavg.lr=2e-3", "fedavg.batch_size=64", "fedavg.epochs=1",
+    "lora.lr=5e-3", "lora.batch_size=64", "lora.epochs=1",
+    "bayestune_lora.search.batch_size=64", "bayestune_lora.search.epochs=1",
+    "bayestune_lora.finetune.batch_size=64", "bayestune_lora.finetune.epochs=1",
+    "fedp2eft.stage1.batch_size=64", "fedp2eft.stage1.epochs=1", "fedp2eft.psg.lr=5e-3",
+    "fedp2eft.finetune.batch_size=64", "fedp2eft.finetune.epochs=1",
 ]  # fmt: skip
 
 TALK = [
