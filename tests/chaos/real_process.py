@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["fedtailor.cli", "fedtailor.worker.worker", "fedtailor.experiment.launch", "fedtailor.experiment.launch",
-           "actors.driver_actor", "real_process"]  # fmt: skip
+           "actors.driver_actor", "real_process", "tiny"]  # fmt: skip
 TRACE, OUTPUT = "trace.jsonl", "output.txt"
 
 

@@ -134,15 +134,19 @@ class Soak:
             code = process.wait(LIMIT_S)
             if code:
                 raise SystemExit(f"an undisturbed run ended with {code}:\n{process.output()[-3000:]}")
-            self._clean[absent] = fingerprint(folder), full_digest(folder)
-            if self._template is None:
-                self._template = self._out / "template"
-                shutil.rmtree(self._template, ignore_errors=True)
-                for pattern in PARTS:
-                    for part in (folder / "artifacts").glob(pattern):
-                        shutil.copytree(part, self._template / part.name)
+            self.learn(folder, absent)
             shutil.rmtree(folder)
         return self._clean[absent]
+
+    def learn(self, folder: Path, absent: tuple[Injury, ...] = ()) -> None:
+        """Takes a finished run for the undisturbed one, and its prepared inputs for all others."""
+        self._clean[absent] = fingerprint(folder), full_digest(folder)
+        if self._template is None:
+            self._template = self._out / "template"
+            shutil.rmtree(self._template, ignore_errors=True)
+            for pattern in PARTS:
+                for part in (folder / "artifacts").glob(pattern):
+                    shutil.copytree(part, self._template / part.name)
 
     def _folder(self, name: str) -> Path:
         """A run's storage, with the prepared inputs that all share."""

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ import psutil
 import pytest
 from clusters import QUICK
 from inspection import committed, full_digest, open_run
-from test_jobs import BIN, SMALL, Head, answers, environment, free_port, wait_for
+from test_jobs import BIN, SMALL, Head, running_head, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos_long]
 OWN_PIDS = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -65,25 +64,8 @@ def head() -> Iterator[Head]:
     """A head with tokens that notices lost nodes soon, and that takes no driver."""
     if shutil.which("unshare") is None or subprocess.run([*OWN_PIDS, "true"], capture_output=True).returncode:
         pytest.skip("no PID namespaces here: allow unprivileged user namespaces, or run as root")
-    folder = Path(tempfile.mkdtemp(prefix="rl", dir="/tmp"))  # Ray's socket names must stay short
-    env = environment(folder)
-    made = Head(folder, env, free_port(), free_port(), free_port())
-    part = Part(
-        [
-            "--head", "--num-cpus", "1", "--port", str(made.gcs), "--dashboard-host", "127.0.0.1",
-            "--dashboard-port", str(made.dashboard), "--ray-client-server-port", str(made.client),
-            "--dashboard-agent-listen-port", "0", "--temp-dir", str(folder / "ray"),
-            "--object-store-memory", "100000000", "--system-config", json.dumps(QUICK),
-        ],
-        env,
-    )  # fmt: skip
-    try:
-        wait_for(lambda: answers(made) or part.process.poll() is not None)
-        assert part.process.poll() is None
+    with running_head(1, "--system-config", json.dumps(QUICK)) as made:
         yield made
-    finally:
-        part.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

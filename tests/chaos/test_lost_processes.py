@@ -1,4 +1,7 @@
-"""Workers, nodes, the control store and the driver's own node are lost; processes, clusters and exit codes are real."""
+"""Workers, nodes, the control store and the driver's own node are lost; processes, clusters and exit codes are real.
+
+With the soak in small, on the same cluster: every kind of fault once, and every invariant checked.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +23,12 @@ import pytest
 from clusters import Nodes, nodes
 from inspection import committed, full_digest, open_run
 from real_process import Process, trace
-from soak import CONFIG, PARTS
+from scenarios import Injury, Scenario, kinds_once
+from soak import CONFIG, PARTS, Soak
+from test_kill_and_resume import CHAOS
+from tiny import TINY, run_tiny, tiny
+
+from fedtailor.storage.digest import digest
 
 pytestmark = pytest.mark.ray
 LIMIT_S = 300
@@ -202,3 +212,56 @@ def test_gpus_that_a_cluster_does_not_have_are_refused_with_the_numbers(shared: 
     told = " ".join(process.output().split())
     assert "3 actors of 0.5 CPU and 1 GPU each do not fit, at most 2 do" in told
     assert "has 2 CPU, 2 GPU" in told
+
+
+def command(storage: Path, words: list[str], fault: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as a user starts it, with a driver actor and a report at the end."""
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    env.pop("FEDTAILOR_FAULT", None)
+    if fault:
+        env["FEDTAILOR_FAULT"] = fault
+    return subprocess.run(
+        [sys.executable, "-m", "fedtailor", *words],
+        env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=storage, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_the_ray_driver_killed_with_its_actors_resumes(tmp_path: Path) -> None:
+    """The driver actor dies at a commit of the strategy stage; the command ends non-zero and resumes."""
+    alone = run_tiny(tiny(tmp_path / "alone", *CHAOS))
+    storage = tmp_path / "ray"
+    storage.mkdir()
+    words = ["run", *TINY, *CHAOS, f"storage={storage}", "--run-id", "run", "engine.backend=ray", "engine.actors=2"]
+    done = command(storage, words, "commit:after-record@5")
+    assert done.returncode == 6, done.stdout
+    assert "fedtailor resume run" in done.stdout
+    done = command(storage, ["resume", "run", "--storage", str(storage)])
+    assert done.returncode == 0, done.stdout
+    assert full_digest(storage) == digest(alone.storage, alone.run_id)
+
+
+@pytest.fixture(scope="module")
+def soak(shared: Nodes, clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Soak:
+    made = Soak(tmp_path_factory.mktemp("soak"), shared.address)
+    made.learn(clean)
+    return made
+
+
+@pytest.mark.parametrize("scenario", kinds_once(), ids=lambda s: "+".join(i.kind for i in s.injuries))
+def test_whatever_breaks_the_run_ends_complete_and_equal_to_an_undisturbed_one(soak: Soak, scenario: Scenario) -> None:
+    record = soak.run(scenario)
+    assert record.violations == []
+    assert record.exit_codes == [5] * len(scenario.of("F13")) + [0]
+    assert len(record.recovery_s) == len(scenario.of("F1", "F2", "F13"))
+
+
+def test_a_lost_node_s_work_is_done_elsewhere_and_the_loss_names_it(soak: Soak) -> None:
+    record = soak.run(Scenario(10, (Injury(3, "F7"),)))
+    assert (record.violations, record.exit_codes) == ([], [0])
+    assert record.recovery_s
+
+
+def test_the_soak_tells_a_result_that_differs(soak: Soak, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "_clean", {(): ("another", "another")})
+    record = soak.run(Scenario(20, ()))
+    assert record.violations == ["I4: the result differs from that of the undisturbed run"]

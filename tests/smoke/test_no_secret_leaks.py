@@ -15,6 +15,8 @@ import pytest
 from tiny import TINY
 from wandb_server import WandbServer
 
+pytestmark = pytest.mark.ray
+
 CANARIES = {
     "WANDB_API_KEY": "0123456789abcdefcafe0123456789abcdefcafe",
     "HF_TOKEN": "hf_CanaryCanaryCanaryCanaryCanaryCa",
