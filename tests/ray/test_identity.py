@@ -32,7 +32,7 @@ def on_ray(folder: Path, actors: int, *overrides: str, events: list[dict[str, An
     return run_tiny(exp, pool=lambda on_event: RayPool(exp.engine, on_event), events=events)
 
 
-@pytest.mark.parametrize("actors", [1, 2, 3])
+@pytest.mark.parametrize("actors", [1, 3])  # two are those that are killed below
 def test_ray_equals_serial_digest_for_digest(cluster: None, serial: str, tmp_path: Path, actors: int) -> None:
     assert digest_of(on_ray(tmp_path, actors)) == serial
 

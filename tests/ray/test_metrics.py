@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors.metrics import CommitMetrics
 from actors.ray_pool import RayPool
-from actors.session import ensure_ray
 from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.core.settings import EngineConfig
 from fedtailor.experiment.execute import Execution
@@ -38,21 +35,6 @@ class Played:
     results: list[SegmentResult]
     values: Values
     events: list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """As a run starts it, but values are sent every half second and not every ten."""
-    patch = pytest.MonkeyPatch()
-    patch.delenv("RAY_ADDRESS", raising=False)
-    patch.setenv("RAY_metrics_report_interval_ms", "500")
-    here = str(Path(__file__).parent)
-    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")])))
-    session = ensure_ray()
-    assert session.started
-    yield
-    session.close()
-    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +96,7 @@ class Scraper:
 
 
 def exported() -> Values:
-    """Samples of this library on the node, with tags of its own only."""
+    """Samples of this run on the node, with tags of its own only; pools of other tests left theirs there too."""
     port = ray.nodes()[0]["MetricsExportPort"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
         text = answer.read().decode()
@@ -123,7 +105,7 @@ def exported() -> Values:
         (sample.name, frozenset((k, v) for k, v in sample.labels.items() if k in OWN)): sample.value
         for family in families
         for sample in family.samples
-        if "fedtailor_" in sample.name
+        if "fedtailor_" in sample.name and sample.labels.get("run") == "r1"
     }
 
 

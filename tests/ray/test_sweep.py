@@ -20,26 +20,9 @@ from fedtailor.storage.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-HERE = str(Path(__file__).parent)
 LAMBDA = "fedp2eft/lambda_lr"
 WORDS = [word for word in TINY if not word.startswith(("methods=", "budgets="))]
 SMALL = ["budgets=[2]", "strategy.rounds=15"]
-
-
-@pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    from actors.session import ensure_ray
-
-    patch = pytest.MonkeyPatch()
-    patch.delenv("RAY_ADDRESS", raising=False)
-    patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH", "")])))
-    patch.setenv("RAY_AIR_NEW_OUTPUT", "0")
-    patch.setattr(os, "cpu_count", lambda: 2)
-    session = ensure_ray()
-    assert session.started
-    yield
-    session.close()
-    patch.undo()
 
 
 def start(storage: Path, output: str) -> subprocess.Popen[bytes]:
@@ -129,7 +112,7 @@ def test_a_sweep_killed_twice_is_restored_without_running_anything_again(tmp_pat
 
 @pytest.mark.parametrize(("workers", "trials"), [(1, 2), (2, 1)])
 def test_client_actors_take_the_bundles_of_their_own_trial_and_the_driver_takes_none(
-    two_cpus: None, tmp_path: Path, workers: int, trials: int
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, trials: int
 ) -> None:
     from ray import tune
     from tune_trial import place
@@ -137,6 +120,7 @@ def test_client_actors_take_the_bundles_of_their_own_trial_and_the_driver_takes_
     from actors.placement import ActorPlan
     from tune_spaces.search import bundles
 
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
     group = tune.PlacementGroupFactory(bundles(ActorPlan(workers, 1.0, 0.0, None, 2), serial=False))
     space = {"number": tune.grid_search(list(range(trials))), "folder": str(tmp_path), "meet": trials > 1}
     tuner = tune.Tuner(

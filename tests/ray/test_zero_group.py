@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from tiny import run_tiny, talk
 from zero_worker import ZeroWorker, make_base, zero_stage
 
 from actors.ray_pool import RayPool
@@ -129,20 +130,27 @@ def test_an_exported_adapter_with_empty_tensors_is_refused(
         pool[0].run([JOB], None, lambda _: None)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_whole_run_under_zero_has_the_numbers_of_one_process(cluster: None, tmp_path: Path, stage: int) -> None:
-    from tiny import run_tiny, talk
+FEW = (
+    "base=none", "methods=[fedp2eft]", "strategy.rounds=1", "strategy.cohort=2", "personalise.pools=[unseen]",
+    "decoding.max_new_tokens=2", "budgets=[2]",
+)  # fmt: skip
+KEYS = ["stage", "client", "budget", "module", "metric", "language"]
 
-    few = [
-        "base=none", "methods=[fedp2eft]", "strategy.rounds=1", "strategy.cohort=2", "personalise.pools=[unseen]",
-        "decoding.max_new_tokens=2", "budgets=[2]",
-    ]  # fmt: skip
-    keys = ["stage", "client", "budget", "module", "metric", "language"]
-    alone = run_tiny(talk(tmp_path / "alone", *few)).metrics().set_index(keys).value
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Those of a whole run in one process, by key."""
+    return run_tiny(talk(tmp_path_factory.mktemp("one-process"), *FEW)).metrics().set_index(KEYS).value
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_whole_run_under_zero_has_the_numbers_of_one_process(
+    cluster: None, tmp_path: Path, numbers: Any, stage: int
+) -> None:
     zero = ["engine.backend=ray", "engine.actors=1", "engine.num_cpus=0.5", f"engine.zero={{ranks: 2, stage: {stage}}}"]
-    exp = talk(tmp_path / "zero", *few, *zero)
-    found = run_tiny(exp, pool=lambda on_event: RayPool(exp.engine, on_event)).metrics().set_index(keys).value
-    assert len(found) == len(alone)
-    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
+    exp = talk(tmp_path, *FEW, *zero)
+    found = run_tiny(exp, pool=lambda on_event: RayPool(exp.engine, on_event)).metrics().set_index(KEYS).value
+    assert len(found) == len(numbers)
+    np.testing.assert_allclose(found, numbers, rtol=0, atol=1e-5)
     # Rows are dealt out to the ranks, so that sums are rounded differently somewhere.
-    assert (found != alone).any()
+    assert (found != numbers).any()

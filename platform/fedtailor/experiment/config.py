@@ -120,9 +120,8 @@ class ExperimentBase(Config):
     def _known_base(cls, value: BaseStageConfig, info: ValidationInfo) -> BaseStageConfig:
         known = [name for name in (*FILES, *info.data.get("code", {})) if METHODS[name].base]
         if value.name not in (*known, "none"):
-            raise ValueError(
-                f"'base.name': allowed: {', '.join((*known, 'none'))}{did_you_mean(value.name, known)}, got '{value.name}'"
-            )
+            hint = did_you_mean(value.name, known)
+            raise ValueError(f"'base.name': allowed: {', '.join((*known, 'none'))}{hint}, got '{value.name}'")
         return value
 
     @field_validator("budgets")
