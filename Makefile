@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+WORKERS ?= 2
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
@@ -22,11 +23,11 @@ check: $(VENV)/.ready  ## format, lint, types
 	$(BIN)/ruff check platform actors tune_spaces tests
 	$(BIN)/mypy
 
-test: check            ## everything that decides whether a change lands
-	$(PYTEST) tests
+test: check            ## everything that decides whether a change lands; all that starts Ray is in one of the workers
+	$(PYTEST) tests -n $(WORKERS)
 
 unit: $(VENV)/.ready   ## the fast part
-	$(PYTEST) tests/unit tests/contracts tests/golden
+	$(PYTEST) tests/unit tests/contracts tests/golden -n $(WORKERS)
 
 contracts: $(VENV)/.ready  ## every method: the kit of checks, and whole runs that are killed and on Ray
 	$(PYTEST) tests/contracts tests/ray/test_method_runs.py -m ''
