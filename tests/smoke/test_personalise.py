@@ -194,9 +194,9 @@ def test_a_very_long_text_is_cut_and_counted_and_costs_no_time(runs: Path, swahi
         ]
     )
     frame.to_csv(tmp_path / "mine.csv", index=False)
-    started = time.monotonic()
+    started = time.process_time()  # others may have the processor meanwhile
     told = personalise(runs, tmp_path / "mine.csv", tmp_path / "out", "--test", swahili / "held_out.csv")
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     before = personalise(runs, swahili / "mine.csv", tmp_path / "before", "--test", swahili / "held_out.csv")
     made, usual = record(tmp_path / "out")["data"], record(tmp_path / "before")["data"]
     # A single word of any length is one unknown token to WordPiece.
