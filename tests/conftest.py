@@ -30,7 +30,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Who plays what with ``-n 2``: at any time there is one Ray cluster, and costly fixtures are made once.
 
     Files with tests that start Ray are played one after the other by one worker: several clusters would want the same
-    ports. Other files are kept whole, since their fixtures are whole runs, but for unit tests and notebooks.
+    ports. Other files are kept whole, since their fixtures are whole runs, but for the notebooks, which need none.
     (``--dist loadgroup``, which reads marks, finds none with pytest-xdist 3.8 and pytest 9.2.)
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             if starts_ray(config.rootpath / file):
                 return "ray"
-            return nodeid if "/unit/" in file or file.endswith("test_notebooks.py") else file
+            return nodeid if file.endswith("test_notebooks.py") else file
 
     return ByCost(config, log)
 
