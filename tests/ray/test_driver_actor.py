@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,8 @@ def test_every_event_arrives_once_in_order_and_the_result_comes_back() -> None:
 
 def test_a_stop_reaches_the_run_and_its_interruption_comes_back_as_itself() -> None:
     events: list[dict[str, Any]] = []
-    started = time.monotonic()
-    with pytest.raises(Interrupted, match="stopped at a commit"):
+    with pytest.raises(Interrupted, match="stopped at a commit"):  # unasked, it would end otherwise
         start({"do": "wait for stop"}, events.append, lambda: bool(events))
-    assert time.monotonic() - started < 10
 
 
 def test_an_error_on_purpose_comes_back_with_its_fields() -> None:

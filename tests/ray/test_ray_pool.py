@@ -291,7 +291,7 @@ def test_what_cannot_be_placed_is_refused_in_seconds(make_pool: MakePool, engine
     started = time.monotonic()
     with pytest.raises(PlacementError, match=r"has \d+ CPU, 0 GPU"):
         make_pool(**engine)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # Ray itself would wait for ever
 
 
 def test_closing_ends_the_actors_but_not_a_cluster_that_others_started(make_pool: MakePool, tmp_path: Path) -> None:
