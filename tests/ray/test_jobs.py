@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import TINY
+from tiny import TINY, run_tiny, tiny
 
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.digest import digest
@@ -214,15 +214,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the same words in this process, without Ray."""
-    from typer.testing import CliRunner
-
-    from fedtailor.cli import app
-
-    storage = tmp_path_factory.mktemp("reference")
-    words = [*SMALL, f"storage={storage}", "engine.backend=serial", "--run-id", "run"]
-    result = CliRunner().invoke(app, ["run", *words])
-    assert result.exit_code == 0, result.output
-    return digest(Storage(storage), "run")
+    folder = tmp_path_factory.mktemp("reference")
+    run = run_tiny(tiny(folder, *SMALL[len(TINY) :], "engine.backend=serial"))
+    return digest(run.storage, run.run_id)
 
 
 def committed(storage: Path) -> int:
