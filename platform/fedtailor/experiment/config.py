@@ -121,7 +121,7 @@ class ExperimentBase(Config):
         known = [name for name in (*FILES, *info.data.get("code", {})) if METHODS[name].base]
         if value.name not in (*known, "none"):
             hint = did_you_mean(value.name, known)
-            raise ValueError(f"'base.name': allowed: {', '.join((*known, 'none'))}{hint}, got '{value.name}'")
+            raise ValueError(f"'base.name': unknown base '{value.name}'{hint} (allowed: {', '.join((*known, 'none'))})")
         return value
 
     @field_validator("budgets")
