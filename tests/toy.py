@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fedtailor.core.received import Received
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.context import ClientContext, Lane, open_params
+from fedtailor.federated.received import Received
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import Adapter, Parameters

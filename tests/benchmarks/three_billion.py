@@ -33,11 +33,11 @@ for place in (HERE, HERE.parent):
 from toy import ToyClient, ToyExamples
 
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
-from fedtailor.core.received import Received
 from fedtailor.core.scope import Ranks, Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.context import ClientContext, Lane, open_params
+from fedtailor.federated.received import Received
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method

@@ -15,7 +15,8 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import Interrupted, RoundError
 from fedtailor.experiment import execute
 from fedtailor.experiment.launch import load_experiment
-from fedtailor.federated.method import Draw, Method
+from fedtailor.federated.method import Method
+from fedtailor.federated.release import Draw
 from fedtailor.methods.build import guarded
 from fedtailor.privacy.central_dp import GaussianRelease
 from fedtailor.report.facts import privacy_sentence

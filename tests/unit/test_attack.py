@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from tiny import run_tiny, tiny
 
-from fedtailor.core.attack import Attack, attack_of
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import AttackConfig
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import guards_of, overrides_of
 from fedtailor.experiment.plan import make_plan
 from fedtailor.experiment.stages import Inputs, plan_stages
+from fedtailor.federated.attack import Attack, attack_of
 
 SEEN = [f"seen/amh/{i:02d}" for i in range(20)]
 RECEIVED, ROW = np.array([1.0, 1.0, 1.0], np.float32), np.array([2.0, 0.5, 1.0], np.float32)

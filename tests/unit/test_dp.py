@@ -12,7 +12,7 @@ from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.privacy import forecast, mechanism, privacy_lines, seen_clients
 from fedtailor.federated.checks import bounded
-from fedtailor.federated.method import Site, still
+from fedtailor.federated.release import Site, still
 from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.privacy.accounting import ORDERS, Mechanism, Spent, default_delta, epsilon, noise_for
 from fedtailor.privacy.central_dp import GaussianRelease

@@ -22,9 +22,10 @@ from fedtailor.lanes.batches import make_batch
 from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
-from fedtailor.methods.fedl2p import MULTIPLIERS, FedL2PConfig, LrNetConfig, RateNet
+from fedtailor.methods.fedl2p import FedL2PConfig
 from fedtailor.methods.fedl2p_hypergradient import HypergradientConfig, OuterPairs, cycled, rate_derivative
 from fedtailor.methods.fedl2p_inner_loop import InnerLoop, fine_tune, held_out, split, split_lanes
+from fedtailor.methods.fedl2p_net import MULTIPLIERS, LrNetConfig, RateNet
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.training.local import Training, train
 

@@ -107,7 +107,7 @@ def test_private_state_is_committed_before_the_next_round_begins() -> None:
 
 
 def test_a_release_is_committed_before_the_next_round_begins() -> None:
-    from fedtailor.federated.method import Released
+    from fedtailor.federated.release import Released
 
     def release(total: Any, shared: Row, cohort: int, site: Any, draw: int) -> Released:
         return Released(METHOD.aggregator.result(total))

@@ -11,7 +11,7 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ConfigError, RoundError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.privacy import privacy_lines
-from fedtailor.federated.method import Site
+from fedtailor.federated.release import Site
 from fedtailor.privacy.secure_aggregation import (
     KEY,
     SHARE,

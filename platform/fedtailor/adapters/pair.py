@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class AdapterPair:
     first: LoraAdapter
     second: LoraAdapter
     lanes: bool = True
+    trains_base: ClassVar[bool] = False
+    r_init: ClassVar[int] = 0
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Those of the first, then those of the second."""

@@ -345,6 +345,7 @@ def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFold
     from fedtailor.core.faults import planned
     from fedtailor.experiment import launch
     from fedtailor.experiment.stop import StopSignals
+    from fedtailor.report.wandb import sync_wandb
     from fedtailor.tracking.progress import reporter
 
     planned()
@@ -369,7 +370,7 @@ def _conduct(exp: ExperimentBase, run_id: str, open_run: Callable[[Any], RunFold
         finally:
             show.close()
     path = _write_report(folder)
-    problem = launch.sync_wandb(folder, exp)
+    problem = sync_wandb(folder, exp)
     table = summary_table(folder.metrics("personalise"))
     if table is not None:
         told.print(table)

@@ -15,7 +15,7 @@ from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.privacy import mechanism
 from fedtailor.experiment.stages import Stage, has_overlay
 from fedtailor.federated.early_stop import best_of
-from fedtailor.federated.method import Spend, unrecorded
+from fedtailor.federated.release import Spend, unrecorded
 from fedtailor.privacy.accounting import Mechanism, Spent
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join

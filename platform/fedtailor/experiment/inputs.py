@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.attack import attack_of
 from fedtailor.core.settings import ModelConfig
 from fedtailor.experiment.config import ExperimentBase, scaled_task, to_json
 from fedtailor.experiment.rules import check_population
 from fedtailor.experiment.stages import Inputs, short_hash
+from fedtailor.federated.attack import attack_of
 from fedtailor.models import embedded as tiny_llama
 from fedtailor.models import hub
 from fedtailor.models.embedded import build_tiny_bert

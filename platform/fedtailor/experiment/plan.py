@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import try_to_load_from_cache
 
-from fedtailor.core.attack import attack_of
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.scope import Scope
 from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_section, scaled_task
@@ -24,6 +23,7 @@ from fedtailor.experiment.estimate import Estimate, Population, estimate
 from fedtailor.experiment.fit import Fit, capacity, fit
 from fedtailor.experiment.inputs import model_artifact, tokens_artifact
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
+from fedtailor.federated.attack import attack_of
 from fedtailor.federated.method import Method
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedtailor.core.received import Received
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng, torch_rng
+from fedtailor.federated.received import Received
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, lane_batches, training_picks
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import Adapter, LaneParams, Parameters

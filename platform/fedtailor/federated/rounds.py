@@ -16,8 +16,9 @@ from fedtailor.core.messages import ClientCost, Failure, FloatArray, Row, Segmen
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.checks import clipped_share, norm_alarms, rejection_rows, screened
 from fedtailor.federated.early_stop import without_record
-from fedtailor.federated.method import Draw, Method, Released, Site, Spend, still, unrecorded
+from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
+from fedtailor.federated.release import Draw, Released, Site, Spend, still, unrecorded
 from fedtailor.lanes.grouping import segments
 
 

@@ -38,6 +38,7 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.task import TASKS
 from fedtailor.training.bayestune import REFERENCE, RankSearchConfig, clamp_lambda, search_ranks
 from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
 from fedtailor.training.pruning import RANK_BITS, TieRule, prune, tied_share
@@ -103,7 +104,7 @@ class FedP2EFTConfig(Config):
     def for_task(cls, given: Mapping[str, Any], task: TaskConfig) -> Mapping[str, Any]:
         """The public code pads every text of a classification task to the task's length, and counts the padding."""
         psg = given.get("psg", {})
-        if not given.get("reference") or task.kind == "generation" or not isinstance(psg, Mapping):
+        if not given.get("reference") or TASKS[task.name].kind == "generation" or not isinstance(psg, Mapping):
             return given
         return {**given, "psg": {"features_pad_to": task.max_length, **psg}}
 

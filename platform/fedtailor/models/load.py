@@ -1,13 +1,4 @@
-"""Classifier or causal model from a folder; saving a folder whole.
-
-Loads a sequence classifier and its tokenizer from a Hugging Face folder or hub id, never from pickle.
-
-Loads a causal language model from a Hugging Face folder or hub id, never from pickle.
-
-A base model from its folder, whatever kind of task it is for.
-
-Model folders: written whole or not at all, and without transformers' chatter.
-"""
+"""Classifier or causal language model, and its tokenizer, from a folder or hub id, never from pickle; saved whole."""
 
 from __future__ import annotations
 

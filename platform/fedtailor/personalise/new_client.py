@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from fedtailor.core.config import merge_layers, validate
 from fedtailor.core.errors import ModelError
 from fedtailor.core.messages import Client, StageSpec
-from fedtailor.core.received import Received
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.evaluation.classification import Score, evaluate
@@ -25,6 +24,7 @@ from fedtailor.experiment.config import to_json
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.early_stop import best_of
 from fedtailor.federated.method import Method, Personalised
+from fedtailor.federated.received import Received
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedtailor.aggregation.weighted_mean import WeightedSum
 from fedtailor.core.messages import Row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.method import Released, Site
+from fedtailor.federated.release import Released, Site
 
 MOSTLY_NOISE = "the released update is mostly noise: the noise is longer than the cohort's mean update"
 

@@ -40,7 +40,7 @@ from fedtailor.aggregation.weighted_mean import WeightedSum
 from fedtailor.core.errors import RoundError
 from fedtailor.core.messages import Row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.method import Masked, Opened, Site
+from fedtailor.federated.release import Masked, Opened, Site
 
 Vector = npt.NDArray[np.unsignedinteger[Any]]
 

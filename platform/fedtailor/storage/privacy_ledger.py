@@ -15,7 +15,7 @@ from math import inf, isfinite
 from typing import Any
 
 from fedtailor.core.errors import StorageError
-from fedtailor.federated.method import Draw
+from fedtailor.federated.release import Draw
 from fedtailor.privacy.accounting import Mechanism, Spent, epsilon
 from fedtailor.storage.files import Storage, join
 

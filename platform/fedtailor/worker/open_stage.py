@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.attack import Attack, attack_of
 from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
-from fedtailor.core.received import Received
-from fedtailor.core.returned import check_overlay
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
 from fedtailor.core.settings import AttackConfig
+from fedtailor.federated.attack import Attack, attack_of
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.method import Method, Overlay, as_sent
+from fedtailor.federated.received import Received
+from fedtailor.federated.returned import check_overlay
 from fedtailor.lanes.features import FeatureCache
 from fedtailor.lanes.grouping import Load, lane_groups
 from fedtailor.lanes.net import LaneNet

@@ -16,12 +16,13 @@ import torch
 from fedtailor.core.errors import MethodError, TailorError
 from fedtailor.core.faults import Sabotage
 from fedtailor.core.messages import Failure, FloatArray, SegmentJob, SegmentResult, metric_row
-from fedtailor.core.returned import bad_metrics, check_personalised, check_report
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.federated.checks import bounded
 from fedtailor.federated.context import ClientContext, Lane
-from fedtailor.federated.method import Personalised, Report, Site
+from fedtailor.federated.method import Personalised, Report
+from fedtailor.federated.release import Site
+from fedtailor.federated.returned import bad_metrics, check_personalised, check_report
 from fedtailor.worker.costs import costs_of, start_gpu_peak
 from fedtailor.worker.open_stage import OpenStage
 from fedtailor.worker.scoring import scores_on_test, scores_on_train
