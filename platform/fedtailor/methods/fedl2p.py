@@ -48,7 +48,6 @@ from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.task import TASKS
 from fedtailor.training.finetune import FinetuneConfig, budget_lanes, budgets_of, finetune, repeat_lanes
 
-
 FEW_TEXTS = 5
 
 
