@@ -20,7 +20,7 @@ from fedtailor.core.config import (  # fmt: skip
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import compose, load_preset, preset_names
 from fedtailor.experiment.config import Experiment
-from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.task import task_config
 
 
 def problems_of(*overrides: str, presets: tuple[str, ...] = ()) -> list[str]:
@@ -117,7 +117,7 @@ def test_an_unknown_key_in_a_section_is_likened_to_keys_of_that_section_alone(
 )
 def test_a_cohort_is_checked_where_one_is_drawn(words: list[str], keys: list[str]) -> None:
     words = ["task=cldr", "task.clients_per_language=1", "base.cohort=500", "strategy.cohort=500", *words]
-    seen = len(TaskConfig.defaults_for("cldr").languages)
+    seen = len(task_config("cldr").languages)
     expected = [f"'{key}.cohort': 500 clients asked, the seen pool has {seen} (allowed: 1 ... {seen})" for key in keys]
     if expected:
         assert problems_of(*words) == expected

@@ -183,7 +183,7 @@ def _plainly(problem: Any, message: str) -> str:
         return "is a section; set the keys below it"
     if problem["type"] == "literal_error":
         allowed = [word.strip("'") for word in re.split(", | or ", str(problem["ctx"]["expected"]))]
-        near = nearest(str(problem.get("input")), allowed)
+        near = nearest(given, allowed, 0.6) if isinstance(given := problem.get("input"), str) else None
         return f"allowed: {', '.join(allowed)}" + (f" (did you mean '{near}'?)" if near else "")
     return message[0].lower() + message[1:]
 
