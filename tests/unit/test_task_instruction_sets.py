@@ -336,7 +336,7 @@ def test_a_client_without_test_rows_and_a_task_without_seen_clients_are_refused(
         ("r.jsonl", b'{"client": "a"\n', "r.jsonl, line 1: damaged JSON"),
         ("r.json", b'[{"client": "a"}, {"cli', "r.json: damaged JSON.*line 1 column"),
         ("r.jsonl", b'{"client": 1, "client": 2}\n', "line 1: damaged JSON: the key 'client' occurs twice"),
-        ("r.jsonl.gz", gzip.compress(b"x" * 999)[:-9], "r.jsonl.gz, line 1: damaged or truncated gzip"),
+        ("r.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:-9], "r.jsonl.gz, line 1: damaged or truncated gzip"),
         ("r.jsonl", b'{"client": "\xff"}', "line 1: not UTF-8"),
         ("r.csv", b"client,prompt,completion\na,p,c\na,p\n", "line 3: not 3 columns as in the header"),
         ("r.csv", b'client,prompt,completion\na,p,"c\n', "line 2: damaged or truncated CSV"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedtailor import NUMERICS_VERSION
+from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.config import Config, at_absent
 from fedtailor.core.messages import StageSpec
 from fedtailor.experiment.config import (
@@ -191,7 +192,16 @@ def _choices(exp: ExperimentBase) -> dict[str, Any]:
         chosen["micro_batch"] = exp.engine.micro_batch
     if exp.engine.zero.ranks > 1:
         chosen["zero"] = exp.engine.zero.ranks
+    if _merges_head(exp):
+        chosen["merge"] = 2  # before, a head's LoRA was lost when it was merged into the base
     return chosen
+
+
+def _merges_head(exp: ExperimentBase) -> bool:
+    """Whether the base is a LoRA that also trains, and adapts, the classification head."""
+    base = exp.base.name
+    adapter = None if base == "none" else build_method(base, method_section(exp, base), exp.r_max).adapter
+    return isinstance(adapter, LoraAdapter) and adapter.head and adapter.targets in ("all-linear", "head")
 
 
 def device_of(exp: ExperimentBase) -> str:
