@@ -91,10 +91,10 @@ def test_the_ledger_has_a_round_before_its_noise_is_drawn(tmp_path: Path, monkey
     seen: list[tuple[int, int]] = []
     drawn = GaussianRelease.noise
 
-    def watched(self: GaussianRelease, size: int, site: Any, draw: int) -> Any:
-        [path] = [p for p in tmp_path.glob(f"artifacts/*/{LEDGER}") if p.parent.name.startswith(site.kind)]
-        seen.append((site.round, len(path.read_text().splitlines())))
-        return drawn(self, size, site, draw)
+    def watched(self: GaussianRelease, size: int, round_id: Any, draw: int) -> Any:
+        [path] = [p for p in tmp_path.glob(f"artifacts/*/{LEDGER}") if p.parent.name.startswith(round_id.kind)]
+        seen.append((round_id.round, len(path.read_text().splitlines())))
+        return drawn(self, size, round_id, draw)
 
     monkeypatch.setattr(GaussianRelease, "noise", watched)
     run_tiny(tiny(tmp_path, *NOISY))

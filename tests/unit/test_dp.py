@@ -12,14 +12,14 @@ from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.privacy import forecast, mechanism, privacy_lines, seen_clients
 from fedtailor.federated.checks import bounded
-from fedtailor.federated.release import Site, still
+from fedtailor.federated.release import RoundId, still
 from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.privacy.accounting import ORDERS, Mechanism, Spent, default_delta, epsilon, noise_for
 from fedtailor.privacy.central_dp import GaussianRelease
 from fedtailor.storage.files import Storage
 from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
 
-SITE = Site(42, "strategy/fedp2eft/seed42", 3)
+ROUND_ID = RoundId(42, "strategy/fedp2eft/seed42", 3)
 RNG = np.random.default_rng(0)
 MEAN = WeightedMean(uniform=True)
 
@@ -41,7 +41,7 @@ def clients(count: int, size: int, received: np.ndarray, length: float) -> list[
 def test_without_noise_and_clip_the_release_is_the_uniform_mean_to_the_last_bit() -> None:
     received = RNG.standard_normal(999).astype(np.float32)
     total = summed(clients(7, 999, received, 0.3))
-    released = GaussianRelease(np.inf, 0.0)(total, received, 7, SITE, 0)
+    released = GaussianRelease(np.inf, 0.0)(total, received, 7, ROUND_ID, 0)
     assert released.consensus.tobytes() == MEAN.result(total).tobytes()
 
 
@@ -75,8 +75,8 @@ def test_one_replaced_client_moves_the_sum_by_at_most_two_clips_and_an_absent_on
         bounded((received + sign * 1e4 * direction).astype(np.float32), received, clip)[0] for sign in (1, -1)
     ]  # the worst pair: opposite updates, both cut to the clip
     release = GaussianRelease(clip, 0.0)
-    one, two = (release(summed([*others, row]), received, planned, SITE, 0).consensus for row in extreme)
-    gone = release(summed(others), received, planned, SITE, 0).consensus
+    one, two = (release(summed([*others, row]), received, planned, ROUND_ID, 0).consensus for row in extreme)
+    gone = release(summed(others), received, planned, ROUND_ID, 0).consensus
     rounding = 1e-6 * planned * np.sqrt(size)
     assert planned * np.linalg.norm(one.astype(float) - two) == pytest.approx(2 * clip, abs=rounding)
     assert planned * np.linalg.norm(one.astype(float) - gone) == pytest.approx(clip, abs=rounding)
@@ -85,9 +85,9 @@ def test_one_replaced_client_moves_the_sum_by_at_most_two_clips_and_an_absent_on
 def test_the_denominator_is_the_planned_cohort_whoever_succeeds() -> None:
     received = np.ones(3, np.float32)
     row = np.array([1.0, 2.0, 3.0], np.float32)
-    released = GaussianRelease(np.inf, 0.0)(summed([row]), received, 4, SITE, 0)
+    released = GaussianRelease(np.inf, 0.0)(summed([row]), received, 4, ROUND_ID, 0)
     np.testing.assert_allclose(released.consensus, [1.0, 1.25, 1.5])
-    nobody = GaussianRelease(1.0, 0.0)(None, received, 4, SITE, 0)
+    nobody = GaussianRelease(1.0, 0.0)(None, received, 4, ROUND_ID, 0)
     np.testing.assert_array_equal(nobody.consensus, received)
 
 
@@ -95,7 +95,7 @@ def test_the_noise_on_the_sum_has_the_promised_deviation_and_no_mean() -> None:
     clip, multiplier, planned, size = 0.3, 1.7, 10, 40_000
     release = GaussianRelease(clip, multiplier)
     zero = np.zeros(size, np.float32)
-    noise = planned * release(summed([zero] * planned), zero, planned, SITE, 0).consensus.astype(np.float64)
+    noise = planned * release(summed([zero] * planned), zero, planned, ROUND_ID, 0).consensus.astype(np.float64)
     expected = multiplier * clip
     assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * size))
     assert abs(noise.mean()) < 5 * expected / np.sqrt(size)
@@ -105,24 +105,24 @@ def test_the_noise_on_the_sum_has_the_promised_deviation_and_no_mean() -> None:
 
 def test_a_round_draws_the_same_noise_again_and_no_two_releases_share_it() -> None:
     release = GaussianRelease(1.0, 1.0)
-    again = release.noise(50, SITE, 0)
-    np.testing.assert_array_equal(release.noise(50, SITE, 0), again)
+    again = release.noise(50, ROUND_ID, 0)
+    np.testing.assert_array_equal(release.noise(50, ROUND_ID, 0), again)
     others = [
-        (Site(42, "strategy/fedp2eft/seed42", 4), 0),
-        (Site(43, "strategy/fedp2eft/seed42", 3), 0),
-        (Site(42, "strategy/fedl2p/r2/seed42", 3), 0),
-        (Site(42, "base/seed42", 3), 0),
-        (SITE, 1),
+        (RoundId(42, "strategy/fedp2eft/seed42", 4), 0),
+        (RoundId(43, "strategy/fedp2eft/seed42", 3), 0),
+        (RoundId(42, "strategy/fedl2p/r2/seed42", 3), 0),
+        (RoundId(42, "base/seed42", 3), 0),
+        (ROUND_ID, 1),
     ]
-    for site, draw in others:
-        assert not np.intersect1d(release.noise(50, site, draw), again).size
+    for round_id, draw in others:
+        assert not np.intersect1d(release.noise(50, round_id, draw), again).size
 
 
 def test_an_update_under_its_noise_is_told() -> None:
     received = np.zeros(1000, np.float32)
     rows = [np.full(1000, 0.01, np.float32)] * 4
-    loud = GaussianRelease(0.5, 1.0)(summed(rows), received, 4, SITE, 0)
-    quiet = GaussianRelease(0.5, 1e-4)(summed(rows), received, 4, SITE, 0)
+    loud = GaussianRelease(0.5, 1.0)(summed(rows), received, 4, ROUND_ID, 0)
+    quiet = GaussianRelease(0.5, 1e-4)(summed(rows), received, 4, ROUND_ID, 0)
     assert [warning["kind"] for warning in loud.warnings] == ["mostly-noise"]
     assert not quiet.warnings
     assert loud.metrics["noise_to_update"] == pytest.approx(
@@ -136,7 +136,7 @@ def test_parameters_that_did_not_move_are_told() -> None:
     assert not still(before, np.nextafter(before, np.float32(2)))
     # A clip far below float32's grain cuts every update to nothing.
     cut, _ = bounded(before + 1, before, 1e-12)
-    assert still(before, GaussianRelease(1e-12, 0.0)(summed([cut]), before, 1, SITE, 0).consensus)
+    assert still(before, GaussianRelease(1e-12, 0.0)(summed([cut]), before, 1, ROUND_ID, 0).consensus)
 
 
 # --- accounting

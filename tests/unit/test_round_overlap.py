@@ -109,7 +109,7 @@ def test_private_state_is_committed_before_the_next_round_begins() -> None:
 def test_a_release_is_committed_before_the_next_round_begins() -> None:
     from fedtailor.federated.release import Released
 
-    def release(total: Any, shared: Row, cohort: int, site: Any, draw: int) -> Released:
+    def release(total: Any, shared: Row, cohort: int, round_id: Any, draw: int) -> Released:
         return Released(METHOD.aggregator.result(total))
 
     release.fingerprint = lambda total: ""  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ConfigError, RoundError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.privacy import privacy_lines
-from fedtailor.federated.release import Site
+from fedtailor.federated.release import RoundId
 from fedtailor.privacy.secure_aggregation import (
     KEY,
     SHARE,
@@ -28,7 +28,7 @@ from fedtailor.privacy.secure_aggregation import (
 
 STEP = 2.0**-12
 COHORT = tuple(f"seen/xx/{i:02d}" for i in range(9))
-SITE = Site(42, "base/seed42", 1, COHORT)
+ROUND_ID = RoundId(42, "base/seed42", 1, COHORT)
 SIZE = 60
 
 
@@ -53,7 +53,7 @@ def round_of(protocol: PairwiseMasking, lost: tuple[str, ...] = ()) -> tuple[Wra
     for segment in (COHORT[:4], COHORT[4:]):
         part = aggregator.zero(SIZE)
         for client in segment:
-            sent = protocol.mask(rows[client], received, weights[client], client, SITE)
+            sent = protocol.mask(rows[client], received, weights[client], client, ROUND_ID)
             if sent.vector is not None and client not in lost:
                 part = aggregator.add(part, sent.vector, weights[client])
                 valid.append(client)
@@ -76,7 +76,7 @@ def test_masks_cancel_exactly_in_the_ring(bits: Bits, complete: bool) -> None:
     protocol = masking(bits, complete)
     received, rows, weights = population()
     total, valid = round_of(protocol)
-    opened = protocol.open(total, received, valid, SITE)
+    opened = protocol.open(total, received, valid, ROUND_ID)
     whole = sum(protocol.fixed_point.encode(rows[c].astype(np.float64) - received)[0] * int(weights[c]) for c in COHORT)
     np.testing.assert_array_equal(np.rint((opened.total.total - opened.total.weight * received) / STEP), whole)
     assert opened.total.weight == sum(weights.values())
@@ -88,7 +88,7 @@ def test_masks_cancel_exactly_in_the_ring(bits: Bits, complete: bool) -> None:
 def test_the_mean_is_the_plain_one_up_to_half_a_step(bits: Bits, complete: bool, uniform: bool) -> None:
     protocol = masking(bits, complete, uniform=uniform)
     total, valid = round_of(protocol)
-    opened = protocol.open(total, population()[0], valid, SITE)
+    opened = protocol.open(total, population()[0], valid, ROUND_ID)
     found = opened.total.total / opened.total.weight
     assert np.abs(found - plain_mean(valid, uniform)).max() <= STEP / 2 * (1 + 1e-9)
 
@@ -120,8 +120,8 @@ def test_numbers_beyond_the_range_are_cut_and_counted() -> None:
 def test_what_a_client_sends_looks_like_noise_and_is_not_its_update() -> None:
     received, rows, weights = population()
     protocol, client = masking(32), COHORT[0]
-    sent = protocol.mask(rows[client], received, weights[client], client, SITE).vector
-    later = Site(42, "base/seed42", 2, COHORT)
+    sent = protocol.mask(rows[client], received, weights[client], client, ROUND_ID).vector
+    later = RoundId(42, "base/seed42", 2, COHORT)
     again = protocol.mask(rows[client], received, weights[client], client, later).vector
     assert sent is not None
     assert again is not None
@@ -134,7 +134,7 @@ def test_clients_that_vanish_after_masking_are_taken_out_of_the_sum(complete: bo
     protocol = masking(complete=complete, dropout=0.25)
     total, valid = round_of(protocol)
     assert len(valid) == 7
-    opened = protocol.open(total, population()[0], valid, SITE)
+    opened = protocol.open(total, population()[0], valid, ROUND_ID)
     assert np.abs(opened.total.total / opened.total.weight - plain_mean(valid)).max() <= STEP / 2 * (1 + 1e-9)
     assert opened.metrics["secagg_vanished"] == 2
 
@@ -142,7 +142,7 @@ def test_clients_that_vanish_after_masking_are_taken_out_of_the_sum(complete: bo
 def test_a_client_that_breaks_is_recovered_like_one_that_vanished() -> None:
     protocol = masking()
     total, valid = round_of(protocol, lost=COHORT[2:4])
-    opened = protocol.open(total, population()[0], valid, SITE)
+    opened = protocol.open(total, population()[0], valid, ROUND_ID)
     assert np.abs(opened.total.total / opened.total.weight - plain_mean(valid)).max() <= STEP / 2 * (1 + 1e-9)
 
 
@@ -153,9 +153,9 @@ def test_a_round_stands_while_every_client_has_more_than_half_of_its_neighbours(
     if fails:
         # 9 clients, 8 neighbours each, 5 needed: of 5 survivors each has 4 others left.
         with pytest.raises(RoundError, match=r"of its 8 neighbours are left and 5 are needed"):
-            protocol.open(total, population()[0], valid, SITE)
+            protocol.open(total, population()[0], valid, ROUND_ID)
     else:
-        assert protocol.open(total, population()[0], valid, SITE).total.weight > 0
+        assert protocol.open(total, population()[0], valid, ROUND_ID).total.weight > 0
 
 
 def test_a_sum_that_may_wrap_is_refused() -> None:
@@ -164,17 +164,17 @@ def test_a_sum_that_may_wrap_is_refused() -> None:
     aggregator = RingSum(32)
     total = aggregator.zero(SIZE)
     for client in COHORT:
-        vector = protocol.mask(rows[client], received, weights[client], client, SITE).vector
+        vector = protocol.mask(rows[client], received, weights[client], client, ROUND_ID).vector
         total = aggregator.add(total, vector, 1.0)
     with pytest.raises(RoundError, match="may wrap at 2\\^32"):
-        protocol.open(total, received, list(COHORT), SITE)
+        protocol.open(total, received, list(COHORT), ROUND_ID)
 
 
 def test_everybody_loses_the_same_clients_whatever_the_method() -> None:
     protocol = masking(dropout=0.3)
-    one = protocol.vanishing(Site(1, "strategy/fedp2eft/seed1", 4, COHORT))
-    assert one == protocol.vanishing(Site(1, "strategy/fedl2p/seed1", 4, COHORT))
-    rounds = {protocol.vanishing(Site(1, "strategy/fedp2eft/seed1", r, COHORT)) for r in range(20)}
+    one = protocol.vanishing(RoundId(1, "strategy/fedp2eft/seed1", 4, COHORT))
+    assert one == protocol.vanishing(RoundId(1, "strategy/fedl2p/seed1", 4, COHORT))
+    rounds = {protocol.vanishing(RoundId(1, "strategy/fedp2eft/seed1", r, COHORT)) for r in range(20)}
     assert {len(gone) for gone in rounds} == {3}
     assert len(rounds) > 10
 
@@ -202,7 +202,7 @@ def test_bytes_are_the_formula_of_the_papers_and_grow_with_neighbours_only() -> 
 def test_the_bytes_of_a_round_count_the_weight_and_the_vanished() -> None:
     protocol = masking(32, dropout=0.25)
     total, valid = round_of(protocol)
-    told = protocol.open(total, population()[0], valid, SITE).metrics
+    told = protocol.open(total, population()[0], valid, ROUND_ID).metrics
     stayed, gone = traffic(SIZE + 1, 8, 32).up, traffic(SIZE + 1, 8, 32, vanished=True).up
     assert math.isclose(told["secagg_up_bytes"], (7 * stayed + 2 * gone) / 9)
 

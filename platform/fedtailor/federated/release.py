@@ -14,7 +14,7 @@ from fedtailor.core.messages import Row
 
 
 @dataclass(frozen=True)
-class Site:
+class RoundId:
     """Coordinates of a round.
 
     Args:
@@ -79,14 +79,14 @@ class Release(Protocol):
     def fingerprint(self, total: Any) -> str:
         """Equal for equal sums: tells whether a round that is run again releases the same."""
 
-    def __call__(self, total: Any, received: Row, planned: int, site: Site, draw: int) -> Released:
+    def __call__(self, total: Any, received: Row, planned: int, round_id: RoundId, draw: int) -> Released:
         """The consensus.
 
         Args:
             total: sum of the valid clients' rows, or None without any.
             received: what the cohort started from, (P,).
             planned: clients that the round plans with: the denominator, whoever succeeds.
-            site: coordinates of the noise.
+            round_id: coordinates of the noise.
             draw: see `Draw.number`.
         """
 
@@ -110,10 +110,10 @@ class Opened:
 class Masking(Protocol):
     """Hides single rows in a sum that only the server's protocol opens."""
 
-    def mask(self, row: Row, received: Row, weight: float, client: str, site: Site) -> Masked:
+    def mask(self, row: Row, received: Row, weight: float, client: str, round_id: RoundId) -> Masked:
         """One client's side."""
 
-    def open(self, total: Any, received: Row, valid: Sequence[str], site: Site) -> Opened:
+    def open(self, total: Any, received: Row, valid: Sequence[str], round_id: RoundId) -> Opened:
         """The server's side.
 
         Raises:

@@ -18,7 +18,7 @@ from fedtailor.federated.checks import clipped_share, norm_alarms, rejection_row
 from fedtailor.federated.early_stop import without_record
 from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
-from fedtailor.federated.release import Draw, Released, Site, Spend, still, unrecorded
+from fedtailor.federated.release import Draw, Released, RoundId, Spend, still, unrecorded
 from fedtailor.lanes.grouping import segments
 
 
@@ -262,14 +262,14 @@ def _released(
     spend: Spend,
 ) -> tuple[Released, Draw | None]:
     """Opens the sum where it is masked, and releases it: written down first, then noised."""
-    site, told = Site(plan.seed, plan.stage, state.round, cohort), {}
+    round_id, told = RoundId(plan.seed, plan.stage, state.round, cohort), {}
     if method.masking is not None:
-        opened = method.masking.open(total, state.shared, valid, site)
+        opened = method.masking.open(total, state.shared, valid, round_id)
         total, told = opened.total, dict(opened.metrics)
     if method.release is None:
         return Released(method.aggregator.result(total), told), None
     draw = spend(state.round, method.release.fingerprint(total))
-    released = method.release(total, state.shared, plan.cohort, site, draw.number)
+    released = method.release(total, state.shared, plan.cohort, round_id, draw.number)
     if np.isfinite(draw.epsilon):
         told["epsilon"] = draw.epsilon
     return Released(released.consensus, {**told, **released.metrics}, released.warnings), draw

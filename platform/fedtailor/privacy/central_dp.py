@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedtailor.aggregation.weighted_mean import WeightedSum
 from fedtailor.core.messages import Row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.release import Released, Site
+from fedtailor.federated.release import Released, RoundId
 
 MOSTLY_NOISE = "the released update is mostly noise: the noise is longer than the cohort's mean update"
 
@@ -36,7 +36,7 @@ class GaussianRelease:
         noise_multiplier: z, standard deviation of the noise on the sum divided by C.
 
     >>> total = WeightedSum(np.array([1.0, 2.0]), 2.0)
-    >>> plain = GaussianRelease(1.0, 0.0)(total, np.zeros(2, np.float32), 4, Site(1, "base/seed1", 0), 0)
+    >>> plain = GaussianRelease(1.0, 0.0)(total, np.zeros(2, np.float32), 4, RoundId(1, "base/seed1", 0), 0)
     >>> [float(x) for x in plain.consensus]
     [0.25, 0.5]
     """
@@ -49,25 +49,27 @@ class GaussianRelease:
         data = b"" if total is None else total.total.tobytes() + np.float64(total.weight).tobytes()
         return hashlib.sha256(data).hexdigest()
 
-    def __call__(self, total: WeightedSum | None, received: Row, planned: int, site: Site, draw: int) -> Released:
+    def __call__(
+        self, total: WeightedSum | None, received: Row, planned: int, round_id: RoundId, draw: int
+    ) -> Released:
         """The consensus, computed in float64 and rounded once, after the noise."""
         start = received.astype(np.float64)
         mean, count = (start, 0.0) if total is None else (total.total / total.weight, total.weight)
         # With nobody missing and without noise this is the uniform mean to the last bit.
         exact = mean if count == planned else mean + (count / planned - 1) * (mean - start)
-        noise = self.noise(received.size, site, draw)
+        noise = self.noise(received.size, round_id, draw)
         noisy = exact if noise is None else exact + noise / planned
         told, warnings = _told(exact - start, None if noise is None else noise / planned)
         return Released(noisy.astype(np.float32), told, warnings)
 
-    def noise(self, size: int, site: Site, draw: int) -> npt.NDArray[np.float64] | None:
+    def noise(self, size: int, round_id: RoundId, draw: int) -> npt.NDArray[np.float64] | None:
         """Noise on the sum, (size,); None for z = 0.
 
         The stage's path is a coordinate: releases that shared noise could be subtracted from each other.
         """
         if not self.noise_multiplier:
             return None
-        rng = numpy_rng(site.seed, site.path, site.round, "dp-noise", draw)
+        rng = numpy_rng(round_id.seed, round_id.path, round_id.round, "dp-noise", draw)
         return rng.standard_normal(size) * (self.noise_multiplier * self.clip)
 
 

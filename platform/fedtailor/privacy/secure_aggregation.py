@@ -40,7 +40,7 @@ from fedtailor.aggregation.weighted_mean import WeightedSum
 from fedtailor.core.errors import RoundError
 from fedtailor.core.messages import Row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.release import Masked, Opened, Site
+from fedtailor.federated.release import Masked, Opened, RoundId
 
 Vector = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -223,63 +223,67 @@ class PairwiseMasking:
     dropout: float
     uniform: bool
 
-    def vanishing(self, site: Site) -> frozenset[str]:
+    def vanishing(self, round_id: RoundId) -> frozenset[str]:
         """Clients that exchange keys and shares and are never heard of again; methods of a kind lose the same ones."""
-        count = round(self.dropout * len(site.cohort))
-        picks = numpy_rng(site.seed, site.kind, site.round, "secagg-dropout").permutation(len(site.cohort))[:count]
-        return frozenset(site.cohort[i] for i in picks)
+        count = round(self.dropout * len(round_id.cohort))
+        picks = numpy_rng(round_id.seed, round_id.kind, round_id.round, "secagg-dropout").permutation(
+            len(round_id.cohort)
+        )[:count]
+        return frozenset(round_id.cohort[i] for i in picks)
 
-    def mask(self, row: Row, received: Row, weight: float, client: str, site: Site) -> Masked:
+    def mask(self, row: Row, received: Row, weight: float, client: str, round_id: RoundId) -> Masked:
         """A client's weighted update and its weight, in the ring, under its own mask and one per neighbour."""
-        if client in self.vanishing(site):
+        if client in self.vanishing(round_id):
             return Masked(None)
         whole, clamped = self.fixed_point.encode(np.subtract(row, received, dtype=np.float64))
         times = 1 if self.uniform else int(weight)
         vector = to_ring(np.append(whole * times, times), self.bits)
-        vector += self._own(client, vector.size, site)
-        for other in self._graph(site)[client]:
-            vector += self._towards(client, other, vector.size, site)
+        vector += self._own(client, vector.size, round_id)
+        for other in self._graph(round_id)[client]:
+            vector += self._towards(client, other, vector.size, round_id)
         return Masked(vector, clamped)
 
-    def open(self, total: Wrapped | None, received: Row, valid: Sequence[str], site: Site) -> Opened:
+    def open(self, total: Wrapped | None, received: Row, valid: Sequence[str], round_id: RoundId) -> Opened:
         """Removes the survivors' own masks, and the pair masks that the others' absence leaves over.
 
         Raises:
             RoundError: too few neighbours of a client survive, or the sum may have wrapped.
         """
-        self._recoverable(valid, site)
+        self._recoverable(valid, round_id)
         size, alive = received.size + 1, set(valid)
         summed: Vector = np.zeros(size, kind_of(self.bits)) if total is None else total.total.copy()
         for client in valid:
-            summed -= self._own(client, size, site)
-            for other in self._graph(site)[client]:
+            summed -= self._own(client, size, round_id)
+            for other in self._graph(round_id)[client]:
                 if other not in alive:
-                    summed -= self._towards(client, other, size, site)
+                    summed -= self._towards(client, other, size, round_id)
         numbers = from_ring(summed)
         weight = float(numbers[-1])
         if weight * self.fixed_point.most >= 2.0 ** (self.bits - 1):
             raise RoundError(
-                f"{site.stage}, round {site.round}: a sum over the weight {weight:g} may wrap at 2^{self.bits}; set "
+                f"{round_id.stage}, round {round_id.round}: "
+                f"a sum over the weight {weight:g} may wrap at 2^{self.bits}; set "
                 "'privacy.secagg.modulus_bits=64', a larger 'privacy.secagg.step' "
                 "or a smaller 'privacy.secagg.range'"
             )
         rows = weight * received.astype(np.float64) + numbers[:-1] * self.fixed_point.step
-        return Opened(WeightedSum(rows, weight), self._told(len(valid), size, site))
+        return Opened(WeightedSum(rows, weight), self._told(len(valid), size, round_id))
 
-    def _recoverable(self, valid: Sequence[str], site: Site) -> None:
-        alive, links = set(valid), self._graph(site)
-        for client in site.cohort:
+    def _recoverable(self, valid: Sequence[str], round_id: RoundId) -> None:
+        alive, links = set(valid), self._graph(round_id)
+        for client in round_id.cohort:
             left = sum(other in alive for other in links[client])
             needed = floor(self.threshold * len(links[client])) + 1
             if left < needed:
                 raise RoundError(
-                    f"{site.stage}, round {site.round}: the secrets of client {client} cannot be recovered, {left} of "
+                    f"{round_id.stage}, round {round_id.round}: "
+                    f"the secrets of client {client} cannot be recovered, {left} of "
                     f"its {len(links[client])} neighbours are left and {needed} are needed "
-                    f"('privacy.secagg.threshold' = {self.threshold:g}; {len(alive)} of {len(site.cohort)} clients)"
+                    f"('privacy.secagg.threshold' = {self.threshold:g}; {len(alive)} of {len(round_id.cohort)} clients)"
                 )
 
-    def _told(self, alive: int, numbers: int, site: Site) -> dict[str, float]:
-        total, k = len(site.cohort), degree(len(site.cohort), self.neighbours, self.complete)
+    def _told(self, alive: int, numbers: int, round_id: RoundId) -> dict[str, float]:
+        total, k = len(round_id.cohort), degree(len(round_id.cohort), self.neighbours, self.complete)
         stayed, gone = traffic(numbers, k, self.bits), traffic(numbers, k, self.bits, vanished=True)
         return {
             "secagg_up_bytes": (stayed.up * alive + gone.up * (total - alive)) / total,
@@ -287,14 +291,14 @@ class PairwiseMasking:
             "secagg_vanished": float(total - alive),
         }
 
-    def _graph(self, site: Site) -> Mapping[str, tuple[str, ...]]:
-        k = degree(len(site.cohort), self.neighbours, self.complete)
-        return graph(site.cohort, k, site.seed, site.kind, site.round)
+    def _graph(self, round_id: RoundId) -> Mapping[str, tuple[str, ...]]:
+        k = degree(len(round_id.cohort), self.neighbours, self.complete)
+        return graph(round_id.cohort, k, round_id.seed, round_id.kind, round_id.round)
 
-    def _own(self, client: str, size: int, site: Site) -> Vector:
-        return stream(size, self.bits, site.seed, site.path, site.round, client, "secagg-self")
+    def _own(self, client: str, size: int, round_id: RoundId) -> Vector:
+        return stream(size, self.bits, round_id.seed, round_id.path, round_id.round, client, "secagg-self")
 
-    def _towards(self, client: str, other: str, size: int, site: Site) -> Vector:
+    def _towards(self, client: str, other: str, size: int, round_id: RoundId) -> Vector:
         low, high = sorted((client, other))
-        mask = stream(size, self.bits, site.seed, site.path, site.round, low, high, "secagg-pair")
+        mask = stream(size, self.bits, round_id.seed, round_id.path, round_id.round, low, high, "secagg-pair")
         return mask if client == low else np.negative(mask)

@@ -21,7 +21,7 @@ from fedtailor.core.seeding import seed_for
 from fedtailor.federated.checks import bounded
 from fedtailor.federated.context import ClientContext, Lane
 from fedtailor.federated.method import Personalised, Report
-from fedtailor.federated.release import Site
+from fedtailor.federated.release import RoundId
 from fedtailor.federated.returned import bad_metrics, check_personalised, check_report
 from fedtailor.worker.costs import costs_of, start_gpu_peak
 from fedtailor.worker.open_stage import OpenStage
@@ -255,8 +255,8 @@ class Segment:
         masking, job = self.stage.method.masking, self.job
         if masking is None or self.received is None:
             return row
-        site = Site(self.stage.spec.seed, job.stage, job.round, job.cohort)
-        sent = masking.mask(row, np.asarray(self.received, np.float32), weight, client, site)
+        round_id = RoundId(self.stage.spec.seed, job.stage, job.round, job.cohort)
+        sent = masking.mask(row, np.asarray(self.received, np.float32), weight, client, round_id)
         if sent.clamped:
             reason = "values beyond 'privacy.secagg.range' were cut to it"
             self.result.warnings.append(
