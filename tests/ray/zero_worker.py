@@ -82,7 +82,7 @@ class ZeroWorker:
         result = SegmentResult(job.stage, job.round, job.index, job.attempt, valid=job.clients)
         [lane] = with_prompts(toy_lanes([8]))
         ctx = toy_context(self._net, [lane], BayesTuneLora(8), budgets=BUDGETS, r_max=4)
-        start = torch.full((1, len(self._net.sites), 8), 0.05)
+        start = torch.full((1, len(self._net.adapted), 8), 0.05)
         self._misbehave(job)
         lam, metrics = search_ranks(ctx, start, SEARCH)
         result.tensors = {"lambda": lam.numpy(), "a_b": ctx.params.flat(Scope.EPHEMERAL).detach().numpy().copy()}

@@ -86,7 +86,7 @@ def test_every_client_keeps_r_ranks_per_layer_however_few_steps_it_has(steps: in
     made = personalise(ctx, batch_size=1, epochs=1)
     assert made.ranks is not None
     assert made.selects_ranks
-    layers = len(ctx.net.sites)
+    layers = len(ctx.net.adapted)
     assert made.ranks.shape == (3, layers)
     assert made.ranks.sum(1).tolist() == [r * layers for r in (1, 2, 4)]
     assert [lane.budget for lane in made.lanes] == [1, 2, 4]
@@ -98,7 +98,7 @@ def test_without_the_enforced_mask_a_tiny_client_stays_above_its_budget_and_says
     ctx = context(toy_net(), toy_lanes([2]))
     made = personalise(ctx, batch_size=1, epochs=1, final_mask="if_reached")
     assert made.ranks is not None
-    assert int(made.ranks.sum()) > 2 * len(ctx.net.sites)
+    assert int(made.ranks.sum()) > 2 * len(ctx.net.adapted)
     assert not made.selects_ranks
     assert "never came to its final mask" in warnings_of(ctx)[0][1]
     large = context(toy_net(), toy_lanes([20]))
@@ -110,7 +110,7 @@ def test_full_budget_keeps_every_rank_of_every_layer() -> None:
     ctx = context(toy_net(), toy_lanes([9]), (1, 4))
     made = personalise(ctx, init_mul=1.0)
     assert made.ranks is not None
-    assert made.ranks.tolist() == [[r] * len(ctx.net.sites) for r in (1, 4)]
+    assert made.ranks.tolist() == [[r] * len(ctx.net.adapted) for r in (1, 4)]
 
 
 def fresh_budget(rank: int, target: int) -> tuple[ClientContext, RankBudget]:
@@ -121,25 +121,25 @@ def fresh_budget(rank: int, target: int) -> tuple[ClientContext, RankBudget]:
 
 def test_scores_that_say_nothing_give_plain_lora() -> None:
     ctx, budget = fresh_budget(3, 2)
-    for site in ctx.net.sites:
-        ctx.params.set(f"lora_E.{site.name}", torch.arange(1.0, 4.0))
+    for adapted in ctx.net.adapted:
+        ctx.params.set(f"lora_E.{adapted.name}", torch.arange(1.0, 4.0))
     budget.after_step(0)
     budget.close()
-    assert budget.kept.tolist() == [[True, True, False]] * len(ctx.net.sites)
-    for site in ctx.net.sites:
-        assert ctx.params[f"lora_E.{site.name}"][0].tolist() == [1.0, 2.0, 0.0]
+    assert budget.kept.tolist() == [[True, True, False]] * len(ctx.net.adapted)
+    for adapted in ctx.net.adapted:
+        assert ctx.params[f"lora_E.{adapted.name}"][0].tolist() == [1.0, 2.0, 0.0]
 
 
 def test_ties_at_the_threshold_do_not_cost_a_rank_and_clear_winners_stay() -> None:
     ctx, budget = fresh_budget(3, 2)
-    winner = f"lora_E.{ctx.net.sites[5].name}"
+    winner = f"lora_E.{ctx.net.adapted[5].name}"
     for name in svd_names(ctx.net):
         ctx.params.set(name, torch.ones_like(ctx.params[name][0]))
     ctx.params[winner].grad[0, 2] = 1.0
     budget.after_step(0)
     budget.close()
     kept = budget.kept
-    assert int(kept.sum()) == 2 * len(ctx.net.sites)
+    assert int(kept.sum()) == 2 * len(ctx.net.adapted)
     assert kept[5, 2]
     assert not kept[[i for i in range(len(kept)) if i != 5]][:, 2].any()
 
@@ -159,10 +159,10 @@ def test_orthogonality_is_the_mean_distance_from_orthonormal_vectors() -> None:
     for name in svd_names(net):
         ctx.params.set(name, torch.eye(*ctx.params[name].shape[1:]) if "_E" not in name else torch.zeros(2))
     assert orthogonality(net, ctx.params).tolist() == [0.0]
-    first = f"lora_A.{net.sites[0].name}"
+    first = f"lora_A.{net.adapted[0].name}"
     ctx.params.set(first, ctx.params[first].detach() * 2)
     # 4 I - I has norm 3 sqrt(2), one of 2 L matrices.
-    expected = 3 * math.sqrt(2) / (2 * len(net.sites))
+    expected = 3 * math.sqrt(2) / (2 * len(net.adapted))
     assert orthogonality(net, ctx.params).item() == pytest.approx(expected)
 
 
@@ -170,8 +170,8 @@ def test_initial_values_depend_on_seed_and_layer_alone() -> None:
     net = toy_net()
     wide, narrow = (SvdLora(r, 1.0, 6).initial(net, 3) for r in (6, 3))
     other = SvdLora(6, 1.0, 6).initial(net, 4)
-    for site in net.sites:
-        a, b = f"lora_A.{site.name}", f"lora_B.{site.name}"
+    for adapted in net.adapted:
+        a, b = f"lora_A.{adapted.name}", f"lora_B.{adapted.name}"
         assert torch.equal(wide[a][:3], narrow[a])
         assert torch.equal(wide[b][:, :3], narrow[b])
         assert not torch.equal(wide[a], other[a])

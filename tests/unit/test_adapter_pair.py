@@ -39,8 +39,8 @@ def merged_logits(ctx: ClientContext, adapters: list[LoraAdapter], lane: int) ->
     """The same model with the adapters' values written into its weights."""
     plain = toy_net()
     model = copy.deepcopy(plain.model)
-    for site, layer in zip(plain.sites, plain.layers, strict=True):
-        model.set_submodule(site.name, copy.deepcopy(layer.base))
+    for adapted, layer in zip(plain.adapted, plain.layers, strict=True):
+        model.set_submodule(adapted.name, copy.deepcopy(layer.base))
     for adapter in adapters:
         tensors = {name: ctx.params[name][lane].detach().numpy() for name in adapter.names(plain)}
         with torch.no_grad():

@@ -93,7 +93,7 @@ def test_an_overlay_is_the_base_with_the_clients_row_merged(name: str, config: d
     for number in range(2):
         plain = toy_net(dropout=0.0)
         model = copy.deepcopy(plain.model)
-        for layer_name, linear in [(s.name, lay.base) for s, lay in zip(plain.sites, plain.layers, strict=True)]:
+        for layer_name, linear in [(s.name, lay.base) for s, lay in zip(plain.adapted, plain.layers, strict=True)]:
             parent = model.get_submodule(layer_name.rpartition(".")[0])
             setattr(parent, layer_name.rpartition(".")[2], copy.deepcopy(linear))
         tensors = {spec.name: params[spec.name][number].float().numpy() for spec in params.specs}

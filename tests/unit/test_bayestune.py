@@ -50,7 +50,7 @@ def test_eq_5_sums_log_lambda_and_100_lambda() -> None:
 
 def test_the_norm_of_eq_4_runs_over_columns_of_b_not_rows() -> None:
     ctx = searching([5])
-    name = ctx.net.sites[0].name
+    name = ctx.net.adapted[0].name
     b = torch.arange(16 * RANK, dtype=torch.float64).view(16, RANK) - 20
     ctx.params.set(f"lora_B.{name}", b)
     np.testing.assert_allclose(column_norms(ctx.net, ctx.params, 1)[0, 0].detach().numpy(), np.abs(b.numpy()).sum(0))
@@ -70,10 +70,10 @@ def objective(ctx, batch, alpha_s: float, alpha_p: float, n: int) -> torch.Tenso
     lam = ctx.params[LAMBDA]
     use_lambda(ctx.net, lam)
     total = lane_cross_entropy(ctx.net.logits(batch), batch)[0]
-    for number, site in enumerate(ctx.net.sites):
+    for number, adapted in enumerate(ctx.net.adapted):
         for rank in range(RANK):
             scale = lam[0, number, rank]
-            column = ctx.params[f"lora_B.{site.name}"][0, :, rank]
+            column = ctx.params[f"lora_B.{adapted.name}"][0, :, rank]
             total = total + alpha_s / n * column.abs().sum() / scale
             total = total + alpha_p / n * (scale.log() + 100 * scale)
     return total
@@ -83,15 +83,15 @@ def test_gradient_of_eq_1_agrees_with_finite_differences_for_lambda_a_and_b() ->
     ctx = searching([6])
     rng = torch.Generator().manual_seed(5)
     ctx.params.set(LAMBDA, 0.2 + torch.rand(LAYERS, RANK, dtype=torch.float64, generator=rng))
-    for site in ctx.net.sites:
-        shape = ctx.params[f"lora_B.{site.name}"].shape
-        ctx.params.set(f"lora_B.{site.name}", torch.randn(shape, dtype=torch.float64, generator=rng) * 0.1)
+    for adapted in ctx.net.adapted:
+        shape = ctx.params[f"lora_B.{adapted.name}"].shape
+        ctx.params.set(f"lora_B.{adapted.name}", torch.randn(shape, dtype=torch.float64, generator=rng) * 0.1)
     lane = ctx.lanes[0]
     batch = make_batch([lane.train], [np.arange(lane.size)], 0)
     loss = objective(ctx, batch, 100.0, 0.01, lane.size)
     loss.backward()
-    site = ctx.net.sites[3].name
-    for name, index in [(LAMBDA, (0, 3, 1)), (f"lora_A.{site}", (0, 2, 4)), (f"lora_B.{site}", (0, 7, 0))]:
+    module = ctx.net.adapted[3].name
+    for name, index in [(LAMBDA, (0, 3, 1)), (f"lora_A.{module}", (0, 2, 4)), (f"lora_B.{module}", (0, 7, 0))]:
         analytic, step, values = float(ctx.params[name].grad[index]), 1e-6, []
         for sign in (1, -1):
             with torch.no_grad():
@@ -118,7 +118,7 @@ def test_search_equals_a_plain_float64_loop_with_torch_adam(config: RankSearchCo
 
     other = searching([7])
     other.params.set(LAMBDA, torch.full((LAYERS, RANK), 0.3, dtype=torch.float64))
-    weights = [other.params[f"lora_{m}.{s.name}"] for s in other.net.sites for m in "AB"]
+    weights = [other.params[f"lora_{m}.{s.name}"] for s in other.net.adapted for m in "AB"]
     adam = torch.optim.Adam(
         [{"params": weights, "lr": config.lr}, {"params": [other.params[LAMBDA]], "lr": config.lambda_lr}]
     )
@@ -168,7 +168,7 @@ def test_with_lambda_frozen_at_one_and_no_penalty_the_search_is_lora_training() 
     cfg = RankSearchConfig(lr=5e-3, lambda_lr=0.0, batch_size=4, epochs=2, alpha_s=0.0, alpha_p=0.0)
     lanes = toy_lanes([9, 5])
     searched = toy_context(toy_net(), lanes, BayesTuneLora(4, 2.0))
-    lam, _ = search_ranks(searched, torch.ones(2, len(searched.net.sites), 4, dtype=torch.float64), cfg)
+    lam, _ = search_ranks(searched, torch.ones(2, len(searched.net.adapted), 4, dtype=torch.float64), cfg)
     assert torch.equal(lam, torch.ones_like(lam))
     plain = toy_context(toy_net(), lanes, LoraAdapter(4, 2.0, Scope.EPHEMERAL))
     train(plain, [AdamGroup(lora_names(plain.net), 5e-3)], Training(2, 4, "train"))

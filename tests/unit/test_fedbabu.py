@@ -50,10 +50,10 @@ def test_a_client_tunes_the_part_that_is_asked_for(tune: str | None, moves: set[
     common = {spec.name: ctx.params[spec.name].detach().clone() for spec in ctx.params.specs}
     method.personaliser(replace(ctx, stage="personalise"))
     moved = set()
-    for site, layer in zip(ctx.net.sites, ctx.net.layers, strict=True):
-        start = common.get(f"lora_B.{site.name}", torch.zeros(1, dtype=torch.float64))
+    for adapted, layer in zip(ctx.net.adapted, ctx.net.layers, strict=True):
+        start = common.get(f"lora_B.{adapted.name}", torch.zeros(1, dtype=torch.float64))
         if (layer.b.detach() != start).any():
-            moved.add("head" if site.name == "classifier" else "body")
+            moved.add("head" if adapted.name == "classifier" else "body")
     assert moved == moves
 
 

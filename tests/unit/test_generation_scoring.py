@@ -212,7 +212,7 @@ def test_features_are_moments_over_all_tokens_of_the_prompts() -> None:
     for hook in hooks:
         hook.remove()
     features = client_features(net, e, 0)
-    for place, inputs in ((3, seen[0]), (len(net.sites), seen[1])):
+    for place, inputs in ((3, seen[0]), (len(net.adapted), seen[1])):
         values = torch.cat([x.flatten() for x in inputs])
         assert float(features[2 * place]) == pytest.approx(float(values.mean()), rel=1e-4, abs=1e-7)
         assert float(features[2 * place + 1]) == pytest.approx(float(values.std()), rel=1e-5)
@@ -244,7 +244,7 @@ def test_the_output_embeddings_input_is_a_feature_only_where_it_is_asked_for() -
 def test_the_generators_widths_for_llama_3b_are_the_papers_or_the_references(
     count: bool, widths: tuple[int, int, int]
 ) -> None:
-    net: Any = SimpleNamespace(sites=range(196), model=SimpleNamespace(get_output_embeddings=lambda: "lm_head"))
+    net: Any = SimpleNamespace(adapted=range(196), model=SimpleNamespace(get_output_embeddings=lambda: "lm_head"))
     shapes = {s.name: s.shape for s in StrategyGenerator(32, PsgConfig(count_output=count)).specs(net)}
     assert (shapes["psg.hidden.weight"][::-1], shapes["psg.out.weight"]) == (widths[:2], (widths[2], widths[1]))
 

@@ -37,7 +37,7 @@ class BayesTuneLora:
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """LoRA's parameters, then lambda."""
-        return [*self._lora.specs(net), ParamSpec(LAMBDA, (len(net.sites), self.r_init), Scope.EPHEMERAL)]
+        return [*self._lora.specs(net), ParamSpec(LAMBDA, (len(net.adapted), self.r_init), Scope.EPHEMERAL)]
 
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
         """LoRA's start; lambda is set by the local update."""
@@ -57,4 +57,4 @@ def use_lambda(net: LaneNet, lam: Tensor) -> None:
 
 def column_norms(net: LaneNet, params: LaneParams, lanes: int) -> Tensor:
     """L1 norms of B's columns, (lanes, L, r): ``||B_{l,i}||_1`` of FedP2EFT Eq. 4."""
-    return torch.stack([params[f"lora_B.{site.name}"][:lanes].abs().sum(1) for site in net.sites], dim=1)
+    return torch.stack([params[f"lora_B.{adapted.name}"][:lanes].abs().sum(1) for adapted in net.adapted], dim=1)

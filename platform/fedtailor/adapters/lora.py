@@ -16,19 +16,19 @@ from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
 from fedtailor.lanes.layers import Branch, LaneLinear
-from fedtailor.lanes.net import LaneNet, Site
+from fedtailor.lanes.net import AdaptedLayer, LaneNet
 from fedtailor.lanes.params import LaneParams
 from fedtailor.models.families import endings, ends
 
 
-def initial_a(site: Site, rank: int, seed: int) -> Tensor:
+def initial_a(adapted: AdaptedLayer, rank: int, seed: int) -> Tensor:
     """A before training, (rank, d_in) float32: Kaiming-uniform with a = sqrt(5), i.e. U(-1/sqrt(d_in), 1/sqrt(d_in)).
 
     The stream is named by (seed, layer) only: every client, round and method starts from the same A, as in the
     FedP2EFT reference, which seeds torch right before it attaches adapters.
     """
-    bound = 1 / math.sqrt(site.d_in)
-    draws = torch.rand(rank, site.d_in, generator=torch_rng(seed, "lora_A", site.name))
+    bound = 1 / math.sqrt(adapted.d_in)
+    draws = torch.rand(rank, adapted.d_in, generator=torch_rng(seed, "lora_A", adapted.name))
     return draws.mul_(2 * bound).sub_(bound)
 
 
@@ -37,13 +37,13 @@ Targets = Literal["all-linear", "body", "head"] | tuple[str, ...]
 of module paths."""
 
 
-def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[Site, LaneLinear]]:
+def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[AdaptedLayer, LaneLinear]]:
     """Adapted layers that ``targets`` names, in module order.
 
     Raises:
         ModelError: a target that no layer has; ``head`` of a model whose head carries no adapter (language models).
     """
-    pairs = list(zip(net.sites, net.layers, strict=True))
+    pairs = list(zip(net.adapted, net.layers, strict=True))
     if targets == "all-linear":
         return pairs
     if targets in ("body", "head"):
@@ -51,7 +51,7 @@ def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[Site, LaneLinear
         if not chosen:
             raise ModelError(f"no adapted layer belongs to the {targets}; this model has {endings(net.modules)}")
         return chosen
-    missing = [t for t in targets if not any(ends(site.name, t) for site in net.sites)]
+    missing = [t for t in targets if not any(ends(adapted.name, t) for adapted in net.adapted)]
     if missing:
         raise ModelError(f"no adapted layer ends in {missing}; this model has {endings(net.modules)}")
     return [pair for pair in pairs if any(ends(pair[0].name, t) for t in targets)]
@@ -87,10 +87,10 @@ class LoraAdapter:
         """A then B of each layer, in module order; then the head's weights and biases."""
         low_rank = [
             spec
-            for site, _ in chosen_layers(net, self.targets)
+            for adapted, _ in chosen_layers(net, self.targets)
             for spec in (
-                ParamSpec(f"{self.prefix}_A.{site.name}", (self.rank, site.d_in), self.scope),
-                ParamSpec(f"{self.prefix}_B.{site.name}", (site.d_out, self.rank), self.scope),
+                ParamSpec(f"{self.prefix}_A.{adapted.name}", (self.rank, adapted.d_in), self.scope),
+                ParamSpec(f"{self.prefix}_B.{adapted.name}", (adapted.d_out, self.rank), self.scope),
             )
         ]
         own = [
@@ -108,8 +108,8 @@ class LoraAdapter:
         """Seeded A; B stays zero and the head as it is, so the adapted model is the base model."""
         rows = max(self.draw_rank or 0, self.rank)
         values = {
-            f"{self.prefix}_A.{site.name}": initial_a(site, rows, seed)[: self.rank]
-            for site, _ in chosen_layers(net, self.targets)
+            f"{self.prefix}_A.{adapted.name}": initial_a(adapted, rows, seed)[: self.rank]
+            for adapted, _ in chosen_layers(net, self.targets)
         }
         for name, layer in self._heads(net):
             values |= {f"{name}.weight": layer.base.weight.detach(), f"{name}.bias": layer.base.bias.detach()}
@@ -117,21 +117,23 @@ class LoraAdapter:
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
         """Plugs A and B into the layers, lambda = 1, and the head's weights into the head."""
-        for site, layer in chosen_layers(net, self.targets):
-            layer.bind(params[f"{self.prefix}_A.{site.name}"], params[f"{self.prefix}_B.{site.name}"], None, self.scale)
+        for adapted, layer in chosen_layers(net, self.targets):
+            layer.bind(
+                params[f"{self.prefix}_A.{adapted.name}"], params[f"{self.prefix}_B.{adapted.name}"], None, self.scale
+            )
         for name, layer in self._heads(net):
             layer.bind_own(params[f"{name}.weight"], params[f"{name}.bias"])
 
     def bind_frozen(self, net: LaneNet, params: LaneParams) -> None:
         """Without gradients: A and B under whatever is bound to the layers, the head's weights into the head."""
-        for site, layer in chosen_layers(net, self.targets):
-            layer.under = self.branch(site, params)
+        for adapted, layer in chosen_layers(net, self.targets):
+            layer.under = self.branch(adapted, params)
         for name, layer in self._heads(net):
             layer.bind_own(params[f"{name}.weight"].detach(), params[f"{name}.bias"].detach())
 
-    def branch(self, site: Site, params: LaneParams) -> Branch:
+    def branch(self, adapted: AdaptedLayer, params: LaneParams) -> Branch:
         """The layer's A and B as a branch without gradients."""
-        a, b = params[f"{self.prefix}_A.{site.name}"], params[f"{self.prefix}_B.{site.name}"]
+        a, b = params[f"{self.prefix}_A.{adapted.name}"], params[f"{self.prefix}_B.{adapted.name}"]
         return Branch(a.detach(), b.detach(), self.scale)
 
     def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
@@ -148,9 +150,9 @@ class LoraAdapter:
                 weights[name].copy_(torch.from_numpy(value))
         for name, value in tensors.items():
             if name.startswith(down):
-                site = name.removeprefix(down)
-                b = torch.from_numpy(tensors[f"{up}{site}"])
-                weights[f"{site}.weight"].add_(self.scale * b @ torch.from_numpy(value))
+                module = name.removeprefix(down)
+                b = torch.from_numpy(tensors[f"{up}{module}"])
+                weights[f"{module}.weight"].add_(self.scale * b @ torch.from_numpy(value))
 
     def export(
         self, net: LaneNet, params: LaneParams, clients: Sequence[str], lane: int, base_ref: str
@@ -169,7 +171,7 @@ class LoraAdapter:
         """
         if self._heads(net):
             raise ModelError(f"client {clients[lane]}: a head with weights of its own does not fit a LoRA folder")
-        modules = [site.name for site, _ in chosen_layers(net, self.targets)]
+        modules = [adapted.name for adapted, _ in chosen_layers(net, self.targets)]
         a, b = ({m: params[f"{self.prefix}_{part}.{m}"][lane] for m in modules} for part in "AB")
         lam = dict.fromkeys(modules, torch.ones(self.rank))
         return export_adapter(modules, a, b, lam, self.scale, base_ref, clients[lane])
@@ -181,4 +183,4 @@ class LoraAdapter:
 
 def lora_names(net: LaneNet) -> tuple[str, ...]:
     """Names of all A and B."""
-    return tuple(f"lora_{matrix}.{site.name}" for site in net.sites for matrix in "AB")
+    return tuple(f"lora_{matrix}.{adapted.name}" for adapted in net.adapted for matrix in "AB")

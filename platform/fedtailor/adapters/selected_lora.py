@@ -69,10 +69,10 @@ class SelectedLora:
         """A then B of each layer."""
         return [
             spec
-            for site, width in zip(net.sites, self.width, strict=True)
+            for adapted, width in zip(net.adapted, self.width, strict=True)
             for spec in (
-                ParamSpec(f"lora_A.{site.name}", (width, site.d_in), Scope.EPHEMERAL),
-                ParamSpec(f"lora_B.{site.name}", (site.d_out, width), Scope.EPHEMERAL),
+                ParamSpec(f"lora_A.{adapted.name}", (width, adapted.d_in), Scope.EPHEMERAL),
+                ParamSpec(f"lora_B.{adapted.name}", (adapted.d_out, width), Scope.EPHEMERAL),
             )
         ]
 
@@ -80,22 +80,22 @@ class SelectedLora:
         """Kept rows of the seeded A, (K, width, d_in); padding rows are zero."""
         values = {}
         r_init = self.selection.keep.shape[-1]
-        for number, (site, width) in enumerate(zip(net.sites, self.width, strict=True)):
-            template = initial_a(site, r_init, seed).to(self.order.device)
+        for number, (adapted, width) in enumerate(zip(net.adapted, self.width, strict=True)):
+            template = initial_a(adapted, r_init, seed).to(self.order.device)
             rows = template[self.order[:, number, :width]]
             kept = self.selection.keep[:, number].gather(-1, self.order[:, number, :width])
-            values[f"lora_A.{site.name}"] = rows * kept.unsqueeze(-1)
+            values[f"lora_A.{adapted.name}"] = rows * kept.unsqueeze(-1)
         return values
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
         """Plugs A, B and the frozen lambda into the layers; a layer where no lane keeps a rank stays bare."""
         ranks = self.selection.ranks
-        for number, (site, layer, width) in enumerate(zip(net.sites, net.layers, self.width, strict=True)):
+        for number, (adapted, layer, width) in enumerate(zip(net.adapted, net.layers, self.width, strict=True)):
             if not bool(ranks[:, number].any()):
                 layer.unbind()
                 continue
             lam = self.lambdas(number, width)
-            layer.bind(params[f"lora_A.{site.name}"], params[f"lora_B.{site.name}"], lam, self.scale)
+            layer.bind(params[f"lora_A.{adapted.name}"], params[f"lora_B.{adapted.name}"], lam, self.scale)
 
     def lambdas(self, number: int, width: int) -> Tensor:
         """Lambda of the kept ranks of a layer in parameter order, (K, width), zero where padded."""

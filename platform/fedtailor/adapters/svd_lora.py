@@ -43,11 +43,11 @@ class SvdLora:
         """A, E, B of each layer, in module order."""
         return [
             spec
-            for site in net.sites
+            for adapted in net.adapted
             for spec in (
-                ParamSpec(f"lora_A.{site.name}", (self.rank, site.d_in), Scope.EPHEMERAL),
-                ParamSpec(f"lora_E.{site.name}", (self.rank,), Scope.EPHEMERAL),
-                ParamSpec(f"lora_B.{site.name}", (site.d_out, self.rank), Scope.EPHEMERAL),
+                ParamSpec(f"lora_A.{adapted.name}", (self.rank, adapted.d_in), Scope.EPHEMERAL),
+                ParamSpec(f"lora_E.{adapted.name}", (self.rank,), Scope.EPHEMERAL),
+                ParamSpec(f"lora_B.{adapted.name}", (adapted.d_out, self.rank), Scope.EPHEMERAL),
             )
         ]
 
@@ -55,23 +55,23 @@ class SvdLora:
         """Seeded A and B, equal for every client and budget."""
         values = {}
         drawn = max(self.draw_rank, self.rank)
-        for site in net.sites:
-            stream = torch_rng(seed, "adalora", site.name)
-            down, up = (torch.randn(drawn, width, generator=stream) for width in (site.d_in, site.d_out))
-            values[f"lora_A.{site.name}"] = down[: self.rank] * INIT_SD
-            values[f"lora_B.{site.name}"] = up[: self.rank].T * INIT_SD
+        for adapted in net.adapted:
+            stream = torch_rng(seed, "adalora", adapted.name)
+            down, up = (torch.randn(drawn, width, generator=stream) for width in (adapted.d_in, adapted.d_out))
+            values[f"lora_A.{adapted.name}"] = down[: self.rank] * INIT_SD
+            values[f"lora_B.{adapted.name}"] = up[: self.rank].T * INIT_SD
         return values
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
         """Plugs A, E and B into the layers."""
-        for site, layer in zip(net.sites, net.layers, strict=True):
-            a, e, b = (params[f"lora_{matrix}.{site.name}"] for matrix in "AEB")
+        for adapted, layer in zip(net.adapted, net.layers, strict=True):
+            a, e, b = (params[f"lora_{matrix}.{adapted.name}"] for matrix in "AEB")
             layer.bind(a, b, e, self.scale)
 
 
 def svd_names(net: LaneNet) -> tuple[str, ...]:
     """Names of all A, E and B."""
-    return tuple(f"lora_{matrix}.{site.name}" for site in net.sites for matrix in "AEB")
+    return tuple(f"lora_{matrix}.{adapted.name}" for adapted in net.adapted for matrix in "AEB")
 
 
 def orthogonality(net: LaneNet, params: LaneParams) -> Tensor:
@@ -82,8 +82,8 @@ def orthogonality(net: LaneNet, params: LaneParams) -> Tensor:
     AdaLoRA's Eq. 4 sums squared norms; its authors' code and peft take this mean, and gamma's grid is for it.
     """
     grams = []
-    for site in net.sites:
-        a, b = params[f"lora_A.{site.name}"], params[f"lora_B.{site.name}"]
+    for adapted in net.adapted:
+        a, b = params[f"lora_A.{adapted.name}"], params[f"lora_B.{adapted.name}"]
         grams += [torch.bmm(a, a.transpose(1, 2)), torch.bmm(b.transpose(1, 2), b)]
     stacked = torch.stack(grams)
     distance: Tensor = torch.linalg.vector_norm(stacked - torch.eye(stacked.shape[-1]).to(stacked), dim=(2, 3))
@@ -110,9 +110,9 @@ class TrainedSvd:
     def of(cls, net: LaneNet, params: LaneParams, keep: Tensor, scale: float) -> TrainedSvd:
         """Copies the ranks that ``keep`` (L, r) bool marks out of the only lane of ``params``."""
         found: dict[str, list[Tensor]] = {"A": [], "E": [], "B": []}
-        for site, kept in zip(net.sites, keep.to(net.device), strict=True):
+        for adapted, kept in zip(net.adapted, keep.to(net.device), strict=True):
             for matrix, values in found.items():
-                own = params[f"lora_{matrix}.{site.name}"].detach()[0]
+                own = params[f"lora_{matrix}.{adapted.name}"].detach()[0]
                 values.append(own[:, kept] if matrix == "B" else own[kept])
         return cls(tuple(found["A"]), tuple(found["E"]), tuple(found["B"]), scale)
 
@@ -141,14 +141,14 @@ class SvdLanes:
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
         """Plugs all lanes into the layers; a layer where no lane keeps a rank stays bare."""
-        for number, (site, layer) in enumerate(zip(net.sites, net.layers, strict=True)):
+        for number, (adapted, layer) in enumerate(zip(net.adapted, net.layers, strict=True)):
             lanes, width = len(self.trained), max(len(one.e[number]) for one in self.trained)
             if not width:
                 layer.unbind()
                 continue
             like = self.trained[0].a[number]
-            a, lam = like.new_zeros(lanes, width, site.d_in), like.new_zeros(lanes, width)
-            b = like.new_zeros(lanes, site.d_out, width)
+            a, lam = like.new_zeros(lanes, width, adapted.d_in), like.new_zeros(lanes, width)
+            b = like.new_zeros(lanes, adapted.d_out, width)
             for lane, one in enumerate(self.trained):
                 kept = len(one.e[number])
                 a[lane, :kept], lam[lane, :kept] = one.a[number], one.e[number] * one.scale

@@ -91,7 +91,7 @@ class ClientContext:
         found = torch.stack(list(self.features(self.lanes, pad_to))).double()
         found[:, 1::2] = (found[:, 1::2].square() + eps).sqrt()
         found = found.to(self.sizes)
-        return found if count_output else found[:, : 2 * len(self.net.sites)]
+        return found if count_output else found[:, : 2 * len(self.net.adapted)]
 
     def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
         """Rows of every step of every lane.

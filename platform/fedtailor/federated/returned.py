@@ -53,7 +53,7 @@ def check_personalised(made: Any, ctx: ClientContext, personaliser: Personaliser
             f"(budgeted={personaliser.budgeted}): expected {_some(expected)}, got {_some(found)}"
         )
     _check_metrics(made.metrics, len(found), "a personaliser's")
-    layers = len(ctx.net.sites)
+    layers = len(ctx.net.adapted)
     if made.ranks is not None and tuple(made.ranks.shape) != (len(found), layers):
         raise MethodError(f"Personalised.ranks are (K, L) = ({len(found)}, {layers}), got {tuple(made.ranks.shape)}")
     others = made.strategy.keys() - {lane.client.id for lane in ctx.lanes}

@@ -69,7 +69,7 @@ def counts_output(net: LaneNet) -> bool:
 
 def feature_size(net: LaneNet) -> int:
     """Numbers per client: 2L of a classifier, 2(L + 1) of a language model."""
-    return 2 * (len(net.sites) + counts_output(net))
+    return 2 * (len(net.adapted) + counts_output(net))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def client_features(net: LaneNet, examples: Examples, pad_id: int, pad_to: int |
             to the task's fixed length and counts the padding.
     """
     output = counts_output(net)
-    moments = [_Moments() for _ in range(len(net.sites) + output)]
+    moments = [_Moments() for _ in range(len(net.adapted) + output)]
     rows_each = FEATURE_BATCH
     if examples.prompt is not None:
         examples = _Prompts.of(examples, examples.prompt, pad_id)
@@ -111,7 +111,7 @@ def client_features(net: LaneNet, examples: Examples, pad_id: int, pad_to: int |
                 batch = _widen(batch, pad_to, pad_id)
             mask = batch.attention_mask.flatten(0, 1).bool()
             if output:
-                count(len(net.sites), net.hidden(batch))
+                count(len(net.adapted), net.hidden(batch))
             else:
                 net.logits(batch)
     finally:

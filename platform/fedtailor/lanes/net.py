@@ -79,7 +79,7 @@ def _put(state: LaneState, values: LaneState) -> None:
 
 
 @dataclass(frozen=True)
-class Site:
+class AdaptedLayer:
     """An adapted linear layer: module path and widths."""
 
     name: str
@@ -115,7 +115,7 @@ class LaneNet:
     ) -> None:
         self.model, self.checkpointing, self.ranks, self.verify = model, checkpointing, ranks, verify
         self.shares_optimizer = shares_optimizer
-        self.sites = tuple(Site(name, linear.in_features, linear.out_features) for name, linear in linears)
+        self.adapted = tuple(AdaptedLayer(name, linear.in_features, linear.out_features) for name, linear in linears)
         self.state = LaneState()
         if checkpointing:
             how = {"use_reentrant": False, "context_fn": replaying(self.state)}
@@ -144,13 +144,13 @@ class LaneNet:
     @property
     def modules(self) -> tuple[str, ...]:
         """Module paths of the L adapted layers."""
-        return tuple(site.name for site in self.sites)
+        return tuple(adapted.name for adapted in self.adapted)
 
     @property
     def heads(self) -> tuple[str, ...]:
         """Adapted layers of the classification head, outside the pretrained body."""
         body = f"{self.model.base_model_prefix}."
-        return tuple(site.name for site in self.sites if not site.name.startswith(body))
+        return tuple(adapted.name for adapted in self.adapted if not adapted.name.startswith(body))
 
     def clear_overlay(self) -> None:
         """Back to the base that all clients share."""

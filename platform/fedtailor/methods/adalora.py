@@ -142,7 +142,7 @@ class AdaptiveRanks:
             loss = self._train(own, budget)
             if budget and cfg.final_mask == "always":
                 budget.close()
-            keep = budget.kept if budget else torch.ones(len(own.net.sites), init, dtype=torch.bool)
+            keep = budget.kept if budget else torch.ones(len(own.net.adapted), init, dtype=torch.bool)
             trained = TrainedSvd.of(own.net, own.params, keep, scale)
             with torch.no_grad():
                 distance = orthogonality(own.net, own.params)[0]

@@ -66,9 +66,9 @@ class _PeftNames:
     def __init__(self, net: LaneNet, params: LaneParams) -> None:
         self._named: list[tuple[str, Tensor]] = []
         self.values: dict[str, Tensor] = {}
-        for number, site in enumerate(net.sites):
+        for number, adapted in enumerate(net.adapted):
             for matrix in "AEB":
-                leaf = params[f"lora_{matrix}.{site.name}"]
+                leaf = params[f"lora_{matrix}.{adapted.name}"]
                 own, grad = leaf.detach()[0], leaf.grad
                 assert grad is not None
                 column = matrix == "E"  # peft keeps E as (r, 1)

@@ -50,7 +50,7 @@ class OwnRanks:
         """Personalises every client with the ranks that it found."""
         cfg, r_init = self.cfg, self.cfg.r_mul * ctx.r_max
         searching = ctx.fork(ctx.lanes, BayesTuneLora(r_init, cfg.finetune.scale))
-        start = torch.full((len(ctx.lanes), len(ctx.net.sites), r_init), cfg.lambda_init).to(ctx.sizes)
+        start = torch.full((len(ctx.lanes), len(ctx.net.adapted), r_init), cfg.lambda_init).to(ctx.sizes)
         lam, _ = search_ranks(searching, start, cfg.search)
         lanes = budget_lanes(ctx)
         wide = repeat_lanes(lam, ctx)

@@ -97,8 +97,8 @@ class LocalLoraOverlay:
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
         """Adds a frozen branch to the adapted layers."""
-        for site, layer in chosen_layers(net, self.local.targets):
-            layer.overlay = self.local.branch(site, params)
+        for adapted, layer in chosen_layers(net, self.local.targets):
+            layer.overlay = self.local.branch(adapted, params)
 
     def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
         """Adds a client's local LoRA to the common weights."""

@@ -195,7 +195,7 @@ class GeneratedRates:
         metrics = {name: repeat_lanes(value, ctx) for name, value in self.net.measure(rates, raw).items()}
         used = split_lanes(ctx, self.cfg.validation)[0] if self.cfg.personalise_on == "train_split" else ctx
         lanes = budget_lanes(used)
-        selection = uniform_selection(budgets_of(lanes), len(ctx.net.sites), 2 * ctx.r_max, ctx.sizes)
+        selection = uniform_selection(budgets_of(lanes), len(ctx.net.adapted), 2 * ctx.r_max, ctx.sizes)
         wide = repeat_lanes(rates, ctx)
         return finetune(lanes, selection, self.cfg.finetune, selects_ranks=False, metrics=metrics, rates=wide)
 

@@ -60,7 +60,7 @@ class RateNet:
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Three linear layers, then the multipliers, all SHARED."""
-        width, h = 2 * len(net.sites), self.cfg.hidden
+        width, h = 2 * len(net.adapted), self.cfg.hidden
         shapes = {
             "lrnet.first.weight": (h, width),
             "lrnet.first.bias": (h,),

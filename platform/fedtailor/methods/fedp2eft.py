@@ -121,8 +121,8 @@ class StrategyGenerator:
 
     def specs(self, net: LaneNet) -> Sequence[ParamSpec]:
         """Two linear layers and PReLU's slope, all SHARED."""
-        i = feature_size(net) if self.cfg.count_output else 2 * len(net.sites)
-        h, o = self.cfg.hidden_mul * i, len(net.sites) * self.r_init
+        i = feature_size(net) if self.cfg.count_output else 2 * len(net.adapted)
+        h, o = self.cfg.hidden_mul * i, len(net.adapted) * self.r_init
         shapes = {
             "hidden.weight": (h, i),
             "hidden.bias": (h,),

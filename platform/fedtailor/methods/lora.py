@@ -31,7 +31,7 @@ class UniformLora:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """One LoRA per client and budget."""
         lanes = budget_lanes(ctx)
-        selection = uniform_selection(budgets_of(lanes), len(ctx.net.sites), 2 * ctx.r_max, ctx.sizes)
+        selection = uniform_selection(budgets_of(lanes), len(ctx.net.adapted), 2 * ctx.r_max, ctx.sizes)
         return finetune(lanes, selection, self.cfg, selects_ranks=False)
 
 

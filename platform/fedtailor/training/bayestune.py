@@ -157,8 +157,8 @@ def _cross_entropy_share(ctx: ClientContext, cfg: RankSearchConfig, k: int) -> T
     lam = ctx.params[LAMBDA][:k].clamp(LAMBDA_MIN, LAMBDA_MAX)
     weight = (cfg.alpha_s / ctx.sizes[:k]).view(k, 1, 1)
     ce, penalty = lam.new_zeros(k), lam.new_zeros(k)
-    for number, site in enumerate(ctx.net.sites):
-        a, b = ctx.params[f"lora_A.{site.name}"], ctx.params[f"lora_B.{site.name}"]
+    for number, adapted in enumerate(ctx.net.adapted):
+        a, b = ctx.params[f"lora_A.{adapted.name}"], ctx.params[f"lora_B.{adapted.name}"]
         assert a.grad is not None
         assert b.grad is not None
         prior = weight * b[:k].sign() / lam[:, number].unsqueeze(1)

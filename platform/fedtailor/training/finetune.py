@@ -75,10 +75,10 @@ def finetune(
 
     def export(lane: int, base_ref: str) -> dict[str, bytes]:
         a, b, lam = {}, {}, {}
-        for number, (site, width) in enumerate(zip(ctx.net.sites, adapter.width, strict=True)):
-            a[site.name] = own.params[f"lora_A.{site.name}"][lane].detach().cpu()
-            b[site.name] = own.params[f"lora_B.{site.name}"][lane].detach().cpu()
-            lam[site.name] = adapter.lambdas(number, width)[lane].cpu()
+        for number, (adapted, width) in enumerate(zip(ctx.net.adapted, adapter.width, strict=True)):
+            a[adapted.name] = own.params[f"lora_A.{adapted.name}"][lane].detach().cpu()
+            b[adapted.name] = own.params[f"lora_B.{adapted.name}"][lane].detach().cpu()
+            lam[adapted.name] = adapter.lambdas(number, width)[lane].cpu()
         return export_adapter(ctx.net.modules, a, b, lam, cfg.scale, base_ref, ctx.lanes[lane].client.id)
 
     clients = [lane.client.id for lane in ctx.lanes[:: len(ctx.budgets)]]

@@ -50,14 +50,14 @@ def check_answer(result: SegmentResult, net: LaneNet) -> None:
     for client, norm in result.norms.items():
         if not (np.isfinite(norm) and norm > 0):
             raise WorkerError(f"{result.stage}: the update of client {client} did not move (its length is {norm})")
-    sites = {site.name: (site.d_in, site.d_out) for site in net.sites}
+    shapes = {layer.name: (layer.d_in, layer.d_out) for layer in net.adapted}
     for lane, files in result.adapters.items():
-        problem = next(_adapter_problems(files, sites), None)
+        problem = next(_adapter_problems(files, shapes), None)
         if problem:
             raise WorkerError(f"{result.stage}: the adapter {lane} is refused: {problem}")
 
 
-def _adapter_problems(files: Mapping[str, bytes], sites: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+def _adapter_problems(files: Mapping[str, bytes], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
     tensors = load(files[WEIGHTS]) if WEIGHTS in files else {}
     if not tensors:
         yield "it has no tensors"
@@ -69,8 +69,8 @@ def _adapter_problems(files: Mapping[str, bytes], sites: Mapping[str, tuple[int,
         if not bool(tensor.isfinite().all()):
             yield f"{name} is not finite"
         axis = 1 if part == "lora_A" else 0
-        if module in sites and (tensor.dim() != 2 or tensor.shape[axis] != sites[module][1 - axis]):
-            yield f"{name} has the shape {tuple(tensor.shape)}, its layer is {sites[module]}"
+        if module in shapes and (tensor.dim() != 2 or tensor.shape[axis] != shapes[module][1 - axis]):
+            yield f"{name} has the shape {tuple(tensor.shape)}, its layer is {shapes[module]}"
         moved |= part == "lora_B" and bool(tensor.any())
     if not moved:
         yield "all its B are 0: it did not move"
