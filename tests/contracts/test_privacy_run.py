@@ -16,7 +16,7 @@ from fedtailor.core.errors import Interrupted, RoundError
 from fedtailor.experiment import execute
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.federated.method import Method
-from fedtailor.federated.release import Draw
+from fedtailor.federated.release import PrivacySpend
 from fedtailor.methods.build import guarded
 from fedtailor.privacy.central_dp import GaussianRelease
 from fedtailor.report.facts import privacy_sentence
@@ -114,16 +114,16 @@ def test_interrupted_and_resumed_is_uninterrupted_and_spends_nothing_twice(noisy
 def test_a_crash_between_ledger_and_commit_releases_the_same_bytes_and_spends_nothing_twice(
     noisy: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, calls = PrivacyLedger.spend, iter(range(1000))
+    honest, calls = PrivacyLedger.record_spend, iter(range(1000))
 
-    def crash(self: PrivacyLedger, round: int, fingerprint: str) -> Draw:
+    def crash(self: PrivacyLedger, round: int, fingerprint: str) -> PrivacySpend:
         draw = honest(self, round, fingerprint)
         if next(calls) == 1:
             raise OSError("power cut")
         return draw
 
     exp = tiny(tmp_path, *NOISY)
-    monkeypatch.setattr(PrivacyLedger, "spend", crash)
+    monkeypatch.setattr(PrivacyLedger, "record_spend", crash)
     with pytest.raises(OSError, match="power cut"):
         run_tiny(exp)
     again = run_tiny(exp)

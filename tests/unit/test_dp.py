@@ -232,7 +232,7 @@ def ledger(storage: Storage, before: tuple[Spent, ...] = ()) -> PrivacyLedger:
 
 def test_a_round_is_written_down_before_it_is_released_and_its_spend_never_falls(tmp_path) -> None:
     storage = Storage(str(tmp_path))
-    spent = [ledger(storage).spend(round, f"sum{round}").epsilon for round in range(3)]
+    spent = [ledger(storage).record_spend(round, f"sum{round}").epsilon for round in range(3)]
     assert spent == [entry["epsilon"] for entry in ledger(storage).entries()]
     assert spent == sorted(spent)
     assert spent[-1] == epsilon(TERMS, (Spent("base/seed1", 5, (1, 1, 1)),))
@@ -240,14 +240,14 @@ def test_a_round_is_written_down_before_it_is_released_and_its_spend_never_falls
 
 def test_a_round_that_is_run_again_costs_nothing_more_if_its_sum_is_the_same(tmp_path) -> None:
     storage = Storage(str(tmp_path))
-    first = ledger(storage).spend(0, "sum")
-    assert ledger(storage).spend(0, "sum") == first
+    first = ledger(storage).record_spend(0, "sum")
+    assert ledger(storage).record_spend(0, "sum") == first
     assert len(ledger(storage).entries()) == 1
 
 
 def test_another_sum_of_the_same_round_gets_noise_of_its_own_and_is_counted(tmp_path) -> None:
     storage = Storage(str(tmp_path))
-    first, second = ledger(storage).spend(0, "sum"), ledger(storage).spend(0, "other")
+    first, second = ledger(storage).record_spend(0, "sum"), ledger(storage).record_spend(0, "other")
     assert (first.number, second.number) == (0, 1)
     assert second.epsilon > first.epsilon
     assert ledger(storage).spent().releases == (2,)
@@ -255,23 +255,23 @@ def test_another_sum_of_the_same_round_gets_noise_of_its_own_and_is_counted(tmp_
 
 def test_what_the_base_spent_counts_for_the_strategy(tmp_path) -> None:
     storage, base = Storage(str(tmp_path)), Spent("base/seed1", 5, (1, 2, 1))
-    assert ledger(storage, (base,)).spend(0, "sum").epsilon > epsilon(TERMS, (base,))
+    assert ledger(storage, (base,)).record_spend(0, "sum").epsilon > epsilon(TERMS, (base,))
 
 
 def test_a_torn_line_was_never_relied_on_and_a_cut_ledger_is_refused(tmp_path) -> None:
     storage, path = Storage(str(tmp_path)), tmp_path / "artifacts/base-1" / LEDGER
     for round in range(3):
-        ledger(storage).spend(round, f"sum{round}")
+        ledger(storage).record_spend(round, f"sum{round}")
     whole = path.read_text()
     path.write_text(whole[:-20])
-    ledger(storage).spend(2, "sum2")
+    ledger(storage).record_spend(2, "sum2")
     assert path.read_text() == whole
     path.write_text(whole.split("\n", 1)[1])
     with pytest.raises(StorageError, match="lacks round 0"):
-        ledger(storage).spend(3, "sum3")
+        ledger(storage).record_spend(3, "sum3")
     path.write_text(whole.replace('{"round": 1', '{"rou'))
     with pytest.raises(StorageError, match="damaged"):
-        ledger(storage).spend(3, "sum3")
+        ledger(storage).record_spend(3, "sum3")
 
 
 # --- configuration

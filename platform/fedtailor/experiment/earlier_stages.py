@@ -15,7 +15,7 @@ from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.privacy import mechanism
 from fedtailor.experiment.stages import Stage, has_overlay
 from fedtailor.federated.early_stop import best_of
-from fedtailor.federated.release import Spend, unrecorded
+from fedtailor.federated.release import RecordSpend, no_ledger
 from fedtailor.privacy.accounting import Mechanism, Spent
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join
@@ -62,7 +62,7 @@ class Inherited:
         return CommittedRounds(log, shared or (), self.exp.engine.keep_rounds)
 
 
-def spending(storage: Storage, exp: ExperimentBase, stage: Stage, stages: Sequence[Stage], seen: int) -> Spend:
+def spending(storage: Storage, exp: ExperimentBase, stage: Stage, stages: Sequence[Stage], seen: int) -> RecordSpend:
     """The stage's ledger, on top of what its base and its method's earlier strategies have spent.
 
     Args:
@@ -74,10 +74,10 @@ def spending(storage: Storage, exp: ExperimentBase, stage: Stage, stages: Sequen
     """
     found = mechanism(exp, seen)
     if found is None:
-        return unrecorded
+        return no_ledger
     earlier = takewhile(lambda other: other.key != stage.key, stages)
     before = [_ledger(storage, found, other).spent() for other in earlier if _is_of_one_pipeline(other, stage)]
-    return _ledger(storage, found, stage, before).spend
+    return _ledger(storage, found, stage, before).record_spend
 
 
 def _ledger(storage: Storage, found: Mechanism, stage: Stage, before: Sequence[Spent] = ()) -> PrivacyLedger:

@@ -41,8 +41,8 @@ class RoundId:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """A release that is written down.
+class PrivacySpend:
+    """What a release has cost, as the ledger holds it.
 
     Args:
         number: 0, or more where a round was aggregated again with another sum.
@@ -55,13 +55,13 @@ class Draw:
     delta: float = 0.0
 
 
-Spend = Callable[[int, str], Draw]
-"""(round, fingerprint of the sum) to the draw; what it says is durable before it returns."""
+RecordSpend = Callable[[int, str], PrivacySpend]
+"""(round, fingerprint of the sum) to what is spent with this release; durable before it returns."""
 
 
-def unrecorded(round: int, fingerprint: str) -> Draw:
+def no_ledger(round: int, fingerprint: str) -> PrivacySpend:
     """No ledger: for tests of the arithmetic alone."""
-    return Draw()
+    return PrivacySpend()
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Release(Protocol):
             received: what the cohort started from, (P,).
             planned: clients that the round plans with: the denominator, whoever succeeds.
             round_id: coordinates of the noise.
-            draw: see `Draw.number`.
+            draw: see `PrivacySpend.number`.
         """
 
 

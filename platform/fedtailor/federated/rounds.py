@@ -18,7 +18,7 @@ from fedtailor.federated.checks import clipped_share, norm_alarms, rejection_row
 from fedtailor.federated.early_stop import without_record
 from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
-from fedtailor.federated.release import Draw, Released, RoundId, Spend, still, unrecorded
+from fedtailor.federated.release import PrivacySpend, RecordSpend, Released, RoundId, no_ledger, still
 from fedtailor.lanes.grouping import segments
 
 
@@ -52,7 +52,7 @@ class RoundOutcome:
     warnings: Sequence[Mapping[str, Any]]
     seconds: Mapping[str, float]
     costs: Mapping[str, ClientCost] = field(default_factory=dict)
-    spent: Draw | None = None
+    spent: PrivacySpend | None = None
     """What was written down for this release, where the method has one."""
 
 
@@ -130,7 +130,7 @@ def run_rounds(
     on_result: Callable[[SegmentResult], None],
     on_round: Callable[[RoundOutcome], None],
     overlay: Callable[[Sequence[str]], Mapping[str, FloatArray]] = lambda clients: {},
-    spend: Spend = unrecorded,
+    record_spend: RecordSpend = no_ledger,
 ) -> RoundState:
     """Runs what is missing of a stage and returns its last state.
 
@@ -148,7 +148,7 @@ def run_rounds(
         on_result: called once per accepted segment, for progress.
         on_round: called after each commit.
         overlay: what some clients keep of their base.
-        spend: writes down what a release costs, before it is made.
+        record_spend: writes down what a release costs, before it is made.
 
     Raises:
         ClientError: a client failed and the policy is to fail.
@@ -182,7 +182,7 @@ def run_rounds(
             results = pool.run(jobs, state.shared, on_result, settle) if jobs else []
         finally:
             settle()
-        closed.append(close_round(plan, method, state, cohort, results, spend))
+        closed.append(close_round(plan, method, state, cohort, results, record_spend))
         state = closed[0].state
         if method.release is not None or closed[0].private:
             settle()
@@ -196,7 +196,7 @@ def close_round(
     state: RoundState,
     cohort: tuple[str, ...],
     results: Sequence[SegmentResult],
-    spend: Spend = unrecorded,
+    record_spend: RecordSpend = no_ledger,
 ) -> RoundOutcome:
     """Merges segment sums in index order and lets the server step.
 
@@ -217,7 +217,7 @@ def close_round(
             f"{plan.stage}, round {state.round}: {len(valid)} of {len(cohort)} updates are valid, "
             f"{needed} needed ({told})"
         )
-    released, spent = _released(plan, method, state, cohort, valid, _merge(method, results), spend)
+    released, spent = _released(plan, method, state, cohort, valid, _merge(method, results), record_spend)
     consensus = released.consensus
     if not np.isfinite(consensus).all():
         raise RoundError(f"{plan.stage}, round {state.round}: the aggregate is not finite")
@@ -259,8 +259,8 @@ def _released(
     cohort: tuple[str, ...],
     valid: Sequence[str],
     total: Any,
-    spend: Spend,
-) -> tuple[Released, Draw | None]:
+    record_spend: RecordSpend,
+) -> tuple[Released, PrivacySpend | None]:
     """Opens the sum where it is masked, and releases it: written down first, then noised."""
     round_id, told = RoundId(plan.seed, plan.stage, state.round, cohort), {}
     if method.masking is not None:
@@ -268,11 +268,11 @@ def _released(
         total, told = opened.total, dict(opened.metrics)
     if method.release is None:
         return Released(method.aggregator.result(total), told), None
-    draw = spend(state.round, method.release.fingerprint(total))
-    released = method.release(total, state.shared, plan.cohort, round_id, draw.number)
-    if np.isfinite(draw.epsilon):
-        told["epsilon"] = draw.epsilon
-    return Released(released.consensus, {**told, **released.metrics}, released.warnings), draw
+    spend = record_spend(state.round, method.release.fingerprint(total))
+    released = method.release(total, state.shared, plan.cohort, round_id, spend.number)
+    if np.isfinite(spend.epsilon):
+        told["epsilon"] = spend.epsilon
+    return Released(released.consensus, {**told, **released.metrics}, released.warnings), spend
 
 
 def _told_rows(plan: RoundPlan, method: Method, round: int, told: Mapping[str, float]) -> list[dict[str, Any]]:

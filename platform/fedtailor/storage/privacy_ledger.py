@@ -15,7 +15,7 @@ from math import inf, isfinite
 from typing import Any
 
 from fedtailor.core.errors import StorageError
-from fedtailor.federated.release import Draw
+from fedtailor.federated.release import PrivacySpend
 from fedtailor.privacy.accounting import Mechanism, Spent, epsilon
 from fedtailor.storage.files import Storage, join
 
@@ -62,7 +62,7 @@ class PrivacyLedger:
         except ValueError as error:
             raise StorageError(f"{self._storage.full(self._path)} is damaged: {error}") from error
 
-    def spend(self, round: int, fingerprint: str) -> Draw:
+    def record_spend(self, round: int, fingerprint: str) -> PrivacySpend:
         """Writes a release down; durable when it returns.
 
         Raises:
@@ -77,14 +77,14 @@ class PrivacyLedger:
         same = [entry for entry in entries if entry["round"] == round]
         for entry in same:
             if entry["sum"] == fingerprint:
-                return self._draw(int(entry["draw"]), _number(entry["epsilon"]))
+                return self._spend(int(entry["draw"]), _number(entry["epsilon"]))
         number = len(same)
         total = epsilon(self._mechanism, (*self._before, self._spent([*entries, {"round": round}])))
         highest = max((_number(entry["epsilon"]) for entry in entries), default=0.0)
         if total < highest:
             raise StorageError(f"{self._storage.full(self._path)}: epsilon fell from {highest:g} to {total:g}")
         self._append(round, number, total, fingerprint)
-        return self._draw(number, total)
+        return self._spend(number, total)
 
     def _append(self, round: int, draw: int, total: float, fingerprint: str) -> None:
         text = self._text()
@@ -107,8 +107,8 @@ class PrivacyLedger:
         counts = Counter(int(entry["round"]) for entry in entries)
         return Spent(self._cohorts, self._cohort, tuple(counts[r] for r in range(max(counts, default=-1) + 1)))
 
-    def _draw(self, number: int, total: float) -> Draw:
-        return Draw(number, total, self._mechanism.delta)
+    def _spend(self, number: int, total: float) -> PrivacySpend:
+        return PrivacySpend(number, total, self._mechanism.delta)
 
 
 def _number(value: float | None) -> float:
