@@ -18,7 +18,7 @@ from fedtailor.experiment.launch import load_experiment
 from fedtailor.federated.method import Method
 from fedtailor.federated.release import PrivacySpend
 from fedtailor.methods.build import guarded
-from fedtailor.privacy.central_dp import GaussianRelease
+from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.report.facts import privacy_sentence
 from fedtailor.storage.digest import digest
 from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
@@ -89,14 +89,14 @@ def test_epsilon_grows_over_the_stages_and_is_committed_with_every_round(noisy: 
 
 def test_the_ledger_has_a_round_before_its_noise_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    drawn = GaussianRelease.noise
+    drawn = GaussianMechanism.noise
 
-    def watched(self: GaussianRelease, size: int, round_id: Any, draw: int) -> Any:
+    def watched(self: GaussianMechanism, size: int, round_id: Any, draw: int) -> Any:
         [path] = [p for p in tmp_path.glob(f"artifacts/*/{LEDGER}") if p.parent.name.startswith(round_id.kind)]
         seen.append((round_id.round, len(path.read_text().splitlines())))
         return drawn(self, size, round_id, draw)
 
-    monkeypatch.setattr(GaussianRelease, "noise", watched)
+    monkeypatch.setattr(GaussianMechanism, "noise", watched)
     run_tiny(tiny(tmp_path, *NOISY))
     assert seen == [(0, 1), (1, 2)] * 2
 

@@ -15,7 +15,7 @@ from fedtailor.federated.checks import bounded
 from fedtailor.federated.release import RoundId, still
 from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.privacy.accounting import ORDERS, Mechanism, Spent, default_delta, epsilon, noise_for
-from fedtailor.privacy.central_dp import GaussianRelease
+from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.storage.files import Storage
 from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
 
@@ -41,7 +41,7 @@ def clients(count: int, size: int, received: np.ndarray, length: float) -> list[
 def test_without_noise_and_clip_the_release_is_the_uniform_mean_to_the_last_bit() -> None:
     received = RNG.standard_normal(999).astype(np.float32)
     total = summed(clients(7, 999, received, 0.3))
-    released = GaussianRelease(np.inf, 0.0)(total, received, 7, ROUND_ID, 0)
+    released = GaussianMechanism(np.inf, 0.0)(total, received, 7, ROUND_ID, 0)
     assert released.consensus.tobytes() == MEAN.result(total).tobytes()
 
 
@@ -74,9 +74,9 @@ def test_one_replaced_client_moves_the_sum_by_at_most_two_clips_and_an_absent_on
     extreme = [
         bounded((received + sign * 1e4 * direction).astype(np.float32), received, clip)[0] for sign in (1, -1)
     ]  # the worst pair: opposite updates, both cut to the clip
-    release = GaussianRelease(clip, 0.0)
-    one, two = (release(summed([*others, row]), received, planned, ROUND_ID, 0).consensus for row in extreme)
-    gone = release(summed(others), received, planned, ROUND_ID, 0).consensus
+    mechanism = GaussianMechanism(clip, 0.0)
+    one, two = (mechanism(summed([*others, row]), received, planned, ROUND_ID, 0).consensus for row in extreme)
+    gone = mechanism(summed(others), received, planned, ROUND_ID, 0).consensus
     rounding = 1e-6 * planned * np.sqrt(size)
     assert planned * np.linalg.norm(one.astype(float) - two) == pytest.approx(2 * clip, abs=rounding)
     assert planned * np.linalg.norm(one.astype(float) - gone) == pytest.approx(clip, abs=rounding)
@@ -85,17 +85,17 @@ def test_one_replaced_client_moves_the_sum_by_at_most_two_clips_and_an_absent_on
 def test_the_denominator_is_the_planned_cohort_whoever_succeeds() -> None:
     received = np.ones(3, np.float32)
     row = np.array([1.0, 2.0, 3.0], np.float32)
-    released = GaussianRelease(np.inf, 0.0)(summed([row]), received, 4, ROUND_ID, 0)
+    released = GaussianMechanism(np.inf, 0.0)(summed([row]), received, 4, ROUND_ID, 0)
     np.testing.assert_allclose(released.consensus, [1.0, 1.25, 1.5])
-    nobody = GaussianRelease(1.0, 0.0)(None, received, 4, ROUND_ID, 0)
+    nobody = GaussianMechanism(1.0, 0.0)(None, received, 4, ROUND_ID, 0)
     np.testing.assert_array_equal(nobody.consensus, received)
 
 
 def test_the_noise_on_the_sum_has_the_promised_deviation_and_no_mean() -> None:
     clip, multiplier, planned, size = 0.3, 1.7, 10, 40_000
-    release = GaussianRelease(clip, multiplier)
+    mechanism = GaussianMechanism(clip, multiplier)
     zero = np.zeros(size, np.float32)
-    noise = planned * release(summed([zero] * planned), zero, planned, ROUND_ID, 0).consensus.astype(np.float64)
+    noise = planned * mechanism(summed([zero] * planned), zero, planned, ROUND_ID, 0).consensus.astype(np.float64)
     expected = multiplier * clip
     assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * size))
     assert abs(noise.mean()) < 5 * expected / np.sqrt(size)
@@ -104,9 +104,9 @@ def test_the_noise_on_the_sum_has_the_promised_deviation_and_no_mean() -> None:
 
 
 def test_a_round_draws_the_same_noise_again_and_no_two_releases_share_it() -> None:
-    release = GaussianRelease(1.0, 1.0)
-    again = release.noise(50, ROUND_ID, 0)
-    np.testing.assert_array_equal(release.noise(50, ROUND_ID, 0), again)
+    mechanism = GaussianMechanism(1.0, 1.0)
+    again = mechanism.noise(50, ROUND_ID, 0)
+    np.testing.assert_array_equal(mechanism.noise(50, ROUND_ID, 0), again)
     others = [
         (RoundId(42, "strategy/fedp2eft/seed42", 4), 0),
         (RoundId(43, "strategy/fedp2eft/seed42", 3), 0),
@@ -115,14 +115,14 @@ def test_a_round_draws_the_same_noise_again_and_no_two_releases_share_it() -> No
         (ROUND_ID, 1),
     ]
     for round_id, draw in others:
-        assert not np.intersect1d(release.noise(50, round_id, draw), again).size
+        assert not np.intersect1d(mechanism.noise(50, round_id, draw), again).size
 
 
 def test_an_update_under_its_noise_is_told() -> None:
     received = np.zeros(1000, np.float32)
     rows = [np.full(1000, 0.01, np.float32)] * 4
-    loud = GaussianRelease(0.5, 1.0)(summed(rows), received, 4, ROUND_ID, 0)
-    quiet = GaussianRelease(0.5, 1e-4)(summed(rows), received, 4, ROUND_ID, 0)
+    loud = GaussianMechanism(0.5, 1.0)(summed(rows), received, 4, ROUND_ID, 0)
+    quiet = GaussianMechanism(0.5, 1e-4)(summed(rows), received, 4, ROUND_ID, 0)
     assert [warning["kind"] for warning in loud.warnings] == ["mostly-noise"]
     assert not quiet.warnings
     assert loud.metrics["noise_to_update"] == pytest.approx(
@@ -136,7 +136,7 @@ def test_parameters_that_did_not_move_are_told() -> None:
     assert not still(before, np.nextafter(before, np.float32(2)))
     # A clip far below float32's grain cuts every update to nothing.
     cut, _ = bounded(before + 1, before, 1e-12)
-    assert still(before, GaussianRelease(1e-12, 0.0)(summed([cut]), before, 1, ROUND_ID, 0).consensus)
+    assert still(before, GaussianMechanism(1e-12, 0.0)(summed([cut]), before, 1, ROUND_ID, 0).consensus)
 
 
 # --- accounting

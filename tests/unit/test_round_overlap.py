@@ -107,14 +107,14 @@ def test_private_state_is_committed_before_the_next_round_begins() -> None:
 
 
 def test_a_release_is_committed_before_the_next_round_begins() -> None:
-    from fedtailor.federated.release import Released
+    from fedtailor.federated.release import NoisedAggregate
 
-    def release(total: Any, shared: Row, cohort: int, round_id: Any, draw: int) -> Released:
-        return Released(METHOD.aggregator.result(total))
+    def mechanism(total: Any, shared: Row, cohort: int, round_id: Any, draw: int) -> NoisedAggregate:
+        return NoisedAggregate(METHOD.aggregator.result(total))
 
-    release.fingerprint = lambda total: ""  # type: ignore[attr-defined]
+    mechanism.fingerprint = lambda total: ""  # type: ignore[attr-defined]
     diary = Diary()
-    play(diary, replace(METHOD, release=release), rounds=2)  # type: ignore[arg-type]
+    play(diary, replace(METHOD, mechanism=mechanism), rounds=2)  # type: ignore[arg-type]
     assert diary.entries == ["start 0", "end 0", "commit 0", "start 1", "end 1", "commit 1"]
 
 

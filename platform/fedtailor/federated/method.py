@@ -25,7 +25,7 @@ from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import Row
 from fedtailor.federated.context import ClientContext, Lane
 from fedtailor.federated.early_stop import EarlyStop
-from fedtailor.federated.release import Masking, Release
+from fedtailor.federated.release import Masking, ServerMechanism
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import Adapter, LaneParams, Parameters
@@ -164,7 +164,7 @@ class Method:
             scaled down where the client ran, before it is summed. Infinite: nothing is changed.
         alarm: an update longer than so many medians of its cohort is reported; 0: none is.
         masking: hides clients' rows from the server, which then opens their sum only.
-        release: what the server may see of the sum.
+        mechanism: what the server may see of the sum.
     """
 
     name: str
@@ -188,7 +188,7 @@ class Method:
     bound: float = math.inf
     alarm: float = 0.0
     masking: Masking | None = None
-    release: Release | None = None
+    mechanism: ServerMechanism | None = None
 
     def __post_init__(self) -> None:
         if self.per_budget and not self.personaliser.budgeted:

@@ -65,7 +65,7 @@ def no_ledger(round: int, fingerprint: str) -> PrivacySpend:
 
 
 @dataclass(frozen=True)
-class Released:
+class NoisedAggregate:
     """The consensus (P,) float32 that the server goes on with, and what is told about it."""
 
     consensus: Row
@@ -73,13 +73,13 @@ class Released:
     warnings: Sequence[Mapping[str, Any]] = ()
 
 
-class Release(Protocol):
+class ServerMechanism(Protocol):
     """Turns a sum of bounded updates into what the server may see."""
 
     def fingerprint(self, total: Any) -> str:
         """Equal for equal sums: tells whether a round that is run again releases the same."""
 
-    def __call__(self, total: Any, received: Row, planned: int, round_id: RoundId, draw: int) -> Released:
+    def __call__(self, total: Any, received: Row, planned: int, round_id: RoundId, draw: int) -> NoisedAggregate:
         """The consensus.
 
         Args:

@@ -18,7 +18,7 @@ from fedtailor.federated.checks import clipped_share, norm_alarms, rejection_row
 from fedtailor.federated.early_stop import without_record
 from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
-from fedtailor.federated.release import PrivacySpend, RecordSpend, Released, RoundId, no_ledger, still
+from fedtailor.federated.release import NoisedAggregate, PrivacySpend, RecordSpend, RoundId, no_ledger, still
 from fedtailor.lanes.grouping import segments
 
 
@@ -184,7 +184,7 @@ def run_rounds(
             settle()
         closed.append(close_round(plan, method, state, cohort, results, record_spend))
         state = closed[0].state
-        if method.release is not None or closed[0].private:
+        if method.mechanism is not None or closed[0].private:
             settle()
     settle()
     return state
@@ -229,14 +229,14 @@ def close_round(
     private = {client: row for result in results for client, row in result.private.items()}
     norms = {client: norm for result in results for client, norm in result.norms.items()}
     numbers = dict(released.metrics)
-    if method.release is not None and (share := clipped_share(norms, method.bound)) is not None:
+    if method.mechanism is not None and (share := clipped_share(norms, method.bound)) is not None:
         numbers["clipped_share"] = share
     metrics += _told_rows(plan, method, state.round, numbers)
     at = {**state.private_at, **dict.fromkeys(private, state.round)}
     return RoundOutcome(
         state=RoundState(state.round + 1, shared, server, at),
         cohort=cohort,
-        weights={client: 1.0 if method.release else float(plan.sizes[client]) for client in valid},
+        weights={client: 1.0 if method.mechanism else float(plan.sizes[client]) for client in valid},
         metrics=metrics,
         private=private,
         failures=failures,
@@ -244,7 +244,7 @@ def close_round(
             *(w for result in results for w in result.warnings),
             *norm_alarms(norms, method.alarm),
             *released.warnings,
-            *(still(state.shared, shared) if method.release or method.masking else ()),
+            *(still(state.shared, shared) if method.mechanism or method.masking else ()),
         ],
         seconds={client: s for result in results for client, s in result.seconds.items()},
         costs={client: cost for result in results for client, cost in result.costs.items()},
@@ -260,19 +260,19 @@ def _released(
     valid: Sequence[str],
     total: Any,
     record_spend: RecordSpend,
-) -> tuple[Released, PrivacySpend | None]:
+) -> tuple[NoisedAggregate, PrivacySpend | None]:
     """Opens the sum where it is masked, and releases it: written down first, then noised."""
     round_id, told = RoundId(plan.seed, plan.stage, state.round, cohort), {}
     if method.masking is not None:
         opened = method.masking.open(total, state.shared, valid, round_id)
         total, told = opened.total, dict(opened.metrics)
-    if method.release is None:
-        return Released(method.aggregator.result(total), told), None
-    spend = record_spend(state.round, method.release.fingerprint(total))
-    released = method.release(total, state.shared, plan.cohort, round_id, spend.number)
+    if method.mechanism is None:
+        return NoisedAggregate(method.aggregator.result(total), told), None
+    spend = record_spend(state.round, method.mechanism.fingerprint(total))
+    released = method.mechanism(total, state.shared, plan.cohort, round_id, spend.number)
     if np.isfinite(spend.epsilon):
         told["epsilon"] = spend.epsilon
-    return Released(released.consensus, {**told, **released.metrics}, released.warnings), spend
+    return NoisedAggregate(released.consensus, {**told, **released.metrics}, released.warnings), spend
 
 
 def _told_rows(plan: RoundPlan, method: Method, round: int, told: Mapping[str, float]) -> list[dict[str, Any]]:

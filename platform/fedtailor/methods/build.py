@@ -14,7 +14,7 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import AggregationConfig
 from fedtailor.federated.method import Aggregator, Method
 from fedtailor.methods import build_method
-from fedtailor.privacy.central_dp import GaussianRelease
+from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.privacy.config import PrivacyConfig
 from fedtailor.privacy.secure_aggregation import FixedPoint, PairwiseMasking, RingSum
 
@@ -50,8 +50,8 @@ def private(method: Method, cfg: PrivacyConfig) -> Method:
     if cfg.noise_multiplier is None:
         raise ConfigError("'privacy.target_epsilon' was not resolved to a noise multiplier")
     clip = math.inf if cfg.clip is None else cfg.clip
-    release = GaussianRelease(clip, cfg.noise_multiplier)
-    return replace(method, aggregator=WeightedMean(uniform=True), bound=clip, release=release)
+    mechanism = GaussianMechanism(clip, cfg.noise_multiplier)
+    return replace(method, aggregator=WeightedMean(uniform=True), bound=clip, mechanism=mechanism)
 
 
 def masked(method: Method, cfg: PrivacyConfig) -> Method:

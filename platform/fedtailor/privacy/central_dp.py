@@ -17,13 +17,13 @@ import numpy.typing as npt
 from fedtailor.aggregation.weighted_mean import WeightedSum
 from fedtailor.core.messages import Row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.release import Released, RoundId
+from fedtailor.federated.release import NoisedAggregate, RoundId
 
 MOSTLY_NOISE = "the released update is mostly noise: the noise is longer than the cohort's mean update"
 
 
 @dataclass(frozen=True)
-class GaussianRelease:
+class GaussianMechanism:
     r""":math:`w + \frac{1}{m}\left(\sum_k \mathrm{clip}_C(w_k - w) + \mathcal{N}(0, (zC)^2 I)\right)`.
 
     Every client counts once, and m is the planned size of the cohort: a client that fails contributes 0 and changes no
@@ -36,7 +36,7 @@ class GaussianRelease:
         noise_multiplier: z, standard deviation of the noise on the sum divided by C.
 
     >>> total = WeightedSum(np.array([1.0, 2.0]), 2.0)
-    >>> plain = GaussianRelease(1.0, 0.0)(total, np.zeros(2, np.float32), 4, RoundId(1, "base/seed1", 0), 0)
+    >>> plain = GaussianMechanism(1.0, 0.0)(total, np.zeros(2, np.float32), 4, RoundId(1, "base/seed1", 0), 0)
     >>> [float(x) for x in plain.consensus]
     [0.25, 0.5]
     """
@@ -51,7 +51,7 @@ class GaussianRelease:
 
     def __call__(
         self, total: WeightedSum | None, received: Row, planned: int, round_id: RoundId, draw: int
-    ) -> Released:
+    ) -> NoisedAggregate:
         """The consensus, computed in float64 and rounded once, after the noise."""
         start = received.astype(np.float64)
         mean, count = (start, 0.0) if total is None else (total.total / total.weight, total.weight)
@@ -60,7 +60,7 @@ class GaussianRelease:
         noise = self.noise(received.size, round_id, draw)
         noisy = exact if noise is None else exact + noise / planned
         told, warnings = _told(exact - start, None if noise is None else noise / planned)
-        return Released(noisy.astype(np.float32), told, warnings)
+        return NoisedAggregate(noisy.astype(np.float32), told, warnings)
 
     def noise(self, size: int, round_id: RoundId, draw: int) -> npt.NDArray[np.float64] | None:
         """Noise on the sum, (size,); None for z = 0.
