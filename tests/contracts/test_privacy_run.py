@@ -17,13 +17,13 @@ from fedtailor.experiment import execute
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.federated.method import Method
 from fedtailor.federated.release import PrivacySpend
-from fedtailor.methods.build import guarded
+from fedtailor.methods.build import build_server_side
 from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.report.facts import privacy_sentence
 from fedtailor.storage.digest import digest
 from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
 from fedtailor.storage.run_folder import RunFolder
-from fedtailor.worker import open_stage as worker_stage
+from fedtailor.worker import open_stage
 
 SMALL = (
     "methods=[fedp2eft]", "budgets=[1]", "base.rounds=2", "strategy.rounds=2", "fedavg.adapter=lora",
@@ -47,10 +47,10 @@ def weights(run: RunFolder, stage: str) -> list[dict[str, np.ndarray]]:
 
 def uniformly(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*arguments: Any) -> Method:
-        return replace(guarded(*arguments), aggregator=WeightedMean(uniform=True))
+        return replace(build_server_side(*arguments), aggregator=WeightedMean(uniform=True))
 
-    monkeypatch.setattr(worker_stage, "guarded", build)
-    monkeypatch.setattr(execute, "guarded", build)
+    monkeypatch.setattr(open_stage, "build_server_side", build)
+    monkeypatch.setattr(execute, "build_server_side", build)
 
 
 def lines(run: RunFolder) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from tiny import run_tiny, tiny
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import AttackConfig
 from fedtailor.experiment.compose import compose
-from fedtailor.experiment.config import guards_of, overrides_of
+from fedtailor.experiment.config import overrides_of, server_side_of
 from fedtailor.experiment.plan import make_plan
 from fedtailor.experiment.stages import Inputs, plan_stages
 from fedtailor.federated.attack import Attack, attack_of
@@ -62,8 +62,8 @@ def test_without_an_attack_nobody_lies_and_no_artifact_has_another_name() -> Non
     assert attack_of(AttackConfig(), SEEN) is None
     plain = compose([], ["base.rounds=1", "methods=[lora]"])
     lying = compose([], ["base.rounds=1", "methods=[lora]", "attack=sign_flip", "attack.share=0.2"])
-    assert guards_of(plain) == {}
-    assert set(guards_of(lying)) == {"attack"}
+    assert server_side_of(plain) == {}
+    assert set(server_side_of(lying)) == {"attack"}
     names = [[stage.artifact for stage in plan_stages(exp, 42, Inputs("d", "m", "t"), 160)] for exp in (plain, lying)]
     assert not set(names[0]) & set(names[1])
     assert {o["key"]: o["value"] for o in overrides_of(lying)}.items() >= {"attack.share": 0.2}.items()

@@ -19,7 +19,7 @@ from fedtailor.federated.method import Aggregator, Method
 from fedtailor.federated.pool import Meanwhile
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
 from fedtailor.methods import build_method
-from fedtailor.methods.build import robust
+from fedtailor.methods.build import with_aggregation
 
 ROBUST: dict[str, Aggregator] = {"median": CoordinateMedian(), "trimmed mean": TrimmedMean(0.3), "Krum": Krum(0.3)}
 
@@ -195,7 +195,7 @@ class Memory:
 
 def accuracy_after(words: Sequence[str], attack: Attack | None, flip_labels: bool = False) -> tuple[float, int]:
     """Test accuracy in %, and the number of norm alarms."""
-    method = robust(build_method("fedavg", {}, 1), compose([], list(words)).aggregation)
+    method = with_aggregation(build_method("fedavg", {}, 1), compose([], list(words)).aggregation)
     names = tuple(f"c{i:02d}" for i in range(CLIENTS))
     plan = RoundPlan("base/seed1", 1, 20, names, dict.fromkeys(names, 60), CLIENTS, 4, 2)
     log, start = Memory(), np.zeros(FEATURES * CLASSES, np.float32)

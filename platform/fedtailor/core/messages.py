@@ -72,7 +72,7 @@ class StageSpec:
     """Answers are kept beside their scores."""
     zero: Mapping[str, Any] = field(default_factory=dict)
     """Section ``engine.zero`` where a model spans several ranks; empty: every worker holds a whole one."""
-    guards: Mapping[str, Any] = field(default_factory=dict)
+    server_side: Mapping[str, Any] = field(default_factory=dict)
     """Sections ``aggregation``, ``attack`` and ``privacy`` that differ from their defaults, see `experiment.config`."""
     code: Mapping[str, str] = field(default_factory=dict)
     """Methods of the two above that come from outside, name to ``package.module:ENTRY``; the worker imports them."""

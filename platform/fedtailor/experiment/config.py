@@ -200,7 +200,7 @@ def method_section(experiment: ExperimentBase, method: str) -> Config:
     return section
 
 
-def guards_of(experiment: ExperimentBase) -> dict[str, Any]:
+def server_side_of(experiment: ExperimentBase) -> dict[str, Any]:
     """Sections around every method that differ from their defaults, as JSON-like data."""
     sections = {name: getattr(experiment, name) for name in ("aggregation", "attack", "privacy")}
     return {name: to_json(section) for name, section in sections.items() if section != type(section)()}

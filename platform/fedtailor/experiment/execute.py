@@ -19,7 +19,7 @@ from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, run_rounds
 from fedtailor.lanes.grouping import segments
-from fedtailor.methods.build import guarded
+from fedtailor.methods.build import build_server_side
 from fedtailor.storage.artifacts import Artifacts, artifact_path, fetch, model_path, on_this_node
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.digest import DONE
@@ -143,7 +143,9 @@ class Execution:
             log = CommitLog(self.storage, folder, self._storage_event, held.check)
             data = self._tokens(inputs)
             spec = self._spec(stage, inputs)
-            method = guarded(stage.method, method_section(self.exp, stage.method), stage.r_max, spec.guards)
+            method = build_server_side(
+                stage.method, method_section(self.exp, stage.method), stage.r_max, spec.server_side
+            )
             if stage.kind == "personalise":
                 modules, r_init = self._personalise(stage, spec, data, log)
             else:

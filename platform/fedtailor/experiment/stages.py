@@ -18,9 +18,9 @@ from fedtailor.experiment.config import (
     ExperimentBase,
     base_seed,
     cohort_size,
-    guards_of,
     method_section,
     scaled,
+    server_side_of,
     to_json,
 )
 from fedtailor.experiment.privacy import resolved
@@ -66,7 +66,7 @@ class Stage:
         cohort: clients per round.
         budgets: that the stage serves; empty for the base.
         r_max: largest budget that the method is built for.
-        guards: of a round stage, the sections around its method; see `guards_of`.
+        server_side: of a round stage, the sections around its method; see `server_side_of`.
     """
 
     key: str
@@ -80,7 +80,7 @@ class Stage:
     cohort: int = 0
     budgets: tuple[int, ...] = ()
     r_max: int = 0
-    guards: Mapping[str, Any] = field(default_factory=dict)
+    server_side: Mapping[str, Any] = field(default_factory=dict)
 
 
 def method_json(exp: ExperimentBase, method: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         "device": device_of(exp),
         **_choices(exp),
     }
-    graph = _Graph(exp, seed, common, guards_of(resolved(exp, seen)), [])
+    graph = _Graph(exp, seed, common, server_side_of(resolved(exp, seen)), [])
     base = graph.base(inputs.model, seen)
     for method in exp.methods:
         built = build_method(method, method_section(exp, method), exp.r_max)
@@ -131,7 +131,7 @@ class _Graph:
     exp: ExperimentBase
     seed: int
     common: Mapping[str, Any]
-    guards: Mapping[str, Any]
+    server_side: Mapping[str, Any]
     stages: list[Stage]
 
     def base(self, model: str, seen: int) -> str:
@@ -166,8 +166,8 @@ class _Graph:
         )  # fmt: skip
 
     def _policy(self) -> dict[str, Any]:
-        guards = {f"guard/{name}": section for name, section in self.guards.items()}
-        return {"on_client_failure": self.exp.engine.on_client_failure, "quorum": self.exp.engine.quorum, **guards}
+        server_side = {f"guard/{name}": section for name, section in self.server_side.items()}
+        return {"on_client_failure": self.exp.engine.on_client_failure, "quorum": self.exp.engine.quorum, **server_side}
 
     def _add(self, stage: Stage, **own: Any) -> str:
         content = {
@@ -177,8 +177,8 @@ class _Graph:
         }  # fmt: skip
         if stage.method in self.exp.code:
             content["code"] = self.exp.code[stage.method]
-        guards = {} if stage.kind == "personalise" else self.guards
-        named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}", guards=guards)
+        server_side = {} if stage.kind == "personalise" else self.server_side
+        named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}", server_side=server_side)
         self.stages.append(named)
         return named.artifact
 
@@ -240,7 +240,7 @@ def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str,
         decoding=to_json(exp.decoding),
         save_predictions=exp.personalise.save_predictions and stage.kind == "personalise",
         zero=to_json(exp.engine.zero) if exp.engine.zero.ranks > 1 else {},
-        guards=stage.guards,
+        server_side=stage.server_side,
         code={name: exp.code[name] for name in (stage.method, exp.base.name) if name in exp.code},
         **_overlay(exp, stage),
     )

@@ -19,22 +19,24 @@ from fedtailor.privacy.config import PrivacyConfig
 from fedtailor.privacy.secure_aggregation import FixedPoint, PairwiseMasking, RingSum
 
 
-def guarded(name: str, config: Mapping[str, Any] | Config, r_max: int, guards: Mapping[str, Any]) -> Method:
-    """Builds a row of the METHODS table with its guards around it.
+def build_server_side(
+    name: str, config: Mapping[str, Any] | Config, r_max: int, server_side: Mapping[str, Any]
+) -> Method:
+    """Builds a row of the METHODS table with what the server lays around it.
 
     Args:
         name: row of METHODS.
         config: that method's resolved configuration.
         r_max: largest budget.
-        guards: sections ``aggregation`` and ``privacy`` of the configuration, those that differ from their defaults.
+        server_side: sections ``aggregation`` and ``privacy``, where they differ from their defaults.
     """
     method = build_method(name, config, r_max)
-    sturdy = robust(method, AggregationConfig.model_validate(dict(guards.get("aggregation", {}))))
-    privacy = PrivacyConfig.model_validate(dict(guards.get("privacy", {})))
-    return masked(private(sturdy, privacy), privacy)
+    method = with_aggregation(method, AggregationConfig.model_validate(dict(server_side.get("aggregation", {}))))
+    privacy = PrivacyConfig.model_validate(dict(server_side.get("privacy", {})))
+    return with_secure_aggregation(with_central_dp(method, privacy), privacy)
 
 
-def robust(method: Method, cfg: AggregationConfig) -> Method:
+def with_aggregation(method: Method, cfg: AggregationConfig) -> Method:
     """The method with the aggregation asked for; norms are watched either way."""
     watched = replace(method, alarm=cfg.alarm)
     if cfg.name == "norm_bound":
@@ -43,7 +45,7 @@ def robust(method: Method, cfg: AggregationConfig) -> Method:
     return watched if cfg.name == "method" else replace(watched, aggregator=_aggregator(cfg))
 
 
-def private(method: Method, cfg: PrivacyConfig) -> Method:
+def with_central_dp(method: Method, cfg: PrivacyConfig) -> Method:
     """The method under central differential privacy: clipped updates, equal weights, noise on their sum."""
     if cfg.name == "none" or method.local_update is None:
         return method
@@ -54,7 +56,7 @@ def private(method: Method, cfg: PrivacyConfig) -> Method:
     return replace(method, aggregator=WeightedMean(uniform=True), bound=clip, mechanism=mechanism)
 
 
-def masked(method: Method, cfg: PrivacyConfig) -> Method:
+def with_secure_aggregation(method: Method, cfg: PrivacyConfig) -> Method:
     """The method under simulated secure aggregation; the server sees no single norm, so none is watched."""
     if cfg.secure_aggregation == "none" or method.local_update is None:
         return method

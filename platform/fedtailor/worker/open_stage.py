@@ -26,7 +26,7 @@ from fedtailor.lanes.grouping import Load, lane_groups
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams, Parameters
 from fedtailor.methods import build_method
-from fedtailor.methods.build import guarded
+from fedtailor.methods.build import build_server_side
 from fedtailor.methods.external import add_method
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.load import load_base, load_tokenizer
@@ -101,12 +101,12 @@ class OpenStage:
         data = TokenData.open(Path(spec.data_dir))
         for reference in spec.code.values():
             add_method(reference, "code")
-        method = guarded(spec.method, spec.method_config, spec.r_max, spec.guards)
+        method = build_server_side(spec.method, spec.method_config, spec.r_max, spec.server_side)
         if net is None:
             net = load_together(spec, data, ranks) if ranks else load_net(spec, data.labels, data.kind)
         net.clear_overlay()
         overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
-        lies = AttackConfig.model_validate(dict(spec.guards.get("attack", {})))
+        lies = AttackConfig.model_validate(dict(spec.server_side.get("attack", {})))
         attack = attack_of(lies, [client.id for client in data.pool("seen")])
         stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay, attack)
         for part in stage.parts():
