@@ -11,7 +11,7 @@ from fedtailor.aggregation.weighted_mean import WeightedMean, WeightedSum
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.privacy import forecast, mechanism, privacy_lines, seen_clients
-from fedtailor.federated.checks import bounded
+from fedtailor.federated.checks import clip_update
 from fedtailor.federated.release import RoundId, still
 from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.privacy.accounting import ORDERS, Mechanism, Spent, default_delta, epsilon, noise_for
@@ -52,7 +52,7 @@ def test_rounding_to_float32_never_makes_a_clipped_update_longer_than_the_clip(c
         rng = np.random.default_rng(seed)
         received = (scale * rng.standard_normal(501)).astype(np.float32)
         row = (received + 2 * rng.standard_normal(501)).astype(np.float32)
-        cut, norm = bounded(row, received, clip)
+        cut, norm = clip_update(row, received, clip)
         assert norm > clip
         assert cut.dtype == np.float32
         assert np.linalg.norm(cut.astype(np.float64) - received.astype(np.float64)) <= clip
@@ -61,7 +61,7 @@ def test_rounding_to_float32_never_makes_a_clipped_update_longer_than_the_clip(c
 def test_a_clipped_update_keeps_its_direction_and_its_length() -> None:
     received = np.zeros(100, np.float32)
     row = RNG.standard_normal(100).astype(np.float32)
-    cut, _ = bounded(row, received, 0.25)
+    cut, _ = clip_update(row, received, 0.25)
     assert np.linalg.norm(cut) == pytest.approx(0.25, rel=1e-6)
     np.testing.assert_allclose(cut / 0.25, row / np.linalg.norm(row), rtol=1e-5)
 
@@ -69,10 +69,10 @@ def test_a_clipped_update_keeps_its_direction_and_its_length() -> None:
 def test_one_replaced_client_moves_the_sum_by_at_most_two_clips_and_an_absent_one_by_one() -> None:
     clip, size, planned = 0.5, 200, 6
     received = RNG.standard_normal(size).astype(np.float32)
-    others = [bounded(row, received, clip)[0] for row in clients(planned - 1, size, received, 1.0)]
+    others = [clip_update(row, received, clip)[0] for row in clients(planned - 1, size, received, 1.0)]
     direction = RNG.standard_normal(size)
     extreme = [
-        bounded((received + sign * 1e4 * direction).astype(np.float32), received, clip)[0] for sign in (1, -1)
+        clip_update((received + sign * 1e4 * direction).astype(np.float32), received, clip)[0] for sign in (1, -1)
     ]  # the worst pair: opposite updates, both cut to the clip
     mechanism = GaussianMechanism(clip, 0.0)
     one, two = (mechanism(summed([*others, row]), received, planned, ROUND_ID, 0).consensus for row in extreme)
@@ -135,7 +135,7 @@ def test_parameters_that_did_not_move_are_told() -> None:
     assert [warning["kind"] for warning in still(before, before.copy())] == ["unmoved"]
     assert not still(before, np.nextafter(before, np.float32(2)))
     # A clip far below float32's grain cuts every update to nothing.
-    cut, _ = bounded(before + 1, before, 1e-12)
+    cut, _ = clip_update(before + 1, before, 1e-12)
     assert still(before, GaussianMechanism(1e-12, 0.0)(summed([cut]), before, 1, ROUND_ID, 0).consensus)
 
 

@@ -13,7 +13,7 @@ from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ClientError, RoundError
 from fedtailor.core.faults import REPLY, Sabotage, parse
 from fedtailor.core.messages import Failure, SegmentJob, SegmentResult, metric_row
-from fedtailor.federated.checks import screened
+from fedtailor.federated.checks import checked_results
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, close_round
 from fedtailor.lanes.grouping import segments
 from fedtailor.methods import build_method
@@ -80,7 +80,9 @@ def test_every_kind_of_damage_has_its_sentence() -> None:
 def test_good_answers_are_handed_on_as_they_are() -> None:
     for private in (0, 3):
         found = answers(private=private)
-        assert all(a is b for a, b in zip(screened(found, ASKED, WeightedMean(), SIZE, private), found, strict=True))
+        assert all(
+            a is b for a, b in zip(checked_results(found, ASKED, WeightedMean(), SIZE, private), found, strict=True)
+        )
 
 
 @pytest.mark.parametrize("kind", TOLD)
@@ -111,7 +113,7 @@ def test_fewer_good_answers_than_the_quorum_close_no_round() -> None:
 
 @pytest.mark.parametrize("kind", ["shape", "dtype", "poison", "missing"])
 def test_updates_sent_one_by_one_are_checked_one_by_one(kind: str) -> None:
-    [good, _, bad, _] = screened(damaged(kind, presum=False), ASKED, Krum(0.25), SIZE, 0)
+    [good, _, bad, _] = checked_results(damaged(kind, presum=False), ASKED, Krum(0.25), SIZE, 0)
     assert good.valid == ASKED[0]
     assert bad.valid == ()
     assert "the update of client seen/xx/04" in bad.failures[0].reason or "partial is missing" in bad.failures[0].reason
@@ -120,7 +122,7 @@ def test_updates_sent_one_by_one_are_checked_one_by_one(kind: str) -> None:
 def test_updates_in_another_order_than_the_names_are_refused() -> None:
     results = answers(presum=False)
     results[1].partial.reverse()
-    [_, bad, *_] = screened(results, ASKED, Krum(0.25), SIZE, 0)
+    [_, bad, *_] = checked_results(results, ASKED, Krum(0.25), SIZE, 0)
     assert "partial has updates of seen/xx/03, seen/xx/02, counted are seen/xx/02, seen/xx/03" in bad.failures[0].reason
 
 
@@ -134,7 +136,7 @@ def test_a_sum_without_weight_is_refused() -> None:
 def test_a_missing_private_row_is_refused() -> None:
     results = answers(private=3)
     del results[3].private[NAMES[7]]
-    [*_, bad] = screened(results, ASKED, WeightedMean(), SIZE, 3)
+    [*_, bad] = checked_results(results, ASKED, WeightedMean(), SIZE, 3)
     assert "client seen/xx/07 has no private row" in bad.failures[0].reason
 
 
@@ -158,7 +160,7 @@ def test_tensors_in_another_order_missing_or_more_are_refused_never_zipped(names
     results = answers()
     for i, result in enumerate(results):
         result.partial = {name: np.zeros(SIZE) for name in (names if i == 1 else "ab")}
-    found = screened(results, ASKED, Named(), SIZE, 0)  # type: ignore[arg-type]
+    found = checked_results(results, ASKED, Named(), SIZE, 0)  # type: ignore[arg-type]
     assert [bool(result.valid) for result in found] == [True, False, True, True]
     import re
 

@@ -14,7 +14,7 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.core.messages import Row, SegmentJob, SegmentResult
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.experiment.compose import compose
-from fedtailor.federated.checks import bounded, norm_alarms
+from fedtailor.federated.checks import clip_update, norm_alarms
 from fedtailor.federated.method import Aggregator, Method
 from fedtailor.federated.pool import Meanwhile
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
@@ -104,9 +104,9 @@ def test_the_product_of_a_lora_survives_though_a_and_b_are_joined_apart(aggregat
 
 def test_a_short_update_is_not_touched_and_a_long_one_keeps_its_direction() -> None:
     received, row = rows_of(2)
-    same, norm = bounded(row, received, float("inf"))
+    same, norm = clip_update(row, received, float("inf"))
     assert same is row
-    cut, before = bounded(row, received, norm / 4)
+    cut, before = clip_update(row, received, norm / 4)
     assert before == norm
     assert np.linalg.norm((cut - received).astype(np.float64)) == pytest.approx(norm / 4, rel=1e-5)
     np.testing.assert_allclose((cut - received) * 4, row - received, atol=1e-6)
@@ -169,7 +169,7 @@ class Liars:
         mean = self.method.aggregator
         result.partial = mean.zero(shared.size) if mean.presum else []
         for client in job.clients:
-            row, result.norms[client] = bounded(sent[client], shared, self.method.bound)
+            row, result.norms[client] = clip_update(sent[client], shared, self.method.bound)
             if mean.presum:
                 result.partial = mean.add(result.partial, row, 1.0)
             else:

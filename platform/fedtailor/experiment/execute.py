@@ -14,7 +14,7 @@ from fedtailor.experiment.config import ExperimentBase, base_seed, method_sectio
 from fedtailor.experiment.earlier_stages import Inherited, spending
 from fedtailor.experiment.inputs import make_inputs
 from fedtailor.experiment.stages import Inputs, Stage, device_of, plan_stages, short_hash, stage_spec
-from fedtailor.federated.checks import screened
+from fedtailor.federated.checks import checked_results
 from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, run_rounds
@@ -271,7 +271,7 @@ class Execution:
         log: CommitLog,
     ) -> None:
         engine = self.exp.engine
-        results = screened(results, segments(clients, engine.segments, engine.min_segment))
+        results = checked_results(results, segments(clients, engine.segments, engine.min_segment))
         failures = [failure for result in results for failure in result.failures]
         if failures and engine.on_client_failure == "fail":
             raise ClientError(failures[0].client, stage.key, index, failures[0].reason)

@@ -24,7 +24,7 @@ from fedtailor.core.messages import METRIC_COLUMNS, Failure, FloatArray, Row, Se
 from fedtailor.federated.method import Aggregator
 
 
-def screened(
+def checked_results(
     results: Sequence[SegmentResult],
     asked: Sequence[tuple[str, ...]],
     aggregator: Aggregator | None = None,
@@ -81,7 +81,7 @@ def _problems(
     size: int,
     private: int | None,
 ) -> Iterator[str]:
-    yield from _roll_call(result, clients)
+    yield from _check_clients(result, clients)
     yield from _row_problems(result)
     if not result.valid or aggregator is None:
         return
@@ -94,7 +94,7 @@ def _problems(
     yield from _private_problems(result, private)
 
 
-def _roll_call(result: SegmentResult, clients: tuple[str, ...]) -> Iterator[str]:
+def _check_clients(result: SegmentResult, clients: tuple[str, ...]) -> Iterator[str]:
     """Every client that was asked for is counted or failed, exactly once, and in the order asked."""
     failed = [failure.client for failure in result.failures]
     named = Counter([*result.valid, *failed])
@@ -188,7 +188,7 @@ def _kind(value: Any) -> str:
 _EPS = float(np.finfo(np.float64).eps)
 
 
-def bounded(row: Row, received: FloatArray, bound: float) -> tuple[Row, float]:
+def clip_update(row: Row, received: FloatArray, bound: float) -> tuple[Row, float]:
     """Scales an update down to a length, which the float32 result does not exceed.
 
     Args:
@@ -199,7 +199,7 @@ def bounded(row: Row, received: FloatArray, bound: float) -> tuple[Row, float]:
     Returns:
         The row itself where it is short enough, else ``received`` plus the shortened update; and the norm before.
 
-    >>> row, norm = bounded(np.array([3.0, 4.0], np.float32), np.zeros(2, np.float32), 1.0)
+    >>> row, norm = clip_update(np.array([3.0, 4.0], np.float32), np.zeros(2, np.float32), 1.0)
     >>> [round(float(x), 6) for x in row], norm
     ([0.6, 0.8], 5.0)
     """

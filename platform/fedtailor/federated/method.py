@@ -162,7 +162,7 @@ class Method:
         overlay: of a base method, what its PRIVATE state becomes in the stages that build on it.
         bound: largest L2 norm of a client's SHARED update (what it sends minus what it received); a longer one is
             scaled down where the client ran, before it is summed. Infinite: nothing is changed.
-        alarm: an update longer than so many medians of its cohort is reported; 0: none is.
+        norm_alarm: an update longer than so many medians of its cohort is reported; 0: none is.
         masking: hides clients' rows from the server, which then opens their sum only.
         mechanism: what the server may see of the sum.
     """
@@ -186,7 +186,7 @@ class Method:
     early_stop: EarlyStop | None = None
     overlay: Overlay | None = None
     bound: float = math.inf
-    alarm: float = 0.0
+    norm_alarm: float = 0.0
     masking: Masking | None = None
     mechanism: ServerMechanism | None = None
 

@@ -74,7 +74,7 @@ class NoisedAggregate:
 
 
 class ServerMechanism(Protocol):
-    """Turns a sum of bounded updates into what the server may see."""
+    """Turns a sum of clipped updates into what the server may see."""
 
     def fingerprint(self, total: Any) -> str:
         """Equal for equal sums: tells whether a round that is run again releases the same."""

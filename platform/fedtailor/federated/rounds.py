@@ -14,7 +14,7 @@ import numpy as np
 from fedtailor.core.errors import ClientError, RoundError
 from fedtailor.core.messages import ClientCost, Failure, FloatArray, Row, SegmentJob, SegmentResult, metric_row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.checks import clipped_share, norm_alarms, rejection_rows, screened
+from fedtailor.federated.checks import checked_results, clipped_share, norm_alarms, rejection_rows
 from fedtailor.federated.early_stop import without_record
 from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
@@ -203,7 +203,7 @@ def close_round(
     Raises:
         ClientError, RoundError: see `run_rounds`.
     """
-    results = screened(results, _pieces(plan, cohort), method.aggregator, state.shared.size, plan.private)
+    results = checked_results(results, _pieces(plan, cohort), method.aggregator, state.shared.size, plan.private)
     failures = [failure for result in results for failure in result.failures]
     valid = [client for result in results for client in result.valid]
     crashed = [f for f in failures if f.kind == "exception"]
@@ -242,7 +242,7 @@ def close_round(
         failures=failures,
         warnings=[
             *(w for result in results for w in result.warnings),
-            *norm_alarms(norms, method.alarm),
+            *norm_alarms(norms, method.norm_alarm),
             *released.warnings,
             *(still(state.shared, shared) if method.mechanism or method.masking else ()),
         ],

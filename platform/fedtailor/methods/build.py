@@ -38,7 +38,7 @@ def build_server_side(
 
 def with_aggregation(method: Method, cfg: AggregationConfig) -> Method:
     """The method with the aggregation asked for; norms are watched either way."""
-    watched = replace(method, alarm=cfg.alarm)
+    watched = replace(method, norm_alarm=cfg.alarm)
     if cfg.name == "norm_bound":
         assert cfg.bound is not None, "the configuration asks for it"
         return replace(watched, bound=cfg.bound)
@@ -67,7 +67,7 @@ def with_secure_aggregation(method: Method, cfg: PrivacyConfig) -> Method:
         FixedPoint(ring.step, ring.range, toward_zero=cfg.name == "central_dp"), ring.modulus_bits,
         cfg.secure_aggregation == "secagg", ring.neighbours, ring.threshold, ring.dropout, mean.uniform,
     )  # fmt: skip
-    return replace(method, aggregator=RingSum(ring.modulus_bits), masking=masking, alarm=0.0)
+    return replace(method, aggregator=RingSum(ring.modulus_bits), masking=masking, norm_alarm=0.0)
 
 
 def _aggregator(cfg: AggregationConfig) -> Aggregator:

@@ -1,4 +1,4 @@
-"""One call of a worker: a segment's clients in groups of lanes, their answers checked, bounded, masked and summed."""
+"""One call of a worker: a segment's clients in groups of lanes, their answers checked, clipped, masked and summed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedtailor.core.faults import Sabotage
 from fedtailor.core.messages import Failure, FloatArray, SegmentJob, SegmentResult, metric_row
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
-from fedtailor.federated.checks import bounded
+from fedtailor.federated.checks import clip_update
 from fedtailor.federated.context import ClientContext, Lane
 from fedtailor.federated.method import Personalised, Report
 from fedtailor.federated.release import RoundId
@@ -150,7 +150,7 @@ class Segment:
     def _bounded(self, row: FloatArray) -> tuple[FloatArray, float]:
         if self.received is None:
             return row, 0.0
-        return bounded(row, self.received, self.stage.method.bound)
+        return clip_update(row, self.received, self.stage.method.bound)
 
     def _report_rows(self, report: Report, k: int, lane: Lane) -> list[dict[str, Any]]:
         return [
