@@ -22,7 +22,7 @@ from fedtailor.core.messages import Row
 
 
 @dataclass(frozen=True)
-class Rows:
+class ClientRows:
     """Rows (P,) float32 in cohort order."""
 
     rows: tuple[Row, ...]
@@ -39,7 +39,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RowKeeper:
+class PerClientAggregator:
     """The collecting half of a robust aggregator: rows travel one by one, and each client counts once.
 
     Weights are not used: how many examples a client has is its own claim, and a liar could claim any number.
@@ -50,25 +50,25 @@ class RowKeeper:
         """False: a sum would hide the liar."""
         return False
 
-    def zero(self, size: int) -> Rows:
+    def zero(self, size: int) -> ClientRows:
         """No rows."""
-        return Rows(())
+        return ClientRows(())
 
-    def add(self, state: Rows, row: Row, weight: float) -> Rows:
+    def add(self, state: ClientRows, row: Row, weight: float) -> ClientRows:
         """One client more."""
-        return Rows((*state.rows, row))
+        return ClientRows((*state.rows, row))
 
-    def merge(self, left: Rows, right: Rows) -> Rows:
+    def merge(self, left: ClientRows, right: ClientRows) -> ClientRows:
         """Left, then right."""
-        return Rows((*left.rows, *right.rows))
+        return ClientRows((*left.rows, *right.rows))
 
-    def weight(self, state: Rows) -> float:
+    def weight(self, state: ClientRows) -> float:
         """Number of clients."""
         return float(len(state.rows))
 
 
 @dataclass(frozen=True)
-class CoordinateMedian(RowKeeper):
+class CoordinateMedian(PerClientAggregator):
     """The median of every coordinate; of an even number of clients the mean of the two in the middle.
 
     >>> median = CoordinateMedian()
@@ -79,13 +79,13 @@ class CoordinateMedian(RowKeeper):
     [1.0, 1.0]
     """
 
-    def result(self, state: Rows) -> Row:
+    def result(self, state: ClientRows) -> Row:
         """(P,) float32."""
         return np.asarray(np.median(state.matrix(), axis=0), np.float32)
 
 
 @dataclass(frozen=True)
-class TrimmedMean(RowKeeper):
+class TrimmedMean(PerClientAggregator):
     """The mean of every coordinate without its largest and smallest values.
 
     Args:
@@ -101,7 +101,7 @@ class TrimmedMean(RowKeeper):
 
     trim: float
 
-    def result(self, state: Rows) -> Row:
+    def result(self, state: ClientRows) -> Row:
         """(P,) float32; summed in float64."""
         from scipy.stats import trim_mean  # a quarter of a second that no worker should wait for at its start
 
@@ -109,7 +109,7 @@ class TrimmedMean(RowKeeper):
 
 
 @dataclass(frozen=True)
-class Krum(RowKeeper):
+class Krum(PerClientAggregator):
     """The mean of the clients whose nearest neighbours are nearest.
 
     A client's score is the sum of its squared distances to its n - f - 2 nearest others (at least one); the ``kept``
@@ -123,7 +123,7 @@ class Krum(RowKeeper):
     byzantine: float
     kept: int | None = None
 
-    def result(self, state: Rows) -> Row:
+    def result(self, state: ClientRows) -> Row:
         """(P,) float32."""
         rows = state.matrix().astype(np.float64)
         chosen = self.chosen(rows)
