@@ -13,6 +13,7 @@ from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.received import Received
+from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import Adapter, Parameters
@@ -29,22 +30,13 @@ class ToyClient:
     n_test: int
 
 
-@dataclass(frozen=True)
-class ToyExamples:
-    input_ids: np.ndarray
-    lengths: np.ndarray
-    labels: np.ndarray
-    first: np.ndarray | None = None
-    prompt: np.ndarray | None = None
-
-
-def toy_examples(name: str, count: int, longest: int = 9) -> ToyExamples:
+def toy_examples(name: str, count: int, longest: int = 9) -> Examples:
     rng = numpy_rng("toy", name)
     lengths = rng.integers(3, longest + 1, count)
     ids = np.zeros((count, int(lengths.max())), np.int64)
     for row, length in enumerate(lengths):
         ids[row, :length] = rng.integers(5, VOCAB, length)
-    return ToyExamples(ids, lengths.astype(np.int64), rng.integers(0, CLASSES, count).astype(np.int64))
+    return Examples(ids, lengths.astype(np.int64), rng.integers(0, CLASSES, count).astype(np.int64))
 
 
 def toy_lanes(sizes: Sequence[int]) -> list[Lane]:
@@ -60,9 +52,9 @@ def with_prompts(lanes: Sequence[Lane]) -> list[Lane]:
     return [replace(lane, train=as_talk(lane.train, lane.client.id)) for lane in lanes]  # type: ignore[arg-type]
 
 
-def as_talk(examples: ToyExamples, name: str) -> ToyExamples:
+def as_talk(examples: Examples, name: str) -> Examples:
     prompt = numpy_rng("toy", name, "prompt").integers(1, examples.lengths)
-    return replace(examples, prompt=prompt.astype(np.int64))
+    return replace(examples, prompt_length=prompt.astype(np.int64))
 
 
 def toy_llama(dtype: torch.dtype = torch.float64, checkpointing: bool = False) -> LaneNet:

@@ -7,10 +7,11 @@ import time
 from statistics import median
 
 import torch
-from toy import ToyClient, ToyExamples, toy_context, toy_net
+from toy import ToyClient, toy_context, toy_net
 
 from fedtailor.federated.context import Lane
 from fedtailor.federated.method import Method
+from fedtailor.lanes.batches import Examples
 from fedtailor.methods import build_method
 
 CLIENTS, EXAMPLES, TOKENS, REPEATS = 16, 64, 8, 5
@@ -26,7 +27,7 @@ def lanes() -> list[Lane]:
     for number in range(CLIENTS):
         rng = numpy_rng("bench", number)
         ids = rng.integers(5, 100, (EXAMPLES, TOKENS))
-        data = ToyExamples(ids, np.full(EXAMPLES, TOKENS), rng.integers(0, 4, EXAMPLES))
+        data = Examples(ids, np.full(EXAMPLES, TOKENS), rng.integers(0, 4, EXAMPLES))
         made.append(Lane(ToyClient(f"seen/xx/{number:02d}", "seen", "xx", EXAMPLES, 1), data))  # type: ignore[arg-type]
     return made
 

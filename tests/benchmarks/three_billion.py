@@ -30,7 +30,7 @@ for place in (HERE, HERE.parent):
     if str(place) not in sys.path:
         sys.path.append(str(place))
 
-from toy import ToyClient, ToyExamples
+from toy import ToyClient
 
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import Ranks, Scope
@@ -38,6 +38,7 @@ from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.received import Received
+from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
@@ -87,7 +88,7 @@ def client(size: int, vocabulary: int) -> Lane:
     """Texts of `TOKENS` random tokens, the first `PROMPT` of them the prompt."""
     ids = numpy_rng("bench-3b", size).integers(5, vocabulary, (size, TOKENS))
     full = np.full(size, TOKENS, np.int64)
-    examples = ToyExamples(ids, full, np.zeros(size, np.int64), prompt=np.full(size, PROMPT, np.int64))
+    examples = Examples(ids, full, np.zeros(size, np.int64), prompt_length=np.full(size, PROMPT, np.int64))
     return Lane(ToyClient(f"seen/xx/{size:02d}", "seen", "xx", size, 0), examples)  # type: ignore[arg-type]
 
 

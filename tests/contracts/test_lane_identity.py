@@ -66,7 +66,7 @@ def personalise(name: str, net: LaneNet, lanes: list) -> tuple[Personalised, lis
     ctx = replace(ctx, stage="personalise")
     made = method.personaliser(ctx)
     tests = [toy_examples(f"{lane.client.id}/test", 7) for lane in made.lanes]
-    if lanes[0].train.prompt is not None:
+    if lanes[0].train.prompt_length is not None:
         tests = [as_talk(test, lane.client.id) for test, lane in zip(tests, made.lanes, strict=True)]
     scores = evaluate(made.logits, tests, 0, 64)
     return made, scores, made.ranks if made.ranks is not None else torch.zeros(0)

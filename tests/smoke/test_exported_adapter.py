@@ -97,7 +97,7 @@ def test_peft_reproduces_the_answers_loss_of_a_language_model(tmp_path: Path, me
     model = PeftModel.from_pretrained(load_causal(base_folder(run, 42)), str(tmp_path / "out")).eval()
     test = data.examples(client, "test")
     losses = []
-    for ids, prompt, length in zip(test.input_ids[:4], test.prompt[:4], test.lengths[:4], strict=True):
+    for ids, prompt, length in zip(test.input_ids[:4], test.prompt_length[:4], test.lengths[:4], strict=True):
         row = torch.from_numpy(ids[:length])[None]
         with torch.no_grad():
             scores = model(input_ids=row).logits[0, prompt - 1 : -1]

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from tiny import run_tiny, talk
-from toy import ToyExamples, as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
+from toy import as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
 
 from fedtailor.core.errors import CapabilityError, ClientError
 from fedtailor.core.settings import DecodingConfig
 from fedtailor.evaluation import generation
 from fedtailor.evaluation.decoding import Decoding, answer
-from fedtailor.evaluation.generation import METRICS, Asked, First, loss_tallies, response_losses, score
+from fedtailor.evaluation.generation import METRICS, Asked, loss_tallies, response_losses, score
 from fedtailor.federated.method import Capability, Personalised
-from fedtailor.lanes.batches import make_batch
+from fedtailor.lanes.batches import Examples, make_batch
 from fedtailor.lanes.features import client_features, counts_output, feature_size
 from fedtailor.methods import METHODS, build_method
 from fedtailor.methods.fedp2eft import FedP2EFTConfig, PsgConfig, StrategyGenerator
@@ -52,17 +52,17 @@ class Words:
         return " ".join(f"w{token}" for token in ids)
 
 
-def examples_for(counts: Sequence[int]) -> list[ToyExamples]:
+def examples_for(counts: Sequence[int]) -> list[Examples]:
     return [as_talk(toy_examples(f"test{k}", n), f"test{k}") for k, n in enumerate(counts)]
 
 
-def asked_of(tests: Sequence[ToyExamples]) -> list[Asked]:
+def asked_of(tests: Sequence[Examples]) -> list[Asked]:
     return [Asked(t, [f"w{row} w7" for row in range(len(t.labels))]) for t in tests]
 
 
-def prompts_of(examples: ToyExamples) -> list[np.ndarray]:
-    assert examples.prompt is not None
-    return [row[:n] for row, n in zip(examples.input_ids, examples.prompt, strict=True)]
+def prompts_of(examples: Examples) -> list[np.ndarray]:
+    assert examples.prompt_length is not None
+    return [row[:n] for row, n in zip(examples.input_ids, examples.prompt_length, strict=True)]
 
 
 def scored(net: Any, asked: Sequence[Asked], budget: int = 300, how: Decoding = HOW) -> list[generation.Answered]:
@@ -74,7 +74,7 @@ def test_the_loss_of_a_sample_is_the_mean_over_its_own_response() -> None:
     net.state.shapes = ((1, 1),)
     [examples] = examples_for([6])
     [found] = response_losses(net.logits, [examples], 0, 40)
-    for row, (prompt, length) in enumerate(zip(examples.prompt, examples.lengths, strict=True)):  # type: ignore[arg-type]
+    for row, (prompt, length) in enumerate(zip(examples.prompt_length, examples.lengths, strict=True)):  # type: ignore[arg-type]
         ids = torch.from_numpy(examples.input_ids[row, :length])
         said = net.model(input_ids=ids.unsqueeze(0)).logits[0].log_softmax(-1)
         own = [-float(said[i - 1, ids[i]].detach()) for i in range(prompt, length)]
@@ -141,9 +141,13 @@ def test_lanes_scored_together_are_lanes_scored_alone() -> None:
 
 def test_only_the_first_examples_are_answered_where_a_limit_is_set() -> None:
     [examples] = examples_for([9])
-    few = First.of(examples, 4)
-    assert (len(few.labels), len(few.lengths), len(few.prompt), len(few.input_ids)) == (4, 4, 4, 4)  # type: ignore[arg-type]
-    assert First.of(examples, None) is First.of(examples, 9) is First.of(examples, 20) is examples
+    few = examples.rows(slice(4))
+    assert (len(few.labels), len(few.lengths), len(few.prompt_length), len(few.input_ids)) == (4, 4, 4, 4)  # type: ignore[arg-type]
+    assert (
+        examples.rows(slice(20)).labels.tolist()
+        == examples.rows(slice(None)).labels.tolist()
+        == examples.labels.tolist()
+    )
 
 
 def test_a_method_that_answers_without_the_model_is_refused() -> None:
@@ -170,7 +174,7 @@ def test_every_methods_answers_are_what_its_logits_say(method: str) -> None:
         for row, tokens in zip(ids, rows, strict=True):
             row[: len(tokens)] = tokens
         lengths = np.array([len(row) for row in rows])
-        talks.append(ToyExamples(ids, lengths, lengths * 0, prompt=np.array([len(p) for p in prompts])))
+        talks.append(Examples(ids, lengths, lengths * 0, prompt_length=np.array([len(p) for p in prompts])))
     batch = make_batch(talks, [np.arange(len(t.labels)) for t in talks], 0)
     with torch.no_grad():
         said = made.logits(batch).float().argmax(-1)
@@ -183,16 +187,16 @@ def test_features_read_prompts_and_not_a_token_of_the_responses() -> None:
     e: Any = lane.train
     features = client_features(net, e, 0)
     other = e.input_ids.copy()
-    for row, (prompt, length) in enumerate(zip(e.prompt, e.lengths, strict=True)):
+    for row, (prompt, length) in enumerate(zip(e.prompt_length, e.lengths, strict=True)):
         other[row, prompt:length] = 99
-    changed = ToyExamples(other, e.lengths, e.labels, prompt=e.prompt)
+    changed = Examples(other, e.lengths, e.labels, prompt_length=e.prompt_length)
     for pad_to in (None, 20):
         same = (client_features(net, x, 0, pad_to) for x in (e, changed))
         torch.testing.assert_close(*same, rtol=0, atol=0)
-    prompts = ToyExamples(e.input_ids, e.prompt, e.labels, prompt=e.prompt)
+    prompts = Examples(e.input_ids, e.prompt_length, e.labels, prompt_length=e.prompt_length)
     torch.testing.assert_close(client_features(net, prompts, 0), features, rtol=0, atol=0)
     assert not torch.allclose(
-        client_features(net, ToyExamples(e.input_ids, e.lengths, e.labels, prompt=e.lengths), 0), features
+        client_features(net, Examples(e.input_ids, e.lengths, e.labels, prompt_length=e.lengths), 0), features
     )
 
 
@@ -206,7 +210,7 @@ def test_features_are_moments_over_all_tokens_of_the_prompts() -> None:
         m.register_forward_pre_hook(lambda _m, x, s=s: s.append(x[0].detach()))
         for m, s in zip(modules, seen, strict=True)
     ]
-    for row, prompt in enumerate(e.prompt):
+    for row, prompt in enumerate(e.prompt_length):
         net.state.shapes = ((1, int(prompt)),)
         net.model(input_ids=torch.from_numpy(e.input_ids[row : row + 1, :prompt]))
     for hook in hooks:

@@ -82,7 +82,7 @@ def test_every_example_is_its_templates_encoding(data: TaskData, tokens: TokenDa
     for client in data.clients:
         for split in SPLITS:
             examples = tokens.examples(client.id, split)  # type: ignore[arg-type]
-            assert examples.prompt is not None
+            assert examples.prompt_length is not None
             wanted = samples(data, client.id, split)
             found_history += sum(bool(sample.history) for sample in wanted)
             encoded = encode("alpaca", byte_tokenizer(), wanted, MAX_LENGTH)
@@ -90,8 +90,8 @@ def test_every_example_is_its_templates_encoding(data: TaskData, tokens: TokenDa
                 assert row is not None
                 assert examples.input_ids[i, : examples.lengths[i]].tolist() == row.ids.tolist()
                 assert (examples.input_ids[i, examples.lengths[i] :] == tokens.pad_id).all()
-                assert examples.prompt[i] == row.prompt_tokens
-            assert examples.input_ids.dtype == examples.prompt.dtype == np.int64
+                assert examples.prompt_length[i] == row.prompt_tokens
+            assert examples.input_ids.dtype == examples.prompt_length.dtype == np.int64
             assert (examples.labels == data.texts(client.id, split)[1]).all()  # type: ignore[arg-type]
     assert found_history == 1
 
@@ -188,7 +188,7 @@ def test_instructions_in_memory_become_the_same_tokens(data: TaskData, tokens: T
     stored = tokens.examples("seen/office/old", "train")
     width = made.input_ids.shape[1]
     assert (made.input_ids == stored.input_ids[:, :width]).all()
-    assert (made.prompt == stored.prompt).all()
+    assert (made.prompt_length == stored.prompt_length).all()
     assert (made.lengths == stored.lengths).all()
 
 

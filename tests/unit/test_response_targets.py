@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from toy import ToyExamples, as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
+from toy import as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
 
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.scope import Scope
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.lanes.adam import AdamGroup
-from fedtailor.lanes.batches import make_batch, micro_batches
+from fedtailor.lanes.batches import Examples, make_batch, micro_batches
 from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.training.local import Training, backward, cross_entropy_of, train
 
-TALK = ToyExamples(
-    np.array([[7, 8, 9, 10, 0], [11, 12, 13, 14, 15]]), np.array([4, 5]), np.array([0, 1]), prompt=np.array([2, 4])
+TALK = Examples(
+    np.array([[7, 8, 9, 10, 0], [11, 12, 13, 14, 15]]),
+    np.array([4, 5]),
+    np.array([0, 1]),
+    prompt_length=np.array([2, 4]),
 )
 
 
@@ -30,7 +33,7 @@ def test_targets_are_the_response_tokens_and_nothing_else() -> None:
 
 
 def test_a_lane_with_fewer_response_tokens_is_masked() -> None:
-    short = ToyExamples(np.array([[7, 8, 9]]), np.array([3]), np.array([0]), prompt=np.array([2]))
+    short = Examples(np.array([[7, 8, 9]]), np.array([3]), np.array([0]), prompt_length=np.array([2]))
     batch = make_batch([TALK, short], [np.array([0, 1]), np.array([0])], 0)
     assert batch.rows.tolist() == [[True, True, True], [True, False, False]]
 
@@ -42,7 +45,7 @@ def test_the_loss_is_that_of_the_whole_model_at_these_tokens() -> None:
     loss = lane_cross_entropy(net.logits(batch), batch)
     whole = net.model(input_ids=batch.input_ids[0], attention_mask=batch.attention_mask[0]).logits
     targets = batch.input_ids[0].clone()
-    for row, (prompt, length) in enumerate(zip(lane.train.prompt, lane.train.lengths, strict=True)):
+    for row, (prompt, length) in enumerate(zip(lane.train.prompt_length, lane.train.lengths, strict=True)):
         targets[row, :prompt] = targets[row, length:] = -100
     own = functional.cross_entropy(whole[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
     torch.testing.assert_close(loss[0], own)
@@ -102,5 +105,5 @@ def test_a_fixed_number_of_steps_takes_as_many_passes_as_it_needs() -> None:
 def test_scores_count_response_tokens() -> None:
     net, talk = toy_llama(), as_talk(toy_examples("a", 7), "a")
     [small], [large] = (evaluate(net.logits, [talk], 0, budget) for budget in (9, 4096))
-    assert small.count == large.count == int((talk.lengths - talk.prompt).sum())
+    assert small.count == large.count == int((talk.lengths - talk.prompt_length).sum())
     assert small.loss_sum == pytest.approx(large.loss_sum, rel=1e-9)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from toy import ToyExamples, toy_context, toy_lanes, toy_net
+from toy import toy_context, toy_lanes, toy_net
 
 from fedtailor.core.scope import Scope
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import overrides_of, stored_experiment, to_json
+from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.methods import build_method
 from fedtailor.methods.fedp2eft import PsgConfig, StrategyGenerator
@@ -82,7 +83,7 @@ def test_the_generator_s_sd_is_the_root_of_variance_and_eps(eps: float) -> None:
 def test_more_padding_changes_no_feature_unless_the_reference_is_asked_for() -> None:
     net = toy_net()
     e = toy_lanes([6])[0].train
-    wider = ToyExamples(np.pad(e.input_ids, ((0, 0), (0, 5))), e.lengths, e.labels)
+    wider = Examples(np.pad(e.input_ids, ((0, 0), (0, 5))), e.lengths, e.labels)
     torch.testing.assert_close(client_features(net, wider, 0), client_features(net, e, 0), rtol=0, atol=0)
     assert not torch.allclose(client_features(net, e, 0, pad_to=30), client_features(net, e, 0))
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.lanes.batches import lane_batches, make_batch, training_picks
+from fedtailor.lanes.batches import Examples, lane_batches, make_batch, training_picks
 from fedtailor.lanes.features import client_features
 from fedtailor.models.embedded import build_wordpiece
 from fedtailor.tasks import task
@@ -18,7 +18,7 @@ from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import fingerprint, prepare
-from fedtailor.tasks.tokens import Examples, TokenData, examples_of, tokenise
+from fedtailor.tasks.tokens import TokenData, examples_of, tokenise
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 MAX_LENGTH = 20
@@ -92,7 +92,7 @@ def test_single_texts_have_no_pairs_no_column_for_them_and_no_segments(
     assert data.pairs("seen/en/00", "train") is None
     assert data.batches[0].schema.names == ["pool", "language", "split", "text", "label"]
     examples = tokenise(data, tokenizer, MAX_LENGTH, tmp_path / "t").examples("seen/en/00", "train")
-    assert examples.first is None
+    assert examples.first_segment_length is None
     assert make_batch([examples], [np.arange(4)], 0).token_type_ids is None
 
 
@@ -113,12 +113,12 @@ def test_every_pair_is_the_tokenizers_own_encoding_of_the_pair(
         texts, _ = data.texts(client.id, split)  # type: ignore[arg-type]
         pairs = data.pairs(client.id, split) or []  # type: ignore[arg-type]
         examples = tokens.examples(client.id, split)  # type: ignore[arg-type]
-        assert examples.first is not None
+        assert examples.first_segment_length is not None
         for i, (text, pair) in enumerate(zip(texts, pairs, strict=True)):
             own = tokenizer(text, pair, truncation="longest_first", max_length=MAX_LENGTH)
             length = examples.lengths[i]
             assert examples.input_ids[i, :length].tolist() == own["input_ids"]
-            assert (np.arange(length) >= examples.first[i]).astype(int).tolist() == own["token_type_ids"]
+            assert (np.arange(length) >= examples.first_segment_length[i]).astype(int).tolist() == own["token_type_ids"]
             cut += length == MAX_LENGTH
     assert cut
 
@@ -134,18 +134,20 @@ def test_texts_in_memory_give_the_same_examples(
     assert (made.input_ids == stored.input_ids[:, :width]).all()
     assert (made.lengths == stored.lengths).all()
     assert (made.labels == stored.labels).all()
-    assert made.first is not None
-    assert (made.first == stored.first).all()
-    assert {a.dtype for a in (made.input_ids, made.lengths, made.labels, made.first)} == {np.dtype(np.int64)}
+    assert made.first_segment_length is not None
+    assert (made.first_segment_length == stored.first_segment_length).all()
+    assert {a.dtype for a in (made.input_ids, made.lengths, made.labels, made.first_segment_length)} == {
+        np.dtype(np.int64)
+    }
     single = examples_of(tokenizer, texts, None, labels, MAX_LENGTH)
-    assert single.first is None
+    assert single.first_segment_length is None
     assert single.input_ids[0, : single.lengths[0]].tolist() == tokenizer(texts[0])["input_ids"]
 
 
 def test_a_tokenizer_without_segments_gives_pairs_without_segments(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     made = examples_of(tokenizer, ["alpha"], ["beta"], np.array([0]), MAX_LENGTH)
-    assert made.first is None
+    assert made.first_segment_length is None
     assert made.input_ids[0].tolist() == tokenizer("alpha", "beta")["input_ids"]
 
 
@@ -163,12 +165,12 @@ def test_segments_start_where_the_second_text_starts_and_end_with_it(tokens: Tok
     batch = make_batch(lanes, [np.arange(4), np.arange(2), np.arange(3)], tokens.pad_id)
     assert batch.token_type_ids is not None
     for lane, examples in enumerate(lanes):
-        assert examples.first is not None
+        assert examples.first_segment_length is not None
         for row in range(4):
             types = batch.token_type_ids[lane, row]
-            second = examples.lengths[row] - examples.first[row] if batch.rows[lane, row] else 0
+            second = examples.lengths[row] - examples.first_segment_length[row] if batch.rows[lane, row] else 0
             assert types.sum() == second
-            assert types[: examples.first[row]].sum() == 0
+            assert types[: examples.first_segment_length[row]].sum() == 0
             assert (types <= batch.attention_mask[lane, row]).all()
 
 
@@ -178,10 +180,10 @@ def test_logits_of_pairs_are_transformers_own_lane_by_lane(tokens: TokenData) ->
     with torch.no_grad():
         got = net.logits(make_batch(lanes, picks, tokens.pad_id))
         for lane, (examples, pick) in enumerate(zip(lanes, picks, strict=True)):
-            assert examples.first is not None
+            assert examples.first_segment_length is not None
             places = np.arange(examples.input_ids.shape[1])
             real = places < examples.lengths[pick, None]
-            types = real & (places >= examples.first[pick, None])
+            types = real & (places >= examples.first_segment_length[pick, None])
             own = net.model(
                 input_ids=torch.from_numpy(examples.input_ids[pick]),
                 attention_mask=torch.from_numpy(real.astype(np.int64)),
@@ -224,8 +226,10 @@ def test_features_of_pairs_know_the_segments_padded_or_not(tokens: TokenData) ->
 
 def test_every_step_of_training_keeps_each_rows_segments(tokens: TokenData) -> None:
     examples = tokens.examples("seen/en/00", "train")
-    assert examples.first is not None
+    assert examples.first_segment_length is not None
     picks = training_picks(len(examples), 1, 4, [numpy_rng("order")])
     for pick, batch in zip(picks, lane_batches([examples], [picks], tokens.pad_id), strict=True):
         assert batch.token_type_ids is not None
-        assert (batch.token_type_ids[0].sum(1).numpy() == examples.lengths[pick] - examples.first[pick]).all()
+        assert (
+            batch.token_type_ids[0].sum(1).numpy() == examples.lengths[pick] - examples.first_segment_length[pick]
+        ).all()

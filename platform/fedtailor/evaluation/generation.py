@@ -51,25 +51,6 @@ class Asked:
     references: Sequence[str]
 
 
-@dataclass(frozen=True)
-class First:
-    """The first n of a client's examples."""
-
-    input_ids: IntArray
-    lengths: IntArray
-    labels: IntArray
-    first: IntArray | None
-    prompt: IntArray | None
-
-    @classmethod
-    def of(cls, examples: Examples, n: int | None) -> Examples:
-        """All of them where ``n`` is None."""
-        if n is None or n >= len(examples.labels):
-            return examples
-        first, prompt = (None if x is None else x[:n] for x in (examples.first, examples.prompt))
-        return cls(examples.input_ids[:n], examples.lengths[:n], examples.labels[:n], first, prompt)
-
-
 def measures(answer: str, reference: str, tokenizer: Tokenizer = "unicode") -> dict[str, float]:
     """METRICS of one answer.
 
@@ -192,5 +173,5 @@ def _row_means(scores: Tensor, batch: LaneBatch) -> Tensor:
 
 
 def _prompt(examples: Examples) -> IntArray:
-    assert examples.prompt is not None
-    return examples.prompt
+    assert examples.prompt_length is not None
+    return examples.prompt_length

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,29 +13,34 @@ from torch import Tensor
 IntArray = npt.NDArray[np.int64]
 
 
-class Examples(Protocol):
-    """Tokenised texts, pairs or instructions of one client: ids (n, T) padded, lengths (n,), labels (n,), all int64."""
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised texts, pairs or instructions of one client, padded to the longest.
 
-    @property
-    def input_ids(self) -> IntArray:
-        """Token ids (n, T)."""
+    Args:
+        input_ids: (n, T) int64, the pad id after each text's end.
+        lengths: (n,) int64, tokens of each text, special tokens included.
+        labels: (n,) int64, classes; of instructions their groups, see `tasks.source.Source`.
+        first_segment_length: (n,) int64, tokens of each pair's first segment; None where there are no segments.
+        prompt_length: (n,) int64, at least 1, tokens of each instruction's prompt: the rest is the response that is
+            learned. None where texts are classified.
+    """
 
-    @property
-    def lengths(self) -> IntArray:
-        """Real tokens of each text (n,)."""
+    input_ids: IntArray
+    lengths: IntArray
+    labels: IntArray
+    first_segment_length: IntArray | None = None
+    prompt_length: IntArray | None = None
 
-    @property
-    def labels(self) -> IntArray:
-        """Classes (n,)."""
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    @property
-    def first(self) -> IntArray | None:
-        """Tokens of each pair's first segment (n,); None where there are no segments."""
-
-    @property
-    def prompt(self) -> IntArray | None:
-        """Tokens of each instruction's prompt (n,), at least 1; the rest is the response that is learned. None where
-        texts are classified. `labels` are the examples' groups then, see `tasks.source.Source`."""
+    def rows(self, index: IntArray | slice) -> Examples:
+        """The examples at the indices (m,) or of the slice, in their order."""
+        first, prompt = (
+            None if part is None else part[index] for part in (self.first_segment_length, self.prompt_length)
+        )
+        return Examples(self.input_ids[index], self.lengths[index], self.labels[index], first, prompt)
 
 
 @dataclass(frozen=True)
@@ -94,15 +98,15 @@ def make_batch(
         lengths[lane, :n] = chosen[lane]
         labels[lane, :n] = e.labels[pick]
         rows[lane, :n] = True
-        if e.first is not None:
-            first[lane, :n] = e.first[pick]
+        if e.first_segment_length is not None:
+            first[lane, :n] = e.first_segment_length[pick]
     mask = (np.arange(t) < lengths[..., None]).astype(np.int64)
     tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, rows)]
     segments = None
-    if any(e.first is not None for e in examples):
+    if any(e.first_segment_length is not None for e in examples):
         segments = torch.from_numpy(mask * (np.arange(t) >= first[..., None])).to(device)
     batch = LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes, segments)
-    return batch if examples[0].prompt is None else _with_responses(batch, examples, picks, ids, lengths)
+    return batch if examples[0].prompt_length is None else _with_responses(batch, examples, picks, ids, lengths)
 
 
 def _with_responses(
@@ -112,8 +116,8 @@ def _with_responses(
     k, _, t = ids.shape
     found: list[tuple[IntArray, IntArray]] = []
     for lane, (e, pick) in enumerate(zip(examples, picks, strict=True)):
-        assert e.prompt is not None
-        starts, ends = e.prompt[pick], lengths[lane, : len(pick)]
+        assert e.prompt_length is not None
+        starts, ends = e.prompt_length[pick], lengths[lane, : len(pick)]
         counts = ends - starts
         owner = np.repeat(np.arange(len(pick)), counts)
         column = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)

@@ -7,7 +7,6 @@ one more pair at the end, which Eq. 6 does not count and the public code does (`
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +44,11 @@ class _Moments:
         return mean, variance**0.5
 
 
-@dataclass(frozen=True)
-class _Prompts:
+def _prompts(examples: Examples, prompt: IntArray, pad_id: int) -> Examples:
     """Instructions without their responses, as plain texts."""
-
-    input_ids: IntArray
-    lengths: IntArray
-    labels: IntArray
-    first: IntArray | None = None
-    prompt: IntArray | None = None
-
-    @classmethod
-    def of(cls, examples: Examples, prompt: IntArray, pad_id: int) -> _Prompts:
-        width = int(prompt.max())
-        own = np.arange(width) < prompt[:, None]
-        return cls(np.where(own, examples.input_ids[:, :width], pad_id), prompt, examples.labels)
+    width = int(prompt.max())
+    own = np.arange(width) < prompt[:, None]
+    return Examples(np.where(own, examples.input_ids[:, :width], pad_id), prompt, examples.labels)
 
 
 def counts_output(net: LaneNet) -> bool:
@@ -88,8 +77,8 @@ def client_features(net: LaneNet, examples: Examples, pad_id: int, pad_to: int |
     output = counts_output(net)
     moments = [_Moments() for _ in range(len(net.adapted) + output)]
     rows_each = FEATURE_BATCH
-    if examples.prompt is not None:
-        examples = _Prompts.of(examples, examples.prompt, pad_id)
+    if examples.prompt_length is not None:
+        examples = _prompts(examples, examples.prompt_length, pad_id)
         rows_each = max(1, FEATURE_TOKENS // max(int(examples.lengths.max()), pad_to or 0))
     batch: LaneBatch
     mask: Tensor

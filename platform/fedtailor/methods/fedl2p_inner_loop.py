@@ -127,23 +127,6 @@ def _loss(logits: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]])
     return ((each.view(k, m) * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some texts of a client, in their original order; arrays as in `Examples`."""
-
-    input_ids: IntArray
-    lengths: IntArray
-    labels: IntArray
-    first: IntArray | None
-    prompt: IntArray | None = None
-
-    @classmethod
-    def of(cls, examples: Examples, rows: IntArray) -> Rows:
-        """The given rows."""
-        first, prompt = (None if part is None else part[rows] for part in (examples.first, examples.prompt))
-        return cls(examples.input_ids[rows], examples.lengths[rows], examples.labels[rows], first, prompt)
-
-
 def held_out(size: int, share: float) -> int:
     """Texts to hold out: the share, rounded half up, but at least one on each side.
 
@@ -155,7 +138,7 @@ def held_out(size: int, share: float) -> int:
     return min(max(1, int(share * size + 0.5)), size - 1)
 
 
-def split(lane: Lane, seed: int, share: float) -> tuple[Lane, Rows]:
+def split(lane: Lane, seed: int, share: float) -> tuple[Lane, Examples]:
     """A lane with its remaining training texts, and those held out.
 
     The split is named by (seed, client) alone: every round, budget and method that asks sees the same one. A client
@@ -164,10 +147,10 @@ def split(lane: Lane, seed: int, share: float) -> tuple[Lane, Rows]:
     order = numpy_rng(seed, lane.client.id, "validation").permutation(lane.size)
     cut = held_out(lane.size, share)
     validation, train = (order[:cut], order[cut:]) if cut else (order, order)
-    return replace(lane, train=Rows.of(lane.train, np.sort(train))), Rows.of(lane.train, np.sort(validation))
+    return replace(lane, train=lane.train.rows(np.sort(train))), lane.train.rows(np.sort(validation))
 
 
-def split_lanes(ctx: ClientContext, share: float) -> tuple[ClientContext, list[Rows]]:
+def split_lanes(ctx: ClientContext, share: float) -> tuple[ClientContext, list[Examples]]:
     """All lanes split; see `split`."""
     pairs = [split(lane, ctx.seed, share) for lane in ctx.lanes]
     return replace(ctx, lanes=tuple(lane for lane, _ in pairs)), [rows for _, rows in pairs]

@@ -25,6 +25,7 @@ from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.early_stop import best_of
 from fedtailor.federated.method import Method, Personalised
 from fedtailor.federated.received import Received
+from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
@@ -32,7 +33,7 @@ from fedtailor.methods.fedp2eft import FedP2EFTConfig
 from fedtailor.personalise.data import Labelled
 from fedtailor.personalise.generator import METHOD, TrainedPsg
 from fedtailor.storage.round_store import flatten
-from fedtailor.tasks.tokens import Examples, examples_of
+from fedtailor.tasks.tokens import examples_of
 from fedtailor.training.finetune import FinetuneConfig
 from fedtailor.worker.open_stage import load_net
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from fedtailor.lanes.batches import Examples
 from fedtailor.tasks import encoding as instruction_tokens
 from fedtailor.tasks import templates
 from fedtailor.tasks.encoding import check, check_pad, encode
@@ -41,28 +42,6 @@ TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 
 SEGMENTS = TOKENS.append(pa.field("first", pa.int32()))
 """tokens.arrow of pairs whose tokenizer tells segments apart: `first` tokens belong to the first one."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Texts or pairs, padded to the longest: of a client's split, to the longest of its train and test texts.
-
-    Args:
-        input_ids: int64 (n, T), pad id after each text's end.
-        lengths: int64 (n,), tokens of each text, special tokens included.
-        labels: int64 (n,).
-        first: int64 (n,), tokens of each pair's first segment; None where there are no segments.
-        prompt: int64 (n,), tokens of each instruction's prompt; None for classification.
-    """
-
-    input_ids: Ints
-    lengths: Ints
-    labels: Ints
-    first: Ints | None = None
-    prompt: Ints | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def tokenise(
@@ -160,7 +139,7 @@ def instructions_of(
     ids = [row.ids for row in rows]
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
     prompt = np.array([row.prompt_tokens for row in rows], dtype=np.int64)
-    return Examples(_padded(ids, tokenizer), lengths, labels.astype(np.int64), prompt=prompt)
+    return Examples(_padded(ids, tokenizer), lengths, labels.astype(np.int64), prompt_length=prompt)
 
 
 def _padded(ids: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> Ints:
@@ -258,7 +237,7 @@ class TokenData(Partitioned):
             if block_part is not None:
                 part[i] = block_part[row % BLOCK]
         if self.kind == "generation":
-            return Examples(input_ids, lengths, labels, prompt=part)
+            return Examples(input_ids, lengths, labels, prompt_length=part)
         segments = bool(self.batches) and self.batches[0][3] is not None
         return Examples(input_ids, lengths, labels, part if segments else None)
 

@@ -74,13 +74,13 @@ def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[
 
 def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     # Imported here: the measures' libraries take seconds, which classification need not wait for.
-    from fedtailor.evaluation.generation import Asked, First, score
+    from fedtailor.evaluation.generation import Asked, score
 
     data, spec = stage.data, stage.spec
     cfg = DecodingConfig.model_validate(dict(spec.decoding))
     asked = []
     for lane in made.lanes:
-        examples = First.of(data.examples(lane.client.id, "test"), cfg.max_test)
+        examples = data.examples(lane.client.id, "test").rows(slice(cfg.max_test))
         asked.append(Asked(examples, data.answers(lane.client.id, "test")[: len(examples.labels)]))
     # An answer ends where trained responses end, or at the end of text.
     stops, closing = (tuple(map(int, data.manifest[name])) for name in ("stop_ids", "closing"))
