@@ -147,4 +147,4 @@ def test_the_exported_adapters_in_plain_peft_give_the_same_logits(tmp_path: Path
 
 
 def _tensors(batch: LaneBatch) -> tuple[Tensor, ...]:
-    return batch.input_ids, batch.attention_mask, batch.labels, batch.rows
+    return batch.input_ids, batch.attention_mask, batch.labels, batch.valid

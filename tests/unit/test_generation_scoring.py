@@ -178,7 +178,7 @@ def test_every_methods_answers_are_what_its_logits_say(method: str) -> None:
     batch = make_batch(talks, [np.arange(len(t.labels)) for t in talks], 0)
     with torch.no_grad():
         said = made.logits(batch).float().argmax(-1)
-    assert (said == batch.labels)[batch.rows].all()
+    assert (said == batch.labels)[batch.valid].all()
 
 
 def test_features_read_prompts_and_not_a_token_of_the_responses() -> None:

@@ -108,9 +108,9 @@ def test_the_targets_of_a_batch_are_the_responses(tokens: TokenData) -> None:
     examples = tokens.examples("unseen/rest/new", "test")
     batch = make_batch([examples], [np.arange(len(examples))], tokens.pad_id)
     texts = ["" for _ in range(len(examples))]
-    for label, owner, real in zip(batch.labels[0], batch.owners[0], batch.rows[0], strict=True):  # type: ignore[index]
+    for label, row, real in zip(batch.labels[0], batch.target_row[0], batch.valid[0], strict=True):  # type: ignore[index]
         if real:
-            texts[int(owner)] += byte_tokenizer().decode([int(label)])
+            texts[int(row)] += byte_tokenizer().decode([int(label)])
     assert texts == [f" {answer}</s>" for answer in tokens.answers("unseen/rest/new", "test")]
 
 

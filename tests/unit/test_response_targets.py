@@ -27,15 +27,15 @@ TALK = Examples(
 def test_targets_are_the_response_tokens_and_nothing_else() -> None:
     batch = make_batch([TALK], [np.array([0, 1])], 0)
     assert batch.labels.tolist() == [[9, 10, 15]]
-    assert batch.owners.tolist() == [[0, 0, 1]]
+    assert batch.target_row.tolist() == [[0, 0, 1]]
     assert batch.positions.tolist() == [[1, 2, 8]]  # each the token before it; the second row starts at 5
-    assert batch.rows.all()
+    assert batch.valid.all()
 
 
 def test_a_lane_with_fewer_response_tokens_is_masked() -> None:
     short = Examples(np.array([[7, 8, 9]]), np.array([3]), np.array([0]), prompt_length=np.array([2]))
     batch = make_batch([TALK, short], [np.array([0, 1]), np.array([0])], 0)
-    assert batch.rows.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.valid.tolist() == [[True, True, True], [True, False, False]]
 
 
 def test_the_loss_is_that_of_the_whole_model_at_these_tokens() -> None:
@@ -73,7 +73,7 @@ def test_the_parts_of_a_step_add_up_to_the_step(kind: str, rows: int | None, siz
         counts.append(len(parts))
         for part in parts:
             values = lane_cross_entropy(net.logits(part), part)
-            values = values if part.share is None else values * part.share
+            values = values if part.step_share is None else values * part.step_share
             values.sum().backward()
             total += values.detach()
     assert len(set(counts)) == 1, "all ranks go through equally many forward passes"

@@ -168,7 +168,7 @@ def test_segments_start_where_the_second_text_starts_and_end_with_it(tokens: Tok
         assert examples.first_segment_length is not None
         for row in range(4):
             types = batch.token_type_ids[lane, row]
-            second = examples.lengths[row] - examples.first_segment_length[row] if batch.rows[lane, row] else 0
+            second = examples.lengths[row] - examples.first_segment_length[row] if batch.valid[lane, row] else 0
             assert types.sum() == second
             assert types[: examples.first_segment_length[row]].sum() == 0
             assert (types <= batch.attention_mask[lane, row]).all()

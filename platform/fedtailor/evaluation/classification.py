@@ -49,8 +49,8 @@ def evaluate(
         # batch with its last text, which is not counted again.
         picks = [np.arange(start, min(start + rows, n)) if start < n else np.array([n - 1]) for n in sizes]
         batch = make_batch(tests, picks, pad_id, device)
-        alive = torch.tensor([start < n for n in sizes], device=batch.rows.device)
-        counted = batch.rows & alive.unsqueeze(1)
+        alive = torch.tensor([start < n for n in sizes], device=batch.valid.device)
+        counted = batch.valid & alive.unsqueeze(1)
         scores = logits(batch)
         k, b, classes = scores.shape
         each = functional.cross_entropy(scores.reshape(k * b, classes), batch.labels.reshape(k * b), reduction="none")

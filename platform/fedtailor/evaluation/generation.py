@@ -160,15 +160,15 @@ def response_losses(
 
 def _row_means(scores: Tensor, batch: LaneBatch) -> Tensor:
     """Mean cross-entropy over the targets of each row, (k, b) float64."""
-    assert batch.owners is not None
+    assert batch.target_row is not None
     k, m, classes = scores.shape
     each = functional.cross_entropy(scores.reshape(k * m, classes), batch.labels.reshape(k * m), reduction="none")
     sums = torch.zeros(batch.input_ids.shape[:2], dtype=torch.float64, device=scores.device)
-    counts, own = torch.zeros_like(sums), batch.rows.double()
+    counts, own = torch.zeros_like(sums), batch.valid.double()
     # A masked target may be infinite, and 0 x inf is not 0.
-    each = torch.where(batch.rows, each.view(k, m).double(), 0.0)
-    sums.scatter_add_(1, batch.owners, each)
-    counts.scatter_add_(1, batch.owners, own)
+    each = torch.where(batch.valid, each.view(k, m).double(), 0.0)
+    sums.scatter_add_(1, batch.target_row, each)
+    counts.scatter_add_(1, batch.target_row, own)
     return sums / counts.clamp_min(1)
 
 

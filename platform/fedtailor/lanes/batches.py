@@ -55,25 +55,25 @@ class LaneBatch:
         input_ids: (k, b, T) int64.
         attention_mask: (k, b, T) int64; rows that only pad keep one token, lest a softmax divide by zero.
         labels: (k, m) int64, the classes.
-        rows: (k, m) bool, False where a lane has fewer than m targets.
+        valid: (k, m) bool, False where a lane has fewer than m targets.
         shapes: per lane its own (rows, tokens), without the group's padding.
         token_type_ids: (k, b, T) int64, 1 in the second segment of a pair, else 0 (padding too); None where
             no lane has pairs.
         positions: (k, m) int64 in [0, b T): from which token of its lane each target is predicted; None: one
             prediction per row, made by the model's own pooling.
-        owners: (k, m) int64, the row that each target belongs to; None: target i is row i.
-        share: (k,) this part's share of the targets of a step that was cut into parts; None: it is whole.
+        target_row: (k, m) int64, the row that each target belongs to; None: target i is row i.
+        step_share: (k,) this part's share of the targets of a step that was cut into parts; None: it is whole.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    rows: Tensor
+    valid: Tensor
     shapes: tuple[tuple[int, int], ...]
     token_type_ids: Tensor | None = None
     positions: Tensor | None = None
-    owners: Tensor | None = None
-    share: Tensor | None = None
+    target_row: Tensor | None = None
+    step_share: Tensor | None = None
 
     @property
     def lanes(self) -> int:
@@ -92,16 +92,16 @@ def make_batch(
     lengths = np.ones((k, b), dtype=np.int64)
     first = np.full((k, b), t, dtype=np.int64)
     labels = np.zeros((k, b), dtype=np.int64)
-    rows = np.zeros((k, b), dtype=np.bool_)
+    valid = np.zeros((k, b), dtype=np.bool_)
     for lane, (e, pick, (n, width)) in enumerate(zip(examples, picks, shapes, strict=True)):
         ids[lane, :n, :width] = e.input_ids[pick, :width]
         lengths[lane, :n] = chosen[lane]
         labels[lane, :n] = e.labels[pick]
-        rows[lane, :n] = True
+        valid[lane, :n] = True
         if e.first_segment_length is not None:
             first[lane, :n] = e.first_segment_length[pick]
     mask = (np.arange(t) < lengths[..., None]).astype(np.int64)
-    tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, rows)]
+    tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, valid)]
     segments = None
     if any(e.first_segment_length is not None for e in examples):
         segments = torch.from_numpy(mask * (np.arange(t) >= first[..., None])).to(device)
@@ -119,26 +119,26 @@ def _with_responses(
         assert e.prompt_length is not None
         starts, ends = e.prompt_length[pick], lengths[lane, : len(pick)]
         counts = ends - starts
-        owner = np.repeat(np.arange(len(pick)), counts)
+        row = np.repeat(np.arange(len(pick)), counts)
         column = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
-        found.append((owner, column))
-    m = max(len(owner) for owner, _ in found)
-    labels, owners, positions = (np.zeros((k, m), dtype=np.int64) for _ in range(3))
-    rows = np.zeros((k, m), dtype=np.bool_)
-    for lane, (owner, column) in enumerate(found):
-        n = len(owner)
-        labels[lane, :n] = ids[lane, owner, column]
-        positions[lane, :n] = owner * t + column - 1
-        owners[lane, :n], rows[lane, :n] = owner, True
+        found.append((row, column))
+    m = max(len(row) for row, _ in found)
+    labels, target_row, positions = (np.zeros((k, m), dtype=np.int64) for _ in range(3))
+    valid = np.zeros((k, m), dtype=np.bool_)
+    for lane, (row, column) in enumerate(found):
+        n = len(row)
+        labels[lane, :n] = ids[lane, row, column]
+        positions[lane, :n] = row * t + column - 1
+        target_row[lane, :n], valid[lane, :n] = row, True
     at = batch.input_ids.device
-    labels_, rows_, positions_, owners_ = (torch.from_numpy(x).to(at) for x in (labels, rows, positions, owners))
-    return replace(batch, labels=labels_, rows=rows_, positions=positions_, owners=owners_)
+    labels_, valid_, positions_, rows_ = (torch.from_numpy(x).to(at) for x in (labels, valid, positions, target_row))
+    return replace(batch, labels=labels_, valid=valid_, positions=positions_, target_row=rows_)
 
 
 def micro_batches(batch: LaneBatch, rows: int | None, ranks: tuple[int, int] = (0, 1)) -> list[LaneBatch]:
     """A step cut into parts of at most ``rows`` rows per lane, each with its share of the targets.
 
-    The gradients of ``share * mean over the part's targets`` add up to those of the mean over the step's targets.
+    The gradients of ``step_share * mean over the part's targets`` add up to those of the mean over the step's targets.
 
     Args:
         batch: a whole step.
@@ -158,8 +158,8 @@ def micro_batches(batch: LaneBatch, rows: int | None, ranks: tuple[int, int] = (
         number = turn * size + index
         part = _part(batch, starts[min(number, len(starts) - 1)], most)
         if number >= len(starts):
-            assert part.share is not None
-            part = replace(part, share=torch.zeros_like(part.share))
+            assert part.step_share is not None
+            part = replace(part, step_share=torch.zeros_like(part.step_share))
         parts.append(part)
     return parts
 
@@ -168,22 +168,22 @@ def _part(batch: LaneBatch, start: int, rows: int) -> LaneBatch:
     """Rows ``start`` to ``start + rows`` of every lane. A lane without rows there keeps one target of share 0."""
     b, t = batch.input_ids.shape[1:]
     end = min(start + rows, b)
-    here = batch.rows[:, start:end]
-    if batch.owners is not None:
-        here = batch.rows & (batch.owners >= start) & (batch.owners < end)
+    here = batch.valid[:, start:end]
+    if batch.target_row is not None:
+        here = batch.valid & (batch.target_row >= start) & (batch.target_row < end)
     counts = here.sum(1)
-    if batch.positions is None or batch.owners is None:
+    if batch.positions is None or batch.target_row is None:
         column = torch.arange(end - start, device=counts.device)
-        taken = {"labels": batch.labels[:, start:end], "rows": column < counts.clamp_min(1).unsqueeze(1)}
+        taken = {"labels": batch.labels[:, start:end], "valid": column < counts.clamp_min(1).unsqueeze(1)}
     else:
         m = max(1, int(counts.max()))
-        # Stable: targets keep their order; those of other parts go to the end, where `rows` is False.
+        # Stable: targets keep their order; those of other parts go to the end, where `valid` is False.
         order = torch.argsort((~here).to(torch.int8), dim=1, stable=True)[:, :m]
         taken = {
             "labels": batch.labels.gather(1, order),
-            "rows": torch.arange(m, device=counts.device) < counts.clamp_min(1).unsqueeze(1),
+            "valid": torch.arange(m, device=counts.device) < counts.clamp_min(1).unsqueeze(1),
             "positions": (batch.positions.gather(1, order) - start * t).clamp(0, (end - start) * t - 1),
-            "owners": (batch.owners.gather(1, order) - start).clamp(0, end - start - 1),
+            "target_row": (batch.target_row.gather(1, order) - start).clamp(0, end - start - 1),
         }
     shapes = tuple((max(0, min(n, end) - start), width) for n, width in batch.shapes)
     types = batch.token_type_ids
@@ -193,7 +193,7 @@ def _part(batch: LaneBatch, start: int, rows: int) -> LaneBatch:
         attention_mask=batch.attention_mask[:, start:end],
         shapes=shapes,
         token_type_ids=None if types is None else types[:, start:end],
-        share=counts.double() / batch.rows.sum(1),
+        step_share=counts.double() / batch.valid.sum(1),
         **taken,
     )
 

@@ -117,7 +117,7 @@ def _widen(batch: LaneBatch, width: int, pad_id: int) -> LaneBatch:
     types = batch.token_type_ids
     if types is not None:
         types = torch.nn.functional.pad(types, (0, extra), value=0)
-    return LaneBatch(ids, mask, batch.labels, batch.rows, batch.shapes, types)
+    return LaneBatch(ids, mask, batch.labels, batch.valid, batch.shapes, types)
 
 
 def _all_see(path: Path, net: LaneNet) -> bool:

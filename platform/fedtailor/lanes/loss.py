@@ -20,5 +20,5 @@ def lane_cross_entropy(logits: Tensor, batch: LaneBatch) -> Tensor:
     """
     k, b, classes = logits.shape
     each = functional.cross_entropy(logits.reshape(k * b, classes), batch.labels.reshape(k * b), reduction="none")
-    weight = batch.rows.to(each.dtype)
+    weight = batch.valid.to(each.dtype)
     return (each.view(k, b) * weight).sum(1) / weight.sum(1)

@@ -117,12 +117,12 @@ def _loss(logits: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]])
     k, m, classes = logits.shape
     each = functional.cross_entropy(logits.reshape(k * m, classes), batch.labels.reshape(k * m), reduction="none")
     rows = each.new_zeros(max(len(step) for step in steps), k, m)
-    owners = torch.arange(m, device=each.device).expand(k, m) if batch.owners is None else batch.owners
+    target_row = torch.arange(m, device=each.device).expand(k, m) if batch.target_row is None else batch.target_row
     for lane, step in enumerate(steps):
         start = 0
         for part, pick in enumerate(step):
-            own = (owners[lane] >= start) & (owners[lane] < start + len(pick))
-            rows[part, lane] = (own & batch.rows[lane]).to(each.dtype)
+            own = (target_row[lane] >= start) & (target_row[lane] < start + len(pick))
+            rows[part, lane] = (own & batch.valid[lane]).to(each.dtype)
             start += len(pick)
     return ((each.view(k, m) * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)
 

@@ -115,7 +115,7 @@ def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tu
         lam = clamp_lambda(raw)
         use_lambda(net, raw if cfg.forward == "raw" else lam)
         ce = lane_cross_entropy(net.logits(batch), batch)
-        ce_sum[:k] += ce.detach() if batch.share is None else ce.detach() * batch.share.to(ce.dtype)
+        ce_sum[:k] += ce.detach() if batch.step_share is None else ce.detach() * batch.step_share.to(ce.dtype)
         penalty = cfg.alpha_s * sparsity(column_norms(net, params, k), lam) + cfg.alpha_p * hyper_prior(lam)
         return ce + penalty / sizes[:k]
 

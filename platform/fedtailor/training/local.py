@@ -76,8 +76,8 @@ def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:
         ctx.params.zero_gradients()
     for part in micro_batches(batch, ctx.micro_batch, (ranks.index, ranks.size) if ranks else (0, 1)):
         values = check_loss(loss(part), part.lanes)
-        if part.share is not None:
-            values = values * part.share.to(values.dtype)
+        if part.step_share is not None:
+            values = values * part.step_share.to(values.dtype)
         values.sum().backward()  # type: ignore[no-untyped-call]
         total += values.detach()
     if ranks:
