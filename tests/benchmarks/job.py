@@ -19,7 +19,7 @@ from fedtailor.core.messages import StageSpec
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.rounds import RoundPlan, cohort_of
-from fedtailor.lanes.batches import training_picks
+from fedtailor.lanes.batches import training_indices
 from fedtailor.tasks.store import BLOCK, EXAMPLES, write_stream
 from fedtailor.tasks.tokens import TOKENS
 from fedtailor.worker.open_stage import OpenStage
@@ -138,4 +138,4 @@ def _write_tokens(regime: Regime, out: Path, ids: np.ndarray, labels: np.ndarray
 
 def _order(regime: Regime, round: int, client: str, size: int) -> np.ndarray:
     rng = numpy_rng(SEED, STAGE.split("/")[0], round, client, "order/train", 0)
-    return np.concatenate(training_picks(int(size), 1, regime.batch, [rng]))
+    return np.concatenate(training_indices(int(size), 1, regime.batch, [rng]))

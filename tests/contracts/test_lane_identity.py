@@ -103,7 +103,7 @@ def test_one_step_in_float32_agrees_to_rounding() -> None:
         ctx = context(net, "fedavg", group)
         for name in ("lora_B.classifier", "lora_B.bert.encoder.layer.0.output.dense"):
             ctx.params.set(name, torch.linspace(-1, 1, ctx.params[name][0].numel()).view(ctx.params[name][0].shape))
-        batch = next(iter(ctx.batches(ctx.training_batches(1, 4, "train"))))
+        batch = next(iter(ctx.batches(ctx.training_order(1, 4, "train"))))
         loss = lane_cross_entropy(net.logits(batch), batch)
         loss.sum().backward()
         losses.append(loss.detach())
@@ -118,4 +118,4 @@ def test_lanes_out_of_order_are_refused() -> None:
     lanes = toy_lanes([9, 3])[::-1]
     ctx = context(toy_net(), "fedavg", lanes)
     with pytest.raises(ValueError, match="falling number of steps"):
-        list(lane_batches([x.train for x in lanes], ctx.training_batches(1, 4, "train"), 0))
+        list(lane_batches([x.train for x in lanes], ctx.training_order(1, 4, "train"), 0))

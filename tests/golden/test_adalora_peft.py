@@ -103,7 +103,7 @@ def test_one_client_is_a_plain_peft_script(case: str) -> None:
     init = R if "init_mul" in how else 3
     net = toy_net()
     ctx = context(net, size)
-    batches = list(ctx.batches(ctx.training_batches(2, 4, "personalise")))
+    batches = list(ctx.batches(ctx.training_order(2, 4, "personalise")))
     theirs = script(net, batches, init, settings(how))
     made = build_method("adalora", settings(how), R).personaliser(ctx)
     assert made.ranks is not None
@@ -131,7 +131,7 @@ def test_the_exported_adapters_in_plain_peft_give_the_same_logits(tmp_path: Path
     bare = plain(net)
     ctx = context(net, 13, (1, 2))
     made = build_method("adalora", settings({}), R).personaliser(ctx)
-    batch = next(iter(ctx.batches(ctx.training_batches(1, 4, "test"))))
+    batch = next(iter(ctx.batches(ctx.training_order(1, 4, "test"))))
     both = LaneBatch(*(x.repeat(2, *[1] * (x.dim() - 1)) for x in _tensors(batch)), shapes=batch.shapes * 2)
     with torch.no_grad():
         ours = made.logits(both)

@@ -256,13 +256,13 @@ def test_training_sees_what_lies_over_the_base() -> None:
 
 def test_the_data_order_is_loras(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int, int]] = []
-    original = ClientContext.training_batches
+    original = ClientContext.training_order
 
     def spy(self: ClientContext, epochs: int, batch_size: int, purpose: str) -> Any:
         seen.append((purpose, epochs, batch_size))
         return original(self, epochs, batch_size, purpose)
 
-    monkeypatch.setattr(ClientContext, "training_batches", spy)
+    monkeypatch.setattr(ClientContext, "training_order", spy)
     ctx = replace(context(toy_net(), toy_lanes([9])), stage="personalise")
     personalise(ctx)
     build_method("lora", FAST, 4).personaliser(ctx)

@@ -113,7 +113,7 @@ def test_first_step_of_the_search_is_the_gradient_of_eq_1() -> None:
 @pytest.mark.parametrize("config", [QUICK, QUICK.model_copy(update={"max_grad_norm": 1.0})], ids=["plain", "clipped"])
 def test_search_equals_a_plain_float64_loop_with_torch_adam(config: RankSearchConfig) -> None:
     ctx = searching([7])
-    picks = ctx.training_batches(config.epochs, config.batch_size, "train")[0]
+    indices = ctx.training_order(config.epochs, config.batch_size, "train")[0]
     lam, _ = search_ranks(ctx, torch.full((1, LAYERS, RANK), 0.3, dtype=torch.float64), config)
 
     other = searching([7])
@@ -123,9 +123,9 @@ def test_search_equals_a_plain_float64_loop_with_torch_adam(config: RankSearchCo
         [{"params": weights, "lr": config.lr}, {"params": [other.params[LAMBDA]], "lr": config.lambda_lr}]
     )
     lane = other.lanes[0]
-    for pick in picks:
+    for index in indices:
         adam.zero_grad(set_to_none=False)
-        objective(other, make_batch([lane.train], [pick], 0), 100.0, 0.01, lane.size).backward()
+        objective(other, make_batch([lane.train], [index], 0), 100.0, 0.01, lane.size).backward()
         if config.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
         adam.step()

@@ -381,8 +381,8 @@ def test_held_batches_are_one_update_with_the_sum_of_their_gradients() -> None:
     after = {name: ctx.params[name].detach().clone() for name in names}
     set_lora(ctx, start)
     gradient = [torch.zeros_like(value) for value in start.values()]
-    for pick in ctx.training_batches(1, 4, "x")[0]:
-        batch = make_batch([ctx.lanes[0].train], [pick], 0)
+    for index in ctx.training_order(1, 4, "x")[0]:
+        batch = make_batch([ctx.lanes[0].train], [index], 0)
         loss = lane_cross_entropy(ctx.net.logits(batch), batch).sum()
         parts = torch.autograd.grad(loss, [ctx.params[name] for name in names])
         gradient = [a + b for a, b in zip(gradient, parts, strict=True)]

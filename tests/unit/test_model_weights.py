@@ -87,8 +87,8 @@ def test_a_block_is_computed_again_with_the_batch_and_masks_of_its_own_forward_p
         with torch.no_grad():
             for name in names:
                 ctx.params[name].add_(0.1)
-        first, *_ = ctx.batches(ctx.training_batches(1, 6, "train"))
-        other, *_ = ctx.batches(ctx.training_batches(1, 2, "other"))
+        first, *_ = ctx.batches(ctx.training_order(1, 6, "train"))
+        other, *_ = ctx.batches(ctx.training_order(1, 2, "other"))
         ctx.use_dropout(0.3, "train")
         net.train_mode(True)
         loss = lane_cross_entropy(net.logits(first), first).sum()

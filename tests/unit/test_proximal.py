@@ -79,7 +79,7 @@ def test_a_larger_weight_ends_nearer_to_the_anchor() -> None:
 def test_a_lane_that_has_ended_is_left_alone() -> None:
     ctx, anchor = context()
     ctx.params.zero_gradients()
-    batch = next(iter(ctx.batches([picks[:1] for picks in ctx.training_batches(1, 4, "train")[:2]])))
+    batch = next(iter(ctx.batches([indices[:1] for indices in ctx.training_order(1, 4, "train")[:2]])))
     ProximalTerm(ctx.params, anchor, MU)(batch, 0)
     for name, a in anchor.items():
         w = ctx.params[name]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.lanes.batches import Examples, lane_batches, make_batch, training_picks
+from fedtailor.lanes.batches import Examples, lane_batches, make_batch, training_indices
 from fedtailor.lanes.features import client_features
 from fedtailor.models.embedded import build_wordpiece
 from fedtailor.tasks import task
@@ -176,22 +176,22 @@ def test_segments_start_where_the_second_text_starts_and_end_with_it(tokens: Tok
 
 def test_logits_of_pairs_are_transformers_own_lane_by_lane(tokens: TokenData) -> None:
     net, lanes = toy_net(), lanes_of_pairs(tokens)
-    picks = [np.arange(7), np.arange(2, 6), np.arange(5)]
+    indices = [np.arange(7), np.arange(2, 6), np.arange(5)]
     with torch.no_grad():
-        got = net.logits(make_batch(lanes, picks, tokens.pad_id))
-        for lane, (examples, pick) in enumerate(zip(lanes, picks, strict=True)):
+        got = net.logits(make_batch(lanes, indices, tokens.pad_id))
+        for lane, (examples, index) in enumerate(zip(lanes, indices, strict=True)):
             assert examples.first_segment_length is not None
             places = np.arange(examples.input_ids.shape[1])
-            real = places < examples.lengths[pick, None]
-            types = real & (places >= examples.first_segment_length[pick, None])
+            real = places < examples.lengths[index, None]
+            types = real & (places >= examples.first_segment_length[index, None])
             own = net.model(
-                input_ids=torch.from_numpy(examples.input_ids[pick]),
+                input_ids=torch.from_numpy(examples.input_ids[index]),
                 attention_mask=torch.from_numpy(real.astype(np.int64)),
                 token_type_ids=torch.from_numpy(types.astype(np.int64)),
             ).logits
-            torch.testing.assert_close(got[lane, : len(pick)], own, rtol=0, atol=1e-9)
+            torch.testing.assert_close(got[lane, : len(index)], own, rtol=0, atol=1e-9)
             blind = net.model(
-                input_ids=torch.from_numpy(examples.input_ids[pick]),
+                input_ids=torch.from_numpy(examples.input_ids[index]),
                 attention_mask=torch.from_numpy(real.astype(np.int64)),
             ).logits
             assert (own - blind).abs().max() > 1e-3
@@ -227,9 +227,9 @@ def test_features_of_pairs_know_the_segments_padded_or_not(tokens: TokenData) ->
 def test_every_step_of_training_keeps_each_rows_segments(tokens: TokenData) -> None:
     examples = tokens.examples("seen/en/00", "train")
     assert examples.first_segment_length is not None
-    picks = training_picks(len(examples), 1, 4, [numpy_rng("order")])
-    for pick, batch in zip(picks, lane_batches([examples], [picks], tokens.pad_id), strict=True):
+    indices = training_indices(len(examples), 1, 4, [numpy_rng("order")])
+    for index, batch in zip(indices, lane_batches([examples], [indices], tokens.pad_id), strict=True):
         assert batch.token_type_ids is not None
         assert (
-            batch.token_type_ids[0].sum(1).numpy() == examples.lengths[pick] - examples.first_segment_length[pick]
+            batch.token_type_ids[0].sum(1).numpy() == examples.lengths[index] - examples.first_segment_length[index]
         ).all()

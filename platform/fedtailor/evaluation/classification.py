@@ -47,8 +47,8 @@ def evaluate(
     for start in range(0, max(sizes), rows):
         # Lanes are ordered by training size, so any of them may run out of test texts first: it stays in the
         # batch with its last text, which is not counted again.
-        picks = [np.arange(start, min(start + rows, n)) if start < n else np.array([n - 1]) for n in sizes]
-        batch = make_batch(tests, picks, pad_id, device)
+        indices = [np.arange(start, min(start + rows, n)) if start < n else np.array([n - 1]) for n in sizes]
+        batch = make_batch(tests, indices, pad_id, device)
         alive = torch.tensor([start < n for n in sizes], device=batch.valid.device)
         counted = batch.valid & alive.unsqueeze(1)
         scores = logits(batch)

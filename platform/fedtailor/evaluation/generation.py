@@ -148,12 +148,12 @@ def response_losses(
         width = max(int(t.lengths[o[start]]) for t, o, n in zip(texts, order, sizes, strict=True) if start < n)
         stop = start + max(1, token_budget // (len(texts) * width))
         # A lane that has run out stays in the batch with its shortest text, which is not counted again.
-        picks = [o[start:stop] if start < n else o[-1:] for o, n in zip(order, sizes, strict=True)]
-        batch = make_batch(texts, picks, pad_id, device)
+        indices = [o[start:stop] if start < n else o[-1:] for o, n in zip(order, sizes, strict=True)]
+        batch = make_batch(texts, indices, pad_id, device)
         means = _row_means(logits(batch), batch).cpu().numpy()
-        for lane, (pick, n) in enumerate(zip(picks, sizes, strict=True)):
+        for lane, (index, n) in enumerate(zip(indices, sizes, strict=True)):
             if start < n:
-                found[lane][pick] = means[lane, : len(pick)]
+                found[lane][index] = means[lane, : len(index)]
         start = stop
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng, torch_rng
 from fedtailor.federated.received import Received
-from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, lane_batches, training_picks
+from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, lane_batches, training_indices
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import Adapter, LaneParams, Parameters
 
@@ -93,22 +93,22 @@ class ClientContext:
         found = found.to(self.sizes)
         return found if count_output else found[:, : 2 * len(self.net.adapted)]
 
-    def training_batches(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
+    def training_order(self, epochs: int, batch_size: int, purpose: str) -> list[list[IntArray]]:
         """Rows of every step of every lane.
 
         The streams are named (seed, stage, round, client, purpose, epoch): two budgets of a client, and two
         methods, see the same order.
         """
-        picks = []
+        indices = []
         for lane in self.lanes:
             coordinates = (self.seed, self.stage, self.round, lane.client.id, f"order/{purpose}")
             rngs = [numpy_rng(*coordinates, epoch) for epoch in range(epochs)]
-            picks.append(training_picks(lane.size, epochs, batch_size, rngs))
-        return picks
+            indices.append(training_indices(lane.size, epochs, batch_size, rngs))
+        return indices
 
-    def batches(self, picks: Sequence[Sequence[IntArray]]) -> Iterator[LaneBatch]:
-        """Iterates over the batches of ``picks``."""
-        return lane_batches([lane.train for lane in self.lanes], picks, self.pad_id, self.net.device)
+    def batches(self, indices: Sequence[Sequence[IntArray]]) -> Iterator[LaneBatch]:
+        """Iterates over the batches of ``indices``."""
+        return lane_batches([lane.train for lane in self.lanes], indices, self.pad_id, self.net.device)
 
     def use_dropout(self, probability: float, purpose: str) -> None:
         """Gives every lane its own generator for adapter dropout."""

@@ -112,8 +112,8 @@ def cohort_of(plan: RoundPlan, round: int) -> tuple[str, ...]:
         chances = numpy_rng(plan.seed, kind, round, "poisson-cohort").random(len(plan.clients))
         rate = plan.cohort / len(plan.clients)
         return tuple(client for client, chance in zip(plan.clients, chances, strict=True) if chance < rate)
-    picks = numpy_rng(plan.seed, kind, round, "cohort").choice(len(plan.clients), size=plan.cohort, replace=False)
-    return tuple(plan.clients[i] for i in picks)
+    indices = numpy_rng(plan.seed, kind, round, "cohort").choice(len(plan.clients), size=plan.cohort, replace=False)
+    return tuple(plan.clients[i] for i in indices)
 
 
 def _pieces(plan: RoundPlan, cohort: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -82,44 +82,44 @@ class LaneBatch:
 
 
 def make_batch(
-    examples: Sequence[Examples], picks: Sequence[IntArray], pad_id: int, device: torch.device | str = "cpu"
+    examples: Sequence[Examples], indices: Sequence[IntArray], pad_id: int, device: torch.device | str = "cpu"
 ) -> LaneBatch:
-    """Gathers rows ``picks[k]`` of ``examples[k]`` into one batch."""
-    chosen = [e.lengths[p] for e, p in zip(examples, picks, strict=True)]
-    shapes = tuple((len(p), int(c.max())) for p, c in zip(picks, chosen, strict=True))
-    k, b, t = len(picks), max(s[0] for s in shapes), max(s[1] for s in shapes)
+    """Gathers rows ``indices[k]`` of ``examples[k]`` into one batch."""
+    chosen = [e.lengths[p] for e, p in zip(examples, indices, strict=True)]
+    shapes = tuple((len(p), int(c.max())) for p, c in zip(indices, chosen, strict=True))
+    k, b, t = len(indices), max(s[0] for s in shapes), max(s[1] for s in shapes)
     ids = np.full((k, b, t), pad_id, dtype=np.int64)
     lengths = np.ones((k, b), dtype=np.int64)
     first = np.full((k, b), t, dtype=np.int64)
     labels = np.zeros((k, b), dtype=np.int64)
     valid = np.zeros((k, b), dtype=np.bool_)
-    for lane, (e, pick, (n, width)) in enumerate(zip(examples, picks, shapes, strict=True)):
-        ids[lane, :n, :width] = e.input_ids[pick, :width]
+    for lane, (e, index, (n, width)) in enumerate(zip(examples, indices, shapes, strict=True)):
+        ids[lane, :n, :width] = e.input_ids[index, :width]
         lengths[lane, :n] = chosen[lane]
-        labels[lane, :n] = e.labels[pick]
+        labels[lane, :n] = e.labels[index]
         valid[lane, :n] = True
         if e.first_segment_length is not None:
-            first[lane, :n] = e.first_segment_length[pick]
+            first[lane, :n] = e.first_segment_length[index]
     mask = (np.arange(t) < lengths[..., None]).astype(np.int64)
     tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, valid)]
     segments = None
     if any(e.first_segment_length is not None for e in examples):
         segments = torch.from_numpy(mask * (np.arange(t) >= first[..., None])).to(device)
     batch = LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes, segments)
-    return batch if examples[0].prompt_length is None else _with_responses(batch, examples, picks, ids, lengths)
+    return batch if examples[0].prompt_length is None else _with_responses(batch, examples, indices, ids, lengths)
 
 
 def _with_responses(
-    batch: LaneBatch, examples: Sequence[Examples], picks: Sequence[IntArray], ids: IntArray, lengths: IntArray
+    batch: LaneBatch, examples: Sequence[Examples], indices: Sequence[IntArray], ids: IntArray, lengths: IntArray
 ) -> LaneBatch:
     """The batch with every response token as a target, row by row."""
     k, _, t = ids.shape
     found: list[tuple[IntArray, IntArray]] = []
-    for lane, (e, pick) in enumerate(zip(examples, picks, strict=True)):
+    for lane, (e, index) in enumerate(zip(examples, indices, strict=True)):
         assert e.prompt_length is not None
-        starts, ends = e.prompt_length[pick], lengths[lane, : len(pick)]
+        starts, ends = e.prompt_length[index], lengths[lane, : len(index)]
         counts = ends - starts
-        row = np.repeat(np.arange(len(pick)), counts)
+        row = np.repeat(np.arange(len(index)), counts)
         column = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
         found.append((row, column))
     m = max(len(row) for row, _ in found)
@@ -198,7 +198,7 @@ def _part(batch: LaneBatch, start: int, rows: int) -> LaneBatch:
     )
 
 
-def training_picks(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:
+def training_indices(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:
     """Row numbers of every step: each epoch a fresh permutation, its last batch possibly smaller.
 
     Args:
@@ -216,7 +216,7 @@ def training_picks(size: int, epochs: int, batch_size: int, rngs: Sequence[np.ra
 
 def lane_batches(
     examples: Sequence[Examples],
-    picks: Sequence[Sequence[IntArray]],
+    indices: Sequence[Sequence[IntArray]],
     pad_id: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[LaneBatch]:
@@ -225,9 +225,9 @@ def lane_batches(
     Raises:
         ValueError: the lanes are not ordered by falling number of steps.
     """
-    counts = [len(p) for p in picks]
+    counts = [len(p) for p in indices]
     if counts != sorted(counts, reverse=True):
         raise ValueError(f"lanes must be ordered by falling number of steps, got {counts}")
     for step in range(counts[0] if counts else 0):
         k = sum(count > step for count in counts)
-        yield make_batch(examples[:k], [picks[lane][step] for lane in range(k)], pad_id, device)
+        yield make_batch(examples[:k], [indices[lane][step] for lane in range(k)], pad_id, device)

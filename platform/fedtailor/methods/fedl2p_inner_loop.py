@@ -58,7 +58,7 @@ class FineTuned:
     direction: list[Tensor]
 
 
-def steps_of(picks: Sequence[IntArray], epochs: int, hold_first: bool) -> list[list[IntArray]]:
+def steps_of(indices: Sequence[IntArray], epochs: int, hold_first: bool) -> list[list[IntArray]]:
     """The batches of every update: one each, unless an epoch's first batch waits for the next update.
 
     >>> [len(step) for step in steps_of([[0], [1], [2], [3], [4], [5]], 2, True)]
@@ -66,12 +66,12 @@ def steps_of(picks: Sequence[IntArray], epochs: int, hold_first: bool) -> list[l
     >>> [len(step) for step in steps_of([[0], [1]], 2, True)]
     [2]
     """
-    per_epoch = len(picks) // epochs
+    per_epoch = len(indices) // epochs
     steps: list[list[IntArray]] = []
     waiting: list[IntArray] = []
-    for number, pick in enumerate(picks):
-        waiting.append(pick)
-        if not hold_first or number % per_epoch or number == len(picks) - 1:
+    for number, index in enumerate(indices):
+        waiting.append(index)
+        if not hold_first or number % per_epoch or number == len(indices) - 1:
             steps.append(waiting)
             waiting = []
     return steps
@@ -87,8 +87,8 @@ def fine_tune(ctx: ClientContext, rates: Tensor, how: InnerLoop) -> FineTuned:
     """
     names = lora_names(ctx.net)
     optimizer = LaneAdam(ctx.params, [AdamGroup(names, rates)], constant_correction=how.constant_correction)
-    picks = ctx.training_batches(how.epochs, how.batch_size, how.purpose)
-    steps = [steps_of(lane, how.epochs, how.hold_first) for lane in picks]
+    indices = ctx.training_order(how.epochs, how.batch_size, how.purpose)
+    steps = [steps_of(lane, how.epochs, how.hold_first) for lane in indices]
     totals = torch.zeros(len(ctx.lanes), dtype=torch.float64, device=ctx.net.device)
     if how.dropout:
         ctx.use_dropout(how.dropout, how.purpose)
@@ -108,7 +108,7 @@ def fine_tune(ctx: ClientContext, rates: Tensor, how: InnerLoop) -> FineTuned:
     finally:
         ctx.net.train_mode(False)
     direction = optimizer.directions()
-    batches = torch.tensor([len(lane) for lane in picks], device=totals.device)
+    batches = torch.tensor([len(lane) for lane in indices], device=totals.device)
     return FineTuned(totals / batches, [direction[name] for name in names])
 
 
@@ -120,10 +120,10 @@ def _loss(logits: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]])
     target_row = torch.arange(m, device=each.device).expand(k, m) if batch.target_row is None else batch.target_row
     for lane, step in enumerate(steps):
         start = 0
-        for part, pick in enumerate(step):
-            own = (target_row[lane] >= start) & (target_row[lane] < start + len(pick))
+        for part, index in enumerate(step):
+            own = (target_row[lane] >= start) & (target_row[lane] < start + len(index))
             rows[part, lane] = (own & batch.valid[lane]).to(each.dtype)
-            start += len(pick)
+            start += len(index)
     return ((each.view(k, m) * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)
 
 

@@ -226,10 +226,10 @@ class PairwiseMasking:
     def vanishing(self, round_id: RoundId) -> frozenset[str]:
         """Clients that exchange keys and shares and are never heard of again; methods of a kind lose the same ones."""
         count = round(self.dropout * len(round_id.cohort))
-        picks = numpy_rng(round_id.seed, round_id.kind, round_id.round, "secagg-dropout").permutation(
+        indices = numpy_rng(round_id.seed, round_id.kind, round_id.round, "secagg-dropout").permutation(
             len(round_id.cohort)
         )[:count]
-        return frozenset(round_id.cohort[i] for i in picks)
+        return frozenset(round_id.cohort[i] for i in indices)
 
     def mask(self, row: Row, received: Row, weight: float, client: str, round_id: RoundId) -> Masked:
         """A client's weighted update and its weight, in the ring, under its own mask and one per neighbour."""

@@ -109,7 +109,7 @@ def train(
     loss = loss or cross_entropy_of(ctx)
     optimizer = LaneAdam(ctx.params, groups)
     clipped = [s for index in how.clip_groups for s in optimizer.slices[index]]
-    picks = _picks(ctx, how)
+    indices = _indices(ctx, how)
     totals = torch.zeros(len(ctx.lanes), dtype=torch.float64, device=ctx.net.device)
     for group in optimizer.slices:
         for s in group:
@@ -118,7 +118,7 @@ def train(
         ctx.use_dropout(how.dropout, how.purpose)
     ctx.net.train_mode(True, how.own_dropout)
     try:
-        for step, batch in enumerate(lane_batches([x.train for x in ctx.lanes], picks, ctx.pad_id, ctx.net.device)):
+        for step, batch in enumerate(lane_batches([x.train for x in ctx.lanes], indices, ctx.pad_id, ctx.net.device)):
             optimizer.zero_grad()
             totals[: batch.lanes] += backward(ctx, batch, loss)
             if after_backward:
@@ -130,13 +130,13 @@ def train(
                 after_step(step)
     finally:
         ctx.net.train_mode(False)
-    steps = torch.tensor([len(p) for p in picks], device=totals.device)
+    steps = torch.tensor([len(p) for p in indices], device=totals.device)
     return Trace(totals / steps, steps)
 
 
-def _picks(ctx: ClientContext, how: Training) -> list[list[IntArray]]:
+def _indices(ctx: ClientContext, how: Training) -> list[list[IntArray]]:
     """Rows of every step of every lane."""
     if how.steps is None:
-        return ctx.training_batches(how.epochs, how.batch_size, how.purpose)
+        return ctx.training_order(how.epochs, how.batch_size, how.purpose)
     passes = max(math.ceil(how.steps / math.ceil(lane.size / how.batch_size)) for lane in ctx.lanes)
-    return [lane[: how.steps] for lane in ctx.training_batches(passes, how.batch_size, how.purpose)]
+    return [lane[: how.steps] for lane in ctx.training_order(passes, how.batch_size, how.purpose)]
