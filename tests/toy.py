@@ -139,7 +139,7 @@ def toy_context(
         round=0,
         num_labels=CLASSES,
         pad_id=0,
-        features=lambda group, pad_to: [client_features(net, lane.train, 0, pad_to) for lane in group],
+        feature_source=lambda group, pad_to: [client_features(net, lane.train, 0, pad_to) for lane in group],
         warn=Warnings(),
         **more,  # type: ignore[arg-type]
     )

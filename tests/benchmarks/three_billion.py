@@ -155,7 +155,7 @@ class ThreeBillion:
         received = Received(shared, params.flat(Scope.SHARED).detach().clone(), [0])
         return ClientContext(
             net=self._net, lanes=(lane,), params=params, seed=1, stage="strategy", round=0, num_labels=1, pad_id=0,
-            features=features, warn=lambda *_: None, r_max=16, received=received,
+            feature_source=features, warn=lambda *_: None, r_max=16, received=received,
             fresh=torch.tensor([True]),
         )  # fmt: skip
 

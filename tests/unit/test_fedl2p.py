@@ -54,7 +54,7 @@ def after_one_inner_loop(ctx: ClientContext, method: Method) -> tuple[OuterPairs
     """The pairs, weights and last direction of the first outer step of ``method.local_update``."""
     update, cfg = method.local_update, method.local_update.cfg
     own, validation = split_lanes(ctx, cfg.validation)
-    features = torch.stack(list(ctx.features(ctx.lanes, None))).to(ctx.sizes)
+    features = torch.stack(list(ctx.feature_source(ctx.lanes, None))).to(ctx.sizes)
     rates = update.net(ctx.params, features)[0].detach()
     loop = InnerLoop(cfg.finetune.epochs, cfg.finetune.batch_size, "train/0")
     direction = fine_tune(own, rates, loop).direction
@@ -85,7 +85,7 @@ def test_one_step_ahead_the_hypergradient_is_the_finite_difference_of_the_valida
     method.local_update(measured)
     ctx = context(method, [11, 7])
     pairs, weights, direction = after_one_inner_loop(ctx, method)
-    features = torch.stack(list(ctx.features(ctx.lanes, None))).to(ctx.sizes)
+    features = torch.stack(list(ctx.feature_source(ctx.lanes, None))).to(ctx.sizes)
     net, names = method.local_update.net, lora_names(ctx.net)
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ def test_with_more_terms_earlier_updates_count_as_the_hessian_lets_them_survive(
             curved = [(a - b) / (2 * eps) for a, b in zip(*ends, strict=True)]
             term = [a - cfg["psi"] * c for a, c in zip(term, curved, strict=True)]
             total = [a + b for a, b in zip(total, term, strict=True)]
-    features = torch.stack(list(ctx.features(ctx.lanes, None))).to(ctx.sizes)
+    features = torch.stack(list(ctx.feature_source(ctx.lanes, None))).to(ctx.sizes)
     raw = method.local_update.net(ctx.params, features)[1]
     expected = rate_derivative([a / cfg["pairs"] for a in total], direction) * raw.detach()
     torch.testing.assert_close(measured.params[MULTIPLIERS].grad, expected, rtol=1e-5, atol=1e-8)
@@ -216,7 +216,7 @@ def test_the_inner_loop_at_constant_rates_is_local_training_bit_for_bit() -> Non
 def test_rates_start_near_the_fine_tuning_rate_and_every_matrix_has_its_own() -> None:
     method = build(lrnet={}, finetune=TUNE | {"lr": 1e-4})
     ctx = context(method, [6, 4])
-    features = torch.stack(list(ctx.features(ctx.lanes, None))).to(ctx.sizes)
+    features = torch.stack(list(ctx.feature_source(ctx.lanes, None))).to(ctx.sizes)
     rates, _ = method.local_update.net(ctx.params, features)
     assert rates.shape == (2, 28)
     assert bool((rates > 0).all())
@@ -249,7 +249,7 @@ def test_outputs_are_clamped_but_still_learn() -> None:
     multipliers = torch.full((28,), 1e-3, dtype=torch.float64)
     multipliers[1], multipliers[2] = 1e-5, -1e-3
     ctx.params.set(MULTIPLIERS, multipliers)
-    features = torch.stack(list(ctx.features(ctx.lanes, None))).to(ctx.sizes)
+    features = torch.stack(list(ctx.feature_source(ctx.lanes, None))).to(ctx.sizes)
     rates, _ = method.local_update.net(ctx.params, features)
     assert rates[0, :4].tolist() == pytest.approx([0.0, 1e-2, 0.0, 1e-3])
     frozen = ctx.params[lora_names(ctx.net)[0]].detach().clone()

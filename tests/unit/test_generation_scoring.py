@@ -237,11 +237,12 @@ def test_the_output_embeddings_input_is_a_feature_only_where_it_is_asked_for() -
     net = toy_llama()
     ctx = toy_context(net, with_prompts(toy_lanes([5, 4])))
     both = torch.stack([client_features(net, lane.train, 0) for lane in ctx.lanes])
-    torch.testing.assert_close(ctx.meta_data(None).float(), both[:, :28])
-    torch.testing.assert_close(ctx.meta_data(None, count_output=True).float(), both)
+    torch.testing.assert_close(ctx.client_features(None).float(), both[:, :28])
+    torch.testing.assert_close(ctx.client_features(None, count_output=True).float(), both)
     classifier = toy_context(toy_net(), toy_lanes([5]))
     assert not counts_output(classifier.net)
-    assert classifier.meta_data(None, count_output=True).shape == classifier.meta_data(None).shape == (1, 28)
+    shapes = {classifier.client_features(None, count_output=on).shape for on in (True, False)}
+    assert shapes == {(1, 28)}
 
 
 @pytest.mark.parametrize(("count", "widths"), [(False, (392, 784, 6272)), (True, (394, 788, 6272))])

@@ -21,7 +21,7 @@ SHORT = {"lr": 5e-3, "lambda_lr": 5e-2, "batch_size": 4, "epochs": 2}
 def test_lambda_starts_at_the_bias_everywhere() -> None:
     net, psg = toy_net(), StrategyGenerator(8, PsgConfig())
     ctx = toy_context(net, toy_lanes([5, 4]), None, [psg])
-    lam = psg(ctx.params, ctx.meta_data(PsgConfig().features_pad_to))
+    lam = psg(ctx.params, ctx.client_features(PsgConfig().features_pad_to))
     assert lam.shape == (2, 14, 8)
     np.testing.assert_allclose(lam.detach().numpy(), 1e-4, rtol=1e-2)
 

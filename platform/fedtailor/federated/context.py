@@ -47,7 +47,7 @@ class ClientContext:
         round: round index; 0 when personalising, so that chunks do not change a draw.
         num_labels: C.
         pad_id: padding token.
-        features: base-model features of a lane's training texts, `lanes.features.feature_size` float32 each, cached.
+        feature_source: (lanes, pad_to) to base-model features of their training texts, (`feature_size`,) float32 each.
         budgets: of a personaliser.
         r_max: largest budget of the run.
         rounds: of the stage, for schedules over rounds.
@@ -65,7 +65,7 @@ class ClientContext:
     round: int
     num_labels: int
     pad_id: int
-    features: Callable[[Sequence[Lane], int | None], Sequence[Tensor]]
+    feature_source: Callable[[Sequence[Lane], int | None], Sequence[Tensor]]
     warn: Callable[[Lane, str], None]
     received: Received
     fresh: Tensor
@@ -79,7 +79,7 @@ class ClientContext:
         """N of each lane, (K,), in the base's type."""
         return torch.tensor([lane.size for lane in self.lanes], device=self.net.device, dtype=self.net.param_dtype)
 
-    def meta_data(self, pad_to: int | None, count_output: bool = False, eps: float = 0.0) -> Tensor:
+    def client_features(self, pad_to: int | None, count_output: bool = False, eps: float = 0.0) -> Tensor:
         """The clients' features, (K, 2L) in the base's type: E(h), SD(h) of FedP2EFT Eq. 6.
 
         Args:
@@ -88,7 +88,7 @@ class ClientContext:
                 classifier has no linear layer beside the L.
             eps: SD(h) is sqrt(variance + eps). Added here, in float64, so that what is cached serves every eps.
         """
-        found = torch.stack(list(self.features(self.lanes, pad_to))).double()
+        found = torch.stack(list(self.feature_source(self.lanes, pad_to))).double()
         found[:, 1::2] = (found[:, 1::2].square() + eps).sqrt()
         found = found.to(self.sizes)
         return found if count_output else found[:, : 2 * len(self.net.adapted)]

@@ -1,7 +1,7 @@
 """Client meta-data for the strategy generator: mean and SD of every adapted layer's input (FedP2EFT Eq. 6).
 
 Of instructions the prompts are read, without their responses, as in the public code; the output embedding's input is
-one more pair at the end, which Eq. 6 does not count and the public code does (`ClientContext.meta_data`).
+one more pair at the end, which Eq. 6 does not count and the public code does (`ClientContext.client_features`).
 """
 
 from __future__ import annotations

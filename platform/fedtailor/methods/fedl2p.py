@@ -4,7 +4,7 @@ Paper: Lee, Kim, Li, Qiu, Hospedales, Huszar, Lane, "FedL2P: Federated Learning 
 adapted to LoRA in FedP2EFT (arXiv 2502.04387, sections 4.1.3, A.4).
     phi         -> SHARED     params "lrnet.*" (LRNet) and "multipliers" (eta_tilde)
     A, B        -> EPHEMERAL  rank r
-    E(h), SD(h) -> ctx.features
+    E(h), SD(h) -> ctx.client_features
     Q, psi      -> cfg.hypergradient.terms, cfg.hypergradient.psi
 Rates: eta_j = eta_tilde_j * clamp(LRNet(features)_j), one for each A and each B.
 Client step, `outer_steps` times: fine-tune from scratch on 80 % of the training texts at these rates, then one Adam

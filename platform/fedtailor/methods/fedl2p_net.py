@@ -86,7 +86,7 @@ class RateNet:
 
     def features(self, ctx: ClientContext) -> Tensor:
         """Its input, (K, 2L)."""
-        return ctx.meta_data(self.cfg.features_pad_to, eps=self.cfg.features_eps)
+        return ctx.client_features(self.cfg.features_pad_to, eps=self.cfg.features_eps)
 
     def __call__(self, params: LaneParams, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (K, 2L) to rates (K, 2L), A then B of each layer, and LRNet's outputs before the clamp."""

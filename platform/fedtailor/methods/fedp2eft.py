@@ -4,7 +4,7 @@ Paper: Lee, Kim, Rezk, Li, Venieris, Hospedales, "FedP2EFT: Federated Learning t
 LLMs", arXiv 2502.04387. Equations below use the paper's numbering.
     phi          -> SHARED     params "psg.*"   strategy generator (PSG), Eq. 6
     lambda, A, B -> EPHEMERAL  BayesTune-LoRA, Eq. 1, 4, 5
-    E(h), SD(h)  -> ctx.features
+    E(h), SD(h)  -> ctx.client_features
     s            -> cfg.stage1.epochs (steps of Stage 1)
 Client step: features -> lambda_hat = PSG -> Stage 1: Eq. 1 from lambda_hat -> Stage 2: regress the PSG on the lambda
 found, L1 loss. Only phi travels. Inference: lambda_hat, the r L largest kept and frozen, A and B trained anew.
@@ -145,7 +145,7 @@ class StrategyGenerator:
 
     def features(self, ctx: ClientContext) -> Tensor:
         """Its input, (K, i)."""
-        return ctx.meta_data(self.cfg.features_pad_to, self.cfg.count_output, self.cfg.features_eps)
+        return ctx.client_features(self.cfg.features_pad_to, self.cfg.count_output, self.cfg.features_eps)
 
     def __call__(self, params: LaneParams, features: Tensor) -> Tensor:
         """Features (K, i) to lambda_hat (K, L, r_init), clamped straight-through."""

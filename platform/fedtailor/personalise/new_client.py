@@ -204,7 +204,7 @@ def _context(
         round=0,
         num_labels=len(psg.labels),
         pad_id=data.pad_id,
-        features=features,
+        feature_source=features,
         warn=lambda lane, sentence: warnings.append(sentence),
         budgets=(budget,),
         r_max=psg.exp.r_max,

@@ -196,7 +196,7 @@ class OpenStage:
             round=0 if spec.kind == "personalise" else job_round,
             num_labels=self.data.num_labels,
             pad_id=self.data.pad_id,
-            features=self._features,
+            feature_source=self._features,
             warn=warn,
             budgets=spec.budgets,
             r_max=spec.r_max,
