@@ -20,7 +20,7 @@ from actors.job_queue import Costs, JobLedger
 from actors.metrics import PoolMetrics
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
-from actors.supervisor import Answer, Crew, Member
+from actors.supervisor import Answer, ActorSupervisor, ActorSlot
 from actors.zero_group import ZeroGroup
 from fedtailor.core.config import resolve
 from fedtailor.core.errors import WorkerError
@@ -122,10 +122,10 @@ class RayPool:
         try:
             self._nodes = cluster_nodes(gpu_memory=config.memory_gb is not None)
             self._plan: ActorPlan = plan_actors(config, self._nodes, 1 if self._per_client else None)
-            self._crew = Crew(
+            self._supervisor = ActorSupervisor(
                 self._make_actor, config.deadline_s, config.retries, self._on_event, all_needed=self._per_client
             )
-            self._crew.hire(self._plan.count)
+            self._supervisor.grow(self._plan.count)
         except BaseException:
             self._session.close()
             raise
@@ -133,7 +133,7 @@ class RayPool:
     @property
     def size(self) -> int:
         """Number of actors now."""
-        return len(self._crew.members)
+        return len(self._supervisor.slots)
 
     @property
     def plan(self) -> ActorPlan:
@@ -142,15 +142,15 @@ class RayPool:
 
     def hosts(self) -> list[Host]:
         """Where the actors that are up run, by actor number."""
-        members = sorted(self._crew.members, key=lambda member: member.number)
-        return [member.host for member in members if member.host is not None]
+        slots = sorted(self._supervisor.slots, key=lambda slot: slot.number)
+        return [slot.host for slot in slots if slot.host is not None]
 
     def open(self, spec: StageSpec) -> StageInfo:
         """See `Pool.open`; actors that were given up for lack of memory come back here."""
         if not self._per_client:
-            self._crew.hire(self._plan.count)
+            self._supervisor.grow(self._plan.count)
         self._metrics.open(spec.key)
-        return self._crew.open(spec)
+        return self._supervisor.open(spec)
 
     def run(
         self,
@@ -164,14 +164,14 @@ class RayPool:
             return self._play(jobs, shared, lambda _, result: on_result(result), meanwhile)
         parts = Parts(jobs, resolve(self._merge), on_result)
         self._plan = plan_actors(self._config, self._nodes, max(1, len(parts.units)))
-        self._crew.hire(self._plan.count)
+        self._supervisor.grow(self._plan.count)
         self._play(parts.units, shared, parts.add, meanwhile)
         return parts.results()
 
     def close(self) -> None:
         """Ends the actors, and Ray only if this pool started it."""
         if ray.is_initialized():
-            self._crew.close()
+            self._supervisor.close()
         self._session.close()
 
     @property
@@ -216,34 +216,34 @@ class RayPool:
         self._round += 1
         ledger = JobLedger(jobs, self._costs, self._config.retries)
         reference = None if shared is None or not jobs else ray.put(shared)
-        served: set[Member] = set()
+        served: set[ActorSlot] = set()
         began = time.monotonic()
         self._feed(ledger, reference, served)
         meanwhile()
         while not ledger.finished:
             self._feed(ledger, reference, served)
             self._metrics.waiting(ledger.waiting)
-            for answer in self._crew.wait():
+            for answer in self._supervisor.wait():
                 self._take(answer, ledger, accepted)
         results = ledger.results()
         self._metrics.played(sum(len(result.valid) for result in results), time.monotonic() - began)
         return results
 
-    def _feed(self, ledger: JobLedger, reference: Any, served: set[Member]) -> None:
-        for member in self._crew.members:
+    def _feed(self, ledger: JobLedger, reference: Any, served: set[ActorSlot]) -> None:
+        for slot in self._supervisor.slots:
             if not ledger.waiting:
                 return
-            if not member.idle or (self._per_client and member in served):
+            if not slot.idle or (self._per_client and slot in served):
                 continue
             batch = ledger.take(self.size, single=self._per_client)
-            served.add(member)
-            self._crew.submit(member, [ledger.job(i) for i in batch], reference, self._round, batch)
+            served.add(slot)
+            self._supervisor.submit(slot, [ledger.job(i) for i in batch], reference, self._round, batch)
 
     def _take(self, answer: Answer, ledger: JobLedger, accepted: Accepted) -> None:
-        member, call = answer.member, answer.call
+        slot, call = answer.slot, answer.call
         current = call.round == self._round
         if answer.loss is not None:
-            self._crew.lose_one(member, answer.loss, shrink=not self._per_client)
+            self._supervisor.handle_loss(slot, answer.loss, shrink=not self._per_client)
             if current:
                 ledger.lose(call.positions, answer.loss)
                 self._report_retries(answer, ledger)
@@ -252,23 +252,23 @@ class RayPool:
             return
         results = answer.results or []
         if len(results) != len(call.positions):
-            raise WorkerError(f"actor {member.number} answered {len(results)} of {len(call.positions)} segments")
+            raise WorkerError(f"actor {slot.number} answered {len(results)} of {len(call.positions)} segments")
         for position, result in zip(call.positions, results, strict=True):
             if ledger.accept(position, result):
                 self._metrics.taken(result)
                 accepted(position, result)
             else:
-                self._on_event(_about("result_dropped", ledger.job(position), member, "a second result"))
+                self._on_event(_about("result_dropped", ledger.job(position), slot, "a second result"))
 
     def _report_retries(self, answer: Answer, ledger: JobLedger) -> None:
         assert answer.loss is not None
         for position in answer.call.positions:
-            self._on_event(_about("job_retried", ledger.job(position), answer.member, answer.loss.kind))
+            self._on_event(_about("job_retried", ledger.job(position), answer.slot, answer.loss.kind))
 
 
-def _about(event: str, job: SegmentJob, member: Member, reason: str) -> dict[str, Any]:
+def _about(event: str, job: SegmentJob, slot: ActorSlot, reason: str) -> dict[str, Any]:
     return {
         "event": event, "stage": job.stage, "round": job.round, "segment": job.index,
         "clients": list(job.clients), "attempt": job.attempt,
-        "actor": member.number, "host": str(member.host or ""), "reason": reason,
+        "actor": slot.number, "host": str(slot.host or ""), "reason": reason,
     }  # fmt: skip

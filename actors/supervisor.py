@@ -35,7 +35,7 @@ class Call:
 
 
 @dataclass(eq=False)
-class Member:
+class ActorSlot:
     """One actor and its single outstanding call."""
 
     number: int
@@ -58,13 +58,13 @@ class Member:
 class Answer:
     """The end of a ``run`` call: results, or the loss of the actor."""
 
-    member: Member
+    slot: ActorSlot
     call: Call
     results: list[SegmentResult] | None
     loss: Loss | None
 
 
-class Crew:
+class ActorSupervisor:
     """A number of equal actors.
 
     Args:
@@ -87,23 +87,23 @@ class Crew:
         self._deadline_s, self._retries, self._all_needed = deadline_s, retries, all_needed
         self._spec: StageSpec | None = None
         self._fingerprint: str | None = None
-        self.members: list[Member] = []
+        self.slots: list[ActorSlot] = []
 
-    def hire(self, count: int) -> None:
+    def grow(self, count: int) -> None:
         """Grows to ``count`` actors; returns before they are up."""
-        taken = {member.number for member in self.members}
+        taken = {slot.number for slot in self.slots}
         free = (number for number in range(count) if number not in taken)
-        self.members += [self._start(number) for number in free]
+        self.slots += [self._start(number) for number in free]
 
     def open(self, spec: StageSpec) -> StageInfo:
         """Opens a stage everywhere; returns as soon as one actor has it, the others join when they can."""
         self._spec, self._fingerprint = spec, None
-        for member in self.members:
-            member.fingerprint, member.losses = None, ()
-            if member.host is not None:
-                self._open(member)
+        for slot in self.slots:
+            slot.fingerprint, slot.losses = None, ()
+            if slot.host is not None:
+                self._open(slot)
         while True:
-            first = next((m for m in self.members if m.idle), None)
+            first = next((m for m in self.slots if m.idle), None)
             if first is None:
                 self.wait()
                 continue
@@ -115,10 +115,10 @@ class Crew:
             assert isinstance(info, StageInfo)
             return info
 
-    def submit(self, member: Member, jobs: Sequence[SegmentJob], shared: Any, round: int, at: Sequence[int]) -> None:
+    def submit(self, slot: ActorSlot, jobs: Sequence[SegmentJob], shared: Any, round: int, at: Sequence[int]) -> None:
         """Sends a call; ``shared`` is a reference to the round's array, or None."""
         call = Call("run", time.monotonic() + self._deadline_s, round, tuple(at))
-        self._call(member, call, (list(jobs), shared))
+        self._call(slot, call, (list(jobs), shared))
 
     def wait(self) -> list[Answer]:
         """Blocks until a call ends or an actor becomes idle; may return nothing.
@@ -128,72 +128,72 @@ class Crew:
             PlacementError: Ray starts no actor at all.
             TailorError: raised by a worker on purpose.
         """
-        busy = [member for member in self.members if member.ref is not None]
-        deadline = min(member.call.deadline for member in busy if member.call)
-        refs = [member.ref for member in busy]
+        busy = [slot for slot in self.slots if slot.ref is not None]
+        deadline = min(slot.call.deadline for slot in busy if slot.call)
+        refs = [slot.ref for slot in busy]
         ready, _ = ray.wait(refs, timeout=min(max(0.0, deadline - time.monotonic()), _CHECK_S))
         if ready:  # `wait` stops at the first; take all that are there, so that idle actors are fed together.
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         arrived = set(ready)
-        ends = [self._finish(member) for member in busy if member.ref in arrived]
-        ends += [self._expire(member) for member in busy if member.ref is not None]
+        ends = [self._finish(slot) for slot in busy if slot.ref in arrived]
+        ends += [self._expire(slot) for slot in busy if slot.ref is not None]
         return [end for end in ends if end is not None]
 
-    def lose_one(self, member: Member, loss: Loss, shrink: bool) -> None:
+    def handle_loss(self, slot: ActorSlot, loss: Loss, shrink: bool) -> None:
         """Replaces a lost actor; one that ran out of memory is rather done without, if others are left."""
-        if shrink and loss.kind == "oom" and len(self.members) > 1:
-            self._kill(member)
-            self.members.remove(member)
-            self._on_event({"event": "pool_shrunk", "actor": member.number, "actors": len(self.members)})
+        if shrink and loss.kind == "oom" and len(self.slots) > 1:
+            self._kill(slot)
+            self.slots.remove(slot)
+            self._on_event({"event": "pool_shrunk", "actor": slot.number, "actors": len(self.slots)})
         else:
-            self._replace(member, loss)
+            self._replace(slot, loss)
 
     def close(self) -> None:
         """Ends every actor."""
-        for member in self.members:
-            self._kill(member)
-        self.members = []
+        for slot in self.slots:
+            self._kill(slot)
+        self.slots = []
 
-    def _start(self, number: int, losses: tuple[Loss, ...] = ()) -> Member:
-        member = Member(number, self._make_actor(number), losses=losses)
-        self._call(member, Call("start", time.monotonic() + START_S))
-        return member
+    def _start(self, number: int, losses: tuple[Loss, ...] = ()) -> ActorSlot:
+        slot = ActorSlot(number, self._make_actor(number), losses=losses)
+        self._call(slot, Call("start", time.monotonic() + START_S))
+        return slot
 
-    def _open(self, member: Member) -> None:
-        self._call(member, Call("open", time.monotonic() + self._deadline_s), (self._spec,))
+    def _open(self, slot: ActorSlot) -> None:
+        self._call(slot, Call("open", time.monotonic() + self._deadline_s), (self._spec,))
 
-    def _call(self, member: Member, call: Call, arguments: tuple[Any, ...] = ()) -> None:
+    def _call(self, slot: ActorSlot, call: Call, arguments: tuple[Any, ...] = ()) -> None:
         method = {"start": "host"}.get(call.kind, call.kind)
-        member.ref, member.call = getattr(member.actor, method).remote(*arguments), call
+        slot.ref, slot.call = getattr(slot.actor, method).remote(*arguments), call
 
-    def _finish(self, member: Member) -> Answer | None:
+    def _finish(self, slot: ActorSlot) -> Answer | None:
         """Reads a call's end."""
-        call, ref = member.call, member.ref
+        call, ref = slot.call, slot.ref
         assert call is not None
-        member.call = member.ref = None
+        slot.call = slot.ref = None
         try:
             value = ray.get(ref)
         except Exception as error:
-            return self._lost(member, call, self._loss(error))
+            return self._lost(slot, call, self._loss(error))
         if call.kind == "run":
-            return Answer(member, call, value, None)
+            return Answer(slot, call, value, None)
         if call.kind == "start":
-            member.host = value
+            slot.host = value
             if self._spec is not None:
-                self._open(member)
+                self._open(slot)
         else:
-            self._opened(member, value)
+            self._opened(slot, value)
         return None
 
-    def _opened(self, member: Member, fingerprint: str) -> None:
+    def _opened(self, slot: ActorSlot, fingerprint: str) -> None:
         if self._fingerprint is None:
             self._fingerprint = fingerprint
         elif fingerprint != self._fingerprint:
             raise WorkerError(
-                f"actor {member.number}, {member.host}, opened the stage with another "
+                f"actor {slot.number}, {slot.host}, opened the stage with another "
                 "initial state than the others: do all nodes see the same model and data folders?"
             )
-        member.fingerprint, member.losses = fingerprint, ()
+        slot.fingerprint, slot.losses = fingerprint, ()
 
     def _loss(self, error: Exception) -> Loss:
         verdict = judge(error)
@@ -201,59 +201,59 @@ class Crew:
             return verdict
         raise verdict from None
 
-    def _expire(self, member: Member) -> Answer | None:
+    def _expire(self, slot: ActorSlot) -> Answer | None:
         """Deals with a call whose deadline has passed."""
-        call = member.call
+        call = slot.call
         if call is None or time.monotonic() < call.deadline:
             return None
         if call.kind == "start":
-            self._still_waiting(member)
+            self._still_waiting(slot)
             return None
-        member.call = member.ref = None
-        loss = Loss("hang", f"no answer within engine.deadline_s={self._deadline_s:g}", self._stack(member))
-        return self._lost(member, call, loss)
+        slot.call = slot.ref = None
+        loss = Loss("hang", f"no answer within engine.deadline_s={self._deadline_s:g}", self._stack(slot))
+        return self._lost(slot, call, loss)
 
-    def _lost(self, member: Member, call: Call, loss: Loss) -> Answer | None:
+    def _lost(self, slot: ActorSlot, call: Call, loss: Loss) -> Answer | None:
         self._on_event(
             {
-                "event": "actor_lost", "actor": member.number, "kind": loss.kind, "cause": loss.cause,
-                "host": str(member.host or "not started"), "node": member.host.node if member.host else "",
+                "event": "actor_lost", "actor": slot.number, "kind": loss.kind, "cause": loss.cause,
+                "host": str(slot.host or "not started"), "node": slot.host.node if slot.host else "",
                 "during": call.kind, "stack": loss.stack,
             }
         )  # fmt: skip
         if call.kind == "run":
-            return Answer(member, call, None, loss)
-        self._replace(member, loss)
+            return Answer(slot, call, None, loss)
+        self._replace(slot, loss)
         return None
 
-    def _replace(self, member: Member, loss: Loss) -> None:
-        losses = member.losses if member.fingerprint is not None else (*member.losses, loss)
+    def _replace(self, slot: ActorSlot, loss: Loss) -> None:
+        losses = slot.losses if slot.fingerprint is not None else (*slot.losses, loss)
         if len(losses) > self._retries:
             stage = self._spec.key if self._spec else "any stage"
             causes = "; ".join(f"{item.kind}: {item.cause}" for item in losses)
             raise WorkerError(f"an actor died {len(losses)} times before it could open {stage}: {causes}")
-        self._kill(member)
-        self.members[self.members.index(member)] = self._start(member.number, losses)
-        self._on_event({"event": "actor_replaced", "actor": member.number, "kind": loss.kind})
+        self._kill(slot)
+        self.slots[self.slots.index(slot)] = self._start(slot.number, losses)
+        self._on_event({"event": "actor_replaced", "actor": slot.number, "kind": loss.kind})
 
-    def _still_waiting(self, member: Member) -> None:
+    def _still_waiting(self, slot: ActorSlot) -> None:
         everything = ray.available_resources()  # type: ignore[no-untyped-call]
         free = {name: everything.get(name, 0.0) for name in ("CPU", "GPU")}
-        missing = sum(other.host is None for other in self.members)
-        if self._all_needed or missing == len(self.members):
+        missing = sum(other.host is None for other in self.slots)
+        if self._all_needed or missing == len(self.slots):
             raise PlacementError(
-                f"Ray did not start {missing} of {len(self.members)} actors within {START_S:g} s; "
+                f"Ray did not start {missing} of {len(self.slots)} actors within {START_S:g} s; "
                 f"free on the cluster now: {free}"
             )
-        self._on_event({"event": "actor_waiting", "actor": member.number, "free": free})
-        member.call = Call("start", math.inf)
+        self._on_event({"event": "actor_waiting", "actor": slot.number, "free": free})
+        slot.call = Call("start", math.inf)
 
-    def _stack(self, member: Member) -> str:
+    def _stack(self, slot: ActorSlot) -> str:
         try:
-            return str(ray.get(member.actor.stack.remote(), timeout=STACK_S))
+            return str(ray.get(slot.actor.stack.remote(), timeout=STACK_S))
         except ray.exceptions.RayError as error:
             # A stopped process, or one that holds the interpreter's lock, cannot answer.
             return f"no stack: {type(error).__name__}"
 
-    def _kill(self, member: Member) -> None:
-        ray.kill(member.actor, no_restart=True)
+    def _kill(self, slot: ActorSlot) -> None:
+        ray.kill(slot.actor, no_restart=True)

@@ -33,8 +33,8 @@ def test_two_actors_of_a_node_load_model_and_data_once(
     try:
         assert pool.size == 2
         info = pool.open(spec)
-        while not all(member.idle for member in pool._crew.members):  # `open` returns with the first
-            pool._crew.wait()
+        while not all(slot.idle for slot in pool._supervisor.slots):  # `open` returns with the first
+            pool._supervisor.wait()
     finally:
         pool.close()
     assert info.modules

@@ -230,7 +230,7 @@ def test_after_running_out_of_memory_the_pool_goes_on_smaller_until_the_next_sta
     pool.open(stage(tmp_path))
     wait_for_actors(pool, 2)
     events.clear()
-    pool._crew.lose_one(pool._crew.members[0], Loss("oom", "7 GB of 6 GB"), shrink=True)
+    pool._supervisor.handle_loss(pool._supervisor.slots[0], Loss("oom", "7 GB of 6 GB"), shrink=True)
     assert (pool.size, [event["event"] for event in events]) == (1, ["pool_shrunk"])
     assert_same(pool.run(jobs(), SHARED, lambda _: None), serial(jobs(), tmp_path / "serial"))
     pool.open(stage(tmp_path))

@@ -101,7 +101,7 @@ def test_a_rank_that_dies_or_hangs_restarts_the_group_and_the_result_is_the_same
     pool: tuple[RayPool, list[dict[str, Any]]], together: SegmentResult, folder: Path, fault: str
 ) -> None:
     pool[0].open(zero_stage(folder, **{fault: True}))
-    [leader] = pool[0]._crew.members
+    [leader] = pool[0]._supervisor.slots
     before = {host.pid for host in ray.get(leader.actor.ranks.remote())}
     pool[1].clear()
     [result] = pool[0].run([JOB], None, lambda _: None)
@@ -110,7 +110,7 @@ def test_a_rank_that_dies_or_hangs_restarts_the_group_and_the_result_is_the_same
     lost = [event for event in pool[1] if event["event"] == "actor_lost"]
     assert len(lost) == 1
     assert lost[0]["kind"] in ("death", "hang")
-    after = {host.pid for host in ray.get(pool[0]._crew.members[0].actor.ranks.remote())}
+    after = {host.pid for host in ray.get(pool[0]._supervisor.slots[0].actor.ranks.remote())}
     assert not before & after
 
 
