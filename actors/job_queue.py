@@ -14,7 +14,7 @@ BATCH_S = 0.02
 """Jobs share a call until they are expected to take this long: calls cost about a millisecond."""
 
 
-class Costs:
+class CostModel:
     """Seconds per client as measured, corrected by every result; decides the order of work, no number."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Costs:
     def estimate(self, clients: Iterable[str]) -> float:
         """Seconds that these clients take together; infinite while nothing was measured yet.
 
-        >>> costs = Costs()
+        >>> costs = CostModel()
         >>> costs.learn({"a": 2.0, "b": 4.0})
         >>> costs.estimate(["a", "new"])
         5.0
@@ -44,7 +44,7 @@ class Costs:
         return sum(self._seconds.get(name, mean) for name in names)
 
 
-class JobLedger:
+class JobQueue:
     """Positions 0..n-1 of a job list on their way from to-do over lost and retried to done.
 
     Args:
@@ -53,7 +53,7 @@ class JobLedger:
         retries: how often a job may be lost and given out again.
     """
 
-    def __init__(self, jobs: Sequence[SegmentJob], costs: Costs, retries: int) -> None:
+    def __init__(self, jobs: Sequence[SegmentJob], costs: CostModel, retries: int) -> None:
         self._jobs = list(jobs)
         self._costs = costs
         self._retries = retries
@@ -124,7 +124,7 @@ class JobLedger:
             self._losses[position].append(loss)
         spent = [position for position in positions if len(self._losses[position]) > self._retries]
         if spent:
-            raise WorkerError("\n".join(self._obituary(position) for position in spent))
+            raise WorkerError("\n".join(self._failure_report(position) for position in spent))
         self._todo[:0] = positions
 
     def results(self) -> list[SegmentResult]:
@@ -138,7 +138,7 @@ class JobLedger:
         seconds = self._seconds(position)
         return seconds if math.isfinite(seconds) else float(len(self._jobs[position].clients))
 
-    def _obituary(self, position: int) -> str:
+    def _failure_report(self, position: int) -> str:
         job, losses = self._jobs[position], self._losses[position]
         causes = "; ".join(f"try {i + 1}: {loss.kind}: {loss.cause}" for i, loss in enumerate(losses))
         return (

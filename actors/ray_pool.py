@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from actors.client_actor import ClientActor, Host, forwarded_environment
-from actors.job_queue import Costs, JobLedger
+from actors.job_queue import CostModel, JobQueue
 from actors.metrics import PoolMetrics
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
@@ -116,7 +116,7 @@ class RayPool:
         self._config, self._on_event, self._run = config, self._counted(on_event), run
         self._metrics = PoolMetrics(run)
         self._worker, self._merge = worker, merge
-        self._costs = Costs()
+        self._costs = CostModel()
         self._round = 0
         self._session: RaySession = ensure_ray(config.address, config.threads)
         try:
@@ -214,39 +214,39 @@ class RayPool:
     ) -> list[SegmentResult]:
         """Runs jobs to the end; on an error calls under way are left to finish unheard."""
         self._round += 1
-        ledger = JobLedger(jobs, self._costs, self._config.retries)
+        queue = JobQueue(jobs, self._costs, self._config.retries)
         reference = None if shared is None or not jobs else ray.put(shared)
         served: set[ActorSlot] = set()
         began = time.monotonic()
-        self._feed(ledger, reference, served)
+        self._feed(queue, reference, served)
         meanwhile()
-        while not ledger.finished:
-            self._feed(ledger, reference, served)
-            self._metrics.waiting(ledger.waiting)
+        while not queue.finished:
+            self._feed(queue, reference, served)
+            self._metrics.waiting(queue.waiting)
             for answer in self._supervisor.wait():
-                self._take(answer, ledger, accepted)
-        results = ledger.results()
+                self._take(answer, queue, accepted)
+        results = queue.results()
         self._metrics.played(sum(len(result.valid) for result in results), time.monotonic() - began)
         return results
 
-    def _feed(self, ledger: JobLedger, reference: Any, served: set[ActorSlot]) -> None:
+    def _feed(self, queue: JobQueue, reference: Any, served: set[ActorSlot]) -> None:
         for slot in self._supervisor.slots:
-            if not ledger.waiting:
+            if not queue.waiting:
                 return
             if not slot.idle or (self._per_client and slot in served):
                 continue
-            batch = ledger.take(self.size, single=self._per_client)
+            batch = queue.take(self.size, single=self._per_client)
             served.add(slot)
-            self._supervisor.submit(slot, [ledger.job(i) for i in batch], reference, self._round, batch)
+            self._supervisor.submit(slot, [queue.job(i) for i in batch], reference, self._round, batch)
 
-    def _take(self, answer: Answer, ledger: JobLedger, accepted: Accepted) -> None:
+    def _take(self, answer: Answer, queue: JobQueue, accepted: Accepted) -> None:
         slot, call = answer.slot, answer.call
         current = call.round == self._round
         if answer.loss is not None:
             self._supervisor.handle_loss(slot, answer.loss, shrink=not self._per_client)
             if current:
-                ledger.lose(call.positions, answer.loss)
-                self._report_retries(answer, ledger)
+                queue.lose(call.positions, answer.loss)
+                self._report_retries(answer, queue)
             return
         if not current:
             return
@@ -254,16 +254,16 @@ class RayPool:
         if len(results) != len(call.positions):
             raise WorkerError(f"actor {slot.number} answered {len(results)} of {len(call.positions)} segments")
         for position, result in zip(call.positions, results, strict=True):
-            if ledger.accept(position, result):
+            if queue.accept(position, result):
                 self._metrics.taken(result)
                 accepted(position, result)
             else:
-                self._on_event(_about("result_dropped", ledger.job(position), slot, "a second result"))
+                self._on_event(_about("result_dropped", queue.job(position), slot, "a second result"))
 
-    def _report_retries(self, answer: Answer, ledger: JobLedger) -> None:
+    def _report_retries(self, answer: Answer, queue: JobQueue) -> None:
         assert answer.loss is not None
         for position in answer.call.positions:
-            self._on_event(_about("job_retried", ledger.job(position), answer.slot, answer.loss.kind))
+            self._on_event(_about("job_retried", queue.job(position), answer.slot, answer.loss.kind))
 
 
 def _about(event: str, job: SegmentJob, slot: ActorSlot, reason: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 from ray import exceptions
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
-from actors.job_queue import Costs, JobLedger
+from actors.job_queue import CostModel, JobQueue
 from actors.ray_errors import Loss, judge
 from actors.ray_pool import Parts, single_clients
 from fedtailor.core.errors import WorkerError
@@ -28,75 +28,75 @@ def actor_died(message: str) -> exceptions.ActorDiedError:
 
 
 def test_the_largest_segment_goes_first_by_clients_until_seconds_are_known() -> None:
-    costs = Costs()
-    ledger = JobLedger([job(0), job(1, 3), job(2, 2)], costs, retries=0)
-    assert [ledger.take(2) for _ in range(3)] == [[1], [2], [0]]
+    costs = CostModel()
+    queue = JobQueue([job(0), job(1, 3), job(2, 2)], costs, retries=0)
+    assert [queue.take(2) for _ in range(3)] == [[1], [2], [0]]
     costs.learn({"c0-0": 9.0, "c1-0": 1.0, "c1-1": 1.0, "c1-2": 1.0})
-    again = JobLedger([job(0), job(1, 3), job(2, 2)], costs, retries=0)
+    again = JobQueue([job(0), job(1, 3), job(2, 2)], costs, retries=0)
     assert [again.take(2) for _ in range(3)] == [[0], [2], [1]]  # 9 s; 2 x 3 s, the mean of those known; 3 s
 
 
 def test_short_segments_share_a_call_but_leave_work_for_the_others() -> None:
-    costs = Costs()
+    costs = CostModel()
     costs.learn({f"c{i}-0": 1e-4 for i in range(8)})
-    ledger = JobLedger([job(i) for i in range(8)], costs, retries=0)
-    assert [len(ledger.take(2)) for _ in range(4)] == [4, 2, 1, 1]
+    queue = JobQueue([job(i) for i in range(8)], costs, retries=0)
+    assert [len(queue.take(2)) for _ in range(4)] == [4, 2, 1, 1]
 
 
 def test_long_segments_travel_alone() -> None:
-    costs = Costs()
+    costs = CostModel()
     costs.learn({f"c{i}-0": 1.0 for i in range(4)})
-    ledger = JobLedger([job(i) for i in range(4)], costs, retries=0)
-    assert ledger.take(1) == [0]
+    queue = JobQueue([job(i) for i in range(4)], costs, retries=0)
+    assert queue.take(1) == [0]
 
 
 def test_results_come_back_in_job_order_whatever_came_first() -> None:
-    ledger = JobLedger([job(0), job(1)], Costs(), retries=0)
-    assert ledger.accept(1, answer(ledger.job(1)))
-    assert not ledger.finished
-    assert ledger.accept(0, answer(ledger.job(0)))
-    assert ledger.finished
-    assert [result.index for result in ledger.results()] == [0, 1]
+    queue = JobQueue([job(0), job(1)], CostModel(), retries=0)
+    assert queue.accept(1, answer(queue.job(1)))
+    assert not queue.finished
+    assert queue.accept(0, answer(queue.job(0)))
+    assert queue.finished
+    assert [result.index for result in queue.results()] == [0, 1]
 
 
 def test_a_second_result_is_not_counted() -> None:
-    ledger = JobLedger([job(0)], Costs(), retries=1)
-    assert ledger.accept(0, answer(ledger.job(0)))
-    assert not ledger.accept(0, answer(ledger.job(0)))
+    queue = JobQueue([job(0)], CostModel(), retries=1)
+    assert queue.accept(0, answer(queue.job(0)))
+    assert not queue.accept(0, answer(queue.job(0)))
 
 
 def test_the_result_of_an_attempt_that_was_given_up_is_not_counted() -> None:
-    ledger = JobLedger([job(0)], Costs(), retries=1)
-    first = ledger.job(0)
-    ledger.take(1)
-    ledger.lose([0], DEATH)
-    assert (ledger.job(0).attempt, ledger.take(1)) == (1, [0])
-    assert not ledger.accept(0, answer(first))
-    assert ledger.accept(0, answer(ledger.job(0)))
+    queue = JobQueue([job(0)], CostModel(), retries=1)
+    first = queue.job(0)
+    queue.take(1)
+    queue.lose([0], DEATH)
+    assert (queue.job(0).attempt, queue.take(1)) == (1, [0])
+    assert not queue.accept(0, answer(first))
+    assert queue.accept(0, answer(queue.job(0)))
 
 
 def test_an_answer_to_another_job_is_an_error_not_a_guess() -> None:
-    ledger = JobLedger([job(0), job(1)], Costs(), retries=0)
+    queue = JobQueue([job(0), job(1)], CostModel(), retries=0)
     with pytest.raises(WorkerError, match="segment 1 of base/seed1, round 4, when asked for segment 0"):
-        ledger.accept(0, answer(job(1)))
+        queue.accept(0, answer(job(1)))
 
 
 def test_a_job_lost_too_often_is_named_with_its_clients_and_every_cause() -> None:
-    ledger = JobLedger([job(0, 7)], Costs(), retries=1)
-    ledger.lose(ledger.take(1), DEATH)
+    queue = JobQueue([job(0, 7)], CostModel(), retries=1)
+    queue.lose(queue.take(1), DEATH)
     with pytest.raises(WorkerError) as error:
-        ledger.lose(ledger.take(1), Loss("oom", "3 GB of 2 GB"))
+        queue.lose(queue.take(1), Loss("oom", "3 GB of 2 GB"))
     for word in ("segment 0 of base/seed1, round 4", "c0-0", "and 2 more", "lost 2 times", "engine.retries=1",
                  "try 1: death: killed", "try 2: oom: 3 GB of 2 GB"):  # fmt: skip
         assert word in str(error.value)
 
 
 def test_a_lost_job_goes_first_and_alone() -> None:
-    costs = Costs()
+    costs = CostModel()
     costs.learn({f"c{i}-0": 1e-5 for i in range(8)})
-    ledger = JobLedger([job(i) for i in range(8)], costs, retries=3)
-    ledger.lose(ledger.take(2), DEATH)
-    assert ledger.take(2) == [0]
+    queue = JobQueue([job(i) for i in range(8)], costs, retries=3)
+    queue.lose(queue.take(2), DEATH)
+    assert queue.take(2) == [0]
 
 
 def test_a_segment_splits_into_clients_each_with_its_own_state() -> None:
