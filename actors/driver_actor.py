@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.client_actor import forwarded_environment
 from actors.metrics import CommitMetrics
-from actors.ray_errors import Loss, judge
+from actors.ray_errors import ActorLoss, classify_error
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
 from fedtailor.core.config import resolve
@@ -153,10 +153,10 @@ def _result(done: Any) -> Any:
     try:
         return ray.get(done)
     except Exception as error:
-        verdict = judge(error)
-        if isinstance(verdict, Loss):
+        loss_or_error = classify_error(error)
+        if isinstance(loss_or_error, ActorLoss):
             raise WorkerError(
-                f"the driver process was lost ({verdict.kind}): {verdict.cause}. "
+                f"the driver process was lost ({loss_or_error.kind}): {loss_or_error.cause}. "
                 "What was committed is safe: resume the run"
             ) from None
-        raise verdict from None
+        raise loss_or_error from None

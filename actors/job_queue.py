@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from actors.ray_errors import Loss
+from actors.ray_errors import ActorLoss
 from fedtailor.core.errors import WorkerError, listed
 from fedtailor.core.messages import SegmentJob, SegmentResult
 
@@ -57,7 +57,7 @@ class JobQueue:
         self._jobs = list(jobs)
         self._costs = costs
         self._retries = retries
-        self._losses: list[list[Loss]] = [[] for _ in self._jobs]
+        self._losses: list[list[ActorLoss]] = [[] for _ in self._jobs]
         self._results: list[SegmentResult | None] = [None] * len(self._jobs)
         self._open = len(self._jobs)
         # Largest first; an unknown cost counts as its number of clients, ties go by position.
@@ -114,7 +114,7 @@ class JobQueue:
         self._costs.learn(result.seconds)
         return True
 
-    def lose(self, positions: Sequence[int], loss: Loss) -> None:
+    def lose(self, positions: Sequence[int], loss: ActorLoss) -> None:
         """Puts lost jobs back, first in line.
 
         Raises:

@@ -24,7 +24,7 @@ _ENDS = (" Some common causes", " Object store memory usage", " The actor never 
 
 
 @dataclass(frozen=True)
-class Loss:
+class ActorLoss:
     """An actor that will not answer.
 
     Args:
@@ -45,16 +45,16 @@ class GroupLostError(Exception):
         loss: of the rank that was the first.
     """
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: ActorLoss) -> None:
         self.loss = loss
         super().__init__(loss)
 
 
-def judge(error: BaseException) -> Loss | TailorError:
+def classify_error(error: BaseException) -> ActorLoss | TailorError:
     """Tells a loss from an answer.
 
     Returns:
-        The `Loss` if the process or its result is gone, else the error to raise: a `TailorError` of the
+        The `ActorLoss` if the process or its result is gone, else the error to raise: a `TailorError` of the
         actor comes back as itself; any other exception becomes a `WorkerError` with its traceback.
     """
     if isinstance(error, exceptions.RayTaskError):
@@ -62,7 +62,7 @@ def judge(error: BaseException) -> Loss | TailorError:
         if isinstance(cause, TailorError):
             return cause
         if isinstance(cause, _LOST):
-            return judge(cause)
+            return classify_error(cause)
         if isinstance(cause, GroupLostError):
             return cause.loss
         return WorkerError(f"{type(cause).__name__} in an actor, not retried:\n{error}")
@@ -71,7 +71,7 @@ def judge(error: BaseException) -> Loss | TailorError:
     if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
         return WorkerError(f"an actor cannot start; are fedtailor and actors installed on all nodes?\n{error}")
     if isinstance(error, _LOST):
-        return Loss(_kind(error), _line(error))
+        return ActorLoss(_kind(error), _line(error))
     return WorkerError(f"Ray failed with {type(error).__name__}: {error}")
 
 

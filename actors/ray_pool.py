@@ -20,7 +20,7 @@ from actors.job_queue import CostModel, JobQueue
 from actors.metrics import PoolMetrics
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
-from actors.supervisor import Answer, ActorSupervisor, ActorSlot
+from actors.supervisor import ActorSlot, ActorSupervisor, Answer
 from actors.zero_group import ZeroGroup
 from fedtailor.core.config import resolve
 from fedtailor.core.errors import WorkerError

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from actors.client_actor import Host
-from actors.ray_errors import Loss, judge
+from actors.ray_errors import ActorLoss, classify_error
 from fedtailor.core.errors import PlacementError, WorkerError
 from fedtailor.core.messages import SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.federated.pool import OnEvent
@@ -45,7 +45,7 @@ class ActorSlot:
     host: Host | None = None
     fingerprint: str | None = None
     """Of the open stage; None until it is open."""
-    losses: tuple[Loss, ...] = ()
+    losses: tuple[ActorLoss, ...] = ()
     """Deaths in a row without having opened a stage."""
 
     @property
@@ -61,7 +61,7 @@ class Answer:
     slot: ActorSlot
     call: Call
     results: list[SegmentResult] | None
-    loss: Loss | None
+    loss: ActorLoss | None
 
 
 class ActorSupervisor:
@@ -103,7 +103,7 @@ class ActorSupervisor:
             if slot.host is not None:
                 self._open(slot)
         while True:
-            first = next((m for m in self.slots if m.idle), None)
+            first = next((slot for slot in self.slots if slot.idle), None)
             if first is None:
                 self.wait()
                 continue
@@ -139,7 +139,7 @@ class ActorSupervisor:
         ends += [self._expire(slot) for slot in busy if slot.ref is not None]
         return [end for end in ends if end is not None]
 
-    def handle_loss(self, slot: ActorSlot, loss: Loss, shrink: bool) -> None:
+    def handle_loss(self, slot: ActorSlot, loss: ActorLoss, shrink: bool) -> None:
         """Replaces a lost actor; one that ran out of memory is rather done without, if others are left."""
         if shrink and loss.kind == "oom" and len(self.slots) > 1:
             self._kill(slot)
@@ -154,7 +154,7 @@ class ActorSupervisor:
             self._kill(slot)
         self.slots = []
 
-    def _start(self, number: int, losses: tuple[Loss, ...] = ()) -> ActorSlot:
+    def _start(self, number: int, losses: tuple[ActorLoss, ...] = ()) -> ActorSlot:
         slot = ActorSlot(number, self._make_actor(number), losses=losses)
         self._call(slot, Call("start", time.monotonic() + START_S))
         return slot
@@ -195,11 +195,11 @@ class ActorSupervisor:
             )
         slot.fingerprint, slot.losses = fingerprint, ()
 
-    def _loss(self, error: Exception) -> Loss:
-        verdict = judge(error)
-        if isinstance(verdict, Loss):
-            return verdict
-        raise verdict from None
+    def _loss(self, error: Exception) -> ActorLoss:
+        loss_or_error = classify_error(error)
+        if isinstance(loss_or_error, ActorLoss):
+            return loss_or_error
+        raise loss_or_error from None
 
     def _expire(self, slot: ActorSlot) -> Answer | None:
         """Deals with a call whose deadline has passed."""
@@ -210,10 +210,10 @@ class ActorSupervisor:
             self._still_waiting(slot)
             return None
         slot.call = slot.ref = None
-        loss = Loss("hang", f"no answer within engine.deadline_s={self._deadline_s:g}", self._stack(slot))
+        loss = ActorLoss("hang", f"no answer within engine.deadline_s={self._deadline_s:g}", self._stack(slot))
         return self._lost(slot, call, loss)
 
-    def _lost(self, slot: ActorSlot, call: Call, loss: Loss) -> Answer | None:
+    def _lost(self, slot: ActorSlot, call: Call, loss: ActorLoss) -> Answer | None:
         self._on_event(
             {
                 "event": "actor_lost", "actor": slot.number, "kind": loss.kind, "cause": loss.cause,
@@ -226,7 +226,7 @@ class ActorSupervisor:
         self._replace(slot, loss)
         return None
 
-    def _replace(self, slot: ActorSlot, loss: Loss) -> None:
+    def _replace(self, slot: ActorSlot, loss: ActorLoss) -> None:
         losses = slot.losses if slot.fingerprint is not None else (*slot.losses, loss)
         if len(losses) > self._retries:
             stage = self._spec.key if self._spec else "any stage"

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.client_actor import Host, here
 from actors.placement import ActorPlan
-from actors.ray_errors import GroupLostError, Loss, judge
+from actors.ray_errors import ActorLoss, GroupLostError, classify_error
 from actors.zero_rank import RankAnswer, ZeroRank
 from fedtailor.core.errors import PlacementError, TailorError, WorkerError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
@@ -156,7 +156,7 @@ class ZeroGroup:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
             if not ready:
                 index = refs.index(waiting[0])
-                self._fail(Loss("hang", f"rank {index}: no answer {self._deadline_s:g} s after another rank's"))
+                self._fail(ActorLoss("hang", f"rank {index}: no answer {self._deadline_s:g} s after another rank's"))
             try:
                 ray.get(ready[0])
             except Exception as error:
@@ -183,9 +183,9 @@ class ZeroGroup:
             except Exception:
                 continue  # the first error stands
         text = str(cause).strip().split("\n")[0]
-        self._fail(Loss("death", f"rank {index}: {type(cause).__name__}: {text}", str(error)))
+        self._fail(ActorLoss("death", f"rank {index}: {type(cause).__name__}: {text}", str(error)))
 
-    def _fail(self, loss: Loss) -> NoReturn:
+    def _fail(self, loss: ActorLoss) -> NoReturn:
         self._disband()
         raise GroupLostError(loss) from None
 
@@ -198,6 +198,8 @@ class ZeroGroup:
         self._ranks, self._spec, self._own = [], None, None
 
 
-def _loss(error: Exception) -> Loss:
-    verdict = judge(error)
-    return verdict if isinstance(verdict, Loss) else Loss("death", str(verdict).split("\n")[0])
+def _loss(error: Exception) -> ActorLoss:
+    loss_or_error = classify_error(error)
+    return (
+        loss_or_error if isinstance(loss_or_error, ActorLoss) else ActorLoss("death", str(loss_or_error).split("\n")[0])
+    )

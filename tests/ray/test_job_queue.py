@@ -6,12 +6,12 @@ from ray import exceptions
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 from actors.job_queue import CostModel, JobQueue
-from actors.ray_errors import Loss, judge
+from actors.ray_errors import ActorLoss, classify_error
 from actors.ray_pool import Parts, single_clients
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import SegmentJob, SegmentResult
 
-DEATH = Loss("death", "killed")
+DEATH = ActorLoss("death", "killed")
 
 
 def job(index: int, clients: int = 1) -> SegmentJob:
@@ -85,7 +85,7 @@ def test_a_job_lost_too_often_is_named_with_its_clients_and_every_cause() -> Non
     queue = JobQueue([job(0, 7)], CostModel(), retries=1)
     queue.lose(queue.take(1), DEATH)
     with pytest.raises(WorkerError) as error:
-        queue.lose(queue.take(1), Loss("oom", "3 GB of 2 GB"))
+        queue.lose(queue.take(1), ActorLoss("oom", "3 GB of 2 GB"))
     for word in ("segment 0 of base/seed1, round 4", "c0-0", "and 2 more", "lost 2 times", "engine.retries=1",
                  "try 1: death: killed", "try 2: oom: 3 GB of 2 GB"):  # fmt: skip
         assert word in str(error.value)
@@ -138,7 +138,7 @@ def test_parts_are_joined_in_client_order_and_once() -> None:
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_losses_are_told_apart(error: Exception, kind: str) -> None:
-    loss = judge(error)
-    assert isinstance(loss, Loss)
+    loss = classify_error(error)
+    assert isinstance(loss, ActorLoss)
     assert loss.kind == kind
     assert "Some common causes" not in loss.cause

@@ -17,7 +17,7 @@ from fake_worker import FakeWorker, play_in_bundles, stage
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.ray_errors import Loss
+from actors.ray_errors import ActorLoss
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
 from fedtailor.core.errors import ClientError, PlacementError, WorkerError
@@ -230,7 +230,7 @@ def test_after_running_out_of_memory_the_pool_goes_on_smaller_until_the_next_sta
     pool.open(stage(tmp_path))
     wait_for_actors(pool, 2)
     events.clear()
-    pool._supervisor.handle_loss(pool._supervisor.slots[0], Loss("oom", "7 GB of 6 GB"), shrink=True)
+    pool._supervisor.handle_loss(pool._supervisor.slots[0], ActorLoss("oom", "7 GB of 6 GB"), shrink=True)
     assert (pool.size, [event["event"] for event in events]) == (1, ["pool_shrunk"])
     assert_same(pool.run(jobs(), SHARED, lambda _: None), serial(jobs(), tmp_path / "serial"))
     pool.open(stage(tmp_path))

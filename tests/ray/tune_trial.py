@@ -32,7 +32,7 @@ def place(config: dict[str, Any]) -> None:
         {
             "mine": ray.get_runtime_context().get_assigned_resources(),
             "group": ray.util.get_current_placement_group().id.hex(),
-            "actors": [ray.get(m.actor.__ray_call__.remote(_where)) for m in pool._supervisor.slots],
+            "actors": [ray.get(slot.actor.__ray_call__.remote(_where)) for slot in pool._supervisor.slots],
             "groups": sum(group["state"] == "CREATED" for group in groups.values()),
             "together": len(list(folder.glob("trial-*"))),
         }
