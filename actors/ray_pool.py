@@ -29,7 +29,7 @@ from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.pool import Meanwhile, OnEvent, OnResult, nothing
 
 
-def single_clients(job: SegmentJob) -> list[SegmentJob]:
+def split_by_client(job: SegmentJob) -> list[SegmentJob]:
     """One job per client, in client order, each with its own private state only."""
     if len(job.clients) <= 1:
         return [job]
@@ -39,7 +39,7 @@ def single_clients(job: SegmentJob) -> list[SegmentJob]:
     ]
 
 
-class Parts:
+class PerClientSplit:
     """Joins a segment's results when the last one is there, in client order whatever came first.
 
     Args:
@@ -55,7 +55,7 @@ class Parts:
         on_result: OnResult,
     ) -> None:
         self._merge, self._on_result = merge, on_result
-        pieces = [single_clients(job) for job in jobs]
+        pieces = [split_by_client(job) for job in jobs]
         self.units: list[SegmentJob] = [unit for piece in pieces for unit in piece]
         """All single-client jobs, segment by segment."""
         self._segment = [i for i, piece in enumerate(pieces) for _ in piece]
@@ -90,7 +90,7 @@ class RayPool:
     """Pushes segments to actors, a few calls per round, and survives the loss of any of them.
 
     In ``pool`` mode the actors are as many as the placement says and share the segments. In ``per_client``
-    mode every client of a call has an actor of its own, and a segment's parts are merged here, so sums
+    mode every client of a call has an actor of its own, and a segment's split are merged here, so sums
     agree with ``pool`` mode to rounding only.
 
     Events are dicts with the key ``event``: ``actor_lost`` (kind: death, oom, node, hang or unreachable;
@@ -162,11 +162,11 @@ class RayPool:
         """See `Pool.run`."""
         if not self._per_client:
             return self._play(jobs, shared, lambda _, result: on_result(result), meanwhile)
-        parts = Parts(jobs, resolve(self._merge), on_result)
-        self._plan = plan_actors(self._config, self._nodes, max(1, len(parts.units)))
+        split = PerClientSplit(jobs, resolve(self._merge), on_result)
+        self._plan = plan_actors(self._config, self._nodes, max(1, len(split.units)))
         self._supervisor.grow(self._plan.count)
-        self._play(parts.units, shared, parts.add, meanwhile)
-        return parts.results()
+        self._play(split.units, shared, split.add, meanwhile)
+        return split.results()
 
     def close(self) -> None:
         """Ends the actors, and Ray only if this pool started it."""

@@ -7,7 +7,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 from actors.job_queue import CostModel, JobQueue
 from actors.ray_errors import ActorLoss, classify_error
-from actors.ray_pool import Parts, single_clients
+from actors.ray_pool import PerClientSplit, split_by_client
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import SegmentJob, SegmentResult
 
@@ -101,7 +101,7 @@ def test_a_lost_job_goes_first_and_alone() -> None:
 
 def test_a_segment_splits_into_clients_each_with_its_own_state() -> None:
     rows = {"a": np.ones(2, np.float32), "b": np.zeros(2, np.float32)}
-    parts = single_clients(SegmentJob("s", 0, 5, ("a", "b"), private=rows))
+    parts = split_by_client(SegmentJob("s", 0, 5, ("a", "b"), private=rows))
     assert [(part.index, part.clients, list(part.private)) for part in parts] == [
         (5, ("a",), ["a"]),
         (5, ("b",), ["b"]),
@@ -115,7 +115,7 @@ def test_parts_are_joined_in_client_order_and_once() -> None:
         assert isinstance(parts, list)
         return SegmentResult("s", 0, parts[0].index, 0, valid=tuple(name for part in parts for name in part.valid))
 
-    parts = Parts([SegmentJob("s", 0, 0, ("a", "b")), SegmentJob("s", 0, 1, ("c",))], merge, joined.append)
+    parts = PerClientSplit([SegmentJob("s", 0, 0, ("a", "b")), SegmentJob("s", 0, 1, ("c",))], merge, joined.append)
     for position in (2, 1, 0):
         unit = parts.units[position]
         parts.add(position, SegmentResult("s", 0, unit.index, 0, valid=unit.clients))
