@@ -90,7 +90,7 @@ class RayPool:
     """Pushes segments to actors, a few calls per round, and survives the loss of any of them.
 
     In ``pool`` mode the actors are as many as the placement says and share the segments. In ``per_client``
-    mode every client of a call has an actor of its own, and a segment's split are merged here, so sums
+    mode every client of a call has an actor of its own, and a segment's results are merged here, so sums
     agree with ``pool`` mode to rounding only.
 
     Events are dicts with the key ``event``: ``actor_lost`` (kind: death, oom, node, hang or unreachable;

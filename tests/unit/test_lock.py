@@ -17,7 +17,7 @@ import pytest
 
 from fedtailor.core.errors import StorageError
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import LOCK, Owner, _Acquisition, lock
+from fedtailor.storage.lock import LOCK, Lock, LockHolder, lock
 
 PATH = "artifacts/base-0123"
 PLATFORM = Path(__file__).parents[2] / "platform"
@@ -28,13 +28,13 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return Storage(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
 
 
-def leave(storage: Storage, owner: Owner) -> None:
+def leave(storage: Storage, owner: LockHolder) -> None:
     """A lock as a process leaves it that had no time to release it."""
     storage.write_json(f"{PATH}/{LOCK}", asdict(owner))
 
 
-def elsewhere(name: str = "remote") -> Owner:
-    return replace(Owner.here(name), host="far-away", machine="another boot/1", pid=1)
+def elsewhere(name: str = "remote") -> LockHolder:
+    return replace(LockHolder.here(name), host="far-away", machine="another boot/1", pid=1)
 
 
 def test_a_second_live_owner_is_refused_and_told_who_holds_it(storage: Storage) -> None:
@@ -97,7 +97,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
 
 
 def test_a_reused_pid_does_not_keep_a_lock_alive(storage: Storage) -> None:
-    leave(storage, replace(Owner.here("rebooted"), started="1"))
+    leave(storage, replace(LockHolder.here("rebooted"), started="1"))
     with lock(storage, PATH, "second"):
         pass
 
@@ -133,7 +133,7 @@ def test_a_lock_of_another_machine_with_a_heartbeat_is_respected(storage: Storag
 
 def test_a_holder_beats_and_notices_that_its_lock_was_taken(storage: Storage) -> None:
     with lock(storage, PATH, "first", heartbeat_s=0.02) as held:
-        beats = f"{PATH}/{LOCK}-{held.owner.token}.beat"
+        beats = f"{PATH}/{LOCK}-{held.holder.token}.beat"
         deadline = time.monotonic() + 10
         while not (storage.exists(beats) and int(storage.read_bytes(beats) or b"0") >= 2):
             assert time.monotonic() < deadline, "no heartbeat"
@@ -144,7 +144,7 @@ def test_a_holder_beats_and_notices_that_its_lock_was_taken(storage: Storage) ->
 
 
 def test_a_crash_during_a_takeover_does_not_lock_everybody_out(storage: Storage) -> None:
-    stale, claimant = elsewhere(), replace(Owner.here("crashed"), started="1")
+    stale, claimant = elsewhere(), replace(LockHolder.here("crashed"), started="1")
     leave(storage, stale)
     storage.write_json(f"{PATH}/{LOCK}-{stale.token}.claim", asdict(claimant))
     with lock(storage, PATH, "second", stale_s=0.1):
@@ -153,16 +153,16 @@ def test_a_crash_during_a_takeover_does_not_lock_everybody_out(storage: Storage)
 
 
 def test_a_slow_rival_does_not_delete_the_lock_that_a_faster_one_made(storage: Storage) -> None:
-    dead = replace(Owner.here("dead"), started="1")
-    slow = _Acquisition(storage, f"{PATH}/{LOCK}", Owner.here("slow"), None, None, 30.0)
+    dead = replace(LockHolder.here("dead"), started="1")
+    slow = Lock(storage, f"{PATH}/{LOCK}", LockHolder.here("slow"))
     with lock(storage, PATH, "fast") as held:
-        slow._take(dead)
+        slow._take_over(dead)
         held.check()
 
 
 def test_of_many_rivals_for_a_dead_lock_one_at_a_time_gets_in(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    leave(storage, replace(Owner.here("dead"), started="1"))
+    leave(storage, replace(LockHolder.here("dead"), started="1"))
     inside: list[int] = []
     most: list[int] = []
 

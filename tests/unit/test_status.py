@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from fedtailor.cli import app
 from fedtailor.cli import views as status_view
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import LOCK, STALE_S, Owner, lock
+from fedtailor.storage.lock import LOCK, STALE_S, LockHolder, lock
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.status import SILENT_S, state_of, status_of
 
@@ -39,14 +39,14 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def gone() -> Owner:
+def gone() -> LockHolder:
     """The owner of a lock whose process is no more."""
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
-    return replace(Owner.here("r1"), pid=process.pid, started="1")
+    return replace(LockHolder.here("r1"), pid=process.pid, started="1")
 
 
-def leave(run: RunFolder, owner: Owner) -> Path:
+def leave(run: RunFolder, owner: LockHolder) -> Path:
     """A lock and its heartbeat, as a process leaves them that had no time to release it."""
     run.storage.write_json(f"{run.run_id}/{LOCK}", asdict(owner))
     beat = f"{run.run_id}/{LOCK}-{owner.token}.beat"
@@ -90,7 +90,7 @@ def test_a_process_that_was_killed_leaves_a_dead_run(run: RunFolder) -> None:
 
 
 def test_a_run_of_another_machine_is_dead_when_its_heartbeat_stands_still(run: RunFolder) -> None:
-    beat = leave(run, replace(Owner.here("r1"), **ELSEWHERE))
+    beat = leave(run, replace(LockHolder.here("r1"), **ELSEWHERE))
     assert state_of(run).state == "running"
     long_ago = time.time() - 2 * STALE_S
     for file in (beat, beat.parent / LOCK):
@@ -98,8 +98,10 @@ def test_a_run_of_another_machine_is_dead_when_its_heartbeat_stands_still(run: R
     assert state_of(run).state == "dead"
 
 
-def test_before_it_has_the_lock_a_run_lives_as_long_as_the_command_that_started_it(run: RunFolder, gone: Owner) -> None:
-    run.set_status("running", "", {"launcher": asdict(Owner.here("r1"))})
+def test_before_it_has_the_lock_a_run_lives_as_long_as_the_command_that_started_it(
+    run: RunFolder, gone: LockHolder
+) -> None:
+    run.set_status("running", "", {"launcher": asdict(LockHolder.here("r1"))})
     assert state_of(run).state == "running"
     run.set_status("running", "", {"launcher": asdict(gone)})
     assert state_of(run).state == "dead"
@@ -114,14 +116,14 @@ def test_a_running_state_that_nobody_stands_for_gets_old(run: RunFolder) -> None
 
 
 @pytest.mark.parametrize("state", ["complete", "failed", "interrupted"])
-def test_an_ended_run_is_never_dead(run: RunFolder, gone: Owner, state: Any) -> None:
+def test_an_ended_run_is_never_dead(run: RunFolder, gone: LockHolder, state: Any) -> None:
     leave(run, gone)
     run.set_status(state, "why")
     assert (state_of(run).state, state_of(run).message) == (state, "why")
 
 
 def test_losses_retries_rejections_speed_and_disk_are_told(run: RunFolder) -> None:
-    run.set_status("running", "", {"launcher": asdict(Owner.here("r1"))})
+    run.set_status("running", "", {"launcher": asdict(LockHolder.here("r1"))})
     lost = {"actor": 0, "cause": "c", "host": "h", "node": "", "during": "run", "stack": ""}
     for how in ("death", "oom", "death"):
         run.event({"kind": "pool", "event": "actor_lost", "how": how, **lost})
@@ -146,7 +148,7 @@ def test_losses_retries_rejections_speed_and_disk_are_told(run: RunFolder) -> No
         assert part in text, text
 
 
-def test_the_speed_of_a_run_that_does_not_run_is_not_told(run: RunFolder, gone: Owner) -> None:
+def test_the_speed_of_a_run_that_does_not_run_is_not_told(run: RunFolder, gone: LockHolder) -> None:
     run.set_progress({"stage": KEYS[0], "clients_per_second": 2.5, "seconds_left": 90.0})
     leave(run, gone)
     assert status_of(run).clients_per_second is None
@@ -161,7 +163,7 @@ def test_machines_get_json(run: RunFolder) -> None:
     assert [(entry["run"], entry["state"]) for entry in json.loads(text)] == [("r1", "complete")]
 
 
-def test_without_a_run_all_runs_are_listed_with_their_state(run: RunFolder, gone: Owner) -> None:
+def test_without_a_run_all_runs_are_listed_with_their_state(run: RunFolder, gone: LockHolder) -> None:
     leave(run, gone)
     RunFolder.create(run.storage, "r2", CONFIG).set_status("failed", "first line\nsecond line")
     code, text = cli("--storage", run.storage.url)
@@ -183,7 +185,7 @@ def test_watching_ends_with_the_run_and_with_its_exit_code(run: RunFolder, state
 
 def test_watching_goes_on_until_the_run_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_view, "REFRESH_S", 0.01)
-    run.set_status("running", "", {"launcher": asdict(Owner.here("r1"))})
+    run.set_status("running", "", {"launcher": asdict(LockHolder.here("r1"))})
     threading.Timer(0.3, lambda: run.set_status("complete")).start()
     code, text = cli("r1", "--storage", run.storage.url, "--watch", "--json")
     states = [json.loads(line)["state"] for line in text.splitlines()]

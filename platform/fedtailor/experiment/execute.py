@@ -24,7 +24,7 @@ from fedtailor.storage.artifacts import Artifacts, artifact_path, fetch, model_p
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import HeldLock, lock
+from fedtailor.storage.lock import Lock, lock
 from fedtailor.storage.payloads import Payload
 from fedtailor.storage.round_store import (
     METRICS,
@@ -114,7 +114,7 @@ class Execution:
     def _storage_event(self, event: dict[str, Any]) -> None:
         self.emit({**event, "kind": "storage"})
 
-    def _locked(self, folder: str) -> AbstractContextManager[HeldLock]:
+    def _locked(self, folder: str) -> AbstractContextManager[Lock]:
         return lock(self.storage, folder, self.run.run_id, on_wait=self._waiting, on_event=self._storage_event)
 
     def _waiting(self, text: str) -> None:

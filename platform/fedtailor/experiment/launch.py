@@ -31,7 +31,7 @@ from fedtailor.models.hub import check_available
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.digest import committed_stages
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import Owner
+from fedtailor.storage.lock import LockHolder
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.prompts import check_name
 from fedtailor.tracking.events import QUIET
@@ -116,7 +116,7 @@ def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent,
         TailorError: what ended the run; its status says so too.
         StorageError: the backend returned and yet a stage is not committed.
     """
-    before, me = run.status(), Owner.here(run.run_id)
+    before, me = run.status(), LockHolder.here(run.run_id)
     run.set_status("running", "", {"launcher": asdict(me)})
     try:
         payload = {"storage": exp.storage, "run_id": run.run_id, "allow_code": modules_of(exp)}
@@ -135,7 +135,7 @@ def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent,
     run.set_status("complete", "")
 
 
-def _give_back_status(run: RunFolder, before: Mapping[str, Any], me: Owner) -> None:
+def _give_back_status(run: RunFolder, before: Mapping[str, Any], me: LockHolder) -> None:
     """Undoes our "running": the run is another process's, and what that says about itself counts."""
     found = run.status()["progress"].get("launcher", {})
     if (found.get("machine"), found.get("pid")) == (me.machine, me.pid):

@@ -1,12 +1,9 @@
-"""One writer per artifact.
-
-One writer per artifact: an exclusive LOCK file with a heartbeat; abandoned locks are taken over.
+"""One writer per artifact: an exclusive LOCK file with a heartbeat; abandoned locks are taken over.
 
 A lock is abandoned if its process is gone (same machine, same boot) or, on another machine, if its heartbeat
 stands still for `STALE_S` of the waiter's own clock; nobody's wall clock is compared. A process that is
-alive on this machine keeps its lock even while it is stopped or busy.
-
-Which process on which machine: an identity that survives reused pids, jumping clocks and containers.
+alive on this machine keeps its lock even while it is stopped or busy. `machine` and `started` give processes an
+identity that survives reused pids, jumping clocks and containers.
 """
 
 from __future__ import annotations
@@ -31,6 +28,14 @@ from fedtailor.core.errors import LockedError, StorageError
 from fedtailor.storage.backends import MissingFileError
 from fedtailor.storage.files import Storage, join
 
+LOCK = "LOCK"
+
+HEARTBEAT_S, STALE_S = 3.0, 30.0
+
+_POLL_S, _REMIND_S = 0.2, 30.0
+
+_log = logging.getLogger(__name__)
+
 
 @lru_cache(maxsize=1)
 def machine() -> str:
@@ -48,36 +53,29 @@ def started(pid: int) -> str | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return None if Path("/proc/self/stat").exists() else _started_elsewhere(pid)
+        return None if Path("/proc/self/stat").exists() else _started_without_proc(pid)
     # The name in parentheses may hold spaces; fields are counted after it: state is 3, starttime 22.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _started_elsewhere(pid: int) -> str | None:
+def _started_without_proc(pid: int) -> str | None:
     try:
         return str(round(psutil.Process(pid).create_time()))
     except psutil.NoSuchProcess:
         return None
 
 
-LOCK = "LOCK"
-
-HEARTBEAT_S, STALE_S = 3.0, 30.0
-
-_POLL_S, _REMIND_S = 0.2, 30.0
-
-_log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
-class Owner:
-    """Who holds a lock.
+class LockHolder:
+    """The process that holds a lock, as the LOCK file has it.
 
     Args:
         owner: run id.
-        started: when the process started, see `processes.started`.
-        machine: where its pid is valid, see `processes.machine`.
+        host: name of its machine, for messages.
+        pid: its process id.
+        started: when the process started, see `started`.
+        machine: where its pid is valid, see `machine`.
         token: of this acquisition.
     """
 
@@ -89,7 +87,7 @@ class Owner:
     token: str
 
     @classmethod
-    def here(cls, owner: str) -> Owner:
+    def here(cls, owner: str) -> LockHolder:
         """This process."""
         pid = os.getpid()
         return cls(owner, socket.gethostname(), pid, started(pid) or "", machine(), secrets.token_hex(8))
@@ -103,12 +101,54 @@ class Owner:
         return f"run '{self.owner}' (process {self.pid} on {self.host})"
 
 
-class HeldLock:
-    """A lock that this process holds."""
+class Lock:
+    """A LOCK file: `acquire` makes it or takes over an abandoned one, `release` gives it back.
 
-    def __init__(self, storage: Storage, path: str, owner: Owner) -> None:
-        self._storage, self._path, self.owner = storage, path, owner
+    Args:
+        storage: where.
+        path: the LOCK file.
+        holder: this process.
+        on_wait: see `lock`.
+        on_event: see `lock`.
+        stale_s: see `lock`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        path: str,
+        holder: LockHolder,
+        on_wait: Callable[[str], None] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        stale_s: float = STALE_S,
+    ) -> None:
+        self.holder = holder
+        self._storage, self._path, self._stale_s = storage, path, stale_s
+        self._on_wait, self._on_event = on_wait, on_event
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._reminded = float("-inf")
         self._done = threading.Event()
+
+    def acquire(self) -> None:
+        """Returns once the lock is this process's.
+
+        Raises:
+            LockedError: somebody alive holds it, and nobody said how to wait.
+        """
+        data = json.dumps(asdict(self.holder)).encode()
+        while not self._storage.create(self._path, data):
+            other = _read(self._storage, self._path)
+            if other is None:
+                continue
+            alive = self._alive(other)
+            if alive is False:
+                self._take_over(other)
+                continue
+            if alive and self._on_wait is None:
+                where = self._storage.full(self._path)
+                raise LockedError(f"{where} is held by {other}; wait for it, stop it, or use another 'storage'")
+            self._remind(other)
+            time.sleep(_POLL_S)
 
     def check(self) -> None:
         """Confirms that the lock is still ours; a `CommitLog` takes this as its guard.
@@ -116,10 +156,10 @@ class HeldLock:
         Raises:
             StorageError: another run took it over, e.g. while this machine was cut off.
         """
-        found = _read(self._storage, self._path)
-        if found is None or found.token != self.owner.token:
+        now = _read(self._storage, self._path)
+        if now is None or now.token != self.holder.token:
             where = self._storage.full(self._path)
-            raise StorageError(f"{where} is no longer ours but {found or 'free'}; this run must stop")
+            raise StorageError(f"{where} is no longer ours but {now or 'free'}; this run must stop")
 
     def beat(self, every: float) -> None:
         """Counts in a file of its own (so that it cannot overwrite another's lock) until `release`."""
@@ -127,17 +167,64 @@ class HeldLock:
         while not self._done.wait(every):
             count += 1
             try:
-                self._storage.write_bytes(_beats(self._path, self.owner), str(count).encode(), durable=False)
+                self._storage.write_bytes(_beats(self._path, self.holder), str(count).encode(), durable=False)
             except StorageError as error:
                 _log.warning("no heartbeat: %s", error)
 
     def release(self) -> None:
         """Gives the lock back, if it is still ours."""
         self._done.set()
-        found = _read(self._storage, self._path)
-        if found is not None and found.token == self.owner.token:
+        now = _read(self._storage, self._path)
+        if now is not None and now.token == self.holder.token:
             self._storage.delete(self._path)
-        self._storage.delete(_beats(self._path, self.owner))
+
+    def _alive(self, other: LockHolder) -> bool | None:
+        if other.present is not None:
+            return other.present
+        beat, now = self._last_beat(other), time.monotonic()
+        before = self._seen.get(other.token)
+        if before is None or before[0] != beat:
+            self._seen[other.token] = beat, now
+            return True if before else None
+        return False if now - before[1] > self._stale_s else None
+
+    def _last_beat(self, other: LockHolder) -> bytes:
+        try:
+            return self._storage.read_bytes(_beats(self._path, other))
+        except MissingFileError:
+            return b""
+
+    def _take_over(self, stale: LockHolder) -> None:
+        # Only the creator of this claim may delete the lock with this token, which never comes back; so a
+        # slower rival cannot delete the lock that we are about to make.
+        claim = f"{self._path}-{stale.token}.claim"
+        if not self._storage.create(claim, json.dumps(asdict(self.holder)).encode()):
+            rival = _read(self._storage, claim)
+            if rival is not None and self._alive(rival) is False:
+                self._storage.delete(claim)
+            time.sleep(_POLL_S)
+            return
+        try:
+            now = _read(self._storage, self._path)
+            if now is not None and now.token == stale.token:
+                self._storage.delete(self._path)
+                self._storage.delete(_beats(self._path, stale))
+                self._report(stale)
+        finally:
+            self._storage.delete(claim)
+
+    def _report(self, stale: LockHolder) -> None:
+        why = "its process is gone" if stale.present is False else f"no heartbeat for {self._stale_s:g} s"
+        _log.warning("took over the lock %s of %s: %s", self._path, stale, why)
+        if self._on_event:
+            event = {"event": "lock-taken-over", "lock": self._path, "from": str(stale), "by": str(self.holder)}
+            self._on_event({**event, "reason": why})
+
+    def _remind(self, other: LockHolder) -> None:
+        now = time.monotonic()
+        if self._on_wait and now - self._reminded > _REMIND_S:
+            self._reminded = now
+            self._on_wait(f"waiting for {other}, which holds {self._storage.full(self._path)}")
 
 
 @contextmanager
@@ -149,15 +236,15 @@ def lock(
     on_event: Callable[[dict[str, Any]], None] | None = None,
     heartbeat_s: float = HEARTBEAT_S,
     stale_s: float = STALE_S,
-) -> Iterator[HeldLock]:
+) -> Iterator[Lock]:
     """Holds ``path/LOCK`` for the time of a with block.
 
     Args:
         storage: where.
         path: folder to lock, e.g. ``artifacts/base-0123``.
         owner: run id, shown to others.
-        on_wait: given: wait while somebody else holds the lock, telling who, now and then. None: refuse.
-        on_event: told of a takeover: ``{"event": "lock-taken-over", "lock": path, "from": owner, ...}``.
+        on_wait: given: wait while somebody else holds the lock, and call it with who does, now and then. None: refuse.
+        on_event: called at a takeover: ``{"event": "lock-taken-over", "lock": path, "from": holder, ...}``.
         heartbeat_s: seconds between signs of life.
         stale_s: seconds without one after which another machine's lock is abandoned.
 
@@ -165,7 +252,8 @@ def lock(
         LockedError: somebody alive holds the lock (names the run, process and host).
         StorageError: the store cannot lock.
     """
-    held = _Acquisition(storage, join(path, LOCK), Owner.here(owner), on_wait, on_event, stale_s).run()
+    held = Lock(storage, join(path, LOCK), LockHolder.here(owner), on_wait, on_event, stale_s)
+    held.acquire()
     thread = threading.Thread(target=held.beat, args=(heartbeat_s,), name="lock-heartbeat", daemon=True)
     thread.start()
     try:
@@ -173,128 +261,34 @@ def lock(
     finally:
         held.release()
         thread.join()
-        # The last beat may have come after `release` deleted the file.
-        storage.delete(_beats(join(path, LOCK), held.owner))
+        # After the last beat: an earlier deletion could be undone by it.
+        storage.delete(_beats(join(path, LOCK), held.holder))
 
 
-class _Acquisition:
-    def __init__(
-        self,
-        storage: Storage,
-        path: str,
-        me: Owner,
-        on_wait: Callable[[str], None] | None,
-        on_event: Callable[[dict[str, Any]], None] | None,
-        stale_s: float,
-    ) -> None:
-        self.storage, self.path, self.me, self.stale_s = storage, path, me, stale_s
-        self.on_wait, self.on_event = on_wait, on_event
-        self._seen: dict[str, tuple[bytes, float]] = {}
-        self._reminded = float("-inf")
+def lock_holder(storage: Storage, path: str) -> tuple[LockHolder, float] | None:
+    """Who holds ``path/LOCK``, for display: nothing is taken over.
 
-    def run(self) -> HeldLock:
-        data = json.dumps(asdict(self.me)).encode()
-        while not self.storage.create(self.path, data):
-            found = _read(self.storage, self.path)
-            if found is None:
-                continue
-            alive = self._alive(found)
-            if alive is False:
-                self._take(found)
-                continue
-            if alive and self.on_wait is None:
-                where = self.storage.full(self.path)
-                raise LockedError(f"{where} is held by {found}; wait for it, stop it, or use another 'storage'")
-            self._remind(found)
-            time.sleep(_POLL_S)
-        return HeldLock(self.storage, self.path, self.me)
-
-    def _alive(self, found: Owner) -> bool | None:
-        if found.present is not None:
-            return found.present
-        beat, now = self._beat_of(found), time.monotonic()
-        before = self._seen.get(found.token)
-        if before is None or before[0] != beat:
-            self._seen[found.token] = beat, now
-            return True if before else None
-        return False if now - before[1] > self.stale_s else None
-
-    def _beat_of(self, found: Owner) -> bytes:
-        try:
-            return self.storage.read_bytes(_beats(self.path, found))
-        except MissingFileError:
-            return b""
-
-    def _take(self, stale: Owner) -> None:
-        # Only the creator of this claim may delete the lock with this token, which never comes back; so a
-        # slower rival cannot delete the lock that we are about to make.
-        claim = f"{self.path}-{stale.token}.claim"
-        if not self.storage.create(claim, json.dumps(asdict(self.me)).encode()):
-            rival = _read(self.storage, claim)
-            if rival is not None and self._alive(rival) is False:
-                self.storage.delete(claim)
-            time.sleep(_POLL_S)
-            return
-        try:
-            found = _read(self.storage, self.path)
-            if found is not None and found.token == stale.token:
-                self.storage.delete(self.path)
-                self.storage.delete(_beats(self.path, stale))
-                self._report(stale)
-        finally:
-            self.storage.delete(claim)
-
-    def _report(self, stale: Owner) -> None:
-        why = "its process is gone" if stale.present is False else f"no heartbeat for {self.stale_s:g} s"
-        _log.warning("took over the lock %s of %s: %s", self.path, stale, why)
-        if self.on_event:
-            event = {"event": "lock-taken-over", "lock": self.path, "from": str(stale), "by": str(self.me)}
-            self.on_event({**event, "reason": why})
-
-    def _remind(self, found: Owner) -> None:
-        now = time.monotonic()
-        if self.on_wait and now - self._reminded > _REMIND_S:
-            self._reminded = now
-            self.on_wait(f"waiting for {found}, which holds {self.storage.full(self.path)}")
+    Returns:
+        The holder and the seconds since its last sign of life, by this machine's clock and the store's; None if the
+        lock is free.
+    """
+    name = join(path, LOCK)
+    holder = _read(storage, name)
+    if holder is None:
+        return None
+    signs = [time_of for file in (name, _beats(name, holder)) if (time_of := storage.modified(file)) is not None]
+    return holder, max(0.0, time.time() - max(signs, default=time.time()))
 
 
-def _beats(path: str, owner: Owner) -> str:
-    return f"{path}-{owner.token}.beat"
+def _beats(path: str, holder: LockHolder) -> str:
+    return f"{path}-{holder.token}.beat"
 
 
-def _read(storage: Storage, path: str) -> Owner | None:
+def _read(storage: Storage, path: str) -> LockHolder | None:
     try:
-        return Owner(**storage.read_json(path))
+        return LockHolder(**storage.read_json(path))
     except MissingFileError:
         return None
     except TypeError as error:
         where = storage.full(path)
         raise StorageError(f"{where} is not a lock; delete it if no run is active") from error
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lock, as a bystander sees it.
-
-    Args:
-        owner: the process.
-        silent_s: seconds since its last sign of life, by this machine's clock and the store's.
-    """
-
-    owner: Owner
-    silent_s: float
-
-    @property
-    def gone(self) -> bool:
-        """Whether it stopped without a word. Of another machine's process only its silence is known."""
-        return not self.owner.present if self.owner.present is not None else self.silent_s > STALE_S
-
-
-def holder(storage: Storage, path: str) -> Holder | None:
-    """Who holds ``path/LOCK``, for display: nothing is taken over. None if it is free."""
-    name = join(path, LOCK)
-    found = _read(storage, name)
-    if found is None:
-        return None
-    signs = [time_of for file in (name, _beats(name, found)) if (time_of := storage.modified(file)) is not None]
-    return Holder(found, max(0.0, time.time() - max(signs, default=time.time())))

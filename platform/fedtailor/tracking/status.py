@@ -12,7 +12,7 @@ from typing import Any
 from fedtailor.storage.backends import MissingFileError
 from fedtailor.storage.digest import committed_stages
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import Holder, Owner, holder
+from fedtailor.storage.lock import STALE_S, LockHolder, lock_holder
 from fedtailor.storage.run_folder import RunFolder, run_ids
 from fedtailor.tracking.events import describe, name_of
 
@@ -82,14 +82,14 @@ class Status(State):
 def state_of(run: RunFolder) -> State:
     """State, and who drives the run."""
     try:
-        said = run.status()
+        stored = run.status()
     except MissingFileError:
-        said = {"state": "created", "message": "", "updated": "", "progress": {}}
-    held = holder(run.storage, run.run_id)
-    state, message = str(said["state"]), str(said["message"])
-    if state == "running" and (gone := _gone(said, held)):
+        stored = {"state": "created", "message": "", "updated": "", "progress": {}}
+    held = lock_holder(run.storage, run.run_id)
+    state, message = str(stored["state"]), str(stored["message"])
+    if state == "running" and (gone := _gone(stored, held)):
         state, message = DEAD, f"stopped without a word: {gone}; go on with: fedtailor resume {run.run_id}"
-    return State(run.run_id, state, message, str(said["updated"]), _holder(held))
+    return State(run.run_id, state, message, str(stored["updated"]), _holder(held))
 
 
 def all_states(storage: Storage) -> list[State]:
@@ -120,24 +120,27 @@ def status_of(run: RunFolder) -> Status:
     )
 
 
-def _gone(said: Mapping[str, Any], held: Holder | None) -> str | None:
-    """Who is gone, in words; None while somebody drives the run or may do so."""
+def _gone(stored: Mapping[str, Any], held: tuple[LockHolder, float] | None) -> str | None:
+    """Who is gone, as a clause; None while somebody drives the run or may do so."""
     if held is not None:
-        return f"process {held.owner.pid} on {held.owner.host} is gone" if held.gone else None
+        holder, silent_s = held
+        # Of another machine's process only its silence is known.
+        gone = silent_s > STALE_S if holder.present is None else not holder.present
+        return f"process {holder.pid} on {holder.host} is gone" if gone else None
     # Before it takes the lock and after it gave it back, a run is driven by the process that was started for it.
-    launcher = (said.get("progress") or {}).get("launcher")
-    owner = Owner(**launcher) if launcher else None
-    if owner is not None and owner.present is not None:
-        return None if owner.present else f"process {owner.pid} on {owner.host} is gone"
-    age = time.time() - datetime.fromisoformat(said["updated"]).astimezone(UTC).timestamp()
+    launcher = (stored.get("progress") or {}).get("launcher")
+    starter = LockHolder(**launcher) if launcher else None
+    if starter is not None and starter.present is not None:
+        return None if starter.present else f"process {starter.pid} on {starter.host} is gone"
+    age = time.time() - datetime.fromisoformat(stored["updated"]).astimezone(UTC).timestamp()
     return f"nobody has its lock, and its state is {age / 60:.0f} minutes old" if age > SILENT_S else None
 
 
-def _holder(held: Holder | None) -> dict[str, Any] | None:
+def _holder(held: tuple[LockHolder, float] | None) -> dict[str, Any] | None:
     if held is None:
         return None
-    owner = held.owner
-    return {"host": owner.host, "pid": owner.pid, "present": owner.present, "silent_s": round(held.silent_s, 1)}
+    holder, silent_s = held
+    return {"host": holder.host, "pid": holder.pid, "present": holder.present, "silent_s": round(silent_s, 1)}
 
 
 def _is(event: Mapping[str, Any], name: str) -> bool:
