@@ -29,7 +29,7 @@ from filelock import FileLock
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import staged_folder
 from fedtailor.core.messages import StageSpec
-from fedtailor.storage.backends import MissingFileError, explained
+from fedtailor.storage.backends import MissingFileError, storage_errors
 from fedtailor.storage.files import Storage, join, safe_path
 from fedtailor.storage.lock import lock
 
@@ -133,7 +133,7 @@ def fetch(storage: Storage, path: str) -> Path:
     files, target = read_manifest(storage, path), cache_folder(storage) / path
     if _intact(target, files):
         return target
-    with explained(f"filling the node's cache {target} (below ${VARIABLE})"), one_process(target):
+    with storage_errors(f"filling the node's cache {target} (below ${VARIABLE})"), one_process(target):
         if _intact(target, files):
             return target
         for _ in range(_TRIES):

@@ -36,7 +36,7 @@ class MissingFileError(StorageError):
 
 
 @contextmanager
-def explained(doing: str) -> Iterator[None]:
+def storage_errors(doing: str) -> Iterator[None]:
     """Turns operating system errors into sentences.
 
     Args:
@@ -59,7 +59,7 @@ def explained(doing: str) -> Iterator[None]:
         raise StorageError(f"{doing}: {reason}") from error
 
 
-def patiently(action: Callable[[], T]) -> T:
+def retry_local(action: Callable[[], T]) -> T:
     """Repeats an action that fails for a passing reason (busy, stale handle, timeout) for about a second."""
     for pause in _PAUSES:
         try:
@@ -85,8 +85,8 @@ def publish(full: str, data: bytes, rename: Callable[[str, str], None], durable:
     os.makedirs(folder, exist_ok=True)
     temp = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
     try:
-        patiently(lambda: _write(temp, data, durable))
-        patiently(lambda: rename(temp, full))
+        retry_local(lambda: _write(temp, data, durable))
+        retry_local(lambda: rename(temp, full))
     finally:
         Path(temp).unlink(missing_ok=True)
     if durable:
@@ -147,7 +147,7 @@ _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryErr
 _MISTAKES = (TailorError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError)
 
 
-def remotely(action: Callable[[], T]) -> T:
+def retry_remote(action: Callable[[], T]) -> T:
     """Does one thing on a store, up to ``len(PAUSES) + 1`` times.
 
     Args:
@@ -189,15 +189,15 @@ class RemoteFiles:
 
     def exists(self, full: str) -> bool:
         """Whether a file or folder is there."""
-        return remotely(lambda: self._kind(full) is not None)
+        return retry_remote(lambda: self._kind(full) is not None)
 
     def read(self, full: str) -> bytes:
         """Content of a file."""
-        return remotely(lambda: bytes(self._fresh().cat_file(full)))
+        return retry_remote(lambda: bytes(self._fresh().cat_file(full)))
 
     def write(self, full: str, data: bytes) -> None:
         """Replaces a file."""
-        remotely(lambda: self._put(full, data))
+        retry_remote(lambda: self._put(full, data))
 
     def create(self, full: str, data: bytes) -> None:
         """Writes a file that is not there.
@@ -214,7 +214,7 @@ class RemoteFiles:
         if "mode" not in signature(self._fs.pipe_file).parameters:
             raise StorageError(f"{self._url}: the store has no exclusive writes, so no run can be locked on it")
         try:
-            remotely(lambda: self._put(full, data, mode="create"))
+            retry_remote(lambda: self._put(full, data, mode="create"))
         except FileExistsError:
             if self._content(full) != data:
                 raise
@@ -223,7 +223,7 @@ class RemoteFiles:
 
     def download(self, full: str, target: Path) -> None:
         """Copies a file to a local one."""
-        remotely(lambda: self._fresh().get_file(full, str(target)))
+        retry_remote(lambda: self._fresh().get_file(full, str(target)))
 
     def upload(self, source: Path, full: str) -> None:
         """Copies a local file to the store."""
@@ -232,11 +232,11 @@ class RemoteFiles:
             self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
             self._fs.put_file(str(source), full)
 
-        remotely(put)
+        retry_remote(put)
 
     def names(self, full: str) -> set[str]:
         """Names in a folder."""
-        return {str(n).rstrip("/").rsplit("/", 1)[-1] for n in remotely(lambda: self._fresh().ls(full, detail=False))}
+        return {str(n).rstrip("/").rsplit("/", 1)[-1] for n in retry_remote(lambda: self._fresh().ls(full, detail=False))}
 
     def delete(self, full: str) -> None:
         """Deletes a file or tree; nothing happens if it is not there."""
@@ -249,26 +249,26 @@ class RemoteFiles:
                 elif kind is not None:
                     self._fs.rm(full, recursive=True)
 
-        remotely(rm)
+        retry_remote(rm)
 
     def move(self, old: str, new: str) -> None:
         """Moves a file or tree, file by file."""
-        for name in map(str, remotely(lambda: self._fresh().find(old))):
+        for name in map(str, retry_remote(lambda: self._fresh().find(old))):
             self.write(new + name[len(old) :], self.read(name))
         self.delete(old)
 
     def modified(self, full: str) -> float:
         """When a file was written last, by the store's clock, in seconds since 1970."""
-        return remotely(lambda: float(self._fresh().modified(full).timestamp()))
+        return retry_remote(lambda: float(self._fresh().modified(full).timestamp()))
 
     def size(self, full: str) -> int:
         """Bytes of a file or of all files in a folder."""
-        return remotely(lambda: int(self._fresh().du(full)))
+        return retry_remote(lambda: int(self._fresh().du(full)))
 
     def _check_exclusive(self, full: str, data: bytes) -> None:
         """Some servers know no conditions and ignore them: once per connection, a second write must fail."""
         try:
-            remotely(lambda: self._put(full, data, mode="create"))
+            retry_remote(lambda: self._put(full, data, mode="create"))
         except FileExistsError:
             self._exclusive = True
             return

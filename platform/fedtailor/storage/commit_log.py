@@ -13,7 +13,7 @@ from typing import Any
 from fedtailor.core.errors import StorageError
 from fedtailor.core.faults import point
 from fedtailor.storage import payloads
-from fedtailor.storage.backends import MissingFileError, explained
+from fedtailor.storage.backends import MissingFileError, storage_errors
 from fedtailor.storage.commit import (
     RECORD,
     Commit,
@@ -72,7 +72,7 @@ class CommitLog:
         previous = self._make_room(index)
         attempt = join(self._at(index), secrets.token_hex(6))
         try:
-            with explained(f"committing {self.storage.full(self._at(index))}"):
+            with storage_errors(f"committing {self.storage.full(self._at(index))}"):
                 point("commit:start")
                 refs = self._write(attempt, objects)
                 point("commit:objects-verified")
@@ -162,7 +162,7 @@ class CommitLog:
             raise StorageError(f"prune: keep must be at least 1, got {keep}")
         for index in self._rounds()[:-keep]:
             if index >= self._pruned_below:
-                with explained(f"pruning {self.storage.full(self._at(index))}"):
+                with storage_errors(f"pruning {self.storage.full(self._at(index))}"):
                     prune_round(load(self.storage, self.path, index), tuple(heavy))
                 self._pruned_below = index + 1
 

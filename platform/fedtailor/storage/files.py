@@ -19,15 +19,15 @@ from fedtailor.core.files import sync
 from fedtailor.storage.backends import (
     MissingFileError,
     RemoteFiles,
-    explained,
+    storage_errors,
     link_new,
     local_size,
-    patiently,
+    retry_local,
     publish,
 )
 from fedtailor.storage.provenance import scrub
 
-__all__ = ["MissingFileError", "Storage", "explained", "join", "safe_path"]
+__all__ = ["MissingFileError", "Storage", "storage_errors", "join", "safe_path"]
 
 Names = list[str]
 
@@ -100,7 +100,7 @@ class Storage:
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
         full = self.full(path)
-        with explained(f"looking for {full}"):
+        with storage_errors(f"looking for {full}"):
             return os.path.exists(full) if self.is_local else self._remote.exists(full)
 
     def read_bytes(self, path: str) -> bytes:
@@ -110,13 +110,13 @@ class Storage:
             MissingFileError: there is none.
         """
         full = self.full(path)
-        with explained(f"reading {full}"):
-            return patiently(Path(full).read_bytes) if self.is_local else self._remote.read(full)
+        with storage_errors(f"reading {full}"):
+            return retry_local(Path(full).read_bytes) if self.is_local else self._remote.read(full)
 
     def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
         """Replaces a file as a whole; afterwards it survives a power cut, unless ``durable`` is False."""
         full = self.full(path)
-        with explained(f"writing {full}"):
+        with storage_errors(f"writing {full}"):
             if self.is_local:
                 publish(full, data, os.replace, durable)
             else:
@@ -138,7 +138,7 @@ class Storage:
             before_visible()
             link_new(temp, name)
 
-        with explained(f"writing {full}"):
+        with storage_errors(f"writing {full}"):
             try:
                 if self.is_local:
                     publish(full, data, appear, durable=True)
@@ -152,7 +152,7 @@ class Storage:
     def write_new(self, path: str, data: bytes) -> None:
         """Writes a file under a name that nobody else uses; not durable before `flush`."""
         full = self.full(path)
-        with explained(f"writing {full}"):
+        with storage_errors(f"writing {full}"):
             if not self.is_local:
                 self._remote.write(full, data)
                 return
@@ -166,14 +166,14 @@ class Storage:
             return
         files = [self.full(path) for path in paths]
         folders = {str(parent) for file in files for parent in Path(file).parents if self._below_root(parent)}
-        with explained(f"writing {self._root}"), ThreadPoolExecutor(8) as pool:
+        with storage_errors(f"writing {self._root}"), ThreadPoolExecutor(8) as pool:
             list(pool.map(sync, files))
             list(pool.map(sync, sorted(folders, reverse=True)))
 
     def append(self, path: str, text: str) -> None:
         """Appends text to a file (on object stores by rewriting it)."""
         full = self.full(path)
-        with explained(f"writing {full}"):
+        with storage_errors(f"writing {full}"):
             if self.is_local:
                 os.makedirs(os.path.dirname(full), exist_ok=True)
                 with open(full, "ab", buffering=0) as file:
@@ -185,19 +185,19 @@ class Storage:
     def download(self, path: str, target: Path) -> None:
         """Copies a file to one outside of the storage, in pieces."""
         full = self.full(path)
-        with explained(f"copying {full} to {target}"):
+        with storage_errors(f"copying {full} to {target}"):
             self._remote.download(full, target)
 
     def upload(self, source: Path, path: str) -> None:
         """Copies a file into the storage, in pieces; whole at once on object stores only."""
         full = self.full(path)
-        with explained(f"copying {source} to {full}"):
+        with storage_errors(f"copying {source} to {full}"):
             self._remote.upload(source, full)
 
     def modified(self, path: str) -> float | None:
         """When a file was written last, by the store's clock, in seconds since 1970; None without a file."""
         full = self.full(path)
-        with explained(f"looking at {full}"):
+        with storage_errors(f"looking at {full}"):
             try:
                 return os.stat(full).st_mtime if self.is_local else self._remote.modified(full)
             except FileNotFoundError:
@@ -206,7 +206,7 @@ class Storage:
     def size(self, path: str) -> int:
         """Bytes of a file or of all files in a folder; 0 where there is nothing."""
         full = self.full(path)
-        with explained(f"looking at {full}"):
+        with storage_errors(f"looking at {full}"):
             try:
                 return local_size(full) if self.is_local else self._remote.size(full)
             except FileNotFoundError:
@@ -215,7 +215,7 @@ class Storage:
     def list(self, path: str = "") -> Names:
         """Names in a folder, sorted; empty if there is no such folder."""
         full = self.full(path)
-        with explained(f"listing {full}"):
+        with storage_errors(f"listing {full}"):
             try:
                 return sorted(os.listdir(full) if self.is_local else self._remote.names(full))
             except FileNotFoundError:
@@ -224,7 +224,7 @@ class Storage:
     def delete(self, path: str) -> None:
         """Deletes a file or a whole tree; nothing happens if it is not there."""
         full = self.full(path)
-        with explained(f"deleting {full}"):
+        with storage_errors(f"deleting {full}"):
             if not self.is_local:
                 self._remote.delete(full)
             elif os.path.isdir(full) and not os.path.islink(full):
@@ -235,10 +235,10 @@ class Storage:
     def move(self, source: str, target: str) -> None:
         """Moves a file or tree to a name that is not in use; atomic on local files only."""
         old, new = self.full(source), self.full(target)
-        with explained(f"moving {old} to {new}"):
+        with storage_errors(f"moving {old} to {new}"):
             if self.is_local:
                 os.makedirs(os.path.dirname(new), exist_ok=True)
-                patiently(lambda: os.rename(old, new))
+                retry_local(lambda: os.rename(old, new))
                 sync(os.path.dirname(new))
                 sync(os.path.dirname(old))
                 return
