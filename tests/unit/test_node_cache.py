@@ -12,10 +12,9 @@ import pytest
 from bucket_store import BucketFileSystem, reads
 
 from fedtailor.core.errors import StorageError
-from fedtailor.storage import backends as remote_files
+from fedtailor.storage import backends
 from fedtailor.storage.artifacts import MANIFEST, Artifacts, cache_folder, fetch, publish, published, read_manifest
-from fedtailor.storage.backends import MissingFileError
-from fedtailor.storage.files import Storage
+from fedtailor.storage.files import MissingFileError, Storage
 from fedtailor.storage.lock import lock
 
 PATH = "artifacts/model-1"
@@ -27,7 +26,7 @@ FORK = multiprocessing.get_context("fork")
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("FEDTAILOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BUCKET_LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(remote_files, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(backends, "PAUSES", (0.0, 0.0, 0.0))
     yield tmp_path / "log"
     BucketFileSystem.refused.clear()
     BucketFileSystem.lost.clear()

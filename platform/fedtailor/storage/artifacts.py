@@ -29,8 +29,7 @@ from filelock import FileLock
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import staged_folder
 from fedtailor.core.messages import StageSpec
-from fedtailor.storage.backends import MissingFileError, storage_errors
-from fedtailor.storage.files import Storage, join, safe_path
+from fedtailor.storage.files import MissingFileError, Storage, join, safe_path, storage_errors
 from fedtailor.storage.lock import lock
 
 MANIFEST = "FILES.json"

@@ -1,138 +1,26 @@
-"""Whole, durable files on a POSIX file system, and operating system errors in plain words.
+"""Where files are: a POSIX file system, or a store that fsspec knows; tried again while a failure may pass.
 
-Whole files on a store over the network, any that fsspec knows; calls are repeated while a failure may pass.
+`LocalFiles` and `RemoteFiles` have the same methods, which `fedtailor.storage.files.Storage` documents. Paths are
+full ones. They raise OSErrors; a failure that may pass has been tried again by then.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedtailor.core.errors import StorageError, TailorError
-from fedtailor.core.files import sync
+from fedtailor.core.files import link_new, retry_local, sync, write_whole
 
 T = TypeVar("T")
-
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
-
-_PASSING = {errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT}
-
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
-
-_PAUSES = (0.05, 0.2, 0.8)
-
-
-class MissingFileError(StorageError):
-    """A file that should be read is not there."""
-
-
-@contextmanager
-def storage_errors(doing: str) -> Iterator[None]:
-    """Turns operating system errors into sentences.
-
-    Args:
-        doing: what was tried, with the path: ``writing runs/a/status.json``.
-
-    Raises:
-        StorageError: for any OSError inside.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{doing}: the file is missing") from error
-    except OSError as error:
-        if error.errno in _FULL:
-            reason = "no space left on the device; nothing half-written is kept: free space and resume"
-        elif error.errno in _FORBIDDEN:
-            reason = f"not allowed ({error.strerror}); make the folder writable or choose another 'storage'"
-        else:
-            reason = f"{type(error).__name__}: {error}"
-        raise StorageError(f"{doing}: {reason}") from error
-
-
-def retry_local(action: Callable[[], T]) -> T:
-    """Repeats an action that fails for a passing reason (busy, stale handle, timeout) for about a second."""
-    for pause in _PAUSES:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno not in _PASSING:
-                raise
-            time.sleep(pause)
-    return action()
-
-
-def publish(full: str, data: bytes, rename: Callable[[str, str], None], durable: bool) -> None:
-    """Writes a temporary file beside ``full`` and gives it its name when it is whole.
-
-    Args:
-        full: path of the file; missing folders are made.
-        data: its content.
-        rename: (temporary path, ``full``): `os.replace`, or `link_new` for a file that must be new.
-        durable: fsync file and folders, so that it survives a power cut.
-    """
-    folder, name = os.path.split(full)
-    new_folders = [str(p) for p in (Path(folder), *Path(folder).parents) if not p.exists()]
-    os.makedirs(folder, exist_ok=True)
-    temp = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
-    try:
-        retry_local(lambda: _write(temp, data, durable))
-        retry_local(lambda: rename(temp, full))
-    finally:
-        Path(temp).unlink(missing_ok=True)
-    if durable:
-        for changed in (folder, *(os.path.dirname(path) for path in new_folders)):
-            sync(changed)
-
-
-def link_new(temp: str, full: str) -> None:
-    """Gives a temporary file its name; of several processes exactly one succeeds.
-
-    Raises:
-        FileExistsError: the name is taken.
-    """
-    try:
-        os.link(temp, full)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        if os.path.exists(full):
-            raise FileExistsError(full) from None
-        os.replace(temp, full)
-
-
-def _write(path: str, data: bytes, durable: bool) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-
-
-def local_size(path: str) -> int:
-    """Bytes of a file or tree; files that go while they are counted do not count.
-
-    Raises:
-        FileNotFoundError: there is nothing.
-    """
-    if not os.path.isdir(path):
-        return os.stat(path).st_size
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(folder, name)).st_size
-    return total
-
 
 PAUSES = (0.2, 0.8, 2.0)
 """Seconds before each further try; stores' own libraries often retry below that."""
@@ -175,8 +63,95 @@ def retry_remote(action: Callable[[], T]) -> T:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
+class LocalFiles:
+    """Files of a POSIX file system."""
+
+    def exists(self, full: str) -> bool:
+        """Whether a file or folder is there."""
+        return os.path.exists(full)
+
+    def read(self, full: str) -> bytes:
+        """Content of a file."""
+        return retry_local(Path(full).read_bytes)
+
+    def write(self, full: str, data: bytes, durable: bool = True) -> None:
+        """Replaces a file as a whole; with ``durable`` it survives a power cut."""
+        write_whole(full, data, os.replace, durable)
+
+    def create(self, full: str, data: bytes, before_visible: Callable[[], None]) -> None:
+        """Writes a file that is not there; of several processes exactly one succeeds."""
+
+        def appear(temp: str, name: str) -> None:
+            before_visible()
+            link_new(temp, name)
+
+        write_whole(full, data, appear)
+
+    def write_new(self, full: str, data: bytes) -> None:
+        """Writes a file under a name that nobody else uses; not durable before `flush`."""
+        os.makedirs(os.path.dirname(full), exist_ok=True)
+        with open(full, "xb") as file:
+            file.write(data)
+
+    def flush(self, files: Iterable[str], root: str) -> None:
+        """Makes files survive a power cut, and their folders below ``root``."""
+        files, top = list(files), Path(root)
+        folders = {str(p) for file in files for p in Path(file).parents if p == top or top in p.parents}
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(sync, files))
+            list(pool.map(sync, sorted(folders, reverse=True)))
+
+    def append(self, full: str, data: bytes) -> None:
+        """Appends to a file."""
+        os.makedirs(os.path.dirname(full), exist_ok=True)
+        with open(full, "ab", buffering=0) as file:
+            file.write(data)
+
+    def download(self, full: str, target: Path) -> None:
+        """Copies a file out of the storage."""
+        shutil.copyfile(full, target)
+
+    def upload(self, source: Path, full: str) -> None:
+        """Copies a file into the storage."""
+        os.makedirs(os.path.dirname(full), exist_ok=True)
+        shutil.copyfile(source, full)
+
+    def modified(self, full: str) -> float:
+        """When a file was written last, in seconds since 1970."""
+        return os.stat(full).st_mtime
+
+    def size(self, full: str) -> int:
+        """Bytes of a file or tree; files that go while they are counted do not count."""
+        if not os.path.isdir(full):
+            return os.stat(full).st_size
+        total = 0
+        for folder, _, names in os.walk(full):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
+        return total
+
+    def names(self, full: str) -> Iterable[str]:
+        """Names in a folder."""
+        return os.listdir(full)
+
+    def delete(self, full: str) -> None:
+        """Deletes a file or tree; nothing happens if it is not there."""
+        if os.path.isdir(full) and not os.path.islink(full):
+            shutil.rmtree(full)
+        else:
+            Path(full).unlink(missing_ok=True)
+
+    def move(self, old: str, new: str) -> None:
+        """Moves a file or tree, at once."""
+        os.makedirs(os.path.dirname(new), exist_ok=True)
+        retry_local(lambda: os.rename(old, new))
+        sync(os.path.dirname(new))
+        sync(os.path.dirname(old))
+
+
 class RemoteFiles:
-    """Files of one store, by the paths that its file system knows.
+    """Files of one store; on a store a write is durable and whole once it returns.
 
     Args:
         fs: fsspec file system; its listings are never trusted from memory.
@@ -195,21 +170,21 @@ class RemoteFiles:
         """Content of a file."""
         return retry_remote(lambda: bytes(self._fresh().cat_file(full)))
 
-    def write(self, full: str, data: bytes) -> None:
+    def write(self, full: str, data: bytes, durable: bool = True) -> None:
         """Replaces a file."""
         retry_remote(lambda: self._put(full, data))
 
-    def create(self, full: str, data: bytes) -> None:
+    def create(self, full: str, data: bytes, before_visible: Callable[[], None]) -> None:
         """Writes a file that is not there.
 
-        Args:
-            data: no two writers ever write the same; so a file that is there with it is ours, and what was lost
-                is the answer to an earlier try.
+        No two writers ever write the same ``data``; so a file that is there with it is ours, and what was lost is the
+        answer to an earlier try.
 
         Raises:
             FileExistsError: somebody else's is.
             StorageError: the store has no exclusive writes.
         """
+        before_visible()
         # Where `mode` is unknown it would be swallowed by **kwargs and the write would not be exclusive.
         if "mode" not in signature(self._fs.pipe_file).parameters:
             raise StorageError(f"{self._url}: the store has no exclusive writes, so no run can be locked on it")
@@ -220,6 +195,17 @@ class RemoteFiles:
                 raise
         if not self._exclusive:
             self._check_exclusive(full, data)
+
+    def write_new(self, full: str, data: bytes) -> None:
+        """Writes a file under a name that nobody else uses."""
+        self.write(full, data)
+
+    def flush(self, files: Iterable[str], root: str) -> None:
+        """Nothing: what is written is durable."""
+
+    def append(self, full: str, data: bytes) -> None:
+        """Appends to a file by rewriting it."""
+        self.write(full, (self._content(full) or b"") + data)
 
     def download(self, full: str, target: Path) -> None:
         """Copies a file to a local one."""
@@ -234,9 +220,11 @@ class RemoteFiles:
 
         retry_remote(put)
 
-    def names(self, full: str) -> set[str]:
+    def names(self, full: str) -> Iterable[str]:
         """Names in a folder."""
-        return {str(n).rstrip("/").rsplit("/", 1)[-1] for n in retry_remote(lambda: self._fresh().ls(full, detail=False))}
+        return {
+            str(n).rstrip("/").rsplit("/", 1)[-1] for n in retry_remote(lambda: self._fresh().ls(full, detail=False))
+        }
 
     def delete(self, full: str) -> None:
         """Deletes a file or tree; nothing happens if it is not there."""

@@ -18,8 +18,7 @@ import pyarrow as pa
 from fedtailor.core.errors import StorageError
 from fedtailor.core.faults import point
 from fedtailor.storage import payloads
-from fedtailor.storage.backends import MissingFileError
-from fedtailor.storage.files import Storage, join, safe_path
+from fedtailor.storage.files import MissingFileError, Storage, join, safe_path
 from fedtailor.storage.payloads import Array, canonical_json, sha256
 
 SCHEMA = 1

@@ -13,7 +13,6 @@ from typing import Any
 from fedtailor.core.errors import StorageError
 from fedtailor.core.faults import point
 from fedtailor.storage import payloads
-from fedtailor.storage.backends import MissingFileError, storage_errors
 from fedtailor.storage.commit import (
     RECORD,
     Commit,
@@ -26,7 +25,7 @@ from fedtailor.storage.commit import (
     quarantine,
     sweep,
 )
-from fedtailor.storage.files import Storage, join
+from fedtailor.storage.files import MissingFileError, Storage, join, storage_errors
 from fedtailor.storage.payloads import Payload
 
 __all__ = ["LATEST", "Commit", "CommitLog", "DamagedError", "Payload"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.files import sync
-from fedtailor.storage.backends import (
-    MissingFileError,
-    RemoteFiles,
-    storage_errors,
-    link_new,
-    local_size,
-    retry_local,
-    publish,
-)
+from fedtailor.storage.backends import LocalFiles, RemoteFiles
 from fedtailor.storage.provenance import scrub
-
-__all__ = ["MissingFileError", "Storage", "storage_errors", "join", "safe_path"]
 
 Names = list[str]
 
@@ -35,6 +24,38 @@ _PASSWORD = re.compile(r"://[^/@:]+:[^@]*@")
 
 # Parts without slash, backslash or control characters that are neither "." nor "..".
 _SAFE = re.compile(r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+(?:/(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+)*")
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class MissingFileError(StorageError):
+    """A file that should be read is not there."""
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turns operating system errors into sentences.
+
+    Args:
+        doing: what was tried, with the path: ``writing runs/a/status.json``.
+
+    Raises:
+        StorageError: for any OSError inside.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{doing}: the file is missing") from error
+    except OSError as error:
+        if error.errno in _FULL:
+            reason = "no space left on the device; nothing half-written is kept: free space and resume"
+        elif error.errno in _FORBIDDEN:
+            reason = f"not allowed ({error.strerror}); make the folder writable or choose another 'storage'"
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        raise StorageError(f"{doing}: {reason}") from error
 
 
 def safe_path(path: str) -> str:
@@ -76,7 +97,7 @@ class Storage:
             raise StorageError(f"'storage' = {self.url!r}: {error}") from error
         self._root = str(root).rstrip("/")
         self.is_local = isinstance(fs, LocalFileSystem)
-        self._remote = RemoteFiles(fs, self.url)
+        self._files = LocalFiles() if self.is_local else RemoteFiles(fs, self.url)
 
     @property
     def address(self) -> str:
@@ -99,9 +120,8 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
-        full = self.full(path)
-        with storage_errors(f"looking for {full}"):
-            return os.path.exists(full) if self.is_local else self._remote.exists(full)
+        with self._doing("looking for", path) as full:
+            return self._files.exists(full)
 
     def read_bytes(self, path: str) -> bytes:
         """Content of a file.
@@ -109,140 +129,93 @@ class Storage:
         Raises:
             MissingFileError: there is none.
         """
-        full = self.full(path)
-        with storage_errors(f"reading {full}"):
-            return retry_local(Path(full).read_bytes) if self.is_local else self._remote.read(full)
+        with self._doing("reading", path) as full:
+            return self._files.read(full)
 
     def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
         """Replaces a file as a whole; afterwards it survives a power cut, unless ``durable`` is False."""
-        full = self.full(path)
-        with storage_errors(f"writing {full}"):
-            if self.is_local:
-                publish(full, data, os.replace, durable)
-            else:
-                self._remote.write(full, data)
+        with self._doing("writing", path) as full:
+            self._files.write(full, data, durable)
 
     def create(self, path: str, data: bytes, before_visible: Callable[[], None] = lambda: None) -> bool:
         """Writes a file only if there is none; of several writers exactly one gets True.
 
         Args:
+            path: of the file.
             data: something that no other writer would write; it tells whose file it is.
             before_visible: called when the data is written and the name is not there yet.
 
         Raises:
             StorageError: also if the store has no exclusive writes.
         """
-        full = self.full(path)
-
-        def appear(temp: str, name: str) -> None:
-            before_visible()
-            link_new(temp, name)
-
-        with storage_errors(f"writing {full}"):
+        with self._doing("writing", path) as full:
             try:
-                if self.is_local:
-                    publish(full, data, appear, durable=True)
-                else:
-                    before_visible()
-                    self._remote.create(full, data)
+                self._files.create(full, data, before_visible)
             except FileExistsError:
                 return False
         return True
 
     def write_new(self, path: str, data: bytes) -> None:
         """Writes a file under a name that nobody else uses; not durable before `flush`."""
-        full = self.full(path)
-        with storage_errors(f"writing {full}"):
-            if not self.is_local:
-                self._remote.write(full, data)
-                return
-            os.makedirs(os.path.dirname(full), exist_ok=True)
-            with open(full, "xb") as file:
-                file.write(data)
+        with self._doing("writing", path) as full:
+            self._files.write_new(full, data)
 
     def flush(self, paths: Iterable[str]) -> None:
         """Makes files that were written with `write_new` survive a power cut, and the folders they are in."""
-        if not self.is_local:
-            return
-        files = [self.full(path) for path in paths]
-        folders = {str(parent) for file in files for parent in Path(file).parents if self._below_root(parent)}
-        with storage_errors(f"writing {self._root}"), ThreadPoolExecutor(8) as pool:
-            list(pool.map(sync, files))
-            list(pool.map(sync, sorted(folders, reverse=True)))
+        with self._doing("writing") as root:
+            self._files.flush([self.full(path) for path in paths], root)
 
     def append(self, path: str, text: str) -> None:
         """Appends text to a file (on object stores by rewriting it)."""
-        full = self.full(path)
-        with storage_errors(f"writing {full}"):
-            if self.is_local:
-                os.makedirs(os.path.dirname(full), exist_ok=True)
-                with open(full, "ab", buffering=0) as file:
-                    file.write(text.encode())
-            else:
-                old = self.read_bytes(path) if self.exists(path) else b""
-                self._remote.write(full, old + text.encode())
+        with self._doing("writing", path) as full:
+            self._files.append(full, text.encode())
 
     def download(self, path: str, target: Path) -> None:
         """Copies a file to one outside of the storage, in pieces."""
         full = self.full(path)
         with storage_errors(f"copying {full} to {target}"):
-            self._remote.download(full, target)
+            self._files.download(full, target)
 
     def upload(self, source: Path, path: str) -> None:
         """Copies a file into the storage, in pieces; whole at once on object stores only."""
         full = self.full(path)
         with storage_errors(f"copying {source} to {full}"):
-            self._remote.upload(source, full)
+            self._files.upload(source, full)
 
     def modified(self, path: str) -> float | None:
         """When a file was written last, by the store's clock, in seconds since 1970; None without a file."""
-        full = self.full(path)
-        with storage_errors(f"looking at {full}"):
+        with self._doing("looking at", path) as full:
             try:
-                return os.stat(full).st_mtime if self.is_local else self._remote.modified(full)
+                return self._files.modified(full)
             except FileNotFoundError:
                 return None
 
     def size(self, path: str) -> int:
         """Bytes of a file or of all files in a folder; 0 where there is nothing."""
-        full = self.full(path)
-        with storage_errors(f"looking at {full}"):
+        with self._doing("looking at", path) as full:
             try:
-                return local_size(full) if self.is_local else self._remote.size(full)
+                return self._files.size(full)
             except FileNotFoundError:
                 return 0
 
     def list(self, path: str = "") -> Names:
         """Names in a folder, sorted; empty if there is no such folder."""
-        full = self.full(path)
-        with storage_errors(f"listing {full}"):
+        with self._doing("listing", path) as full:
             try:
-                return sorted(os.listdir(full) if self.is_local else self._remote.names(full))
+                return sorted(self._files.names(full))
             except FileNotFoundError:
                 return []
 
     def delete(self, path: str) -> None:
         """Deletes a file or a whole tree; nothing happens if it is not there."""
-        full = self.full(path)
-        with storage_errors(f"deleting {full}"):
-            if not self.is_local:
-                self._remote.delete(full)
-            elif os.path.isdir(full) and not os.path.islink(full):
-                shutil.rmtree(full)
-            else:
-                Path(full).unlink(missing_ok=True)
+        with self._doing("deleting", path) as full:
+            self._files.delete(full)
 
     def move(self, source: str, target: str) -> None:
         """Moves a file or tree to a name that is not in use; atomic on local files only."""
         old, new = self.full(source), self.full(target)
         with storage_errors(f"moving {old} to {new}"):
-            if self.is_local:
-                os.makedirs(os.path.dirname(new), exist_ok=True)
-                retry_local(lambda: os.rename(old, new))
-                sync(os.path.dirname(new))
-                sync(os.path.dirname(old))
-                return
-            self._remote.move(old, new)
+            self._files.move(old, new)
 
     def read_json(self, path: str) -> Any:
         """Content of a JSON file.
@@ -261,5 +234,8 @@ class Storage:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         self.write_bytes(path, f"{text}\n".encode())
 
-    def _below_root(self, folder: Path) -> bool:
-        return folder == Path(self._root) or Path(self._root) in folder.parents
+    @contextmanager
+    def _doing(self, what: str, path: str = "") -> Iterator[str]:
+        full = self.full(path)
+        with storage_errors(f"{what} {full}"):
+            yield full

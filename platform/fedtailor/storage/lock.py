@@ -25,8 +25,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from fedtailor.core.errors import LockedError, StorageError
-from fedtailor.storage.backends import MissingFileError
-from fedtailor.storage.files import Storage, join
+from fedtailor.storage.files import MissingFileError, Storage, join
 
 LOCK = "LOCK"
 
