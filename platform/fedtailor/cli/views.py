@@ -77,7 +77,7 @@ def watch_run(console: Console, run: RunFolder, as_json: bool) -> int:
 def rendered(status: Status) -> RenderableType:
     """A run's state, its stages and the rest in a few lines."""
     rows = {
-        "running": _pace(status),
+        "running": _throughput(status),
         "recoveries": _recoveries(status),
         "rejected": ", ".join(f"{count} {kind}" for kind, count in sorted(status.rejected.items())),
         "driver": _driver(status.holder),
@@ -99,7 +99,7 @@ def _until_the_end(run: RunFolder, show: Show) -> int:
         time.sleep(max(REFRESH_S, _PAUSES * (time.monotonic() - began)))
 
 
-def _pace(status: Status) -> str:
+def _throughput(status: Status) -> str:
     if status.stage is None or status.clients_per_second is None:
         return ""
     return f"{status.stage}: {status.clients_per_second:.1f} clients/s, {eta_text(status.seconds_left)}"

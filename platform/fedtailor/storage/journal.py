@@ -112,10 +112,10 @@ class Journal:
 
 def stamp(entry: Mapping[str, Any], run_id: str, seq: int) -> dict[str, Any]:
     """The entry after time (UTC), number and run; what it says itself of these is kept."""
-    return {"time": now(), "seq": seq, "run": run_id, **entry}
+    return {"time": utc_now(), "seq": seq, "run": run_id, **entry}
 
 
-def now() -> str:
+def utc_now() -> str:
     """Time in UTC, with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 

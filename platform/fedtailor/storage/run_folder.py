@@ -17,7 +17,7 @@ from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray
 from fedtailor.storage import payloads, provenance, timings
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join
-from fedtailor.storage.journal import Journal, now
+from fedtailor.storage.journal import Journal, utc_now
 from fedtailor.storage.provenance import redact
 
 SCHEMA = 1
@@ -72,7 +72,7 @@ class RunFolder:
         run = cls(storage, _checked(run_id))
         tree = json.loads(payloads.canonical_json(redact(dict(config))))
         content = {
-            "schema": SCHEMA, "run_id": run_id, "created": now(), "config_hash": _hash(tree), "config": tree,
+            "schema": SCHEMA, "run_id": run_id, "created": utc_now(), "config_hash": _hash(tree), "config": tree,
             "overrides": redact(list(overrides)), "stages": [], "data": dict(data or {}),
             "versions": provenance.versions(), "git": provenance.source(), "hardware": provenance.hardware(),
         }  # fmt: skip
@@ -127,7 +127,7 @@ class RunFolder:
         """
         if state not in STATES:
             raise StorageError(f"status '{state}' is not one of {', '.join(STATES)}")
-        content = {"state": state, "message": message, "progress": dict(progress or {}), "updated": now()}
+        content = {"state": state, "message": message, "progress": dict(progress or {}), "updated": utc_now()}
         self.storage.write_json(join(self.run_id, "status.json"), redact(content))
 
     def status(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ class RunFolder:
         return found
 
     def _publish(self, content: Mapping[str, Any]) -> bool:
-        status = {"state": "running", "message": "", "progress": {}, "updated": now()}
+        status = {"state": "running", "message": "", "progress": {}, "updated": utc_now()}
         if not self.storage.is_local:
             return self._publish_remote(content, status)
         new = f".{self.run_id}.{secrets.token_hex(6)}.new"

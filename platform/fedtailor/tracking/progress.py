@@ -18,7 +18,7 @@ from rich.text import Text
 from fedtailor.core.errors import listed
 from fedtailor.storage.journal import stamp
 from fedtailor.tracking.events import Event, describe
-from fedtailor.tracking.throughput import Pace
+from fedtailor.tracking.throughput import Throughput
 
 LINE_EVERY_S = 10.0
 
@@ -94,26 +94,26 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self._console, self._notes = console, Notes()
-        self._pace: Pace | None = None
+        self._throughput: Throughput | None = None
         self._said = 0.0
 
     def __call__(self, event: Event) -> None:
         """Prints what a reader of a log wants to know."""
         self._notes.add(event)
-        pace, now = self._pace, time.monotonic()
+        throughput, now = self._throughput, time.monotonic()
         if event["kind"] == "stage":
-            self._pace = Pace.of(event, now) if event["state"] == "running" else None
-            if pace is not None and event["state"] == "done":
-                self._say(f"{_title(event)}  done in {pace.elapsed(now)}, {pace.rate(now)}")
+            self._throughput = Throughput.of(event, now) if event["state"] == "running" else None
+            if throughput is not None and event["state"] == "done":
+                self._say(f"{_title(event)}  done in {throughput.elapsed(now)}, {throughput.rate(now)}")
             elif event["state"] != "done":
                 self._say(f"{_title(event)}  {event['state']}")
             self._said = now
             return
-        if pace is not None and pace.hear(event) and event["kind"] == "progress":
+        if throughput is not None and throughput.count(event) and event["kind"] == "progress":
             if now - self._said >= LINE_EVERY_S:
                 self._said = now
-                counted = f"{event['done']}/{event['total']} {pace.unit}"
-                self._say(f"{event['stage']}  {counted}  {pace.rate(now)}  {pace.eta(now)}")
+                counted = f"{event['done']}/{event['total']} {throughput.unit}"
+                self._say(f"{event['stage']}  {counted}  {throughput.rate(now)}  {throughput.eta(now)}")
         elif event["kind"] not in ("warning", "segment", "progress"):
             self._say(describe(event))
 
@@ -130,7 +130,7 @@ class Bar:
 
     def __init__(self, console: Console) -> None:
         self._console, self._notes = console, Notes()
-        self._pace: Pace | None = None
+        self._throughput: Throughput | None = None
         self._task: TaskID | None = None
         self._bar = Progress(
             SpinnerColumn(),
@@ -163,27 +163,27 @@ class Bar:
         self._notes.show(self._console)
 
     def _stage(self, event: Event, now: float) -> None:
-        title, pace, state = _title(event), self._pace, event["state"]
+        title, throughput, state = _title(event), self._throughput, event["state"]
         if self._task is not None:
             self._bar.remove_task(self._task)
-            self._task, self._pace = None, None
-        if state == "done" and pace is not None:
-            text = f"{pace.elapsed(now)}  {pace.rate(now)}" if pace.done else "nothing was missing"
+            self._task, self._throughput = None, None
+        if state == "done" and throughput is not None:
+            text = f"{throughput.elapsed(now)}  {throughput.rate(now)}" if throughput.done else "nothing was missing"
             self._console.print(f"[green]✓[/] {escape(title)}  [dim]{text}[/]")
         elif state == "reused":
             self._console.print(f"[green]✓[/] {escape(title)}  [dim]already there[/]")
         elif state in ("running", "checking", "preparing"):
-            self._pace = Pace.of(event, now)
-            unit = self._pace.unit if state == "running" else ""
+            self._throughput = Throughput.of(event, now)
+            unit = self._throughput.unit if state == "running" else ""
             self._task = self._bar.add_task(escape(title), total=None, unit=unit, rate="", eta="")
 
     def _advance(self, event: Event, now: float) -> None:
-        pace = self._pace
-        if pace is None or self._task is None or not pace.hear(event):
+        throughput = self._throughput
+        if throughput is None or self._task is None or not throughput.count(event):
             return
-        self._bar.update(self._task, rate=pace.rate(now))
+        self._bar.update(self._task, rate=throughput.rate(now))
         if event["kind"] == "progress":
-            self._bar.update(self._task, completed=pace.done, total=pace.total, eta=pace.eta(now))
+            self._bar.update(self._task, completed=throughput.done, total=throughput.total, eta=throughput.eta(now))
 
 
 def reporter(console: Console, json_log: bool = False, run_id: str = "") -> Reporter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from fedtailor.storage.journal import now as time_of_day
+from fedtailor.storage.journal import utc_now
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.events import name_of
 
@@ -17,7 +17,7 @@ EVERY_S = 2.0
 
 
 @dataclass
-class Pace:
+class Throughput:
     """Speed of one stage, measured from when this process took it up.
 
     Args:
@@ -35,11 +35,11 @@ class Pace:
     """Segments that were lost and went out again."""
 
     @classmethod
-    def of(cls, event: Mapping[str, Any], now: float) -> Pace:
+    def of(cls, event: Mapping[str, Any], now: float) -> Throughput:
         """Of the stage that an event tells the start of."""
         return cls("chunks" if str(event["stage"]).startswith("personalise") else "rounds", now)
 
-    def hear(self, event: Mapping[str, Any]) -> bool:
+    def count(self, event: Mapping[str, Any]) -> bool:
         """Counts what an event adds; whether it was about progress."""
         name = name_of(event)
         if name == "segment":
@@ -96,28 +96,28 @@ class ProgressFile:
 
     def __init__(self, run: RunFolder) -> None:
         self._run, self._stage = run, ""
-        self._pace: Pace | None = None
+        self._throughput: Throughput | None = None
         self._written = float("-inf")
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Takes any event."""
         now = time.monotonic()
         if event["kind"] == "stage":
-            self._stage, self._pace = event["stage"], None
+            self._stage, self._throughput = event["stage"], None
             if event["state"] == "running":
-                self._pace = Pace.of(event, now)
-                self._write(self._pace, now)
-        elif self._pace is not None and self._pace.hear(event) and now - self._written >= EVERY_S:
-            self._write(self._pace, now)
+                self._throughput = Throughput.of(event, now)
+                self._write(self._throughput, now)
+        elif self._throughput is not None and self._throughput.count(event) and now - self._written >= EVERY_S:
+            self._write(self._throughput, now)
 
-    def _write(self, pace: Pace, now: float) -> None:
+    def _write(self, throughput: Throughput, now: float) -> None:
         self._written = now
-        left = pace.seconds_left(now)
+        left = throughput.seconds_left(now)
         self._run.set_progress(
             {
-                "stage": self._stage, "unit": pace.unit, "done": pace.done, "total": pace.total,
-                "clients": pace.clients, "elapsed_s": round(now - pace.started, 3),
-                "clients_per_second": round(pace.per_second(now), 3),
-                "seconds_left": None if left is None else round(left, 1), "updated": time_of_day(),
+                "stage": self._stage, "unit": throughput.unit, "done": throughput.done, "total": throughput.total,
+                "clients": throughput.clients, "elapsed_s": round(now - throughput.started, 3),
+                "clients_per_second": round(throughput.per_second(now), 3),
+                "seconds_left": None if left is None else round(left, 1), "updated": utc_now(),
             }
         )  # fmt: skip
