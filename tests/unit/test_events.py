@@ -110,12 +110,12 @@ def test_what_a_client_cost_is_kept_beside_its_seconds(tmp_path: Path) -> None:
 def test_a_reader_of_times_that_an_earlier_version_kept_finds_blanks(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    from fedtailor.storage import timings
+    from fedtailor.storage.round_store import TIMING_COLUMNS, timings_frame, timings_table
 
     old = pa.table({"stage": ["s"], "round": [0], "client": ["a"], "seconds": [1.5]})
-    new = timings.encoded("s", 1, {"a": 2.5}, {})
-    frame = timings.frame([old, new])
-    assert tuple(frame.columns) == timings.COLUMNS
+    new = timings_table("s", 1, {"a": 2.5}, {})
+    frame = timings_frame([old, new])
+    assert tuple(frame.columns) == TIMING_COLUMNS
     assert frame["seconds"].tolist() == [1.5, 2.5]
     assert frame["tokens"].isna().all()
 
@@ -165,7 +165,7 @@ def test_two_processes_may_write_in_turns(tmp_path: Path) -> None:
 def test_order_is_by_number_when_the_clock_jumps_back(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Journal(storage, "r", "events")
     for hour in (9, 8, 10):
-        monkeypatch.setattr(journal, "now", lambda hour=hour: f"2026-01-01T{hour:02d}:00:00+00:00")
+        monkeypatch.setattr(journal, "utc_now", lambda hour=hour: f"2026-01-01T{hour:02d}:00:00+00:00")
         kept.append({"kind": "note", "text": str(hour)})
     lines = kept.entries()
     assert [line["text"] for line in sorted(lines, key=lambda line: line["seq"])] == ["9", "8", "10"]

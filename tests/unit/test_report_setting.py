@@ -12,7 +12,7 @@ from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, metric_row
 from fedtailor.experiment.config import Experiment, ExperimentBase
 from fedtailor.report import cost, setting
 from fedtailor.report import scores as results
-from fedtailor.storage import timings
+from fedtailor.storage.round_store import timings_frame, timings_table
 
 
 def frame(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -119,14 +119,14 @@ def test_cost_tells_tokens_bytes_memory_and_repeats_and_blanks_where_a_run_did_n
         ClientCost(5, 60, 4_000_000, 2_000_000, 0, peak_rss=10**9, peak_gpu=0, attempt=0, host="h", pid=1),
         ClientCost(5, 40, 4_000_000, 0, 0, peak_rss=2 * 10**9, peak_gpu=0, attempt=1, host="h", pid=1),
     ]
-    new = timings.encoded("base/seed1", 0, {"a": 1.0, "b": 1.0}, dict(zip("ab", costs, strict=True)))
-    old = timings.encoded("personalise/lora/seed1", 0, {"a": 1.0}, {})
+    new = timings_table("base/seed1", 0, {"a": 1.0, "b": 1.0}, dict(zip("ab", costs, strict=True)))
+    old = timings_table("personalise/lora/seed1", 0, {"a": 1.0}, {})
     events = [
         {"kind": "stage", "stage": stage["key"], "state": state, "time": f"2026-01-01T00:00:{second:02d}+00:00"}
         for stage in stages
         for state, second in (("running", 0), ("done", 4))
     ]
-    first, second = cost.cost(stages, timings.frame([new, old]), events).to_dict("records")
+    first, second = cost.cost(stages, timings_frame([new, old]), events).to_dict("records")
     assert (first["tokens_per_second"], first["mb_down"], first["mb_up"]) == (25.0, 4.0, 1.0)
     assert (first["peak_rss_mb"], first["peak_gpu_mb"], first["repeated"]) == (2000.0, 0.0, 1.0)
     assert all(pd.isna(second[name]) for name in cost.COLUMNS[-6:])

@@ -13,11 +13,11 @@ import pytest
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import METRIC_COLUMNS, metric_row
-from fedtailor.storage import timings
 from fedtailor.storage.commit import DamagedError
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage
 from fedtailor.storage.provenance import redact
+from fedtailor.storage.round_store import TIMING_COLUMNS
 from fedtailor.storage.run_folder import RunFolder, run_ids
 
 CONFIG: dict[str, Any] = {
@@ -193,7 +193,7 @@ def test_the_status_is_one_of_four(storage: Storage) -> None:
 
 def test_timings_are_kept_per_client(storage: Storage) -> None:
     run = RunFolder.create(storage, "r", CONFIG)
-    assert tuple(run.timings().columns) == timings.COLUMNS
+    assert tuple(run.timings().columns) == TIMING_COLUMNS
     run.timing("base/seed42", 0, {"a": 0.5, "b": 1.5})
     run.timing("base/seed42", 1, {"a": 0.25})
     run.timing("base/seed42", 2, {})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedtailor.storage.timings import COLUMNS as TIMES
+from fedtailor.storage.round_store import TIMING_COLUMNS
 
 COLUMNS = (
     "stage", "seeds", "clients", "client_seconds", "wall_seconds", "clients_per_second", "seconds_per_client",
@@ -38,10 +38,10 @@ def cost(stages: Sequence[Mapping[str, Any]], times: pd.DataFrame, events: Seque
 
     Args:
         stages: of run.json, each with a key such as ``strategy/fedl2p/r8/seed42``.
-        times: `storage.timings.COLUMNS`, or of them stage, round, client and seconds only.
+        times: `TIMING_COLUMNS`, or of them stage, round, client and seconds only.
         events: lines of events.jsonl.
     """
-    walls, times = _walls(events), times.reindex(columns=list(TIMES))
+    walls, times = _walls(events), times.reindex(columns=list(TIMING_COLUMNS))
     keys = list(dict.fromkeys(str(stage["key"]) for stage in stages)) or list(dict.fromkeys(times["stage"]))
     rows = []
     for name in dict.fromkeys(_without_seed(key) for key in keys):

@@ -1,53 +1,104 @@
-"""Rounds and metric tables in a commit log.
+"""The rounds of a stage in its commit log, and the tables of a run: metrics, answers, costs of clients.
 
-Rounds kept in a commit log: `federated.rounds.RoundLog` on top of `CommitLog`.
-
-Answers of a generation run beside their questions and references, as a table of each chunk's commit.
-
-They are kept to be read and judged (`personalise.save_predictions`) and stand outside of the digest, which the metrics
-made of them enter: a run is the same run whether or not its answers are kept.
+`CommittedRounds` is `federated.rounds.RoundLog` on top of `CommitLog`. Answers (`personalise.save_predictions`) are
+kept to be read and judged, costs to be counted; both stand outside of the digest, so a run is the same without them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from math import isfinite
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.messages import METRIC_COLUMNS, FloatArray, Row
+from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray, Row
 from fedtailor.core.scope import ParamSpec
 from fedtailor.federated.rounds import RoundOutcome, RoundState
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.payloads import Payload
 
-SHARED, SERVER, PRIVATE, METRICS = (
-    "global/shared.safetensors",
-    "server/state.safetensors",
-    "clients/private.safetensors",
-    "metrics.parquet",
-)
+SHARED, SERVER, PRIVATE = "global/shared.safetensors", "server/state.safetensors", "clients/private.safetensors"
+
+METRICS, PREDICTIONS = "metrics.parquet", "predictions.parquet"
 
 HEAVY = ("global/", "server/")
+"""Beginnings of the objects that old rounds lose."""
 
-_TYPES = {
-    "seed": pa.int64(),
-    "round": pa.int64(),
-    "budget": pa.int64(),
-    "value": pa.float64(),
-    "weight": pa.float64(),
-}
+_INTEGERS, _FLOATS = ("seed", "round", "budget"), ("value", "weight")
 
-SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in METRIC_COLUMNS])
+METRIC_SCHEMA = pa.schema(
+    (name, pa.int64() if name in _INTEGERS else pa.float64() if name in _FLOATS else pa.string())
+    for name in METRIC_COLUMNS
+)
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        ("client", pa.string()),
+        ("language", pa.string()),
+        ("budget", pa.int64()),
+        ("method", pa.string()),
+        ("row", pa.int64()),
+        ("prompt", pa.string()),
+        ("reference", pa.string()),
+        ("prediction", pa.string()),
+    ]
+)
+"""``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
+client's test examples; ``prompt`` the instruction without its template."""
+
+TIMING_COLUMNS: tuple[str, ...] = ("stage", "round", "client", "seconds", *(field.name for field in fields(ClientCost)))
+"""``round``: the round or chunk. ``seconds``: wall time of a worker, a group's time shared equally. Then the fields
+of `ClientCost`; unknown in runs that kept seconds only."""
+
+_TEXTS = ("stage", "client", "host")
+
+TIMING_SCHEMA = pa.schema(
+    (name, pa.string() if name in _TEXTS else pa.float64() if name == "seconds" else pa.int64())
+    for name in TIMING_COLUMNS
+)
 
 
 def metrics_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Metric rows as an Arrow table of METRIC_COLUMNS."""
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=METRIC_SCHEMA)
+
+
+def predictions_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows of PREDICTION_SCHEMA as an Arrow table, in the order given: clients, budgets, examples."""
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=PREDICTION_SCHEMA)
+
+
+def timings_table(stage: str, index: int, seconds: Mapping[str, float], costs: Mapping[str, ClientCost]) -> pa.Table:
+    """`TIMING_SCHEMA` with a row per client of ``seconds``; null what ``costs`` does not say."""
+    rows = [
+        {"stage": stage, "round": index, "client": client, "seconds": float(value)}
+        | (asdict(costs[client]) if client in costs else {})
+        for client, value in seconds.items()
+    ]
+    return pa.Table.from_pylist(rows, TIMING_SCHEMA)
+
+
+def timings_frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
+    """All rows with `TIMING_COLUMNS`; NaN in columns that a table does not have."""
+    frame: pd.DataFrame = TIMING_SCHEMA.empty_table().to_pandas()
+    if tables:
+        frame = pa.concat_tables(map(_completed, tables)).to_pandas()
+    return frame
+
+
+def _completed(table: pa.Table) -> pa.Table:
+    columns = [
+        table.column(field.name).cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in TIMING_SCHEMA
+    ]
+    return pa.Table.from_arrays(columns, schema=TIMING_SCHEMA)
 
 
 def named(specs: Sequence[ParamSpec], flat: Row) -> dict[str, Row]:
@@ -140,26 +191,3 @@ class CommittedRounds:
             }
         self._log.commit(state.round - 1, objects, record)
         self._log.prune(self._keep, HEAVY)
-
-
-PREDICTIONS = "predictions.parquet"
-
-PREDICTION_SCHEMA = pa.schema(
-    [
-        ("client", pa.string()),
-        ("language", pa.string()),
-        ("budget", pa.int64()),
-        ("method", pa.string()),
-        ("row", pa.int64()),
-        ("prompt", pa.string()),
-        ("reference", pa.string()),
-        ("prediction", pa.string()),
-    ]
-)
-"""``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
-client's test examples; ``prompt`` the instruction without its template."""
-
-
-def predictions_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Rows of SCHEMA as an Arrow table, in the order given: clients, budgets, examples."""
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=PREDICTION_SCHEMA)

@@ -14,11 +14,12 @@ import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray
-from fedtailor.storage import payloads, provenance, timings
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.journal import Journal, utc_now
-from fedtailor.storage.provenance import redact
+from fedtailor.storage.payloads import TABLE, canonical_json, encode, read_table, sha256
+from fedtailor.storage.provenance import hardware, redact, source, versions
+from fedtailor.storage.round_store import METRICS, timings_frame, timings_table
 
 SCHEMA = 1
 
@@ -26,7 +27,7 @@ STATES = ("running", "complete", "failed", "interrupted")
 
 State = Literal["running", "complete", "failed", "interrupted"]
 
-METRICS, STRATEGIES, LAMBDA = "metrics.parquet", "strategies.safetensors", "lambda/"
+STRATEGIES, LAMBDA = "strategies.safetensors", "lambda/"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -70,11 +71,11 @@ class RunFolder:
             StorageError: a bad run id, or one that belongs to another configuration (names the keys).
         """
         run = cls(storage, _checked(run_id))
-        tree = json.loads(payloads.canonical_json(redact(dict(config))))
+        tree = json.loads(canonical_json(redact(dict(config))))
         content = {
             "schema": SCHEMA, "run_id": run_id, "created": utc_now(), "config_hash": _hash(tree), "config": tree,
             "overrides": redact(list(overrides)), "stages": [], "data": dict(data or {}),
-            "versions": provenance.versions(), "git": provenance.source(), "hardware": provenance.hardware(),
+            "versions": versions(), "git": source(), "hardware": hardware(),
         }  # fmt: skip
         mark = run_id if storage.is_local else join(run_id, "run.json")
         if storage.exists(mark) or not run._publish(content):
@@ -160,15 +161,15 @@ class RunFolder:
         """Keeps what the clients of a round or chunk cost, wall seconds first; outside of commits and digest."""
         if not seconds:
             return
-        table = timings.encoded(stage, index, seconds, costs or {})
-        name, data = payloads.encode(f"{stage.replace('/', '-')}-{index:06d}", table)
+        table = timings_table(stage, index, seconds, costs or {})
+        name, data = encode(f"{stage.replace('/', '-')}-{index:06d}", table)
         self.storage.write_bytes(join(self.run_id, "timings", name), data, durable=False)
 
     def timings(self) -> pd.DataFrame:
-        """What every client cost, `storage.timings.COLUMNS`; NaN where an earlier version did not note it."""
+        """What every client cost, `round_store.TIMING_COLUMNS`; NaN where an earlier version did not note it."""
         folder = join(self.run_id, "timings")
-        names = [name for name in self.storage.list(folder) if name.endswith(payloads.TABLE)]
-        return timings.frame([payloads.read_table(name, self.storage.read_bytes(join(folder, name))) for name in names])
+        names = [name for name in self.storage.list(folder) if name.endswith(TABLE)]
+        return timings_frame([read_table(name, self.storage.read_bytes(join(folder, name))) for name in names])
 
     def set_progress(self, progress: Mapping[str, Any]) -> None:
         """Replaces ``progress.json``, how fast the running stage goes, see `tracking.throughput`; never relied on."""
@@ -275,7 +276,7 @@ def _checked(run_id: str) -> str:
 
 
 def _hash(tree: Any) -> str:
-    return payloads.sha256(payloads.canonical_json(tree))
+    return sha256(canonical_json(tree))
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
