@@ -1,6 +1,6 @@
-"""Joining a Ray cluster that others started: in seconds, or refused in seconds and in plain words.
+"""Joining a Ray cluster that others started, and the token that its processes show each other.
 
-The token that Ray's processes show each other: one for a local cluster, and words for one that is refused.
+A cluster is joined in seconds, or refused in seconds with the reason. A local cluster gets a token of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,16 @@ from fedtailor.core.errors import PlacementError
 from fedtailor.core.outside import packages
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+KNOCK_S = 5.0
+
+PACKAGES = ("fedtailor", "actors", "tune_spaces")
+
+CLIENT = "ray://"
+
+_HEAD_CALL, _CLIENT_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive", "/ray.rpc.RayletDriver/KVExists"
+
+_PORTS = "host:port is the head's port (6379), ray://host:port the client server's (10001)"
 
 
 def provide_token() -> None:
@@ -102,17 +112,6 @@ def _publish(path: Path, token: str) -> None:
 def _first(error: AuthenticationError) -> str:
     """Ray's message without its advice."""
     return str(error).partition(". ")[0].rstrip(".")
-
-
-KNOCK_S = 5.0
-
-PACKAGES = ("fedtailor", "actors", "tune_spaces")
-
-CLIENT = "ray://"
-
-_HEAD_CALL, _CLIENT_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive", "/ray.rpc.RayletDriver/KVExists"
-
-_PORTS = "host:port is the head's port (6379), ray://host:port the client server's (10001)"
 
 
 def join(address: str) -> None:

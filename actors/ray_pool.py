@@ -1,8 +1,6 @@
-"""Segments on actors, lost ones retried.
+"""The pool that runs segments on Ray actors, lost ones retried; equal to `SerialPool` byte for byte in ``pool`` mode.
 
-The pool that runs segments on Ray actors; equal to `SerialPool` byte for byte in ``pool`` mode.
-
-Segments as single-client jobs and back, for the mode with one actor per client.
+In ``per_client`` mode segments are split into single-client jobs and their results merged here.
 """
 
 from __future__ import annotations
@@ -27,6 +25,12 @@ from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.pool import Meanwhile, OnEvent, OnResult, nothing
+
+WORKER = "fedtailor.worker.worker:Worker"
+
+MERGE = "fedtailor.worker.worker:merge_results"
+
+Accepted = Callable[[int, SegmentResult], None]
 
 
 def split_by_client(job: SegmentJob) -> list[SegmentJob]:
@@ -77,13 +81,6 @@ class PerClientSplit:
     def results(self) -> list[SegmentResult]:
         """The joined results in job order."""
         return [result for result in self._merged if result is not None]
-
-
-WORKER = "fedtailor.worker.worker:Worker"
-
-MERGE = "fedtailor.worker.worker:merge_results"
-
-Accepted = Callable[[int, SegmentResult], None]
 
 
 class RayPool:

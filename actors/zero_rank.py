@@ -1,8 +1,7 @@
-"""One of them, and their process group.
+"""One process of a group that holds a model together, and how the group finds and sums itself.
 
-One process of a group that holds a model together.
-
-A group of processes over torch.distributed: NCCL between GPUs, gloo between CPUs.
+`ZeroRank` is the actor; `ProcessGroup` its place in torch.distributed's default group: NCCL between GPUs, gloo between
+CPUs. `actors.zero_group.ZeroGroup` leads them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""What a search is and what decides it.
+"""A published search (a method, the values that were tried) and the objective that decides it.
 
-What a published search is: a method, the values that were tried, and what decided.
-
-What a trial is judged by: one number from the committed metrics of its personalised clients.
+An objective is one number from the committed metrics of a trial's personalised clients.
 """
 
 from __future__ import annotations

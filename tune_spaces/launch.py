@@ -1,9 +1,4 @@
-"""Fedtailor sweep, its tables.
-
-``fedtailor sweep``: a published grid as runs that share one base, with a table, a preset and a figure at the end.
-
-How a sweep looks in a terminal.
-"""
+"""``fedtailor sweep``: a published grid as runs that share one base, with tables, a preset and a figure at the end."""
 
 from __future__ import annotations
 

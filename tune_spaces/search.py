@@ -1,8 +1,6 @@
-"""Ray Tune over the grid; signals.
+"""Ray Tune over the grid: one placement group per trial, taken up again where it was left.
 
-The search itself: Ray Tune over the grid, one placement group per trial, taken up again where it was left.
-
-Ctrl-C and SIGTERM while Tune searches: it writes its state and ends; a second signal ends at once.
+At Ctrl-C or SIGTERM Tune writes its state and ends; a second signal ends at once.
 """
 
 from __future__ import annotations
@@ -45,6 +43,14 @@ _ENVIRONMENT: Final = {
 }
 
 Listener = Callable[[str, Any, Mapping[str, Any]], None]
+
+_OURS = (signal.SIGINT, signal.SIGTERM)
+
+_TUNES = signal.SIGUSR1
+"""What Tune takes for the wish to end in order, however it is configured."""
+
+_listener: Listener | None = None
+"""Tune pickles its callbacks and reads them back when it restores, so the callback can hold no console."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +194,6 @@ class _Teller:
         self._show({"kind": "trial", "run": self._plan.run_id(number), "what": what, "text": text})
 
 
-_listener: Listener | None = None
-"""Tune pickles its callbacks and reads them back when it restores, so the callback can hold no console."""
-
-
 @contextmanager
 def _listening(listener: Listener) -> Iterator[None]:
     global _listener
@@ -224,12 +226,6 @@ class _Callback(tune.Callback):
 def _say(what: str, trial: Any, result: Mapping[str, Any] | None = None) -> None:
     if _listener is not None:
         _listener(what, trial, result or trial.last_result or {})
-
-
-_OURS = (signal.SIGINT, signal.SIGTERM)
-
-_TUNES = signal.SIGUSR1
-"""What Tune takes for the wish to end in order, however it is configured."""
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""The words that every room speaks: errors, seeds, scopes, records that travel, the base of all configuration."""
+"""What every room builds on: errors, seeds, scopes, records that travel, the base of all configuration."""

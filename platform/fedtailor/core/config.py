@@ -19,6 +19,11 @@ from yaml import YAMLError
 
 from fedtailor.core.errors import ConfigError, nearest
 
+C = TypeVar("C", bound="Config")
+
+_MOST_HINTS = 3
+"""Keys of one name that are worth naming."""
+
 
 class Config(BaseModel):
     """Base of every node: frozen, unknown keys are errors, defaults are validated too."""
@@ -50,12 +55,6 @@ def _is_number(annotation: Any) -> bool:
     if get_origin(annotation) in (Union, types.UnionType):
         return all(_is_number(part) for part in get_args(annotation) if part is not type(None))
     return annotation in (int, float)
-
-
-C = TypeVar("C", bound=Config)
-
-_MOST_HINTS = 3
-"""Keys of one name that are worth naming."""
 
 
 def merge_layers(layers: Sequence[Mapping[str, Any]], overrides: Sequence[str] = ()) -> dict[str, Any]:

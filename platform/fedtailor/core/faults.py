@@ -56,6 +56,9 @@ UNKNOWN_CLIENT = "nobody/asked/00"
 
 _HOG_STEP_MB = 64
 
+_passes: Counter[str] = Counter()
+"""Commit points that this process has passed."""
+
 
 class WorkerFault(Config):
     """What a worker does wrong, and where."""
@@ -156,9 +159,6 @@ def _worker_fault(text: str) -> WorkerFault:
     if len({"kind", *values}) <= len(pairs) or not all(values.values()):
         raise ConfigError("write every key at most once, as key=value")
     return validate(WorkerFault, {"kind": kind, **values})
-
-
-_passes: Counter[str] = Counter()
 
 
 def point(name: str) -> None:

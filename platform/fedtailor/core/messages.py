@@ -13,6 +13,15 @@ from fedtailor.core.scope import ParamSpec
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
+Row = npt.NDArray[np.float32]
+
+METRIC_COLUMNS: tuple[str, ...] = (
+    "stage", "method", "seed", "round", "pool", "language", "client", "budget", "module", "metric", "value", "weight",
+)  # fmt: skip
+"""One row per measured number. ``stage`` is base | strategy | personalise; ``round`` the round or chunk;
+``budget`` -1 and strings "" where they do not apply; ``value`` float64; ``weight`` the number of examples
+behind it. Every column is deterministic: times and hosts live elsewhere."""
+
 
 @dataclass(frozen=True)
 class StageSpec:
@@ -171,14 +180,6 @@ class SegmentResult:
     host: dict[str, Any] = field(default_factory=dict)
 
 
-METRIC_COLUMNS: tuple[str, ...] = (
-    "stage", "method", "seed", "round", "pool", "language", "client", "budget", "module", "metric", "value", "weight",
-)  # fmt: skip
-"""One row per measured number. ``stage`` is base | strategy | personalise; ``round`` the round or chunk;
-``budget`` -1 and strings "" where they do not apply; ``value`` float64; ``weight`` the number of examples
-behind it. Every column is deterministic: times and hosts live elsewhere."""
-
-
 def metric_row(**values: Any) -> dict[str, Any]:
     """A row of METRIC_COLUMNS with the blanks filled in."""
     row: dict[str, Any] = {
@@ -189,9 +190,6 @@ def metric_row(**values: Any) -> dict[str, Any]:
     if unknown:
         raise KeyError(f"not metric columns: {sorted(unknown)}")
     return row | values
-
-
-Row = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Who owns a parameter and how long it lives.
+"""Who owns a parameter and how long it lives; several processes that own one model together.
 
-Ownership: every parameter has exactly one scope, and the platform moves state by it alone.
-
-Several processes that hold one model together and train one client: what the maths needs to know of them.
+Every parameter has exactly one scope, and the platform moves state by it alone. `Ranks` is what the maths needs to
+know of the processes that hold a model together and train one client.
 """
 
 from __future__ import annotations

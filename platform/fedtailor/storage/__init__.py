@@ -1,1 +1,1 @@
-"""Files, locks, commits, artifacts, run folders, digest."""
+"""Files, locks, commits, artifacts and run folders, local or on an object store; the digest of a run."""

@@ -1,12 +1,8 @@
-"""Folders made once and published whole; this node's copies.
+"""Artifacts: whole folders by name, made once per storage by one run, fetched and verified once per node.
 
-Folders below ``artifacts/`` of a storage: made on this node, then published as a whole.
-
-``FILES.json``: the files of a published folder and their hashes. Written last, it is the mark that all are there.
-
-Folders of a local storage have none: they appear by one rename.
-
-A node's own copies of what a storage holds: downloaded once per node, verified, shared by its processes.
+Below ``artifacts/`` of a local storage a folder appears by one rename. On a store it is uploaded from this node's
+cache, and ``FILES.json`` (its files with their hashes), written last, says that all are there. `fetch` downloads such a
+folder once per node and verifies it; all processes of the node share the copy.
 """
 
 from __future__ import annotations
@@ -32,10 +28,25 @@ from fedtailor.core.messages import StageSpec
 from fedtailor.storage.files import MissingFileError, Storage, join, safe_path, storage_errors
 from fedtailor.storage.lock import lock
 
-MANIFEST = "FILES.json"
+ARTIFACTS, MANIFEST = "artifacts", "FILES.json"
+
+VARIABLE = "FEDTAILOR_CACHE"
+"""Environment variable: this node's folder for copies."""
 
 Files = Mapping[str, str]
 """Path below the folder, with ``/``, to the sha256 of the content."""
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+Make = Callable[[Path], None]
+"""Fills the empty folder that it is given."""
+
+_AT_ONCE, _TRIES = 4, 2
+
+_log = logging.getLogger(__name__)
+
+_verified: dict[Path, tuple[Files, Stamp]] = {}
+"""What this process has hashed: not again while sizes, times and inodes stay."""
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -45,15 +56,15 @@ def describe(folder: Path) -> dict[str, str]:
 
 
 def difference(folder: Path, files: Files) -> str | None:
-    """What is wrong with a local copy, in words that name the file; None if it is whole."""
-    found = describe(folder) if folder.is_dir() else {}
-    for name in sorted({*files, *found}):
-        if name not in found:
+    """What is wrong with a local copy, as a clause that names the file; None if it is whole."""
+    present = describe(folder) if folder.is_dir() else {}
+    for name in sorted({*files, *present}):
+        if name not in present:
             return f"{name} is missing"
         if name not in files:
             return f"{name} does not belong there"
-        if found[name] != files[name]:
-            return f"{name} has sha256 {found[name][:12]}..., its manifest says {files[name][:12]}..."
+        if present[name] != files[name]:
+            return f"{name} has sha256 {present[name][:12]}..., its manifest says {files[name][:12]}..."
     return None
 
 
@@ -96,16 +107,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-VARIABLE = "FEDTAILOR_CACHE"
-
-_AT_ONCE, _TRIES = 4, 2
-
-Stamp = tuple[tuple[str, int, int, int], ...]
-
-_verified: dict[Path, tuple[Files, Stamp]] = {}
-"""What this process has hashed: not again while sizes, times and inodes stay."""
-
-
 def cache_folder(storage: Storage) -> Path:
     """This node's folder for a storage: below ``$FEDTAILOR_CACHE``, else ``~/.cache/fedtailor``."""
     root = os.environ.get(VARIABLE)
@@ -136,9 +137,11 @@ def fetch(storage: Storage, path: str) -> Path:
         if _intact(target, files):
             return target
         for _ in range(_TRIES):
-            wrong = _download(storage, path, files, target)
-            if wrong is None:
+            try:
+                _download(storage, path, files, target)
                 return target
+            except _WrongCopyError as error:
+                wrong = error
     raise StorageError(f"{storage.full(path)} is damaged in {storage.url}: {wrong}; delete the folder to make it anew")
 
 
@@ -189,23 +192,23 @@ def _features(storage: Storage, spec: StageSpec) -> Path:
     return cache_folder(storage) / f"{spec.cache_dir}-{hashlib.sha256(model.encode()).hexdigest()[:16]}"
 
 
-def _download(storage: Storage, path: str, files: Files, target: Path) -> str | None:
-    """Replaces the copy as a whole; returns what is wrong with the files that came, and then changes nothing."""
+def _download(storage: Storage, path: str, files: Files, target: Path) -> None:
+    """Replaces the copy as a whole.
 
-    def one(name: str, stage: Path) -> None:
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        storage.download(join(path, name), stage / name)
+    Raises:
+        _WrongCopyError: a file that came is not the one of the manifest; then nothing has changed.
+    """
+    with staged_folder(target) as stage:
 
-    try:
-        with staged_folder(target) as stage:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                list(pool.map(lambda name: one(name, stage), files))
-            if wrong := difference(stage, files):
-                raise _WrongCopyError(wrong)
-    except _WrongCopyError as error:
-        return str(error)
+        def one(name: str) -> None:
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            storage.download(join(path, name), stage / name)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(one, files))
+        if wrong := difference(stage, files):
+            raise _WrongCopyError(wrong)
     _verified[target] = files, _stamp(target)
-    return None
 
 
 def _intact(target: Path, files: Files) -> bool:
@@ -229,21 +232,13 @@ class _WrongCopyError(Exception):
     """What came is not what the manifest says."""
 
 
-ARTIFACTS = "artifacts"
-
-Make = Callable[[Path], None]
-"""Fills the empty folder that it is given."""
-
-_log = logging.getLogger(__name__)
-
-
 class Artifacts:
     """Whole folders, by name.
 
     Args:
         storage: local: folders are made in their place; else in this node's cache and then uploaded.
-        owner: run id, shown to others who wait.
-        on_wait: told, now and then, for whom this process waits.
+        owner: run id, shown to runs that wait.
+        on_wait: called, now and then, with a sentence about the run that this process waits for.
     """
 
     def __init__(self, storage: Storage, owner: str, on_wait: Callable[[str], None] = _log.info) -> None:

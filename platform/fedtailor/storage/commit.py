@@ -1,8 +1,6 @@
-"""One committed round.
+"""One committed round: what its COMMIT.json says, the objects that it vouches for, pruning and quarantine.
 
-One committed round: what COMMIT.json says, and access to the objects that it vouches for.
-
-Where rounds go that do not verify: moved aside with the reason, never loaded and never deleted.
+A round that does not verify is moved to ``quarantine/`` with the reason, never loaded and never deleted.
 """
 
 from __future__ import annotations
@@ -17,15 +15,16 @@ import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.faults import point
-from fedtailor.storage import payloads
 from fedtailor.storage.files import MissingFileError, Storage, join, safe_path
-from fedtailor.storage.payloads import Array, canonical_json, sha256
+from fedtailor.storage.payloads import Array, canonical_json, read_table, read_tensors, sha256
 
 SCHEMA = 1
 
 RECORD, PRUNED = "COMMIT.json", "PRUNED.json"
 
-Bytes = bytes
+QUARANTINE, REASON = "quarantine", "REASON.json"
+
+Bytes = bytes  # `Commit.bytes` hides the name in its class
 
 
 class DamagedError(StorageError):
@@ -99,11 +98,11 @@ class Commit:
 
     def tensors(self, name: str) -> dict[str, Array]:
         """Arrays of a safetensors object, read-only; see `bytes` for errors."""
-        return payloads.read_tensors(name, self.bytes(name))
+        return read_tensors(name, self.bytes(name))
 
     def table(self, name: str) -> pa.Table:
         """Table of a Parquet object; see `bytes` for errors."""
-        return payloads.read_table(name, self.bytes(name))
+        return read_table(name, self.bytes(name))
 
     def verify(self) -> None:
         """Reads every object that is not pruned.
@@ -217,9 +216,6 @@ def _pruned_prefixes(storage: Storage, where: str, commit: str) -> tuple[str, ..
     if mark["commit"] != commit:
         raise DamagedError(f"{storage.full(path)} belongs to another commit")
     return tuple(mark["heavy"])
-
-
-QUARANTINE, REASON = "quarantine", "REASON.json"
 
 
 def quarantine(storage: Storage, path: str, index: int, reason: str) -> str:

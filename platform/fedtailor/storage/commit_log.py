@@ -12,7 +12,6 @@ from typing import Any
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.faults import point
-from fedtailor.storage import payloads
 from fedtailor.storage.commit import (
     RECORD,
     Commit,
@@ -26,9 +25,7 @@ from fedtailor.storage.commit import (
     sweep,
 )
 from fedtailor.storage.files import MissingFileError, Storage, join, storage_errors
-from fedtailor.storage.payloads import Payload
-
-__all__ = ["LATEST", "Commit", "CommitLog", "DamagedError", "Payload"]
+from fedtailor.storage.payloads import Payload, encode, extent, inspect, sha256
 
 LATEST = "LATEST"
 
@@ -168,7 +165,7 @@ class CommitLog:
     def _write(self, attempt: str, objects: Mapping[str, Payload]) -> dict[str, ObjectRef]:
         written: dict[str, tuple[str, bytes, Payload]] = {}
         for given, payload in objects.items():
-            name, data = payloads.encode(given, payload)
+            name, data = encode(given, payload)
             if name in written:
                 raise StorageError(f"two objects of one commit are named '{name}'")
             written[name] = join(attempt, name), data, payload
@@ -181,10 +178,10 @@ class CommitLog:
         found = self.storage.read_bytes(path)
         if found != data:
             raise StorageError(f"{self.storage.full(path)} reads back differently from what was written")
-        seen, meant = payloads.inspect(name, found), payloads.extent(name, payload)
+        seen, meant = inspect(name, found), extent(name, payload)
         if meant is not None and seen.extent != meant:
             raise StorageError(f"{self.storage.full(path)} holds {seen.extent} after writing {meant}")
-        return ObjectRef(path[len(self.path) + 1 :], payloads.sha256(found), len(found), seen.content)
+        return ObjectRef(path[len(self.path) + 1 :], sha256(found), len(found), seen.content)
 
     def _publish(self, index: int, data: bytes) -> None:
         if self._guard:

@@ -1,8 +1,6 @@
-"""Versions, git, hardware; secrets kept out.
+"""What a run was made with (versions, source revision, machine), and secrets kept out of all that is written.
 
-What a run was made with: versions, source revision, machine.
-
-Keeps secrets out of everything that is written: by the name of a key, and by value.
+Secrets are found by the name of a key, by the form of a value, and by the values of the environment's own secrets.
 """
 
 from __future__ import annotations
@@ -22,17 +20,23 @@ import torch
 import fedtailor
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "ray",
-    "datasets",
-    "numpy",
-    "pyarrow",
-    "safetensors",
-    "pandas",
-    "deepspeed",
-)
+    "torch", "transformers", "peft", "ray", "datasets", "numpy", "pyarrow", "safetensors", "pandas", "deepspeed",
+)  # fmt: skip
+
+HIDDEN = "***"
+
+_ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
+
+_IF_TEXT = {"key", "keys", "token", "tokens"}
+
+_KNOWN = re.compile(r"\b(?:wandb_v\d_|hf_|gh[opsu]_)\w{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+"""Keys that are recognised by their form: W&B, Hugging Face, GitHub, AWS (its ids; its secrets have no form)."""
+
+_USER_INFO = re.compile(r"(?<=://)[^/@:\s]+(?::[^@\s]*)?(?=@)")
+
+_ASSIGNED = re.compile(r"([\w.\-]+)=([^\s,;&'\"]+)")
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 def versions() -> dict[str, str]:
@@ -81,22 +85,6 @@ def _git(folder: Path, *words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-HIDDEN = "***"
-
-_ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
-
-_IF_TEXT = {"key", "keys", "token", "tokens"}
-
-_KNOWN = re.compile(r"\b(?:wandb_v\d_|hf_|gh[opsu]_)\w{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
-"""Keys that are recognised by their form: W&B, Hugging Face, GitHub, AWS (its ids; its secrets have no form)."""
-
-_USER_INFO = re.compile(r"(?<=://)[^/@:\s]+(?::[^@\s]*)?(?=@)")
-
-_ASSIGNED = re.compile(r"([\w.\-]+)=([^\s,;&'\"]+)")
-
-_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 def redact(tree: Any) -> Any:

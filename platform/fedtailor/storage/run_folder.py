@@ -33,6 +33,8 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 Entries = list[dict[str, Any]]
 
+_ABSENT = "not set"
+
 
 class RunFolder:
     """One run; made with `create` or `open`.
@@ -263,9 +265,6 @@ def run_ids(storage: Storage) -> list[str]:
     """Names of all runs, sorted."""
     names = (name for name in storage.list() if _RUN_ID.fullmatch(name) and name != "artifacts")
     return [name for name in names if storage.exists(join(name, "run.json"))]
-
-
-_ABSENT = "not set"
 
 
 def _checked(run_id: str) -> str:

@@ -1,12 +1,8 @@
-"""Kinds of events and their sentences.
-
-Every kind of event that a run tells: its keys, its meaning, and how it reads as a sentence.
+"""Every kind of event of a run: its keys, its meaning, and how it reads as a sentence.
 
 ``events.jsonl`` and ``--json-log`` hold the same objects. All have `COMMON`: ``time`` (UTC), ``seq`` (number of kept
 events up to this one: the order, whatever clocks did; an event that is shown but not kept repeats the number of the
 one before), ``run`` and ``kind``. Where a kind has several forms, ``event`` tells which.
-
-A round's privacy in one line, for whoever watches.
 """
 
 from __future__ import annotations
@@ -22,6 +18,10 @@ from fedtailor.federated.rounds import RoundOutcome
 Event = Mapping[str, Any]
 
 COMMON = ("time", "seq", "run", "kind")
+
+_JOB = ("stage", "round", "segment", "clients", "attempt", "actor", "host", "reason")
+
+_LOG = ("log", "round", "reason")
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class EventKind:
     kept: bool = True
     text: str = ""
 
-
-_JOB = ("stage", "round", "segment", "clients", "attempt", "actor", "host", "reason")
-
-_LOG = ("log", "round", "reason")
 
 KINDS: Mapping[str, EventKind] = {
     "stage": EventKind(
@@ -159,14 +155,14 @@ def describe(event: Event) -> str:
 def spent_event(stage: str, outcome: RoundOutcome) -> dict[str, Any]:
     """The event of a round that was released under a ledger."""
     spent, number = outcome.spent, outcome.state.round - 1
-    assert spent is not None, "only rounds with a release are told"
-    told = {row["metric"]: row["value"] for row in outcome.metrics if not row["client"]}
+    assert spent is not None, "only rounds with a release have this event"
+    measured = {row["metric"]: row["value"] for row in outcome.metrics if not row["client"]}
     known = isfinite(spent.epsilon)
     parts = [f"epsilon {spent.epsilon:.3g} spent at delta {spent.delta:.2g}" if known else "no guarantee"]
-    if "noise_to_update" in told:
-        parts.append(f"noise / update {told['noise_to_update']:.2g}")
-    if "clipped_share" in told:
-        parts.append(f"{told['clipped_share']:.0%} clipped")
+    if "noise_to_update" in measured:
+        parts.append(f"noise / update {measured['noise_to_update']:.2g}")
+    if "clipped_share" in measured:
+        parts.append(f"{measured['clipped_share']:.0%} clipped")
     return {
         "kind": "privacy", "stage": stage, "round": number, "epsilon": spent.epsilon if known else None,
         "delta": spent.delta, "text": f"{stage}, round {number}: {', '.join(parts)}",
