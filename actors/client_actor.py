@@ -46,6 +46,19 @@ def forwarded_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in FORWARDED if name in os.environ}
 
 
+def adopt_environment(environment: Mapping[str, str], folder: str = "") -> None:
+    """Takes over what a process on another node must have from whoever started it.
+
+    Args:
+        environment: variables to set unless they are set here.
+        folder: working directory, used if it exists here.
+    """
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
 class ClientActor:
     """Wraps a worker class in an actor.
 
@@ -78,8 +91,7 @@ class ClientActor:
         self._worker_name, self._threads, self._memory_fraction = worker, threads, memory_fraction
         self._worker: Any = None
         self._info: StageInfo | None = None
-        for name, value in environment.items():
-            os.environ.setdefault(name, value)
+        adopt_environment(environment)
 
     def open(self, spec: StageSpec) -> str:
         """Opens a stage and returns a fingerprint of its `StageInfo`, equal on every actor."""

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.client_actor import forwarded_environment
+from actors.client_actor import adopt_environment, forwarded_environment
 from actors.metrics import CommitMetrics
 from actors.ray_errors import ActorLoss, classify_error
 from actors.ray_pool import RayPool
@@ -67,10 +67,7 @@ class DriverActor:
             environment: variables to set unless they are set here.
             folder: working directory of whoever asks, used if it exists here.
         """
-        for name, value in environment.items():
-            os.environ.setdefault(name, value)
-        if os.path.isdir(folder):
-            os.chdir(folder)
+        adopt_environment(environment, folder)
         run = str(payload.get("run_id", ""))
         return resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(self._reporter, run), self._stop)
 

@@ -36,14 +36,14 @@ def grid_figure(outcome: Outcome) -> Drawing:
     return Drawing(
         NAME,
         f"{plan.address}: {method_name(plan.grid.method)}",
-        f"{plan.judged.says}, mean over languages, budgets and seeds",
+        f"{plan.judged.description}, mean over languages, budgets and seeds",
         figure,
     )
 
 
 def _label(outcome: Outcome) -> str:
     judged = outcome.plan.judged
-    return f"{judged.says}, %" if judged.share else judged.says
+    return f"{judged.description}, %" if judged.share else judged.description
 
 
 def _shown(outcome: Outcome, value: float) -> float:

@@ -30,13 +30,13 @@ class Grid:
         method: row of the METHODS table; the trials run it alone.
         space: values of every key, all in the method's own section.
         objective: row of `tune_spaces.grid.OBJECTIVES` that decides unless another is named.
-        says: what the paper says about the search, in one line, with the place.
+        source: what the paper says about the search, in one line, with the place.
     """
 
     method: str
     space: Space
     objective: str
-    says: str
+    source: str
 
 
 def combinations(space: Space) -> list[dict[str, Value]]:
@@ -67,13 +67,13 @@ class Objective:
         pool: clients that are personalised and scored.
         metric: of the personalising stage.
         mode: ``max`` or ``min``.
-        says: what it is, for tables and figures.
+        description: what it is, for tables and figures.
     """
 
     pool: Literal["seen", "unseen"]
     metric: str
     mode: Literal["max", "min"]
-    says: str
+    description: str
 
     @property
     def on_train(self) -> bool:

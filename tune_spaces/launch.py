@@ -9,25 +9,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import tune_spaces
 from actors.driver_actor import run_on_driver
 from actors.placement import ActorPlan, plan_actors
 from actors.session import cluster_nodes, ensure_ray
 from fedtailor.cli.terminal import plain_table
 from fedtailor.core.errors import ConfigError, Interrupted, SweepError, TailorError
 from fedtailor.core.settings import EngineConfig
-from fedtailor.experiment import launch
-from fedtailor.experiment.launch import prepare
+from fedtailor.experiment.launch import launch, load_experiment, prepare, run_serial
 from fedtailor.experiment.stop import StopSignals
 from fedtailor.report.wandb import sync_wandb
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.progress import Reporter, reporter
-from tune_spaces import results
+from tune_spaces import grids
 from tune_spaces.figure import draw
 from tune_spaces.grid import combinations
 from tune_spaces.plan import SweepPlan, make_plan
-from tune_spaces.results import Outcome, Trial
+from tune_spaces.results import (
+    BEST,
+    Outcome,
+    Trial,
+    base_is_there,
+    begin_record,
+    examine,
+    refuse_other,
+    settled,
+    write_record,
+)
 from tune_spaces.search import TuneSignals, search
 
 COLOURS = {"complete": "green", "stopped": "yellow", "failed": "red", "unfinished": "dim"}
@@ -36,10 +44,10 @@ COLOURS = {"complete": "green", "stopped": "yellow", "failed": "red", "unfinishe
 def grids_table() -> Table:
     """Every published grid: what ``fedtailor sweep`` can be given."""
     table = plain_table("sweep", "method", "trials", "values", "decided by", numbers=("trials",))
-    for address, grid in tune_spaces.grids().items():
+    for address, grid in grids().items():
         values = "\n".join(f"{key} = {', '.join(f'{v:g}' for v in found)}" for key, found in grid.space.items())
         count = str(len(combinations(grid.space)))
-        table.add_row(address, grid.method, count, escape(values), escape(f"{grid.objective}\n{grid.says}"))
+        table.add_row(address, grid.method, count, escape(values), escape(f"{grid.objective}\n{grid.source}"))
     return table
 
 
@@ -48,7 +56,7 @@ def show_plan(console: Console, plan: SweepPlan, where: str, workers: int, at_on
     console.print(f"[bold]{escape(plan.sweep_id)}[/]  [dim]in {escape(where)}[/]", highlight=False)
     rows = {
         "grid": f"{plan.address}: {len(plan.trials)} trials of {plan.grid.method}",
-        "judged by": f"{plan.objective} ({plan.judged.says}; {plan.grid.says})",
+        "judged by": f"{plan.objective} ({plan.judged.description}; {plan.grid.source})",
         "budgets, seeds": f"{', '.join(map(str, plan.config['budgets']))}; {', '.join(map(str, plan.config['seeds']))}",
         "at once": f"{at_once} trial(s) of {workers} worker(s)" + (", hopeless ones stopped by ASHA" * plan.asha),
         "first": f"{plan.base_run} trains what all trials share, so that none waits for another",
@@ -63,16 +71,16 @@ def trials_table(outcome: Outcome) -> Table:
     unit = " in %" if plan.judged.share else ""
     table = plain_table(
         "trial", *plan.grid.space, f"{plan.objective}{unit}", "state", "",
-        title=f"{plan.sweep_id}: {plan.judged.says}{unit}", numbers=(*plan.grid.space, f"{plan.objective}{unit}"),
+        title=f"{plan.sweep_id}: {plan.judged.description}{unit}", numbers=(*plan.grid.space, f"{plan.objective}{unit}"),
     )  # fmt: skip
     for trial in outcome.trials:
         equal = best is not None and trial is not best and trial.value == best.value
         notes = ["best"] * (trial is best) + ["equal"] * equal + ["the paper's choice"] * (dict(trial.values) == paper)
         shown = plan.judged.shown(trial.value) if trial.value is not None else ""
         style = "bold" if trial is best else None
-        told = f"[{COLOURS[trial.state]}]{trial.state}[/]"
+        state = f"[{COLOURS[trial.state]}]{trial.state}[/]"
         numbers = (f"{value:g}" for value in trial.values.values())
-        table.add_row(f"{trial.number:02d}", *numbers, shown, told, ", ".join(notes), style=style)
+        table.add_row(f"{trial.number:02d}", *numbers, shown, state, ", ".join(notes), style=style)
     if outcome.reference is not None:
         blank = ("" for _ in plan.grid.space)
         table.add_row("base", *blank, plan.judged.shown(outcome.reference), "", "not personalised")
@@ -81,12 +89,11 @@ def trials_table(outcome: Outcome) -> Table:
 
 def failures(outcome: Outcome) -> list[str]:
     """One line for each trial that failed."""
-    return [_failure(trial) for trial in outcome.of_state("failed")]
+    return [f"{trial.run_id} ({_values(trial)}): {trial.message}" for trial in outcome.of_state("failed")]
 
 
-def _failure(trial: Trial) -> str:
-    values = ", ".join(f"{key}={value:g}" for key, value in trial.values.items())
-    return f"{trial.run_id} ({values}): {trial.message}"
+def _values(trial: Trial) -> str:
+    return ", ".join(f"{key}={value:g}" for key, value in trial.values.items())
 
 
 def sweep(
@@ -119,8 +126,8 @@ def sweep(
     plan = make_plan(address, words, objective, sweep_id, asha)
     storage = Storage(plan.config["storage"])
     folder = storage.local_path(plan.sweep_id)
-    results.refuse_other(storage, plan)
-    outcome = results.settled(storage, plan)
+    refuse_other(storage, plan)
+    outcome = settled(storage, plan)
     if outcome is None:
         show = reporter(json_log or console, json_log is not None)
         try:
@@ -148,8 +155,8 @@ def _run(
             found = search(plan, folder, actors, at_once, show)
         # Tune calls a trial that it has not started yet neither stopped nor failed.
         stopped = () if signals.number is not None else found.stopped
-        outcome = results.examine(storage, plan, stopped, found.errors)
-        results.write(storage, outcome)
+        outcome = examine(storage, plan, stopped, found.errors)
+        write_record(storage, outcome)
         signals.check()
         return outcome
     finally:
@@ -173,16 +180,16 @@ def _fit(engine: EngineConfig) -> tuple[ActorPlan, int]:
 def _train_base(plan: SweepPlan, storage: Storage, show: Reporter) -> None:
     """What all trials share, before the first: a trial that waited for another's base would hold its CPUs."""
     exp = plan.base()
-    if results.base_is_there(storage, plan):
+    if base_is_there(storage, plan):
         show({"kind": "note", "text": f"{plan.base_run} is there already"})
         return
-    backend = launch.run_serial if exp.engine.backend == "serial" else run_on_driver
+    backend = run_serial if exp.engine.backend == "serial" else run_on_driver
     with StopSignals(lambda text: show({"kind": "note", "text": text})) as stop:
         try:
             run = prepare(exp, plan.base_run, show)
-            results.begin(storage, plan)
+            begin_record(storage, plan)
             stop.graceful = True
-            launch.launch(backend, run, exp, show, stop)
+            launch(backend, run, exp, show, stop)
         except Interrupted as error:
             error.exit_code = stop.exit_code
             raise
@@ -198,10 +205,9 @@ def _conclude(console: Console, storage: Storage, folder: Path, outcome: Outcome
     console.print(trials_table(outcome))
     if best is not None:
         figure, _ = draw(outcome, folder)
-        preset = folder / results.BEST
-        told = ", ".join(f"{key}={value:g}" for key, value in best.values.items())
+        preset = folder / BEST
         presets = [word for word in plan.words if "=" not in word]
-        console.print(f"[green]best[/]  {told}", highlight=False, soft_wrap=True)
+        console.print(f"[green]best[/]  {_values(best)}", highlight=False, soft_wrap=True)
         if outcome.flat:
             console.print("[yellow]all trials are equal: here the searched values change nothing[/]")
         console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
@@ -223,6 +229,6 @@ def _feed_wandb(console: Console, storage: Storage, outcome: Outcome) -> None:
     names = [trial.run_id for trial in outcome.trials if trial.state == "complete"]
     for name in names:
         run = RunFolder.open(storage, name)
-        problem = sync_wandb(run, launch.load_experiment(run))
+        problem = sync_wandb(run, load_experiment(run))
         if problem:
             console.print(f"[yellow]W&B:[/] {name}: {problem}; repeat with: fedtailor sync {name}", highlight=False)

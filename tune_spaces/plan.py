@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tune_spaces
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import check, compose
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, to_json
 from fedtailor.experiment.stages import short_hash
+from tune_spaces import PAPERS, grids
 from tune_spaces.grid import Grid, Objective, Value, combinations, find, for_task, objective
 
 Content = dict[str, Any]
@@ -52,7 +52,7 @@ class SweepPlan:
     @property
     def picked(self) -> dict[str, Value]:
         """What the paper chose, for the searched keys."""
-        chosen = {key: value for paper in tune_spaces.PAPERS for key, value in paper.PICKED.items()}
+        chosen = {key: value for paper in PAPERS for key, value in paper.PICKED.items()}
         return {key: chosen[key] for key in self.grid.space if key in chosen}
 
     @property
@@ -106,7 +106,7 @@ def make_plan(
     Raises:
         ConfigError: unknown grid, objective or key, or a word that gives a searched key a value.
     """
-    grid = find(address, tune_spaces.grids())
+    grid = find(address, grids())
     name = objective_name or grid.objective
     judged = objective(name)
     presets = [word for word in words if "=" not in word]

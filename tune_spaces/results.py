@@ -103,10 +103,10 @@ def refuse_other(storage: Storage, plan: SweepPlan) -> None:
         )
 
 
-def begin(storage: Storage, plan: SweepPlan) -> None:
+def begin_record(storage: Storage, plan: SweepPlan) -> None:
     """Writes the record of a sweep whose trials all wait, unless there is one."""
     if not storage.exists(join(plan.sweep_id, RECORD)):
-        write(storage, Outcome(plan, [_waiting(plan, number) for number in range(len(plan.trials))], None))
+        write_record(storage, Outcome(plan, [_waiting(plan, number) for number in range(len(plan.trials))], None))
 
 
 def base_is_there(storage: Storage, plan: SweepPlan) -> bool:
@@ -169,8 +169,8 @@ def _examined(storage: Storage, plan: SweepPlan, number: int, stopped: bool, err
         run.set_status("interrupted", STOPPED)
         return _changed(waiting, "stopped", STOPPED)
     if number in errors:
-        told = status["message"] if status["state"] == "failed" and status["message"] else errors[number]
-        return _changed(waiting, "failed", told)
+        reason = status["message"] if status["state"] == "failed" and status["message"] else errors[number]
+        return _changed(waiting, "failed", reason)
     if status["state"] == "running":
         run.set_status("interrupted", "the sweep was stopped")
     return waiting
@@ -184,11 +184,11 @@ def _changed(trial: Trial, state: State, message: str) -> Trial:
     return Trial(trial.number, trial.run_id, trial.values, state, None, message)
 
 
-def write(storage: Storage, outcome: Outcome) -> None:
+def write_record(storage: Storage, outcome: Outcome) -> None:
     """Writes ``sweep.json`` and, once a trial is complete, ``best.yaml``."""
     plan, best = outcome.plan, outcome.best
     content = {
-        "schema": SCHEMA, "sweep_id": plan.sweep_id, "says": plan.grid.says, "words": list(plan.words),
+        "schema": SCHEMA, "sweep_id": plan.sweep_id, "says": plan.grid.source, "words": list(plan.words),
         "identity": plan.identity(), "mode": plan.judged.mode, "base_run": plan.base_run,
         "reference": outcome.reference, "trials": [asdict(trial) for trial in outcome.trials],
         "best": None if best is None else asdict(best),
@@ -209,27 +209,9 @@ def best_preset(outcome: Outcome) -> str:
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
-        node[leaf] = _Number(value) if isinstance(value, float) else value
+        node[leaf] = value
     head = (
         f"# Best of {len(plan.trials)} trials of {plan.address} ({plan.sweep_id}): {plan.objective} "
         f"{plan.judged.shown(best.value)}{' %' if plan.judged.share else ''}.\n"
     )
-    return head + yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
-
-
-class _Number(float):
-    """A float that is written so that every YAML reader takes it for one (``1e-05`` is a text to some)."""
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-def _number(dumper: yaml.SafeDumper, value: _Number) -> yaml.ScalarNode:
-    text = f"{value:.17g}" if float(f"{value:g}") != value else f"{value:g}"
-    if "." not in text.split("e")[0]:
-        text = text.replace("e", ".0e") if "e" in text else f"{text}.0"
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Dumper.add_representer(_Number, _number)
+    return head + str(yaml.safe_dump(tree, sort_keys=False))

@@ -27,7 +27,7 @@ from fedtailor.core.errors import Interrupted, StorageError
 from fedtailor.tracking.progress import LINE_EVERY_S
 from tune_spaces.plan import SweepPlan, steps_of
 from tune_spaces.results import TUNE
-from tune_spaces.trial import Surroundings, play
+from tune_spaces.trial import play
 
 RETRIES: Final = 2
 """How often a trial whose process died is started again; it goes on from its last commit."""
@@ -60,12 +60,10 @@ class Found:
     Args:
         stopped: numbers of the trials that ASHA stopped.
         errors: number to what went wrong.
-        count: trials that Tune knows.
     """
 
     stopped: tuple[int, ...]
     errors: Mapping[int, str]
-    count: int
 
 
 def bundles(plan: ActorPlan, serial: bool) -> list[dict[str, float]]:
@@ -98,9 +96,9 @@ def search(
     os.environ.update(_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     group = tune.PlacementGroupFactory(bundles(actors, plan.config["engine"]["backend"] == "serial"))
-    around = Surroundings(os.getcwd(), forwarded_environment())
-    trainable = tune.with_resources(tune.with_parameters(play, plan=plan, surroundings=around), group)
-    with _listening(_Teller(plan, show)):
+    place = {"environment": forwarded_environment(), "folder": os.getcwd()}
+    trainable = tune.with_resources(tune.with_parameters(play, plan=plan, place=place), group)
+    with _listening(_TrialNotes(plan, show)):
         results = _tuner(plan, folder, trainable, at_once).fit()
     return _found(plan, results)
 
@@ -165,11 +163,11 @@ def _found(plan: SweepPlan, results: Any) -> Found:
             stopped.append(number)
     if len(results) > len(plan.trials):
         raise StorageError(f"Tune knows {len(results)} trials of {plan.sweep_id}, the grid has {len(plan.trials)}")
-    return Found(tuple(stopped), errors, len(results))
+    return Found(tuple(stopped), errors)
 
 
-class _Teller:
-    """Words for what happens to trials."""
+class _TrialNotes:
+    """Turns what happens to trials into events of the kind ``trial``."""
 
     def __init__(self, plan: SweepPlan, show: Callable[[dict[str, Any]], None]) -> None:
         self._plan, self._show = plan, show
@@ -180,17 +178,17 @@ class _Teller:
         if what == "step":
             if last.get("finished") or time.monotonic() - self._said.get(number, 0.0) < LINE_EVERY_S:
                 return
-            told = f"step {last.get('step')}"
+            state = f"step {last.get('step')}"
         elif what == "over" and last.get("finished"):
             judged = self._plan.judged
-            told = f"done, {self._plan.objective} {judged.shown(last['value'])}{' %' if judged.share else ''}"
+            state = f"done, {self._plan.objective} {judged.shown(last['value'])}{' %' if judged.share else ''}"
         elif what == "over":
-            told = f"stopped early by ASHA at step {last.get('step')}"
+            state = f"stopped early by ASHA at step {last.get('step')}"
         else:
-            told = what
+            state = what
         self._said[number] = time.monotonic()
         values = ", ".join(f"{key}={value:g}" for key, value in self._plan.trials[number].items())
-        text = f"trial {self._plan.run_id(number)} ({values})  {told}"
+        text = f"trial {self._plan.run_id(number)} ({values})  {state}"
         self._show({"kind": "trial", "run": self._plan.run_id(number), "what": what, "text": text})
 
 

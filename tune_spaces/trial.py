@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pandas as pd
 from ray import tune
 
+from actors.client_actor import adopt_environment
 from fedtailor.core.config import resolve
 from fedtailor.core.errors import DataError, Interrupted, LockedError
 from fedtailor.core.settings import EngineConfig
-from fedtailor.experiment import launch
 from fedtailor.experiment.config import ExperimentBase, overrides_of, to_json
+from fedtailor.experiment.launch import Backend, Here, launch, run_serial
 from fedtailor.federated.pool import OnEvent
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRICS
@@ -34,36 +33,22 @@ ROUND_LOSSES = ("val_loss", "train_loss")
 """Metrics of a round that tell how it goes, the first that a method has."""
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a process on another node must take over from whoever started the sweep.
-
-    Args:
-        folder: working directory, used if it exists there; relative paths of the configuration mean it.
-        environment: variables to set unless they are set there; no secret is among them.
-    """
-
-    folder: str
-    environment: Mapping[str, str]
-
-    def settle(self) -> None:
-        """Takes them over; Tune has moved the process to a folder of its own."""
-        for name, value in self.environment.items():
-            os.environ.setdefault(name, value)
-        if os.path.isdir(self.folder):
-            os.chdir(self.folder)
-
-
-def play(config: Mapping[str, Any], plan: SweepPlan, surroundings: Surroundings) -> None:
+def play(config: Mapping[str, Any], plan: SweepPlan, place: Mapping[str, Any]) -> None:
     """Tune's trainable: makes or resumes the trial's run and reports after every commit.
 
     Reports ``step`` (commits of the trial's own stages), ``progress`` (larger is better; see `Watch`) and at the end
     ``value`` (the objective) with ``finished``.
 
+    Args:
+        config: values of the searched keys.
+        plan: the sweep.
+        place: arguments of `adopt_environment`: relative paths of the configuration mean the folder of whoever
+            started the sweep, and Tune has moved the process to a folder of its own.
+
     Raises:
         TailorError: what ended the run; what is committed stays.
     """
-    surroundings.settle()
+    adopt_environment(**place)
     number = plan.number(config)
     exp = plan.experiment(number)
     run = RunFolder.create(Storage(exp.storage), plan.run_id(number), to_json(exp), overrides_of(exp), ignore=FREE)
@@ -74,9 +59,7 @@ def play(config: Mapping[str, Any], plan: SweepPlan, surroundings: Surroundings)
         except Interrupted:
             sys.exit(0)  # as `tune.report` asked for
     value = value_of(plan, run)
-    tune.report(
-        {"step": watch.last, "progress": plan.judged.better(value), "value": value, "finished": True}
-    )  # fmt: skip
+    tune.report({"step": watch.last, "progress": plan.judged.better(value), "value": value, "finished": True})
 
 
 def _launch(run: RunFolder, exp: ExperimentBase, watch: Watch) -> None:
@@ -84,7 +67,7 @@ def _launch(run: RunFolder, exp: ExperimentBase, watch: Watch) -> None:
     deadline = time.monotonic() + DYING_S
     while True:
         try:
-            return launch.launch(_backend(exp), run, exp, watch.emit, lambda: False)
+            return launch(_backend(exp), run, exp, watch.emit, lambda: False)
         except LockedError:
             if time.monotonic() > deadline:
                 raise
@@ -149,17 +132,17 @@ def round_loss(rows: pd.DataFrame) -> float:
     raise DataError(f"no client reports one of {', '.join(ROUND_LOSSES)}")
 
 
-def _backend(exp: ExperimentBase) -> launch.Backend:
+def _backend(exp: ExperimentBase) -> Backend:
     """Drives a run in this process; its client actors, if any, take the bundles of this trial."""
     if exp.engine.backend == "serial":
-        return launch.run_serial
+        return run_serial
     from actors.metrics import CommitMetrics
     from actors.ray_pool import RayPool
 
     def drive(
         entry: str, payload: Mapping[str, Any], _: EngineConfig, on_event: OnEvent, should_stop: Callable[[], bool]
     ) -> None:
-        here, run = launch.Here(on_event, should_stop), str(payload["run_id"])
+        here, run = Here(on_event, should_stop), str(payload["run_id"])
         resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(here, run), here)
 
     return drive

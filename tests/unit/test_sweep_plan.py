@@ -22,11 +22,10 @@ from fedtailor.experiment.config import to_json
 from fedtailor.experiment.launch import default_run_id
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
-from tune_spaces import results as record
 from tune_spaces.figure import draw
 from tune_spaces.grid import OBJECTIVES, Grid, score
 from tune_spaces.plan import SweepPlan, make_plan, steps_of
-from tune_spaces.results import Outcome, Trial
+from tune_spaces.results import Outcome, Trial, begin_record, best_preset, examine, refuse_other, settled
 from tune_spaces.search import TuneSignals
 
 WORDS = [word for word in TINY if not word.startswith(("methods=", "budgets=", "r_max=", "lora."))]
@@ -154,7 +153,7 @@ def test_of_equal_trials_the_papers_choice_is_the_best_and_a_flat_grid_is_told()
 
 def test_the_best_values_are_a_preset_that_any_configuration_can_take(tmp_path: Path) -> None:
     plan = planned("fedp2eft/lora")
-    text = record.best_preset(finished(plan, 0.1, 0.2, 0.3, 0.4))
+    text = best_preset(finished(plan, 0.1, 0.2, 0.3, 0.4))
     (tmp_path / "best.yaml").write_text(text)
     assert yaml.safe_load(text) == {"lora": {"lr": 1e-4, "epochs": 1}}
     exp = compose(["demo", str(tmp_path / "best.yaml")], ["methods=[lora]"])
@@ -166,7 +165,7 @@ def test_the_best_values_are_a_preset_that_any_configuration_can_take(tmp_path: 
 def test_a_rate_survives_the_preset_file_whatever_its_size(value: float) -> None:
     plan = planned("fedp2eft/lambda_lr")
     one = SweepPlan("s", plan.address, Grid("fedp2eft", {LAMBDA: (value,)}, plan.objective, ""), *_rest(plan))
-    read = yaml.safe_load(record.best_preset(finished(one, 0.5)))
+    read = yaml.safe_load(best_preset(finished(one, 0.5)))
     assert read == {"fedp2eft": {"stage1": {"lambda_lr": value}}}
 
 
@@ -188,23 +187,23 @@ def test_a_preset_file_that_is_none_is_refused_by_its_name(tmp_path: Path, conte
 def test_a_name_that_belongs_to_another_search_is_refused_and_says_in_what_it_differs(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     plan = planned(sweep_id="mine")
-    record.begin(storage, plan)
-    record.refuse_other(storage, planned(sweep_id="mine"))
+    begin_record(storage, plan)
+    refuse_other(storage, planned(sweep_id="mine"))
     with pytest.raises(StorageError, match=r"differs in objective, config\)"):
-        record.refuse_other(storage, planned(sweep_id="mine", objective_name="unseen_loss"))
+        refuse_other(storage, planned(sweep_id="mine", objective_name="unseen_loss"))
     (tmp_path / "other").mkdir()
     with pytest.raises(StorageError, match="exists and is no sweep"):
-        record.refuse_other(storage, planned(sweep_id="other"))
+        refuse_other(storage, planned(sweep_id="other"))
 
 
 def test_the_record_names_every_trial_and_a_sweep_is_settled_only_when_none_is_left(tmp_path: Path) -> None:
     storage, plan = Storage(str(tmp_path)), planned(sweep_id="mine")
-    record.begin(storage, plan)
+    begin_record(storage, plan)
     content = json.loads((tmp_path / "mine/sweep.json").read_text())
     assert [trial["state"] for trial in content["trials"]] == ["unfinished"] * 4
     assert content["identity"]["space"] == {LAMBDA: [0.1, 0.01, 0.001, 0.0001]}
-    assert record.settled(storage, plan) is None
-    outcome = record.examine(storage, plan, [], {2: "boom"})
+    assert settled(storage, plan) is None
+    outcome = examine(storage, plan, [], {2: "boom"})
     assert [trial.state for trial in outcome.trials] == ["unfinished", "unfinished", "failed", "unfinished"]
     assert outcome.trials[2].message == "boom"
 
@@ -243,7 +242,7 @@ def test_a_trial_that_was_stopped_on_purpose_is_marked_and_has_no_value(tmp_path
     storage, plan = Storage(str(tmp_path)), planned("fedp2eft/lambda_lr", f"storage={tmp_path}", sweep_id="mine")
     exp = plan.experiment(1)
     run = RunFolder.create(storage, plan.run_id(1), to_json(exp))
-    outcome = record.examine(storage, plan, [1], {})
+    outcome = examine(storage, plan, [1], {})
     assert (outcome.trials[1].state, outcome.trials[1].value) == ("stopped", None)
     assert run.status()["state"] == "interrupted"
     assert "ASHA" in run.status()["message"]
@@ -253,7 +252,7 @@ def test_a_trial_that_was_stopped_on_purpose_is_marked_and_has_no_value(tmp_path
 def test_a_run_left_running_by_a_killed_sweep_is_brought_in_step(tmp_path: Path) -> None:
     storage, plan = Storage(str(tmp_path)), planned("fedp2eft/lambda_lr", f"storage={tmp_path}", sweep_id="mine")
     run = RunFolder.create(storage, plan.run_id(0), to_json(plan.experiment(0)))
-    assert record.examine(storage, plan, [], {}).trials[0].state == "unfinished"
+    assert examine(storage, plan, [], {}).trials[0].state == "unfinished"
     assert run.status()["state"] == "interrupted"
 
 
