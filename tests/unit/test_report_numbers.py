@@ -13,6 +13,7 @@ from fedtailor.core.config import validate
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS, metric_row
 from fedtailor.experiment.config import Experiment
+from fedtailor.models.families import locate_module
 from fedtailor.report import heatmaps, names, summary, tables
 from fedtailor.report import scores as results
 from fedtailor.report.facts import Evidence, Facts, read_facts
@@ -156,7 +157,7 @@ def test_tables_are_in_the_papers_order_of_methods() -> None:
     ("classifier", (None, "Classifier")),
 ])  # fmt: skip
 def test_modules_are_placed_by_layer_and_part(module: str, place: tuple[int | None, str]) -> None:
-    assert names.locate_module(module) == place
+    assert locate_module(module) == place
 
 
 def test_language_distance_averages_over_pairs_of_different_clients() -> None:

@@ -29,7 +29,7 @@ from fedtailor.cli.terminal import STATES, plain_table, status_table
 from fedtailor.report.compare import Comparison, Rows
 from fedtailor.report.compare_files import TEXT, by_key, pairs_grid, results_grid
 from fedtailor.report.grid import Grid
-from fedtailor.report.judge import AVERAGE, RESULT_COLUMNS, Judged, shown
+from fedtailor.report.judge import AVERAGE, RESULT_COLUMNS, Judged, format_row
 from fedtailor.report.names import in_pool_order, pool_name, shortened
 from fedtailor.report.significance import LEVEL
 from fedtailor.storage.files import Storage
@@ -161,7 +161,7 @@ def show_judged(console: Console, judged: Judged, model: str, scale: int) -> Non
     title = f"Scores of {escape(model)}, 0 to {scale}: mean and SD over clients"
     table = plain_table(*RESULT_COLUMNS, title=title, numbers=("budget", *RESULT_COLUMNS[4:]))
     for row in judged.table.to_dict("records"):
-        table.add_row(*map(escape, shown(row)), end_section=row["language"] == AVERAGE)
+        table.add_row(*map(escape, format_row(row)), end_section=row["language"] == AVERAGE)
     console.print(table)
     counts = judged.counts
     console.print(

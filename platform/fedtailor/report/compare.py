@@ -23,7 +23,7 @@ from fedtailor.report.names import in_method_order, in_pool_order
 from fedtailor.report.scores import AVERAGE, checked, client_scores, results_table, scores
 from fedtailor.report.setting import base_line, strategy_line
 from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
-from fedtailor.report.wording import at, leaves, text
+from fedtailor.report.wording import get_path, leaves, text
 from fedtailor.storage.digest import committed_stages, digest
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder, run_ids
@@ -213,7 +213,7 @@ def _differences(sides: Sequence[Side]) -> tuple[Rows, tuple[str, ...]]:
     used = {name for side in sides for name in (*side.exp.methods, side.exp.base.name)}
     neutral = (*_NEUTRAL, *(f"{name}." for name in METHODS if name not in used))
     rows = {key: tuple(tree.get(key, "not set") for tree in trees) for tree in trees for key in tree}
-    rows |= {key: tuple(text(at(side.info, key)) for side in sides) for key in _ORIGINS}
+    rows |= {key: tuple(text(get_path(side.info, key)) for side in sides) for key in _ORIGINS}
     rows = {key: values for key, values in rows.items() if len(set(values)) > 1}
     engine = {key for key in rows if key.startswith("engine.") and key.removeprefix("engine.") not in _ENGINE}
     idle = [key for key in rows if key in engine or key.startswith(neutral)]

@@ -24,7 +24,7 @@ from fedtailor.report.grid import Grid, markdown
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name, shortened
 from fedtailor.report.significance import LEVEL, MARKS, NOT_COMPARED, interval_text, p_text, table
 from fedtailor.report.style import MUTED, Drawing, looks, save, styled
-from fedtailor.report.wording import ABSENT, MARKDOWN, budget_title, escape, percent, points, spread
+from fedtailor.report.wording import ABSENT, MARKDOWN, budget_title, escape, format_range, percent, points
 from fedtailor.storage.files import Storage
 
 TEXT = "compare.md"
@@ -159,8 +159,8 @@ def results_grid(content: Comparison, pool: str, names: Mapping[str, str]) -> Gr
             ABSENT if cell is None else percent(cell.mean) + ("" if np.isnan(cell.sd) else f" ({percent(cell.sd)})")
             for cell in map(cells.get, budgets)
         ]
-        people = spread(round(n) for n in line["n_clients"])
-        rows.append([names[str(run)], method_name(str(method)), *shown, f"{people} × {line['n_seeds'].max()}"])
+        clients = format_range(round(n) for n in line["n_clients"])
+        rows.append([names[str(run)], method_name(str(method)), *shown, f"{clients} × {line['n_seeds'].max()}"])
         runs.append(run)
     rules = {k + 1 for k, (before, run) in enumerate(pairwise(runs)) if run != before}
     return Grid(["Run", "Method", *map(_title, budgets), "Clients × seeds"], rows, bold, rules=rules, labels=2)
@@ -185,7 +185,8 @@ def pairs_grid(content: Comparison, pool: str, names: Mapping[str, str], brief: 
         found.setdefault((pair.result.method, pair.other, pair.run), {}).update(dict.fromkeys(where, pair))
     rows = []
     for (method, other, run), at in found.items():
-        size = f"{spread(p.result.n_clients for p in at.values())} × {spread({len(p.seeds) for p in at.values()})}"
+        clients = format_range(p.result.n_clients for p in at.values())
+        size = f"{clients} × {format_range(len(p.seeds) for p in at.values())}"
         cells = [_difference(at.get(budget), brief) for budget in budgets]
         rows.append([f"{names[run]} – {names[other]}", method_name(method), *cells, *([] if brief else [size])])
     header = ["Runs", "Method", *map(_title, budgets), *([] if brief else ["Clients × seeds"])]

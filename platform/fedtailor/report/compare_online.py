@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from fedtailor.report import wandb as wandb_sink
 from fedtailor.report.compare import Side
 from fedtailor.report.names import shortened
-from fedtailor.report.wording import at
+from fedtailor.report.wording import get_path
 
 REPORTS = "wandb_workspaces"
 """Package that writes W&B reports."""
@@ -23,7 +23,7 @@ def on_wandb(sides: Sequence[Side], text: str) -> tuple[str, ...]:
         sides: the compared runs.
         text: Markdown for the report.
     """
-    if any(at(side.info["config"], "wandb.mode") != "online" for side in sides):
+    if any(get_path(side.info["config"], "wandb.mode") != "online" for side in sides):
         return ()
     try:
         places = [wandb_sink.place(side.folder) for side in sides]

@@ -24,7 +24,7 @@ from fedtailor.experiment.privacy import NOT_COVERED, seen_clients
 from fedtailor.privacy.accounting import default_delta
 from fedtailor.report import setting
 from fedtailor.report.names import in_method_order, method_name
-from fedtailor.report.wording import NOT_RECORDED, shown, text
+from fedtailor.report.wording import NOT_RECORDED, format_value, text
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import clients_of
 
@@ -192,7 +192,9 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         base_line=setting.base_line(exp, frame),
         strategy_line=setting.strategy_line(exp, frame),
         n_modules=n_modules,
-        overrides=tuple((o["key"], shown(o["default"]), shown(o["value"])) for o in run.get("overrides", ())),
+        overrides=tuple(
+            (o["key"], format_value(o["default"]), format_value(o["value"])) for o in run.get("overrides", ())
+        ),
         versions=tuple(sorted(run.get("versions", {}).items())),
         scale=setting.scale_sentence(exp),
         privacy=privacy_sentence(exp, frame, seen or None),

@@ -64,12 +64,12 @@ def table_text(table: pd.DataFrame, model: str, scale: int, repeats: int) -> str
         f"# Scores of {model}", "",
         f"0 to {scale}; mean of {repeats} judgement(s) per answer; mean and sample SD over clients.", "",
         "| " + " | ".join(RESULT_COLUMNS) + " |", "|" + " --- |" * len(RESULT_COLUMNS),
-        *("| " + " | ".join(shown(row)) + " |" for row in table.to_dict("records")),
+        *("| " + " | ".join(format_row(row)) + " |" for row in table.to_dict("records")),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def shown(row: Mapping[Hashable, object]) -> list[str]:
+def format_row(row: Mapping[Hashable, object]) -> list[str]:
     """A row as texts, in the order of RESULT_COLUMNS."""
     told = []
     for name in RESULT_COLUMNS:

@@ -21,7 +21,7 @@ from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
 from fedtailor.report.side_by_side import BY
 from fedtailor.report.significance import Pair, against, rule
 from fedtailor.report.style import Drawing, Missing
-from fedtailor.report.wording import ABSENT, budget_title, counted, leaves, percent, points, text
+from fedtailor.report.wording import ABSENT, budget_title, leaves, percent, plural, points, text
 from fedtailor.tasks.task import TASKS
 
 
@@ -185,7 +185,7 @@ def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, st
     if pair is None:
         return f"{best}."
     base, gain = names.method_name(REFERENCE), points(pair.difference)
-    of = counted(pair.n_clients, "client")
+    of = plural(pair.n_clients, "client")
     if pair.p_holm is None:
         return f"{best}; {gain} points over {base} ({of}, so no test)."
     words = {"better": f"better than {base}", "worse": f"worse than {base}", "undecided": f"undecided against {base}"}

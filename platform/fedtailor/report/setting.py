@@ -9,7 +9,7 @@ import pandas as pd
 
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
-from fedtailor.report.wording import counted, spread
+from fedtailor.report.wording import format_range, plural
 
 OFF_THE_SHELF = "off the shelf"
 """How a caption calls a base that no federated training has changed."""
@@ -21,9 +21,9 @@ def base_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
     if base.name == "none":
         return OFF_THE_SHELF
     planned, done = scaled(base.rounds, exp.scale), _done(frame, "base")
-    partly = f"{spread(done)} of " if set(done) - {planned} else ""
+    partly = f"{format_range(done)} of " if set(done) - {planned} else ""
     shared = "" if base.seed is None else f", one base of seed {base.seed} for all seeds"
-    return f"{method_name(base.name)}, {partly}{counted(planned, 'round')}{shared}"
+    return f"{method_name(base.name)}, {partly}{plural(planned, 'round')}{shared}"
 
 
 def strategy_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
@@ -31,8 +31,8 @@ def strategy_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
     planned = scaled(exp.strategy.rounds, exp.scale)
     methods = in_method_order(frame.loc[frame["stage"] == "strategy", "method"])
     done = {method: _done(frame, "strategy", method) for method in methods}
-    early = [f"{method_name(m)}: {spread(n)}" for m, n in done.items() if set(n) != {planned}]
-    return counted(planned, "round") + (f" ({', '.join(early)})" if early else "")
+    early = [f"{method_name(m)}: {format_range(n)}" for m, n in done.items() if set(n) != {planned}]
+    return plural(planned, "round") + (f" ({', '.join(early)})" if early else "")
 
 
 def scale_sentence(exp: ExperimentBase) -> str:
@@ -85,7 +85,7 @@ def duplicates_sentence(notes: Mapping[str, Any]) -> str:
     for key, n in leaks.items():
         where = key.removeprefix("leak_").removesuffix("_train_test")
         words = "both pools" if key == "leak_seen_unseen" else f"train and test of the {where} pool"
-        parts += [f"{counted(n, 'text')} {'is' if n == 1 else 'are'} in {words}"] if n else []
+        parts += [f"{plural(n, 'text')} {'is' if n == 1 else 'are'} in {words}"] if n else []
     if parts:
         return f"Repeated texts: {'; '.join(parts)}."
     return "No text is in two pools, or in train and test." if leaks or found == 0 else ""
@@ -100,7 +100,7 @@ def fallback_sentences(frame: pd.DataFrame) -> dict[str, str]:
         counts = initial[initial["pool"] == pool].groupby("seed")["client"].nunique()
         total = tested.loc[tested["pool"] == pool, "client"].nunique()
         sentences[pool] = (
-            f"{spread(counts)} of {total} {pool_name(pool).lower()} were never sampled for the base and have its "
+            f"{format_range(counts)} of {total} {pool_name(pool).lower()} were never sampled for the base and have its "
             "initial private state."
         )
     return sentences

@@ -10,7 +10,7 @@ from fedtailor.report.facts import Facts
 from fedtailor.report.grid import Grid
 from fedtailor.report.names import language_name, method_name, pool_name
 from fedtailor.report.scores import AVERAGE, Block, Cell
-from fedtailor.report.wording import ABSENT, NOT_RECORDED, budget_title, counted, percent
+from fedtailor.report.wording import ABSENT, NOT_RECORDED, budget_title, percent, plural
 
 
 def table_grid(facts: Facts, found: Sequence[Block]) -> Grid:
@@ -44,7 +44,7 @@ def table_grid(facts: Facts, found: Sequence[Block]) -> Grid:
 def _caption(facts: Facts, found: Sequence[Block]) -> list[str]:
     """Sentences that let a table stand alone: numbers, task, model, base, scale, data, departures, run."""
     block, measure, exp = found[0], found[0].measure, facts.experiment
-    clients = counted(block.n_clients, "client")
+    clients = plural(block.n_clients, "client")
     seeds = ", ".join(str(seed) for seed in block.seeds)
     spread = "mean (SD) over seeds" if len(block.seeds) > 1 else "one seed, so no SD (–)"
     changed = "; ".join(f"{key}: {default} → {value}" for key, default, value in facts.overrides)
@@ -54,7 +54,7 @@ def _caption(facts: Facts, found: Sequence[Block]) -> list[str]:
         facts.scale,
         facts.privacy,
         f"Task {exp.task.name}, model {exp.model.name} with L = {facts.n_modules} adapted layers, budget rL ranks; "
-        f"{clients} in {counted(len(languages_of(found)), measure.group)}; seeds {seeds}.",
+        f"{clients} in {plural(len(languages_of(found)), measure.group)}; seeds {seeds}.",
         facts.pretrained,
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
         facts.fallbacks.get(block.pool, ""),

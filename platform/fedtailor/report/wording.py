@@ -35,7 +35,7 @@ def budget_title(budget: int | None) -> str:
     return "No budget" if budget is None else f"r = {budget}"
 
 
-def at(tree: Any, path: str) -> Any:
+def get_path(tree: Any, path: str) -> Any:
     """Value at a dotted path of a nested mapping, None where there is none."""
     for key in path.split("."):
         if not isinstance(tree, Mapping) or key not in tree:
@@ -46,10 +46,10 @@ def at(tree: Any, path: str) -> Any:
 
 def text(value: Any) -> str:
     """A value as people write it: no quotes, lists in brackets, `NOT_RECORDED` for None."""
-    return NOT_RECORDED if value is None or value == "" else shown(value)
+    return NOT_RECORDED if value is None or value == "" else format_value(value)
 
 
-def counted(n: int, noun: str) -> str:
+def plural(n: int, noun: str) -> str:
     """``1 client``, ``2 clients``."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
@@ -62,15 +62,15 @@ def leaves(tree: Any, prefix: str = "") -> list[tuple[str, str]]:
         ]
     if _is_list(tree) and any(isinstance(item, Mapping) for item in tree):
         return [leaf for k, value in enumerate(tree) for leaf in leaves(value, f"{prefix}[{k}]")]
-    return [(prefix, shown(tree))]
+    return [(prefix, format_value(tree))]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as people write it: no quotes, lists in brackets."""
     if isinstance(value, str):
         return value
     if _is_list(value):
-        return f"[{', '.join(shown(item) for item in value)}]"
+        return f"[{', '.join(format_value(item) for item in value)}]"
     if value is None or isinstance(value, bool | Mapping):
         return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     return str(value)
@@ -80,10 +80,10 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def spread(numbers: Iterable[int]) -> str:
+def format_range(numbers: Iterable[int]) -> str:
     """``3``, or ``3 to 7`` where they differ.
 
-    >>> spread([7, 3, 5]), spread([4, 4])
+    >>> format_range([7, 3, 5]), format_range([4, 4])
     ('3 to 7', '4')
     """
     found = sorted(numbers)
