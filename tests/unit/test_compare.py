@@ -134,7 +134,7 @@ def test_each_run_shows_its_state_and_its_digest_once_it_is_finished(lab: Lab) -
     content = lab.compare("one", "two")
     facts = dict(content.facts)
     assert facts["State"] == ("complete", "interrupted, 1 of 2 stages")
-    assert facts["Digest"] == (str(content.sides[0].digest)[:12], "none yet")
+    assert facts["Digest"] == (str(content.runs[0].digest)[:12], "none yet")
     assert any("two is unfinished" in note for note in content.notes)
 
 

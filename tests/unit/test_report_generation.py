@@ -19,7 +19,7 @@ from fedtailor.experiment.config import Experiment
 from fedtailor.models.families import locate_module
 from fedtailor.report import metrics, side_by_side, significance, write_report
 from fedtailor.report import scores as results
-from fedtailor.report.facts import Evidence
+from fedtailor.report.facts import RunData
 from fedtailor.report.heatmaps import rank_structure
 from fedtailor.report.wandb import final_results
 
@@ -67,8 +67,8 @@ def whole() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    evidence = Evidence(validate(Experiment, {"task": "fed_aya"}), kind="generation")
-    return write_report(RUN, pd.DataFrame(list(whole())), {}, MODULES, tmp_path_factory.mktemp("aya"), evidence)
+    data = RunData(validate(Experiment, {"task": "fed_aya"}), kind="generation")
+    return write_report(RUN, pd.DataFrame(list(whole())), {}, MODULES, tmp_path_factory.mktemp("aya"), data)
 
 
 def test_accuracy_leads_where_there_is_any_else_rouge_l() -> None:

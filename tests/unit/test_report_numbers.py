@@ -16,7 +16,7 @@ from fedtailor.experiment.config import Experiment
 from fedtailor.models.families import locate_module
 from fedtailor.report import heatmaps, names, summary, tables
 from fedtailor.report import scores as results
-from fedtailor.report.facts import Evidence, Facts, read_facts
+from fedtailor.report.facts import RunData, RunFacts, read_facts
 from fedtailor.report.grid import latex, markdown
 from fedtailor.report.wording import leaves, percent
 
@@ -173,9 +173,9 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def facts_of(n_modules: int, **run: Any) -> Facts:
+def facts_of(n_modules: int, **run: Any) -> RunFacts:
     tree = {"task": "cldr", "model": "tiny-bert", "base": {"name": "none", "rounds": 9}, "strategy": {"rounds": 30}}
-    return read_facts(RUN | run, n_modules, results.checked(NOTHING), Evidence(validate(Experiment, tree)))
+    return read_facts(RUN | run, n_modules, results.checked(NOTHING), RunData(validate(Experiment, tree)))
 
 
 def test_the_caption_names_everything_the_run_departs_from() -> None:

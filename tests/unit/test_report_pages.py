@@ -19,7 +19,7 @@ import pytest
 from fedtailor.core.messages import metric_row
 from fedtailor.experiment.config import Experiment
 from fedtailor.report import write_report
-from fedtailor.report.facts import Evidence
+from fedtailor.report.facts import RunData
 
 MODULES = [f"bert.encoder.layer.0.{part}" for part in ("attention.self.query", "output.dense")] + ["classifier"]
 EVIL = "<script>alert('x')</script> & $x_1$ --> |"
@@ -29,7 +29,7 @@ RUN: dict[str, Any] = {
     "overrides": [{"key": EVIL, "default": EVIL, "value": EVIL}], "stages": [{"key": EVIL, "hash": "1a"}],
     "hardware": {"cpu": EVIL}, "git": {"commit": "abc"},
 }  # fmt: skip
-EVIDENCE = Evidence(Experiment())
+RUN_DATA = RunData(Experiment())
 
 
 def rows(languages: tuple[str, ...] = ("amh", EVIL), pools: tuple[str, ...] = ("seen", "unseen")) -> Iterator[Any]:
@@ -66,7 +66,7 @@ def lambdas(frame: pd.DataFrame) -> dict[tuple[str, int], dict[str, Any]]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     frame = pd.DataFrame(list(rows()))
-    return write_report(RUN, frame, lambdas(frame), MODULES, tmp_path_factory.mktemp("report"), EVIDENCE)
+    return write_report(RUN, frame, lambdas(frame), MODULES, tmp_path_factory.mktemp("report"), RUN_DATA)
 
 
 class Structure(HTMLParser):
@@ -152,7 +152,7 @@ def test_data_are_escaped_in_markdown(report: dict[str, Path]) -> None:
 
 def test_equal_rows_in_any_order_give_equal_bytes(tmp_path: Path, report: dict[str, Path]) -> None:
     frame = pd.DataFrame(list(rows()))
-    again = write_report(RUN, frame.sample(frac=1, random_state=1), lambdas(frame), MODULES, tmp_path, EVIDENCE)
+    again = write_report(RUN, frame.sample(frac=1, random_state=1), lambdas(frame), MODULES, tmp_path, RUN_DATA)
     differing = [name for name in report if report[name].read_bytes() != again[name].read_bytes()]
     assert differing == []
 
@@ -192,7 +192,7 @@ def test_the_csv_has_the_documented_columns(report: dict[str, Path]) -> None:
 def test_drawing_leaves_the_callers_matplotlib_alone(tmp_path: Path) -> None:
     frame = pd.DataFrame([row for row in rows(("amh",), ("seen",)) if row["stage"] == "base"])
     with mpl.rc_context({"font.size": 31.0}):
-        write_report(RUN, frame, {}, MODULES, tmp_path, EVIDENCE)
+        write_report(RUN, frame, {}, MODULES, tmp_path, RUN_DATA)
         assert mpl.rcParams["font.size"] == 31.0
 
 
@@ -221,7 +221,7 @@ def test_what_the_data_do_not_allow_is_left_out_with_a_sentence(
     tmp_path: Path, case: str, with_strategies: bool, absent: list[str], present: list[str]
 ) -> None:
     frame = partial(pd.DataFrame(list(rows())), case)
-    files = write_report({}, frame, lambdas(frame) if with_strategies else {}, MODULES, tmp_path, EVIDENCE)
+    files = write_report({}, frame, lambdas(frame) if with_strategies else {}, MODULES, tmp_path, RUN_DATA)
     assert not [name for name in files for part in absent if part in name]
     assert all(any(part in name for name in files) for part in present)
     page = files["report.html"].read_text("utf-8")
@@ -231,9 +231,9 @@ def test_what_the_data_do_not_allow_is_left_out_with_a_sentence(
 
 def test_files_of_an_earlier_report_are_replaced(tmp_path: Path) -> None:
     frame = pd.DataFrame(list(rows(("amh",))))
-    write_report({}, frame[frame["stage"] == "personalise"], {}, MODULES, tmp_path, EVIDENCE)
+    write_report({}, frame[frame["stage"] == "personalise"], {}, MODULES, tmp_path, RUN_DATA)
     (tmp_path / "notes.txt").write_text("mine")
-    files = write_report({}, frame[frame["stage"] == "base"], {}, MODULES, tmp_path, EVIDENCE)
+    files = write_report({}, frame[frame["stage"] == "base"], {}, MODULES, tmp_path, RUN_DATA)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(files) | {"notes.txt"}
 
@@ -252,5 +252,5 @@ def test_the_page_opens_with_the_best_method(tmp_path: Path, base: int, lora: in
         for method, budget, correct in (("base", -1, base), ("lora", 2, lora))
         for k in range(2)
     ]  # fmt: skip
-    page = write_report({}, pd.DataFrame(found), {}, MODULES, tmp_path, EVIDENCE)["report.html"].read_text("utf-8")
+    page = write_report({}, pd.DataFrame(found), {}, MODULES, tmp_path, RUN_DATA)["report.html"].read_text("utf-8")
     assert f"Seen clients: {sentence}" in page

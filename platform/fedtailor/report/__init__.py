@@ -23,7 +23,7 @@ from fedtailor.report import metrics as metrics_of
 from fedtailor.report import page as html
 from fedtailor.report import scores as results
 from fedtailor.report import significance as verdicts
-from fedtailor.report.facts import Evidence, gather, read_facts
+from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
 from fedtailor.report.metrics import Measure
 from fedtailor.report.names import in_pool_order
@@ -32,7 +32,7 @@ from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import join
 from fedtailor.storage.run_folder import RunFolder
 
-__all__ = ["Evidence", "gather", "write_report"]
+__all__ = ["RunData", "gather", "write_report"]
 
 
 def write_report(
@@ -41,7 +41,7 @@ def write_report(
     strategies: Mapping[tuple[str, int], Mapping[str, FloatArray]],
     modules: Sequence[str],
     out: Path,
-    evidence: Evidence,
+    data: RunData,
 ) -> dict[str, Path]:
     """Writes everything a reader needs into ``out``. Equal input, in any order of rows, gives equal bytes.
 
@@ -53,7 +53,7 @@ def write_report(
         strategies: (method, seed) to client to lambda, (L, r_init) float32.
         modules: names of the L adapted modules.
         out: folder, made if missing; files of an earlier report are replaced.
-        evidence: what `gather` found besides.
+        data: what `gather` found besides.
 
     Returns:
         files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
@@ -68,9 +68,9 @@ def write_report(
     measure, found = metrics_of.primary(scored), results.blocks(scored)
     pools = {pool: [b for b in found if b.pool == pool] for pool in in_pool_order(b.pool for b in found)}
     all_measures = beside(scored)
-    facts = read_facts(run, len(modules), frame, evidence)
+    facts = read_facts(run, len(modules), frame, data)
     pairs = significance.compare(scored, found)
-    spent = cost.cost(run.get("stages") or (), evidence.times, evidence.events)
+    spent = cost.cost(run.get("stages") or (), data.times, data.events)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     _csv(out / "results.csv", results.results_table(scored))
@@ -91,7 +91,7 @@ def write_report(
         write_grids(verdicts.pairs_grids(pairs, facts.scale, measure), significance.table(pairs), out, "significance")
     if len(spent):
         _csv(out / "cost.csv", spent)
-    drawn = figures.draw(frame, found, strategies, modules, evidence, out / "figures")
+    drawn = figures.draw(frame, found, strategies, modules, data, out / "figures")
     content = html.Content(
         facts, run, pools, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent, grids,
         metrics_of.shown_beside(scored), of_measures,

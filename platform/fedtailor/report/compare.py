@@ -44,7 +44,7 @@ _CLIENT = ["pool", "method", "budget", "seed", "client"]
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """One run of a comparison.
 
     Args:
@@ -95,7 +95,7 @@ class Comparison:
     """What is shown of several runs.
 
     Args:
-        sides: the runs, in the order given.
+        runs: the runs, in the order given.
         facts: state and setting of each run.
         changed: configuration keys that differ and can change a number; ``neutral``: those that cannot.
         results: `COLUMNS`, mean over languages; budget -1 for methods without, NaN SD with one seed.
@@ -104,7 +104,7 @@ class Comparison:
         wandb: sentences on where the runs are on W&B, empty where they are not.
     """
 
-    sides: tuple[Side, ...]
+    runs: tuple[ComparedRun, ...]
     facts: Rows
     changed: Rows
     neutral: tuple[str, ...]
@@ -116,12 +116,12 @@ class Comparison:
     @property
     def measure(self) -> Measure:
         """What the runs' clients are scored by."""
-        return self.sides[0].measure
+        return self.runs[0].measure
 
     @property
     def run_ids(self) -> list[str]:
         """Names of the runs."""
-        return [side.run_id for side in self.sides]
+        return [run.run_id for run in self.runs]
 
 
 def compare(storage: Storage, names: Sequence[str]) -> Comparison:
@@ -135,14 +135,14 @@ def compare(storage: Storage, names: Sequence[str]) -> Comparison:
         ConfigError: fewer than two, one named twice, or runs of different tasks or label sets.
         StorageError: no such run (names the nearest), one without results, or one whose files are damaged.
     """
-    sides = _open(storage, names)
-    pairs, reasons = _paired_runs(sides)
-    columns = [_facts(side) for side in sides]
+    runs = _open(storage, names)
+    pairs, reasons = _paired_runs(runs)
+    columns = [_facts(run) for run in runs]
     facts = tuple((name, tuple(column[name] for column in columns)) for name in columns[0])
-    return Comparison(sides, facts, *_differences(sides), _results(sides), pairs, (*_notes(sides), *reasons))
+    return Comparison(runs, facts, *_differences(runs), _results(runs), pairs, (*_notes(runs), *reasons))
 
 
-def _open(storage: Storage, names: Sequence[str]) -> tuple[Side, ...]:
+def _open(storage: Storage, names: Sequence[str]) -> tuple[ComparedRun, ...]:
     if len(set(names)) < 2:
         raise ConfigError(f"a comparison needs two different runs or more, got {', '.join(names) or 'none'}")
     twice = [f"run '{name}' is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -157,16 +157,16 @@ def _open(storage: Storage, names: Sequence[str]) -> tuple[Side, ...]:
     if len(set(tasks.values())) > 1:
         listed = ", ".join(f"'{run_id}': {task}" for run_id, task in tasks.items())
         raise ConfigError(f"runs of different tasks cannot be compared ({listed})")
-    sides = tuple(_side(folder) for folder in folders)
-    labels = {side.run_id: side.labels for side in sides if side.labels}
+    runs = tuple(_read_run(folder) for folder in folders)
+    labels = {run.run_id: run.labels for run in runs if run.labels}
     if len({frozenset(own) for own in labels.values()}) > 1:
-        noun = sides[0].measure.groups if sides[0].measure.own_groups else "classes"
+        noun = runs[0].measure.groups if runs[0].measure.own_groups else "classes"
         listed = "; ".join(f"'{run_id}': {', '.join(own)}" for run_id, own in labels.items())
         raise ConfigError(f"runs with different {noun} cannot be compared ({listed})")
-    return sides
+    return runs
 
 
-def _side(folder: RunFolder) -> Side:
+def _read_run(folder: RunFolder) -> ComparedRun:
     exp, state = load_experiment(folder), str(folder.status()["state"])
     scored = scores(checked(folder.metrics("personalise")))
     measure = primary(scored)
@@ -182,19 +182,19 @@ def _side(folder: RunFolder) -> Side:
     data = {seed: found for seed in exp.seeds if (found := folder.manifest(seed)) is not None}
     clients = {seed: {str(c["id"]): str(c["sha256"]) for c in found["clients"]} for seed, found in data.items()}
     labels = tuple(next(iter(data.values()))["labels"]) if data else ()
-    return Side(folder, folder.info(), exp, state, (done, len(stages)), whole, measure, values, clients, labels)
+    return ComparedRun(folder, folder.info(), exp, state, (done, len(stages)), whole, measure, values, clients, labels)
 
 
-def _facts(side: Side) -> dict[str, str]:
-    exp, (done, total) = side.exp, side.stages
-    counts = side.values.groupby("pool")["client"].nunique()
+def _facts(run: ComparedRun) -> dict[str, str]:
+    exp, (done, total) = run.exp, run.stages
+    counts = run.values.groupby("pool")["client"].nunique()
     return {
-        "State": side.state if done == total else f"{side.state}, {done} of {total} stages",
-        "Digest": side.digest[:12] if side.digest else "none yet",
+        "State": run.state if done == total else f"{run.state}, {done} of {total} stages",
+        "Digest": run.digest[:12] if run.digest else "none yet",
         "Task": exp.task.name,
         "Model": exp.model.name,
-        "Base": base_line(exp, side.values),
-        "Strategies": strategy_line(exp, side.values),
+        "Base": base_line(exp, run.values),
+        "Strategies": strategy_line(exp, run.values),
         "Seeds": ", ".join(map(str, exp.seeds)),
         "Scale": str(exp.scale),
         "Budgets r": ", ".join(map(str, exp.budgets)),
@@ -202,48 +202,48 @@ def _facts(side: Side) -> dict[str, str]:
     }
 
 
-def _differences(sides: Sequence[Side]) -> tuple[Rows, tuple[str, ...]]:
+def _differences(runs: Sequence[ComparedRun]) -> tuple[Rows, tuple[str, ...]]:
     """Keys whose values are not the same in all runs, in the order of the configuration.
 
     Returns:
         those that can change a number, and the versions of code and torch; those that cannot: where results are
         computed, kept or sent, and sections of methods that none of the runs uses.
     """
-    trees = [dict(leaves(side.info["config"])) for side in sides]
-    used = {name for side in sides for name in (*side.exp.methods, side.exp.base.name)}
+    trees = [dict(leaves(run.info["config"])) for run in runs]
+    used = {name for run in runs for name in (*run.exp.methods, run.exp.base.name)}
     neutral = (*_NEUTRAL, *(f"{name}." for name in METHODS if name not in used))
     rows = {key: tuple(tree.get(key, "not set") for tree in trees) for tree in trees for key in tree}
-    rows |= {key: tuple(text(get_path(side.info, key)) for side in sides) for key in _ORIGINS}
+    rows |= {key: tuple(text(get_path(run.info, key)) for run in runs) for key in _ORIGINS}
     rows = {key: values for key, values in rows.items() if len(set(values)) > 1}
     engine = {key for key in rows if key.startswith("engine.") and key.removeprefix("engine.") not in _ENGINE}
     idle = [key for key in rows if key in engine or key.startswith(neutral)]
     return tuple((key, values) for key, values in rows.items() if key not in idle), tuple(idle)
 
 
-def _notes(sides: Sequence[Side]) -> list[str]:
+def _notes(runs: Sequence[ComparedRun]) -> list[str]:
     """Sentences on what makes the averages of the runs unlike: unfinished runs, other languages or seeds."""
     found = [
-        f"{side.run_id} is unfinished ({side.stages[0]} of {side.stages[1]} stages); its numbers are of what is there."
-        for side in sides
-        if side.stages[0] < side.stages[1]
+        f"{run.run_id} is unfinished ({run.stages[0]} of {run.stages[1]} stages); its numbers are of what is there."
+        for run in runs
+        if run.stages[0] < run.stages[1]
     ]
-    values = pd.concat([side.values.assign(run=side.run_id) for side in sides])
+    values = pd.concat([run.values.assign(run=run.run_id) for run in runs])
     for pool in in_pool_order(values["pool"]):
         codes = values[values["pool"] == pool].groupby("run", sort=False)["language"].unique()
         if len(set(map(frozenset, codes))) > 1:
             counts = ", ".join(f"{run_id}: {len(own)}" for run_id, own in codes.items())
-            found.append(f"The runs average over different {sides[0].measure.groups} of the {pool} pool ({counts}).")
-    seeds = {side.run_id: ", ".join(map(str, sorted(set(side.values["seed"])))) for side in sides}
+            found.append(f"The runs average over different {runs[0].measure.groups} of the {pool} pool ({counts}).")
+    seeds = {run.run_id: ", ".join(map(str, sorted(set(run.values["seed"])))) for run in runs}
     if len(set(seeds.values())) > 1:
         listed = ", ".join(f"{run_id}: {own}" for run_id, own in seeds.items())
         found.append(f"The runs average over different seeds ({listed}).")
     return found
 
 
-def _results(sides: Sequence[Side]) -> pd.DataFrame:
-    table = pd.concat([results_table(side.values).assign(run=side.run_id) for side in sides], ignore_index=True)
+def _results(runs: Sequence[ComparedRun]) -> pd.DataFrame:
+    table = pd.concat([results_table(run.values).assign(run=run.run_id) for run in runs], ignore_index=True)
     table = _without_strays(table[table["language"] == AVERAGE], ["run", "pool", "method"])
-    order = {"pool": in_pool_order(table["pool"]), "run": tuple(side.run_id for side in sides)}
+    order = {"pool": in_pool_order(table["pool"]), "run": tuple(run.run_id for run in runs)}
     order |= {"method": in_method_order(table["method"])}
     table = table.sort_values([*order, "budget"], key=lambda c: c.map(order[c.name].index) if c.name in order else c)
     return table[list(COLUMNS)].reset_index(drop=True)
@@ -254,12 +254,12 @@ def _without_strays(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return table[(table["budget"] >= 0) | (table.groupby(keys)["budget"].transform("max") < 0)]
 
 
-def _paired_runs(sides: Sequence[Side]) -> tuple[tuple[RunPair, ...], list[str]]:
+def _paired_runs(runs: Sequence[ComparedRun]) -> tuple[tuple[RunPair, ...], list[str]]:
     """All pairs of runs, corrected over those of a pool and budget; and why two runs have none."""
-    own = {s.run_id: _without_strays(client_scores(s.values), ["pool", "method"]) for s in sides}
+    own = {s.run_id: _without_strays(client_scores(s.values), ["pool", "method"]) for s in runs}
     pairs: list[RunPair] = []
     reasons = []
-    for a, b in combinations(sides, 2):
+    for a, b in combinations(runs, 2):
         seeds, why = _shared_seeds(a, b)
         both = own[a.run_id].merge(own[b.run_id], on=_CLIENT, suffixes=("_other", ""))
         both = both[both["seed"].isin(seeds) & ~both["method"].isin(NOT_COMPARED)]
@@ -283,13 +283,13 @@ def _paired_runs(sides: Sequence[Side]) -> tuple[tuple[RunPair, ...], list[str]]
     return tuple(found), reasons
 
 
-def _shared_seeds(a: Side, b: Side) -> tuple[tuple[int, ...], str]:
+def _shared_seeds(a: ComparedRun, b: ComparedRun) -> tuple[tuple[int, ...], str]:
     """Seeds for which two runs have the same clients, or a sentence on why there are none."""
     names = f"{a.run_id} and {b.run_id}"
     common = sorted({int(s) for s in a.values["seed"]} & {int(s) for s in b.values["seed"]})
     if not common:
         return (), f"{names} have no seed in common: no paired test."
-    unknown = [side.run_id for side in (a, b) if not any(seed in side.clients for seed in common)]
+    unknown = [run.run_id for run in (a, b) if not any(seed in run.clients for seed in common)]
     if unknown:
         which = " and ".join(unknown)
         return (), f"The clients of {which} cannot be told (no data in the storage fits the run): no paired test."
@@ -297,7 +297,7 @@ def _shared_seeds(a: Side, b: Side) -> tuple[tuple[int, ...], str]:
     return same, "" if same else f"{names} have different clients (the populations differ): no paired test."
 
 
-def _origins(side: Side, method: str, seeds: Sequence[int]) -> set[str]:
+def _origins(run: ComparedRun, method: str, seeds: Sequence[int]) -> set[str]:
     """Artifacts that hold a method's results; equal names are equal content."""
-    stages = (s for s in side.info["stages"] if s["kind"] == "personalise")
+    stages = (s for s in run.info["stages"] if s["kind"] == "personalise")
     return {str(s["artifact"]) for s in stages if s["method"] == method and s["seed"] in seeds}

@@ -62,7 +62,7 @@ def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None
     """
     folder = _folder(storage, names, out)
     content = compare(storage, names)
-    content = replace(content, wandb=on_wandb(content.sides, document(content)))
+    content = replace(content, wandb=on_wandb(content.runs, document(content)))
     with staged_folder(folder) as stage:
         write(content, stage)
     return content, folder

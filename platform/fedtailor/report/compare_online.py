@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from fedtailor.report import wandb as wandb_sink
-from fedtailor.report.compare import Side
+from fedtailor.report.compare import ComparedRun
 from fedtailor.report.names import shortened
 from fedtailor.report.wording import get_path
 
@@ -16,17 +16,17 @@ REPORTS = "wandb_workspaces"
 _LONGEST_TITLE = 128
 
 
-def on_wandb(sides: Sequence[Side], text: str) -> tuple[str, ...]:
+def on_wandb(runs: Sequence[ComparedRun], text: str) -> tuple[str, ...]:
     """Sentences with addresses; empty, without any network call, unless all runs have ``wandb.mode=online``.
 
     Args:
-        sides: the compared runs.
+        runs: the compared runs.
         text: Markdown for the report.
     """
-    if any(get_path(side.info["config"], "wandb.mode") != "online" for side in sides):
+    if any(get_path(run.info["config"], "wandb.mode") != "online" for run in runs):
         return ()
     try:
-        places = [wandb_sink.place(side.folder) for side in sides]
+        places = [wandb_sink.place(run.folder) for run in runs]
         links = _links(places)
     except Exception as error:  # W&B lets errors of many libraries through, and none may fail a comparison
         return (f"No link to W&B: {type(error).__name__}: {error}",)
@@ -34,7 +34,7 @@ def on_wandb(sides: Sequence[Side], text: str) -> tuple[str, ...]:
         return (*links, f"A W&B report of these runs needs the package {REPORTS.replace('_', '-')}.")
     title = shortened(f"fedtailor: {', '.join(place.name for place in places)}", _LONGEST_TITLE)
     try:
-        return (*links, f"Report: {wandb_sink.write_report(places, title, text, _keys(sides))}")
+        return (*links, f"Report: {wandb_sink.write_report(places, title, text, _keys(runs))}")
     except Exception as error:  # as above
         return (*links, f"No W&B report: {type(error).__name__}: {error}")
 
@@ -48,7 +48,7 @@ def _links(places: Sequence[wandb_sink.Place]) -> list[str]:
     return found
 
 
-def _keys(sides: Sequence[Side]) -> list[str]:
+def _keys(runs: Sequence[ComparedRun]) -> list[str]:
     """Summary values that `wandb_sink.final_results` gives to all runs."""
-    keys = [set(wandb_sink.final_results(side.values)[0]) for side in sides]
+    keys = [set(wandb_sink.final_results(run.values)[0]) for run in runs]
     return sorted(set.intersection(*keys))

@@ -73,7 +73,7 @@ _TIME_COLUMNS = ("stage", "round", "client", "seconds")
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RunData:
     """Everything is empty or None where the run folder does not say.
 
     Args:
@@ -99,7 +99,7 @@ class Evidence:
     events: Sequence[Mapping[str, Any]] = ()
 
 
-def gather(run: RunFolder) -> Evidence:
+def gather(run: RunFolder) -> RunData:
     """Reads what the folder holds; the data set is that of the run's first seed.
 
     Args:
@@ -113,7 +113,7 @@ def gather(run: RunFolder) -> Evidence:
     manifest = run.manifest(exp.seeds[0]) or {}
     clients = clients_of(manifest) if manifest else ()
     rows = [(c.id, c.pool, c.language, c.n_train, c.n_test) for c in clients]
-    return Evidence(
+    return RunData(
         experiment=exp,
         clients=pd.DataFrame(rows, columns=list(_CLIENT_COLUMNS)),
         class_counts={str(c["id"]): tuple(c["train_classes"]) for c in manifest.get("clients", ())},
@@ -141,7 +141,7 @@ def _pretrain(run: RunFolder, folder: str | None) -> Mapping[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """The facts that a caption and a page header need, as text.
 
     Args:
@@ -175,8 +175,8 @@ class Facts:
         return ", ".join(f"{name} {version}" for name, version in self.versions) or NOT_RECORDED
 
 
-def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, found: Evidence) -> Facts:
-    """Facts of a run.
+def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, found: RunData) -> RunFacts:
+    """RunFacts of a run.
 
     Args:
         run: content of ``run.json`` and the run's ``status``.
@@ -185,7 +185,7 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         found: what else the run folder holds.
     """
     exp, seen = found.experiment, sum(found.clients["pool"] == "seen")
-    return Facts(
+    return RunFacts(
         experiment=exp,
         run_id=text(run.get("run_id")),
         status=text(run.get("status")),

@@ -10,7 +10,7 @@ import pandas as pd
 from fedtailor.report import curves as plots
 from fedtailor.report import heatmaps
 from fedtailor.report.curves import curves
-from fedtailor.report.facts import Evidence
+from fedtailor.report.facts import RunData
 from fedtailor.report.population import population
 from fedtailor.report.scores import Block
 from fedtailor.report.style import Drawing, Missing, class_label, language_label, save, styled
@@ -21,7 +21,7 @@ def draw(
     found: Sequence[Block],
     strategies: heatmaps.Strategies,
     modules: Sequence[str],
-    evidence: Evidence,
+    data: RunData,
     folder: Path,
 ) -> list[tuple[Drawing | Missing, tuple[Path, ...]]]:
     """Draws every figure that the data allow and writes it to ``folder``.
@@ -31,14 +31,14 @@ def draw(
         found: blocks of the tables.
         strategies: (method, seed) to client to lambda, (L, r_init) float32.
         modules: names of the L adapted modules.
-        evidence: what else the run folder holds.
+        data: what else the run folder holds.
 
     Returns:
         each figure with its files (png, svg), or the reason why there is none, in reading order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    codes = {*frame["language"], *evidence.clients["language"]}
-    texts = [language_label(code) for code in codes] + [class_label(x, k) for k, x in enumerate(evidence.labels)]
+    codes = {*frame["language"], *data.clients["language"]}
+    texts = [language_label(code) for code in codes] + [class_label(x, k) for k, x in enumerate(data.labels)]
     with styled(texts):
         entries = [
             *plots.per_budget(found),
@@ -46,6 +46,6 @@ def draw(
             *heatmaps.rank_structure(frame, modules),
             *heatmaps.lambda_distance(frame, strategies),
             *curves(frame),
-            *population(frame, evidence),
+            *population(frame, data),
         ]
         return [(e, save(e, folder) if isinstance(e, Drawing) else ()) for e in entries]

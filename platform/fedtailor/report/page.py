@@ -14,7 +14,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedtailor.report import cost, names, significance, tables
-from fedtailor.report.facts import Facts
+from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
@@ -53,7 +53,7 @@ class Content:
         beside: pool to their table.
     """
 
-    facts: Facts
+    facts: RunFacts
     run: Mapping[str, Any]
     pools: Mapping[str, Sequence[Block]]
     pairs: Sequence[Pair]
@@ -143,7 +143,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _tiles(facts: Facts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]) -> list[tuple[str, str]]:
+def _tiles(facts: RunFacts, run: Mapping[str, Any], pools: Mapping[str, Sequence[Block]]) -> list[tuple[str, str]]:
     exp = facts.experiment
     seeds = sorted({seed for blocks in pools.values() for b in blocks for seed in b.seeds})
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})

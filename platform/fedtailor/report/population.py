@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fedtailor.report.facts import Evidence
+from fedtailor.report.facts import RunData
 from fedtailor.report.heatmaps import client_homes
 from fedtailor.report.names import in_pool_order, pool_name
 from fedtailor.report.style import GRID, MUTED, Drawing, Missing, class_label, language_label
@@ -27,17 +27,17 @@ _MOST_CLASSES = 14
 _BAR = 0.36
 
 
-def population(frame: pd.DataFrame, evidence: Evidence) -> list[Drawing | Missing]:
+def population(frame: pd.DataFrame, data: RunData) -> list[Drawing | Missing]:
     """Clients and texts per language and pool, and the classes of the train texts, where the data tell.
 
     Args:
         frame: checked metric rows; they name the clients where there is no record of the data.
-        evidence: what the run folder holds of the data.
+        data: what the run folder holds of the data.
     """
-    clients = evidence.clients if len(evidence.clients) else _named(frame)
+    clients = data.clients if len(data.clients) else _named(frame)
     if not len(clients):
         return [Missing(CLIENTS, "no client is recorded")]
-    return [_clients_figure(clients), _classes_figure(evidence)]
+    return [_clients_figure(clients), _classes_figure(data)]
 
 
 def _named(frame: pd.DataFrame) -> pd.DataFrame:
@@ -84,16 +84,16 @@ def _bars(axis: Axes, values: pd.Series[float], pools: Sequence[str], codes: Seq
     axis.spines["left"].set_visible(False)
 
 
-def _classes_figure(evidence: Evidence) -> Drawing | Missing:
-    labels = evidence.labels
-    title, said, name = _classes_words(evidence)
-    if not labels or not evidence.class_counts:
+def _classes_figure(data: RunData) -> Drawing | Missing:
+    labels = data.labels
+    title, said, name = _classes_words(data)
+    if not labels or not data.class_counts:
         return Missing(title, "the run folder does not say which data it used")
     if len(labels) > _MOST_CLASSES:
-        what = "groups" if evidence.kind == "generation" else "classes"
+        what = "groups" if data.kind == "generation" else "classes"
         return Missing(title, f"{len(labels)} {what} are too many to show (at most {_MOST_CLASSES})")
-    homes = evidence.clients.set_index("client")
-    counts = pd.DataFrame.from_dict(dict(evidence.class_counts), orient="index").loc[list(homes.index)]
+    homes = data.clients.set_index("client")
+    counts = pd.DataFrame.from_dict(dict(data.class_counts), orient="index").loc[list(homes.index)]
     pools = in_pool_order(homes["pool"])
     codes = sorted(set(homes["language"]), reverse=True)
     grouped = counts.groupby([homes["pool"], homes["language"]]).sum()
@@ -120,9 +120,9 @@ def _classes_figure(evidence: Evidence) -> Drawing | Missing:
     )
 
 
-def _classes_words(evidence: Evidence) -> tuple[str, str, Callable[[str, int], str]]:
+def _classes_words(data: RunData) -> tuple[str, str, Callable[[str, int], str]]:
     """Title, sentence and names of the parts."""
-    if evidence.kind != "generation":
+    if data.kind != "generation":
         return CLASSES, "Classes of the train texts of a language's clients, as shares (first seed).", class_label
     said = (
         "Languages or groups of the train examples of clients by their predominant one, as shares (first seed). Scores "

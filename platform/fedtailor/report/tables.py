@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fedtailor.report.facts import Facts
+from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
 from fedtailor.report.names import language_name, method_name, pool_name
 from fedtailor.report.scores import AVERAGE, Block, Cell
 from fedtailor.report.wording import ABSENT, NOT_RECORDED, budget_title, percent, plural
 
 
-def table_grid(facts: Facts, found: Sequence[Block]) -> Grid:
+def table_grid(facts: RunFacts, found: Sequence[Block]) -> Grid:
     """``table_<pool>``: a row per language, then Average and Wins; a group of columns per budget.
 
     Args:
@@ -41,7 +41,7 @@ def table_grid(facts: Facts, found: Sequence[Block]) -> Grid:
     )
 
 
-def _caption(facts: Facts, found: Sequence[Block]) -> list[str]:
+def _caption(facts: RunFacts, found: Sequence[Block]) -> list[str]:
     """Sentences that let a table stand alone: numbers, task, model, base, scale, data, departures, run."""
     block, measure, exp = found[0], found[0].measure, facts.experiment
     clients = plural(block.n_clients, "client")
