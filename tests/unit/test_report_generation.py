@@ -17,10 +17,11 @@ from fedtailor.core.errors import DataError
 from fedtailor.core.messages import metric_row
 from fedtailor.experiment.config import Experiment
 from fedtailor.models.families import locate_module
-from fedtailor.report import metrics, side_by_side, significance, write_report
-from fedtailor.report import scores as results
+from fedtailor.report import metrics, significance, write_report
 from fedtailor.report.facts import RunData
 from fedtailor.report.heatmaps import rank_structure
+from fedtailor.report.scores import blocks, checked, results_table, scored_rows
+from fedtailor.report.tables import measure_blocks
 from fedtailor.report.wandb import final_results
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -39,8 +40,8 @@ def scored(client: str, language: str, value: float, n: int, method: str = "lora
                       weight=float(n))  # fmt: skip
 
 
-def scores(*rows: Any) -> pd.DataFrame:
-    return results.scores(results.checked(pd.DataFrame(list(rows))))
+def scores_of(*rows: Any) -> pd.DataFrame:
+    return scored_rows(checked(pd.DataFrame(list(rows))))
 
 
 def whole() -> Iterator[Any]:
@@ -86,7 +87,7 @@ def test_results_are_by_language_where_the_groups_are_languages_else_by_group() 
 
 
 def test_a_sample_counts_for_its_own_language_whichever_client_has_it() -> None:
-    table = results.results_table(scores(
+    table = results_table(scores_of(
         scored("seen/en/0", "en", 0.2, 30), scored("seen/en/0", "fr", 0.9, 10), scored("seen/fr/0", "fr", 0.1, 30)
     )).set_index("language")  # fmt: skip
     assert table.loc["fr", "mean"] == pytest.approx((0.9 * 10 + 0.1 * 30) / 40)
@@ -97,14 +98,14 @@ def test_a_sample_counts_for_its_own_language_whichever_client_has_it() -> None:
 
 
 def test_a_client_is_compared_once_with_all_its_samples() -> None:
-    frame = scores(*(
+    frame = scores_of(*(
         scored(client, language, value, n, method, budget=budget)
         for method, budget, shift in (("base", -1, 0.0), ("lora", 2, 0.1))
         for client, language, value, n in (
             ("seen/en/0", "en", 0.2, 30), ("seen/en/0", "fr", 0.4 + shift, 10), ("seen/fr/0", "fr", 0.1 + shift, 30)
         )
     ))  # fmt: skip
-    (pair,) = significance.compare(frame, results.blocks(frame))
+    (pair,) = significance.compare(frame, blocks(frame))
     assert pair.n_clients == 2
     assert pair.difference == pytest.approx((0.1 * 10 / 40 + 0.1) / 2)
 
@@ -112,7 +113,7 @@ def test_a_client_is_compared_once_with_all_its_samples() -> None:
 @pytest.mark.parametrize("value", [1.2, -0.1, float("nan")])
 def test_a_share_outside_the_unit_interval_is_an_error(value: float) -> None:
     with pytest.raises(DataError, match=r"client seen/en/0, lora, budget 2: rougeL .* is not in \[0, 1\]"):
-        results.checked(pd.DataFrame([scored("seen/en/0", "en", value, 3)]))
+        checked(pd.DataFrame([scored("seen/en/0", "en", value, 3)]))
 
 
 def test_a_generation_run_has_every_file_and_says_rouge_l_in_each(report: dict[str, Path]) -> None:
@@ -164,8 +165,8 @@ def test_the_summary_has_every_measure_of_a_method(report: dict[str, Path]) -> N
 
 
 def test_a_classification_run_has_no_table_of_measures() -> None:
-    frame = scores(scored("seen/en/0", "en", 0.5, 3, metric="accuracy"))
-    assert side_by_side.beside(frame) == {}
+    frame = scores_of(scored("seen/en/0", "en", 0.5, 3, metric="accuracy"))
+    assert measure_blocks(frame) == {}
 
 
 def test_w_and_b_gets_every_measure() -> None:
@@ -186,7 +187,7 @@ def test_llama_modules_are_placed_by_block_and_projection() -> None:
 
 
 def test_ranks_of_a_llama_are_drawn_without_a_row_outside_the_blocks() -> None:
-    frame = results.checked(pd.DataFrame(list(whole())))
+    frame = checked(pd.DataFrame(list(whole())))
     (drawing,) = rank_structure(frame, MODULES)
     axis = drawing.figure.axes[0]  # type: ignore[union-attr]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["Layer 0", "Layer 1", "Layer 2"]

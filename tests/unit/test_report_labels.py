@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from fedtailor.report import fonts, names
-from fedtailor.report import style as labels
+from fedtailor.report import names, style
 from fedtailor.report.style import Drawing, save, styled
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES
 from fedtailor.tasks.xnli import XNLI_LANGUAGES
@@ -21,7 +20,7 @@ UNKNOWN = chr(0x10FFFD)
 def test_every_language_of_the_paper_has_an_english_and_an_own_name(code: str) -> None:
     assert names.language_name(code) not in ("", code)
     assert names.own_name(code)
-    assert labels.language_label(code).startswith(f"{code} · ")
+    assert style.language_label(code).startswith(f"{code} · ")
 
 
 def test_right_to_left_languages_are_known() -> None:
@@ -29,21 +28,21 @@ def test_right_to_left_languages_are_known() -> None:
 
 
 def test_figures_name_known_languages_in_english_whatever_fonts_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fonts, "_font_for", lambda letters: None)
-    assert labels.language_label("amh") == "amh · Amharic"
-    assert labels.language_label("ልደታ") == "???"
+    monkeypatch.setattr(style, "_font_for", lambda letters: None)
+    assert style.language_label("amh") == "amh · Amharic"
+    assert style.language_label("ልደታ") == "???"
 
 
 def test_letters_without_a_font_are_replaced() -> None:
-    assert not fonts.can_draw(UNKNOWN)
-    assert fonts.drawable(f"a{UNKNOWN}b") == "a?b"
-    assert labels.class_label(UNKNOWN, 3) == "class 3"
-    assert labels.class_label("здоровье", 3) == "здоровье"
+    assert not style.can_draw(UNKNOWN)
+    assert style.drawable(f"a{UNKNOWN}b") == "a?b"
+    assert style.class_label(UNKNOWN, 3) == "class 3"
+    assert style.class_label("здоровье", 3) == "здоровье"
 
 
 def test_no_label_that_is_said_to_be_drawable_draws_boxes(tmp_path: Path) -> None:
-    shown = [labels.language_label(code) for code in (*MASAKHANEWS_LANGUAGES, *XNLI_LANGUAGES)]
-    shown += [labels.class_label(text, k) for k, text in enumerate(("ስፖርት", "صحة", "विज्ञान", "健康", "สุขภาพ"))]
+    shown = [style.language_label(code) for code in (*MASAKHANEWS_LANGUAGES, *XNLI_LANGUAGES)]
+    shown += [style.class_label(text, k) for k, text in enumerate(("ስፖርት", "صحة", "विज्ञान", "健康", "สุขภาพ"))]
     with styled(shown), warnings.catch_warnings():
         # matplotlib warns of every glyph that no font has.
         warnings.simplefilter("error")
@@ -56,4 +55,4 @@ def test_no_label_that_is_said_to_be_drawable_draws_boxes(tmp_path: Path) -> Non
 
 def test_latin_cyrillic_greek_and_arabic_need_no_further_font() -> None:
     texts = ["Èdè Yorùbá", "русский", "Ελληνικά", "Tiếng Việt", "العربية"]
-    assert fonts.families(texts) == [fonts.MAIN]
+    assert style.families(texts) == [style.MAIN]

@@ -15,9 +15,9 @@ from fedtailor.core.messages import METRIC_COLUMNS, metric_row
 from fedtailor.experiment.config import Experiment
 from fedtailor.models.families import locate_module
 from fedtailor.report import heatmaps, names, summary, tables
-from fedtailor.report import scores as results
 from fedtailor.report.facts import RunData, RunFacts, read_facts
 from fedtailor.report.grid import latex, markdown
+from fedtailor.report.scores import blocks, checked, results_table, scored_rows
 from fedtailor.report.wording import leaves, percent
 
 NOTHING = pd.DataFrame(columns=list(METRIC_COLUMNS))
@@ -31,7 +31,7 @@ def score(method: str, client: str, correct: int, n: int, budget: int = 8, **mor
 
 
 def scored(*rows: dict[str, Any]) -> pd.DataFrame:
-    return results.scores(results.checked(pd.DataFrame(list(rows))))
+    return scored_rows(checked(pd.DataFrame(list(rows))))
 
 
 def only(frame: pd.DataFrame, **where: Any) -> Any:
@@ -42,22 +42,22 @@ def only(frame: pd.DataFrame, **where: Any) -> Any:
 
 
 def test_a_language_is_pooled_over_clients_not_averaged() -> None:
-    table = results.results_table(scored(score("lora", "seen/amh/0", 1, 1), score("lora", "seen/amh/1", 0, 9)))
+    table = results_table(scored(score("lora", "seen/amh/0", 1, 1), score("lora", "seen/amh/1", 0, 9)))
     row = only(table, language="amh")
     assert (row["mean"], row["n_clients"], row["n_examples"], row["n_seeds"]) == (0.1, 2, 10, 1)
 
 
 def test_spread_is_the_sample_sd_over_seeds() -> None:
     rows = [score("lora", "seen/amh/0", k, 10, seed=seed) for seed, k in ((1, 2), (2, 4), (3, 9))]
-    row = only(results.results_table(scored(*rows)), language="amh")
+    row = only(results_table(scored(*rows)), language="amh")
     assert row["mean"] == pytest.approx(0.5)
     assert row["sd"] == pytest.approx(sqrt((0.3**2 + 0.1**2 + 0.4**2) / 2))
 
 
 def test_one_seed_has_no_spread_anywhere() -> None:
     frame = scored(score("lora", "seen/amh/0", 1, 2))
-    assert isnan(only(results.results_table(frame), language="amh")["sd"])
-    (block,) = results.blocks(frame)
+    assert isnan(only(results_table(frame), language="amh")["sd"])
+    (block,) = blocks(frame)
     assert block.cells["amh", "lora"].sd is None
     assert summary.summary_records([block], [], {})[0]["sd"] is None
     assert percent(None) == "–"
@@ -68,7 +68,7 @@ def test_the_average_weighs_languages_equally_within_a_seed() -> None:
         score("lora", "seen/amh/0", 100, 100), score("lora", "seen/eng/0", 0, 1),
         score("lora", "seen/amh/0", 50, 100, seed=2), score("lora", "seen/eng/0", 1, 1, seed=2),
     ]  # fmt: skip
-    row = only(results.results_table(scored(*rows)), language="average")
+    row = only(results_table(scored(*rows)), language="average")
     assert row["mean"] == pytest.approx((0.5 + 0.75) / 2)
     assert row["sd"] == pytest.approx(np.std([0.5, 0.75], ddof=1))
 
@@ -79,20 +79,20 @@ def test_methods_without_budget_stand_in_every_block_and_once_in_the_csv() -> No
         score("lora", "seen/amh/0", 2, 4, budget=2),
         score("lora", "seen/amh/0", 3, 4, budget=16),
     )
-    assert [(b.budget, b.methods) for b in results.blocks(frame)] == [
+    assert [(b.budget, b.methods) for b in blocks(frame)] == [
         (2, ("base", "lora")),
         (16, ("base", "lora")),
     ]
-    assert only(results.results_table(frame), method="base", language="amh")["budget"] == -1
+    assert only(results_table(frame), method="base", language="amh")["budget"] == -1
 
 
 def test_a_run_without_budgets_has_one_block_per_pool() -> None:
     rows = [score("base", f"{pool}/amh/0", 1, 4, budget=-1) for pool in ("unseen", "seen")]
-    assert [(b.pool, b.budget) for b in results.blocks(scored(*rows))] == [("seen", None), ("unseen", None)]
+    assert [(b.pool, b.budget) for b in blocks(scored(*rows))] == [("seen", None), ("unseen", None)]
 
 
 def test_ties_count_as_a_win_for_each_tied_method() -> None:
-    (block,) = results.blocks(
+    (block,) = blocks(
         scored(
             score("lora", "seen/amh/0", 1, 2), score("fedp2eft", "seen/amh/0", 1, 2),
             score("lora", "seen/eng/0", 0, 2), score("fedp2eft", "seen/eng/0", 2, 2),
@@ -110,8 +110,8 @@ def test_results_do_not_depend_on_the_order_of_rows() -> None:
         score(m, f"seen/{lang}/{k}", int(rng.integers(0, 7)), 7, seed=s)
         for m in ("lora", "fedp2eft") for lang in ("amh", "eng") for k in range(5) for s in range(3)
     ]  # fmt: skip
-    one = results.results_table(scored(*rows)).to_csv()
-    assert results.results_table(scored(*[rows[k] for k in rng.permutation(len(rows))])).to_csv() == one
+    one = results_table(scored(*rows)).to_csv()
+    assert results_table(scored(*[rows[k] for k in rng.permutation(len(rows))])).to_csv() == one
 
 
 def test_a_number_given_twice_is_an_error_naming_the_client() -> None:
@@ -127,7 +127,7 @@ def test_an_accuracy_outside_the_unit_interval_is_an_error(value: float) -> None
 
 def test_missing_columns_are_an_error_naming_them() -> None:
     with pytest.raises(DataError, match=r"lack the columns \['weight'\]"):
-        results.checked(pd.DataFrame([score("lora", "seen/amh/0", 1, 2)]).drop(columns="weight"))
+        checked(pd.DataFrame([score("lora", "seen/amh/0", 1, 2)]).drop(columns="weight"))
 
 
 def test_methods_that_lack_clients_are_named() -> None:
@@ -175,11 +175,11 @@ RUN: dict[str, Any] = {
 
 def facts_of(n_modules: int, **run: Any) -> RunFacts:
     tree = {"task": "cldr", "model": "tiny-bert", "base": {"name": "none", "rounds": 9}, "strategy": {"rounds": 30}}
-    return read_facts(RUN | run, n_modules, results.checked(NOTHING), RunData(validate(Experiment, tree)))
+    return read_facts(RUN | run, n_modules, checked(NOTHING), RunData(validate(Experiment, tree)))
 
 
 def test_the_caption_names_everything_the_run_departs_from() -> None:
-    found = results.blocks(scored(score("lora", "seen/amh/0", 1, 2)))
+    found = blocks(scored(score("lora", "seen/amh/0", 1, 2)))
     words = " ".join(tables.table_grid(facts_of(74), found).caption)
     for part in ("cldr", "tiny-bert", "L = 74", "1 client in 1 language", "seeds 1.",
                  "off the shelf; ", "strategies: 30 rounds", "lora.lr: 0.0001 → 0.005", "run_1",
@@ -193,7 +193,7 @@ def test_markdown_has_a_block_per_budget_with_the_best_in_bold() -> None:
         score("lora", "seen/amh/0", 2, 4), score("lora", "seen/amh/1", 4, 4),
         score("lora", "seen/amh/0", 0, 4, budget=2),
     )  # fmt: skip
-    lines = markdown(tables.table_grid(facts_of(2), results.blocks(frame))).splitlines()
+    lines = markdown(tables.table_grid(facts_of(2), blocks(frame))).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert [line for line in lines if line.startswith("##")] == ["## r = 2", "## r = 8"]
     last = cells[len(cells) // 2 :]
@@ -207,7 +207,7 @@ def test_the_csv_has_the_papers_layout() -> None:
         score("base", "seen/amh/0", 1, 4, budget=-1), score("lora", "seen/amh/0", 2, 4),
         score("base", "seen/eng/0", 1, 4, budget=-1), score("lora", "seen/eng/0", 0, 4),
     )  # fmt: skip
-    table = tables.table_data(results.blocks(frame))
+    table = tables.table_data(blocks(frame))
     assert list(table) == ["language", "name", "r8/base", "r8/base/sd", "r8/lora", "r8/lora/sd"]
     assert list(table["name"]) == ["Amharic", "English", "Average", "Wins"]
     assert list(table["r8/lora"]) == [50.0, 0.0, 25.0, 1]
@@ -216,7 +216,7 @@ def test_the_csv_has_the_papers_layout() -> None:
 
 def test_latex_escapes_data_and_groups_columns_by_budget() -> None:
     frame = scored(score("my_method", "seen/50%/0", 1, 4, budget=2), score("my_method", "seen/50%/0", 1, 4, budget=4))
-    tex = latex(tables.table_grid(facts_of(2, run_id="a_b&c"), results.blocks(frame)))
+    tex = latex(tables.table_grid(facts_of(2, run_id="a_b&c"), blocks(frame)))
     for part in (r"a\_b\&c", r"my\_method", r"50\%", r"\toprule", r"$r$ = 2",
                  r"\cmidrule(lr){2-2} \cmidrule(lr){3-3}", r"\label{tab:seen}"):  # fmt: skip
         assert part in tex
@@ -225,7 +225,7 @@ def test_latex_escapes_data_and_groups_columns_by_budget() -> None:
 
 def test_many_methods_continue_in_further_latex_floats() -> None:
     rows = [score(f"m{k}", "seen/amh/0", 1, 4, budget=r) for k in range(9) for r in (1, 2, 4, 8)]
-    tex = latex(tables.table_grid(facts_of(2), results.blocks(scored(*rows))))
+    tex = latex(tables.table_grid(facts_of(2), blocks(scored(*rows))))
     assert tex.count(r"\begin{table*}") == tex.count(r"\end{table*}") == 2
     assert tex.count(r"\label{") == 1
 

@@ -10,11 +10,10 @@ import pytest
 from scipy import stats
 
 from fedtailor.core.messages import metric_row
-from fedtailor.report import scores as results
 from fedtailor.report import significance
-from fedtailor.report import significance as verdicts
 from fedtailor.report.grid import latex, markdown
-from fedtailor.report.significance import Pair
+from fedtailor.report.scores import blocks, checked, scored_rows
+from fedtailor.report.significance import Pair, pairs_grids, sentences
 
 
 def score(method: str, client: str, value: float, budget: int = 8, seed: int = 1) -> dict[str, Any]:
@@ -25,8 +24,8 @@ def score(method: str, client: str, value: float, budget: int = 8, seed: int = 1
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[tuple[int | None, str, str], Pair]:
-    scored = results.scores(results.checked(pd.DataFrame(rows)))
-    pairs = significance.compare(scored, results.blocks(scored))
+    scored = scored_rows(checked(pd.DataFrame(rows)))
+    pairs = significance.compare(scored, blocks(scored))
     return {(pair.budget, pair.method, pair.other): pair for pair in pairs}
 
 
@@ -106,12 +105,12 @@ def test_sentences_name_the_budgets_of_a_mixed_verdict() -> None:
     base = {r["client"]: r["value"] for r in rows if r["method"] == "base"}
     rows = [r | {"value": base[r["client"]]} if r["budget"] == 2 else r for r in rows]
     pairs = list(compare(rows).values())
-    assert verdicts.sentences(pairs, "seen") == ["LoRA: better than Base (r = 8); undecided against Base (r = 2)."]
+    assert sentences(pairs, "seen") == ["LoRA: better than Base (r = 8); undecided against Base (r = 2)."]
 
 
 def test_the_tables_say_difference_interval_and_p_and_escape_data() -> None:
     pairs = list(compare(table({"base": 0.0, "my_method": 0.1})).values())
-    (grid,) = verdicts.pairs_grids(pairs, "Scale 0.1.")
+    (grid,) = pairs_grids(pairs, "Scale 0.1.")
     text, tex = markdown(grid), latex(grid)
     assert "| my\\_method – Base |" in text
     assert r"my\_method -- Base" in tex

@@ -101,9 +101,9 @@ def show_privacy(console: Console, exp: ExperimentBase, width: int, seen: int | 
 def summary_table(metrics: pd.DataFrame) -> Table | None:
     """Methods by budgets, the run's measure in % as the mean over languages, for each pool; None without results."""
     from fedtailor.report.names import method_name, pool_name
-    from fedtailor.report.scores import blocks, checked, scores
+    from fedtailor.report.scores import blocks, checked, scored_rows
 
-    found = blocks(scores(checked(metrics)))
+    found = blocks(scored_rows(checked(metrics)))
     if not found:
         return None
     budgets = list(dict.fromkeys(block.budget for block in found))

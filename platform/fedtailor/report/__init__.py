@@ -1,8 +1,6 @@
-"""Write_report: all files of a report.
+"""The report of a run: numbers (CSV, JSON), the paper's tables (Markdown, LaTeX, CSV), figures, one HTML page.
 
-The report of a run: numbers (CSV, JSON), the paper's tables (Markdown, LaTeX), figures, one HTML page.
-
-From a run folder to its report: gathers what `report` is told.
+`write_report` makes all files from checked rows; `report_of` reads them from a run folder.
 """
 
 from __future__ import annotations
@@ -16,29 +14,34 @@ from typing import Any
 import pandas as pd
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.messages import FloatArray
 from fedtailor.methods.external import add_stored
-from fedtailor.report import cost, figures, significance, summary, tables
-from fedtailor.report import metrics as metrics_of
-from fedtailor.report import page as html
-from fedtailor.report import scores as results
-from fedtailor.report import significance as verdicts
+from fedtailor.report import significance
+from fedtailor.report.cost import cost_table
+from fedtailor.report.curves import per_budget, per_language, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
-from fedtailor.report.metrics import Measure
+from fedtailor.report.heatmaps import Strategies, lambda_distance, rank_structure
+from fedtailor.report.metrics import Measure, answer_measures, primary
 from fedtailor.report.names import in_pool_order
-from fedtailor.report.side_by_side import beside, measures_data, measures_grid
+from fedtailor.report.page import Content, render
+from fedtailor.report.population import population_figures
+from fedtailor.report.scores import TIE_RULE, Block, blocks, checked, results_table, scored_rows
+from fedtailor.report.style import Drawing, Missing, class_label, language_label, save, styled
+from fedtailor.report.summary import gaps, summary_records, tied_shares
+from fedtailor.report.tables import file_label, measure_blocks, measures_data, measures_grid, table_data, table_grid
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import join
 from fedtailor.storage.run_folder import RunFolder
 
-__all__ = ["RunData", "gather", "write_report"]
+__all__ = ["RunData", "gather", "refuse_used", "report_of", "write_report"]
+
+PAGE = "report.html"
 
 
 def write_report(
     run: Mapping[str, Any],
     metrics: pd.DataFrame,
-    strategies: Mapping[tuple[str, int], Mapping[str, FloatArray]],
+    strategies: Strategies,
     modules: Sequence[str],
     out: Path,
     data: RunData,
@@ -63,58 +66,74 @@ def write_report(
     Raises:
         DataError: a metric column is missing, a number is given twice, or a share is outside [0, 1].
     """
-    frame = results.checked(metrics)
-    scored = results.scores(frame)
-    measure, found = metrics_of.primary(scored), results.blocks(scored)
+    frame = checked(metrics)
+    scored = scored_rows(frame)
+    measure, found = primary(scored), blocks(scored)
     pools = {pool: [b for b in found if b.pool == pool] for pool in in_pool_order(b.pool for b in found)}
-    all_measures = beside(scored)
+    all_measures = measure_blocks(scored)
     facts = read_facts(run, len(modules), frame, data)
     pairs = significance.compare(scored, found)
-    spent = cost.cost(run.get("stages") or (), data.times, data.events)
+    spent = cost_table(run.get("stages") or (), data.times, data.events)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
-    _csv(out / "results.csv", results.results_table(scored))
-    _write(
-        out / "summary.json",
-        json.dumps(
-            _summary(facts.run_id, measure, found, pairs, all_measures), indent=2, ensure_ascii=False, allow_nan=False
-        )
-        + "\n",
-    )
-    grids = {pool: tables.table_grid(facts, blocks) for pool, blocks in pools.items()}
-    of_measures = {pool: measures_grid(blocks, grids[pool].caption) for pool, blocks in all_measures.items()}
+    _csv(out / "results.csv", results_table(scored))
+    whole = _summary(facts.run_id, measure, found, pairs, all_measures)
+    _write(out / "summary.json", json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    grids = {pool: table_grid(facts, own) for pool, own in pools.items()}
+    measure_grids = {pool: measures_grid(own, grids[pool].caption) for pool, own in all_measures.items()}
     for pool, grid in grids.items():
-        write_grids([grid], tables.table_data(pools[pool]), out, f"table_{tables.file_label(pool)}")
-    for pool, grid in of_measures.items():
-        write_grids([grid], measures_data(all_measures[pool]), out, f"metrics_{tables.file_label(pool)}")
+        write_grids([grid], table_data(pools[pool]), out, f"table_{file_label(pool)}")
+    for pool, grid in measure_grids.items():
+        write_grids([grid], measures_data(all_measures[pool]), out, f"metrics_{file_label(pool)}")
     if pairs:
-        write_grids(verdicts.pairs_grids(pairs, facts.scale, measure), significance.table(pairs), out, "significance")
+        pages = significance.pairs_grids(pairs, facts.scale, measure)
+        write_grids(pages, significance.table(pairs), out, "significance")
     if len(spent):
         _csv(out / "cost.csv", spent)
-    drawn = figures.draw(frame, found, strategies, modules, data, out / "figures")
-    content = html.Content(
-        facts, run, pools, pairs, drawn, summary.gaps(scored), summary.tied_shares(frame), spent, grids,
-        metrics_of.shown_beside(scored), of_measures,
+    drawn = _draw(frame, found, strategies, modules, data, out / "figures")
+    content = Content(
+        facts, run, pools, pairs, drawn, gaps(scored), tied_shares(frame), spent, grids, answer_measures(scored),
+        measure_grids,
     )  # fmt: skip
-    _write(out / "report.html", html.render(content))
+    _write(out / PAGE, render(content))
     return {path.relative_to(out).as_posix(): path for path in _report_files(out)}
+
+
+def _draw(
+    frame: pd.DataFrame, found: Sequence[Block], strategies: Strategies, modules: Sequence[str], data: RunData,
+    folder: Path,
+) -> list[tuple[Drawing | Missing, tuple[Path, ...]]]:  # fmt: skip
+    """Every figure in reading order with its files (png, svg), or the reason why there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    codes = {*frame["language"], *data.clients["language"]}
+    labels = [language_label(code) for code in codes] + [class_label(x, k) for k, x in enumerate(data.labels)]
+    with styled(labels):
+        entries = [
+            *per_budget(found),
+            *per_language(found),
+            *rank_structure(frame, modules),
+            *lambda_distance(frame, strategies),
+            *training_curves(frame),
+            *population_figures(frame, data),
+        ]
+        return [(e, save(e, folder) if isinstance(e, Drawing) else ()) for e in entries]
 
 
 def _summary(
     run_id: str,
     measure: Measure,
-    found: list[results.Block],
+    found: list[Block],
     pairs: list[significance.Pair],
-    all_measures: Mapping[str, Sequence[results.Block]],
+    all_measures: Mapping[str, Sequence[Block]],
 ) -> dict[str, Any]:
     return {
         "run_id": run_id,
         "metric": measure.name,
         "unit": "fraction",
         "seeds": sorted({seed for block in found for seed in block.seeds}),
-        "tie_rule": results.TIE_RULE,
+        "tie_rule": TIE_RULE,
         "comparison_rule": significance.rule(measure),
-        "results": summary.summary_records(found, pairs, all_measures),
+        "results": summary_records(found, pairs, all_measures),
     }
 
 
@@ -129,15 +148,12 @@ def _remove_earlier(out: Path) -> None:
         path.unlink()
 
 
-def _write(path: Path, words: str) -> None:
-    path.write_text(words, encoding="utf-8", newline="\n")
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _csv(path: Path, table: pd.DataFrame) -> None:
     table.to_csv(path, index=False, lineterminator="\n")
-
-
-PAGE = "report.html"
 
 
 def report_of(run: RunFolder, out: Path | None = None) -> Path | str:
@@ -157,13 +173,13 @@ def report_of(run: RunFolder, out: Path | None = None) -> Path | str:
     path = join(run.run_id, "report")
     if run.storage.is_local:
         return _write_all(run, run.storage.local_path(path))
-    with TemporaryDirectory() as made:
-        page = _write_all(run, Path(made))
+    with TemporaryDirectory() as folder:
+        page = _write_all(run, Path(folder))
         run.storage.delete(path)
         # The page last: whoever finds it finds what it shows.
-        for file in sorted(Path(made).rglob("*"), key=lambda file: (file == page, file)):
+        for file in sorted(Path(folder).rglob("*"), key=lambda file: (file == page, file)):
             if file.is_file():
-                run.storage.upload(file, join(path, file.relative_to(made).as_posix()))
+                run.storage.upload(file, join(path, file.relative_to(folder).as_posix()))
     return f"{run.storage.url.rstrip('/')}/{path}/{PAGE}"
 
 

@@ -18,10 +18,10 @@ from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
 from fedtailor.methods import METHODS
+from fedtailor.report.facts import base_line, strategy_line
 from fedtailor.report.metrics import Measure, primary
 from fedtailor.report.names import in_method_order, in_pool_order
-from fedtailor.report.scores import AVERAGE, checked, client_scores, results_table, scores
-from fedtailor.report.setting import base_line, strategy_line
+from fedtailor.report.scores import AVERAGE, checked, client_scores, results_table, scored_rows
 from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
 from fedtailor.report.wording import get_path, leaves, text
 from fedtailor.storage.digest import committed_stages, digest
@@ -51,7 +51,7 @@ class ComparedRun:
         folder: the run; ``info``: content of its ``run.json``; ``exp``: its configuration.
         state: as its status says; ``stages``: how many are finished, of how many.
         digest: hex sha256 over what it computed; None while a stage is unfinished.
-        measure: what its clients are scored by; ``values``: those rows of `results.scores`.
+        measure: what its clients are scored by; ``values``: those rows of `scores.scored_rows`.
         clients: seed to client to the sha256 of its texts and labels, for seeds whose data the storage still has.
         labels: names of its classes or groups, empty where unknown.
     """
@@ -168,7 +168,7 @@ def _open(storage: Storage, names: Sequence[str]) -> tuple[ComparedRun, ...]:
 
 def _read_run(folder: RunFolder) -> ComparedRun:
     exp, state = load_experiment(folder), str(folder.status()["state"])
-    scored = scores(checked(folder.metrics("personalise")))
+    scored = scored_rows(checked(folder.metrics("personalise")))
     measure = primary(scored)
     values = scored[scored["metric"] == measure.name]
     if values.empty:

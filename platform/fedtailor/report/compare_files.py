@@ -19,11 +19,10 @@ from fedtailor.experiment.stages import short_hash
 from fedtailor.report.compare import Comparison, Rows, RunPair, compare
 from fedtailor.report.compare_online import on_wandb
 from fedtailor.report.curves import PERCENT
-from fedtailor.report.fonts import drawable
 from fedtailor.report.grid import Grid, markdown
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name, shortened
 from fedtailor.report.significance import LEVEL, MARKS, NOT_COMPARED, interval_text, p_text, table
-from fedtailor.report.style import MUTED, Drawing, looks, save, styled
+from fedtailor.report.style import MUTED, Drawing, drawable, looks, save, styled
 from fedtailor.report.wording import ABSENT, MARKDOWN, budget_title, escape, format_range, percent, points
 from fedtailor.storage.files import Storage
 

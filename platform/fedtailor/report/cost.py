@@ -31,7 +31,9 @@ LOAD_RULE = (
 )
 
 
-def cost(stages: Sequence[Mapping[str, Any]], times: pd.DataFrame, events: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def cost_table(
+    stages: Sequence[Mapping[str, Any]], times: pd.DataFrame, events: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
     """`COLUMNS`, a row per stage (its seeds together) that has times, in the order of the run; NaN where unknown.
 
     1 MB is 1e6 bytes; ``mb_down`` and ``mb_up`` are means over calls of clients, the peaks are the largest process.

@@ -1,9 +1,4 @@
-"""Training curves; accuracy over budgets.
-
-Training curves over rounds: the base model, and each method's strategy, with bands over seeds.
-
-A run's measure (accuracy, ROUGE-L) per language and against the budget.
-"""
+"""Lines and marks: training curves over rounds, a run's measure against the budget and per language."""
 
 from __future__ import annotations
 
@@ -17,12 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedtailor.report.fonts import drawable
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, metric_name, pool_name
 from fedtailor.report.scores import Block
 from fedtailor.report.significance import NOT_COMPARED
-from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, language_label, looks, plain
+from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, language_label, looks, plain
 
 CURVES = "Training curves"
 
@@ -32,8 +26,12 @@ _KEYS = ["stage", "method", "budget", "metric", "seed", "round"]
 
 _COLUMNS = 3
 
+PERCENT = FuncFormatter(lambda value, position: f"{100 * value:g}%")
 
-def curves(frame: pd.DataFrame) -> list[Drawing | Missing]:
+_FLAT = ("majority", "base")
+
+
+def training_curves(frame: pd.DataFrame) -> list[Drawing | Missing]:
     """A figure per round stage and method, a panel per metric: mean over clients, a line per budget.
 
     Args:
@@ -116,11 +114,6 @@ def _panel(axis: Axes, series: pd.DataFrame, colours: dict[int, str]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_xlim(1 - 0.03 * last, last + 0.03 * last)
     axis.set_xlabel("round")
-
-
-PERCENT = FuncFormatter(lambda value, position: f"{100 * value:g}%")
-
-_FLAT = ("majority", "base")
 
 
 def _per_group(measure: Measure) -> str:

@@ -18,9 +18,8 @@ from scipy.spatial.distance import cdist
 
 from fedtailor.core.messages import FloatArray
 from fedtailor.models.families import in_part_order, locate_module
-from fedtailor.report.fonts import drawable
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name, shortened
-from fedtailor.report.style import SEQUENTIAL, Drawing, Missing, language_label, plain
+from fedtailor.report.style import SEQUENTIAL, Drawing, Missing, drawable, language_label, plain
 
 Strategies = Mapping[tuple[str, int], Mapping[str, FloatArray]]
 

@@ -1,8 +1,7 @@
 """What a judge is asked, word for word, and the one way in which its reply is read.
 
 A whole reply is read, never pieces of one; it holds exactly one score in range or it holds none. Nothing is guessed.
-
-The answers of a finished generation run that a judge is to score.
+`kept_answers` finds the answers of a finished generation run that a judge is to score.
 """
 
 from __future__ import annotations
@@ -49,6 +48,9 @@ _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 _CUT = ("length", "content_filter")
 
 _SHOWN = 60
+
+QUESTION = ["seed", "client", "row"]
+"""What names a question; every method and budget answers it."""
 
 
 class NoScoreError(ValueError):
@@ -143,10 +145,6 @@ def _of_object(text: str) -> float:
 
 def _short(text: str) -> str:
     return json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False)
-
-
-QUESTION = ["seed", "client", "row"]
-"""What names a question; every method and budget answers it."""
 
 
 def kept_answers(run: RunFolder, methods: Sequence[str], limit: int | None, order: int) -> pd.DataFrame:

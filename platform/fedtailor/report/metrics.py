@@ -99,7 +99,7 @@ def primary(rows: pd.DataFrame) -> Measure:
     return replace(ROUGE_L, group=_group(set(scored.loc[scored["metric"] == ROUGE_L.name, "language"])))
 
 
-def shown_beside(rows: pd.DataFrame) -> tuple[Measure, ...]:
+def answer_measures(rows: pd.DataFrame) -> tuple[Measure, ...]:
     """The measures of a generation run, primary one included; empty for classification."""
     main = primary(rows)
     if main.name == ACCURACY.name:

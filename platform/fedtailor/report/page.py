@@ -13,14 +13,14 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedtailor.report import cost, names, significance, tables
+from fedtailor.report import cost, names, significance
 from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
-from fedtailor.report.side_by_side import BY
 from fedtailor.report.significance import Pair, against, rule
 from fedtailor.report.style import Drawing, Missing
+from fedtailor.report.tables import SEPARATOR, languages_of
 from fedtailor.report.wording import ABSENT, budget_title, leaves, percent, plural, points, text
 from fedtailor.tasks.task import TASKS
 
@@ -47,10 +47,10 @@ class Content:
         drawn: figures with their files (png, svg), or why there is none.
         notes: sentences on incomplete data.
         ties: (method, budget) to share of ranks tied at the threshold.
-        spent: `cost.cost`.
+        spent: `cost.cost_table`.
         grids: pool to its table.
         measures: all measures of a generation run.
-        beside: pool to their table.
+        measure_grids: pool to their table.
     """
 
     facts: RunFacts
@@ -63,7 +63,7 @@ class Content:
     spent: pd.DataFrame
     grids: Mapping[str, Grid]
     measures: Sequence[Measure]
-    beside: Mapping[str, Grid]
+    measure_grids: Mapping[str, Grid]
 
     @property
     def measure(self) -> Measure:
@@ -82,15 +82,15 @@ def render(content: Content) -> str:
             facts=facts,
             measure=content.measure,
             measures=content.measures,
-            beside=content.beside,
-            by=BY,
+            measure_grids=content.measure_grids,
+            by=SEPARATOR,
             tiles=_tiles(facts, run, pools),
             headlines=[_headline(blocks, versus) for blocks in pools.values()],
             pools=pools,
             methods={
                 pool: names.in_method_order(m for b in blocks for m in b.methods) for pool, blocks in pools.items()
             },
-            languages={pool: tables.languages_of(blocks) for pool, blocks in pools.items()},
+            languages={pool: languages_of(blocks) for pool, blocks in pools.items()},
             reference=names.method_name(REFERENCE),
             absent=ABSENT,
             versus=versus,
@@ -178,18 +178,20 @@ def _headline(blocks: Sequence[Block], versus: Mapping[tuple[str, int | None, st
     ties = [names.method_name(m) for m in block.methods if block.average[m].best and m != method]
     shared = f" (shared with {', '.join(ties)})" if ties else ""
     measure = block.measure
-    told = measure.mean if measure.name == ACCURACY.name else f"{measure.title}, {measure.mean}"
+    number = measure.mean if measure.name == ACCURACY.name else f"{measure.title}, {measure.mean}"
     pool, top = names.pool_name(block.pool), percent(block.average[method].mean)
-    best = f"{pool}: {names.method_name(method)}{where} has the highest {told}, {top} %{shared}"
+    best = f"{pool}: {names.method_name(method)}{where} has the highest {number}, {top} %{shared}"
     pair = versus.get((block.pool, block.budget, method))
     if pair is None:
         return f"{best}."
     base, gain = names.method_name(REFERENCE), points(pair.difference)
-    of = plural(pair.n_clients, "client")
+    clients = plural(pair.n_clients, "client")
     if pair.p_holm is None:
-        return f"{best}; {gain} points over {base} ({of}, so no test)."
+        return f"{best}; {gain} points over {base} ({clients}, so no test)."
     words = {"better": f"better than {base}", "worse": f"worse than {base}", "undecided": f"undecided against {base}"}
-    test = f"95 % interval {significance.interval_text(pair)}, {of}, corrected p {significance.p_text(pair.p_holm)}"
+    test = (
+        f"95 % interval {significance.interval_text(pair)}, {clients}, corrected p {significance.p_text(pair.p_holm)}"
+    )
     return f"{best}; per client {gain} points over {base}, {words[pair.verdict]} ({test})."
 
 

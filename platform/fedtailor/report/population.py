@@ -27,7 +27,7 @@ _MOST_CLASSES = 14
 _BAR = 0.36
 
 
-def population(frame: pd.DataFrame, data: RunData) -> list[Drawing | Missing]:
+def population_figures(frame: pd.DataFrame, data: RunData) -> list[Drawing | Missing]:
     """Clients and texts per language and pool, and the classes of the train texts, where the data tell.
 
     Args:

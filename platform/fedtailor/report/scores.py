@@ -2,8 +2,8 @@
 
 A language's score is pooled, sum(value * n) / sum(n) over its clients (accuracy: correct answers over examples), once
 per seed; mean and sample SD are over seeds (one seed: no SD). A client of a generation task has a row for each language
-of its examples. The average weighs languages equally. All sums run in sorted order, so the order
-of the rows does not change a byte.
+of its examples. The average weighs languages equally. All sums run in sorted order, so the order of the rows does not
+change a byte.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def scores(frame: pd.DataFrame) -> pd.DataFrame:
+def scored_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of `checked` that score a personalised client on at least one test example."""
     return frame[(frame["stage"] == "personalise") & frame["metric"].isin(SCORES) & (frame["weight"] > 0)]
 
@@ -164,7 +164,7 @@ def blocks(scored: pd.DataFrame, measure: Measure | None = None) -> list[Block]:
     """Every (pool, budget) in order; methods without budgets appear in each block.
 
     Args:
-        scored: rows of `scores`.
+        scored: rows of `scored_rows`.
         measure: what the cells are; default: the run's primary one.
     """
     measure, table = measure or primary(scored), results_table(scored)
@@ -230,7 +230,7 @@ def client_scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Score per (pool, method, budget, seed, client), ``value``, pooled over the client's languages.
 
     Args:
-        rows: of `scores`, of one metric.
+        rows: of `scored_rows`, of one metric.
     """
     rows = rows.assign(total=rows["value"] * rows["weight"])
     keys = ["pool", "method", "budget", "seed", "client"]

@@ -1,13 +1,9 @@
-"""Paired tests, Holm; in words and tables.
-
-Is one method better than another? Paired t-tests over clients, Holm-corrected, per pool and budget.
+"""Is one method better than another? Paired t-tests over clients, Holm-corrected; as numbers, sentences and tables.
 
 A client's score (its accuracy, or the mean over its answers) is averaged over the seeds that both methods have; the
 test is on the differences between the two methods over clients (Student's t for paired samples). Within a pool and
 budget, the p-values of all pairs are corrected together: S. Holm, A Simple Sequentially Rejective Multiple Test
 Procedure, Scand. J. Statist. 6 (1979), 65-70.
-
-The paired comparisons in words and as grids.
 """
 
 from __future__ import annotations
@@ -53,6 +49,11 @@ COLUMNS = (
 
 _NOISE = 12
 
+MARKS: Mapping[Verdict, str] = {"better": "▲", "undecided": "", "worse": "▼"}
+
+Key = tuple[str, str]
+"""Method and the one it is compared with."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -88,7 +89,7 @@ def compare(scored: pd.DataFrame, found: Sequence[Block]) -> list[Pair]:
     """All pairs of every block, in order of pool, budget, method.
 
     Args:
-        scored: rows of `results.scores`.
+        scored: rows of `scores.scored_rows`.
         found: blocks of the tables.
     """
     clients = client_scores(scored[scored["metric"] == primary(scored).name])
@@ -179,11 +180,6 @@ def corrected(pairs: Sequence[Pair]) -> list[Pair]:
     found = iter(holm(tested))
     pairs = [pair for pair in pairs if pair.n_clients]
     return [pair if pair.p is None else replace(pair, p_holm=next(found)) for pair in pairs]
-
-
-MARKS: Mapping[Verdict, str] = {"better": "▲", "undecided": "", "worse": "▼"}
-
-Key = tuple[str, str]
 
 
 def p_text(p: float | None) -> str:

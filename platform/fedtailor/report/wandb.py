@@ -76,9 +76,9 @@ def series(metrics: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def final_results(metrics: pd.DataFrame) -> tuple[dict[str, float], pd.DataFrame]:
     """Summary values ``final/<pool>/<method>/r<budget>/<metric>`` and the table per language behind them."""
-    from fedtailor.report.scores import AVERAGE, checked, results_table, scores
+    from fedtailor.report.scores import AVERAGE, checked, results_table, scored_rows
 
-    scored = scores(checked(metrics))
+    scored = scored_rows(checked(metrics))
     if scored.empty:
         return {}, scored
     table = results_table(scored)

@@ -1,9 +1,4 @@
-"""Values and texts as people write them; Markdown and LaTeX escapes.
-
-Values of a run as people write them, and where to find them in nested mappings.
-
-Text of a run inside Markdown and LaTeX, escaped.
-"""
+"""Values of a run as people write them, dotted look-ups in nested mappings, and escapes for Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -14,6 +9,16 @@ from typing import Any
 NOT_RECORDED = "not recorded"
 
 ABSENT = "–"
+
+LATEX: Mapping[str, str] = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "·": r"$\cdot$", "²": "$^2$", "λ": r"$\lambda$",
+    "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "▲": r"$\blacktriangle$",
+    "▼": r"$\blacktriangledown$", "\n": " ",
+}  # fmt: skip
+
+MARKDOWN: Mapping[str, str] = {c: f"\\{c}" for c in "\\`*_[]<>|#$~"} | {"\n": " ", "\r": " ", "&": "&amp;"}
 
 
 def percent(value: float | None) -> str:
@@ -89,17 +94,6 @@ def format_range(numbers: Iterable[int]) -> str:
     found = sorted(numbers)
     low, high = found[0], found[-1]
     return str(low) if low == high else f"{low} to {high}"
-
-
-LATEX: Mapping[str, str] = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", "·": r"$\cdot$", "²": "$^2$", "λ": r"$\lambda$",
-    "Δ": r"$\Delta$", "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "▲": r"$\blacktriangle$",
-    "▼": r"$\blacktriangledown$", "\n": " ",
-}  # fmt: skip
-
-MARKDOWN: Mapping[str, str] = {c: f"\\{c}" for c in "\\`*_[]<>|#$~"} | {"\n": " ", "\r": " ", "&": "&amp;"}
 
 
 def escape(word: str, rules: Mapping[str, str]) -> str:

@@ -10,13 +10,27 @@ import pytest
 from fedtailor.core.config import validate
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, metric_row
 from fedtailor.experiment.config import Experiment, ExperimentBase
+<<<<<<< HEAD:tests/unit/test_report_setting.py
 from fedtailor.report import cost, setting
 from fedtailor.report import scores as results
 from fedtailor.storage.round_store import timings_frame, timings_table
+=======
+from fedtailor.report import cost
+from fedtailor.report.facts import (
+    base_line,
+    duplicates_sentence,
+    fallback_sentences,
+    pretrain_sentence,
+    scale_sentence,
+    strategy_line,
+)
+from fedtailor.report.scores import checked
+from fedtailor.storage import timings
+>>>>>>> ef25170 (Tables of a report in one file, its facts in one, fonts beside the look of figures; names imported directly):tests/unit/test_report_facts.py
 
 
 def frame(*rows: dict[str, Any]) -> pd.DataFrame:
-    return results.checked(pd.DataFrame(list(rows), columns=list(METRIC_COLUMNS)))
+    return checked(pd.DataFrame(list(rows), columns=list(METRIC_COLUMNS)))
 
 
 def rounds_of(stage: str, method: str, n: int, **more: Any) -> list[dict[str, Any]]:
@@ -33,11 +47,11 @@ def configured(scale: float = 0.1, **base: Any) -> ExperimentBase:
     ("dept", "DEPT (SPEC), 10 rounds"), ("none", "off the shelf"),
 ])  # fmt: skip
 def test_a_base_is_called_by_its_papers_name(name: str, words: str) -> None:
-    assert setting.base_line(configured(name=name), frame()) == words
+    assert base_line(configured(name=name), frame()) == words
 
 
 def test_a_shared_base_is_said() -> None:
-    line = setting.base_line(configured(seed=42), frame())
+    line = base_line(configured(seed=42), frame())
     assert line == "FedAvg, 10 rounds, one base of seed 42 for all seeds"
 
 
@@ -46,16 +60,16 @@ def test_rounds_that_were_planned_and_those_that_were_run() -> None:
         *rounds_of("base", "fedavg", 12), *rounds_of("strategy", "fedp2eft", 15),
         *rounds_of("strategy", "fedl2p", 7, budget=2), *rounds_of("strategy", "fedl2p", 9, budget=4),
     )  # fmt: skip
-    assert setting.base_line(configured(rounds=300), done) == "FedAvg, 12 of 30 rounds"
-    assert setting.strategy_line(configured(), done) == "15 rounds (FedL2P: 7 to 9)"
+    assert base_line(configured(rounds=300), done) == "FedAvg, 12 of 30 rounds"
+    assert strategy_line(configured(), done) == "15 rounds (FedL2P: 7 to 9)"
 
 
 def test_a_smaller_run_says_by_how_much() -> None:
-    sentence = setting.scale_sentence(configured())
+    sentence = scale_sentence(configured())
     assert sentence == (
         "Scale 0.1: 2 of 20 clients per language and pool, 10 of 100 base rounds, 15 of 150 strategy rounds."
     )
-    assert setting.scale_sentence(configured(1.0)) == ""
+    assert scale_sentence(configured(1.0)) == ""
 
 
 @pytest.mark.parametrize(("pretrain", "words"), [
@@ -64,7 +78,7 @@ def test_a_smaller_run_says_by_how_much() -> None:
      "The model was pretrained on train texts of cldr, xnli, both pools (1,200 steps)."),
 ])  # fmt: skip
 def test_a_pretrained_model_says_on_what(pretrain: dict[str, Any] | None, words: str) -> None:
-    assert setting.pretrain_sentence(pretrain) == words
+    assert pretrain_sentence(pretrain) == words
 
 
 @pytest.mark.parametrize(("notes", "words"), [
@@ -75,7 +89,7 @@ def test_a_pretrained_model_says_on_what(pretrain: dict[str, Any] | None, words:
     ({"leak_seen_train_test": 1}, "Repeated texts: 1 text is in train and test of the seen pool."),
 ])  # fmt: skip
 def test_repeated_texts_are_said(notes: dict[str, int], words: str) -> None:
-    assert setting.duplicates_sentence(notes) == words
+    assert duplicates_sentence(notes) == words
 
 
 def test_clients_without_a_base_of_their_own_are_counted_per_seed() -> None:
@@ -87,7 +101,7 @@ def test_clients_without_a_base_of_their_own_are_counted_per_seed() -> None:
                 rows.append(metric_row(**here, method=method, metric="accuracy", value=0.5, weight=1.0))
                 if k < missing:
                     rows.append(metric_row(**here, method=method, metric="initial_overlay", value=1.0))
-    assert setting.fallback_sentences(frame(*rows)) == {
+    assert fallback_sentences(frame(*rows)) == {
         "seen": "1 to 2 of 4 seen clients were never sampled for the base and have its initial private state."
     }
 
@@ -101,7 +115,7 @@ def test_cost_adds_up_seeds_and_divides_by_wall_time() -> None:
         for name, begin, end in ((names[0], 0, 4), (names[1], 10, 14), (names[2], 20, 22), (names[2], 30, 31))
         for state, second in (("running", begin), ("done", end))
     ]
-    first, second = cost.cost(stages, times, events).to_dict("records")
+    first, second = cost.cost_table(stages, times, events).to_dict("records")
     assert (first["stage"], first["seeds"], first["clients"]) == ("strategy/fedl2p/r8", 2, 6)
     assert (first["client_seconds"], first["wall_seconds"], first["clients_per_second"]) == (12.0, 8.0, 0.75)
     # Taken up again: its wall time would count the break.
@@ -126,11 +140,15 @@ def test_cost_tells_tokens_bytes_memory_and_repeats_and_blanks_where_a_run_did_n
         for stage in stages
         for state, second in (("running", 0), ("done", 4))
     ]
+<<<<<<< HEAD:tests/unit/test_report_setting.py
     first, second = cost.cost(stages, timings_frame([new, old]), events).to_dict("records")
+=======
+    first, second = cost.cost_table(stages, timings_frame([new, old]), events).to_dict("records")
+>>>>>>> ef25170 (Tables of a report in one file, its facts in one, fonts beside the look of figures; names imported directly):tests/unit/test_report_facts.py
     assert (first["tokens_per_second"], first["mb_down"], first["mb_up"]) == (25.0, 4.0, 1.0)
     assert (first["peak_rss_mb"], first["peak_gpu_mb"], first["repeated"]) == (2000.0, 0.0, 1.0)
     assert all(pd.isna(second[name]) for name in cost.COLUMNS[-6:])
 
 
 def test_a_run_without_times_has_no_cost() -> None:
-    assert cost.cost([{"key": "base/seed1"}], pd.DataFrame(columns=cost_columns()), []).empty
+    assert cost.cost_table([{"key": "base/seed1"}], pd.DataFrame(columns=cost_columns()), []).empty
