@@ -71,7 +71,8 @@ def trials_table(outcome: Outcome) -> Table:
     unit = " in %" if plan.judged.share else ""
     table = plain_table(
         "trial", *plan.grid.space, f"{plan.objective}{unit}", "state", "",
-        title=f"{plan.sweep_id}: {plan.judged.description}{unit}", numbers=(*plan.grid.space, f"{plan.objective}{unit}"),
+        title=f"{plan.sweep_id}: {plan.judged.description}{unit}",
+        numbers=(*plan.grid.space, f"{plan.objective}{unit}"),
     )  # fmt: skip
     for trial in outcome.trials:
         equal = best is not None and trial is not best and trial.value == best.value

@@ -10,11 +10,6 @@ import pytest
 from fedtailor.core.config import validate
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, metric_row
 from fedtailor.experiment.config import Experiment, ExperimentBase
-<<<<<<< HEAD:tests/unit/test_report_setting.py
-from fedtailor.report import cost, setting
-from fedtailor.report import scores as results
-from fedtailor.storage.round_store import timings_frame, timings_table
-=======
 from fedtailor.report import cost
 from fedtailor.report.facts import (
     base_line,
@@ -25,8 +20,7 @@ from fedtailor.report.facts import (
     strategy_line,
 )
 from fedtailor.report.scores import checked
-from fedtailor.storage import timings
->>>>>>> ef25170 (Tables of a report in one file, its facts in one, fonts beside the look of figures; names imported directly):tests/unit/test_report_facts.py
+from fedtailor.storage.round_store import timings_frame, timings_table
 
 
 def frame(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -140,11 +134,7 @@ def test_cost_tells_tokens_bytes_memory_and_repeats_and_blanks_where_a_run_did_n
         for stage in stages
         for state, second in (("running", 0), ("done", 4))
     ]
-<<<<<<< HEAD:tests/unit/test_report_setting.py
-    first, second = cost.cost(stages, timings_frame([new, old]), events).to_dict("records")
-=======
     first, second = cost.cost_table(stages, timings_frame([new, old]), events).to_dict("records")
->>>>>>> ef25170 (Tables of a report in one file, its facts in one, fonts beside the look of figures; names imported directly):tests/unit/test_report_facts.py
     assert (first["tokens_per_second"], first["mb_down"], first["mb_up"]) == (25.0, 4.0, 1.0)
     assert (first["peak_rss_mb"], first["peak_gpu_mb"], first["repeated"]) == (2000.0, 0.0, 1.0)
     assert all(pd.isna(second[name]) for name in cost.COLUMNS[-6:])

@@ -1,9 +1,4 @@
-"""Commands that make models, and judge.
-
-The commands that make models: one for a client of your own, and a base from texts alone.
-
-The command that has open-ended answers scored by a language model.
-"""
+"""The commands that make models: an adapter for a client of your own, and a base from texts alone."""
 
 from __future__ import annotations
 
@@ -13,28 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtailor.core.errors import Interrupted, JudgeError
-
-Storage = Annotated[str, typer.Option(help="Where runs are kept; the key 'storage' of the configuration.")]
-
-
-def _allow(modules: list[str] | None) -> list[str] | None:
-    if modules:
-        from fedtailor.methods.external import allow
-
-        allow(modules)
-    return modules
-
-
-AllowCode = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-code",
-        metavar="MODULE",
-        callback=_allow,
-        help="Module from outside that the run may import; repeatable.",
-    ),
-]
+from fedtailor.cli.options import AllowCode, StorageUrl, console
+from fedtailor.core.errors import Interrupted
 
 
 def personalise(
@@ -46,7 +21,7 @@ def personalise(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of fedp2eft.finetune: epochs=5 lr=1e-3 batch_size=8."),
     ] = None,
-    storage: Storage = "./runs",
+    storage: StorageUrl = "./runs",
     seed: Annotated[int | None, typer.Option(help="Default: the run's first.")] = None,
     test: Annotated[str | None, typer.Option(help="Rows to score on, like --data.")] = None,
     test_fraction: Annotated[float | None, typer.Option(help="Share of --data to score on; default: 0.2.")] = None,
@@ -62,7 +37,6 @@ def personalise(
 ) -> None:
     """Give a client of your own the adapter that a trained strategy generator chooses for it."""
     from fedtailor.cli.personalise_view import show_ready, show_result
-    from fedtailor.cli.terminal import terminal
     from fedtailor.personalise.data import Columns
     from fedtailor.personalise.job import Request, carry_out, check
 
@@ -72,9 +46,8 @@ def personalise(
         merge=merge, limit=limit, base=base, device=device,
     )  # fmt: skip
     ready = check(asked)
-    console = terminal()
-    show_ready(console, ready)
-    show_result(console, ready, carry_out(ready))
+    show_ready(console(), ready)
+    show_result(console(), ready, carry_out(ready))
 
 
 def pretrain(
@@ -116,70 +89,20 @@ def pretrain(
         given.pop(other, None)
     options, folder = chosen(given), out or pretrained_folder()
     refuse_job_folder("--out", folder)
-    from fedtailor.cli.terminal import PretrainView, terminal
+    from fedtailor.cli.terminal import PretrainView
     from fedtailor.experiment.stop import StopSignals
-    from fedtailor.models.pretrain import pretrain as make
+    from fedtailor.models.pretrain import pretrain
 
-    console = terminal()
-    with PretrainView(console) as view, StopSignals(lambda text: view({"kind": "note", "text": text})) as stop:
+    with PretrainView(console()) as view, StopSignals(lambda text: view({"kind": "note", "text": text})) as stop:
 
         def show(event: Mapping[str, Any]) -> None:
             stop.graceful = stop.graceful or event["kind"] == "start"
             view(event)
 
         try:
-            made = make(options, folder, checkpoint_every, show, stop)
+            made = pretrain(options, folder, checkpoint_every, show, stop)
         except Interrupted as error:
             error.exit_code = stop.exit_code
             raise
-    told = "made" if made else "there already, made with these options; nothing done"
-    console.print(f"[green]{told}[/]  model: {folder}", highlight=False, soft_wrap=True)
-
-
-def judge(
-    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="A run with personalise.save_predictions=true.")],
-    endpoint: Annotated[str, typer.Option(help="Address that speaks OpenAI's API: http://localhost:8000/v1.")],
-    model: Annotated[str, typer.Option(help="Name of the judge at that address.")],
-    repeats: Annotated[int, typer.Option(help="Judgements of an answer, averaged.")] = 3,
-    scale: Annotated[int, typer.Option(help="Highest score; the lowest is 0.")] = 10,
-    method: Annotated[list[str] | None, typer.Option(help="Whose answers; repeatable; default: all.")] = None,
-    limit: Annotated[
-        int | None, typer.Option("--max", help="Judge so many questions at most, the same for all methods.")
-    ] = None,
-    order: Annotated[int, typer.Option(help="Seed of the order of answers and of the choice of --max.")] = 0,
-    tries: Annotated[int, typer.Option(help="Replies to ask for until one holds a score.")] = 3,
-    at_once: Annotated[int, typer.Option(help="Requests at the same time.")] = 4,
-    timeout: Annotated[float, typer.Option(help="Seconds that the endpoint may be silent.")] = 60.0,
-    retries: Annotated[int, typer.Option(help="Of a request that meets 429, 5xx or no connection.")] = 5,
-    key_env: Annotated[
-        str, typer.Option(help="Variable that holds the key; without it no key is sent.")
-    ] = "OPENAI_API_KEY",
-    out: Annotated[Path | None, typer.Option(help="Folder; default: STORAGE/RUN_ID/judge/MODEL-HASH.")] = None,
-    storage: Storage = "./runs",
-) -> None:
-    """Have a language model score the answers of a run; repeated, it asks only for what is missing."""
-    from fedtailor.cli.terminal import terminal
-    from fedtailor.cli.views import bar, show_judged
-    from fedtailor.experiment.launch import refuse_job_folder
-    from fedtailor.report.judge import Request
-    from fedtailor.report.judge import judge as have_judged
-    from fedtailor.storage.files import Storage
-    from fedtailor.storage.run_folder import RunFolder
-
-    refuse_job_folder("--storage", storage)
-    if out is not None:
-        refuse_job_folder("--out", out)
-    asked = Request(
-        url=endpoint, model=model, repeats=repeats, scale=scale, methods=tuple(method or ()), limit=limit, order=order,
-        tries=tries, at_once=at_once, timeout_s=timeout, retries=retries, key_env=key_env, out=out,
-    )  # fmt: skip
-    console = terminal()
-    with bar(console) as tell:
-        judged = have_judged(RunFolder.open(Storage(storage), run_id), asked, tell)
-    show_judged(console, judged, model, scale)
-    if judged.gaps:
-        error = JudgeError(f"{judged.counts['missing']} of {judged.counts['wanted']} judgements are missing")
-        for gap in judged.gaps:
-            error.add_note(gap)
-        error.add_note("All others are kept; the same command asks for these again")
-        raise error
+    outcome = "made" if made else "there already, made with these options; nothing done"
+    console().print(f"[green]{outcome}[/]  model: {folder}", highlight=False, soft_wrap=True)
