@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["fedtailor.cli", "fedtailor.worker.worker", "fedtailor.experiment.launch", "fedtailor.experiment.launch",
+PRELOAD = ["fedtailor.cli", "fedtailor.worker.worker", "fedtailor.experiment.launch", "fedtailor.experiment.prepare",
            "actors.driver_actor", "real_process", "tiny"]  # fmt: skip
 TRACE, OUTPUT = "trace.jsonl", "output.txt"
 

@@ -20,7 +20,7 @@ from tiny import TINY, run_tiny, tiny
 
 from fedtailor import report as reporting
 from fedtailor.core.errors import ConfigError, StorageError
-from fedtailor.experiment.launch import prepare
+from fedtailor.experiment.prepare import prepare
 from fedtailor.personalise import export as takeaway
 from fedtailor.storage.digest import committed_stages, digest
 from fedtailor.storage.files import Storage

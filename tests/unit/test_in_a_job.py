@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedtailor.cli import app
 from fedtailor.core.errors import ConfigError, LockedError, PlacementError
 from fedtailor.experiment import launch
-from fedtailor.experiment.launch import check_placement, refuse_job_folder, refuse_other_configuration
+from fedtailor.experiment.prepare import check_placement, refuse_job_folder, refuse_other_configuration
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import lock
 

@@ -18,7 +18,7 @@ from fedtailor.core.messages import metric_row
 from fedtailor.core.settings import WandbConfig
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import to_json
-from fedtailor.experiment.launch import prepare
+from fedtailor.experiment.prepare import prepare
 from fedtailor.report import wandb as wandb_sink
 from fedtailor.report.wandb import series, settled, sync_wandb
 from fedtailor.storage.digest import DONE

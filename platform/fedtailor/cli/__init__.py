@@ -98,7 +98,8 @@ def run(
     json_log: JsonLog = False,
 ) -> None:
     """Run an experiment, or go on with it if it exists: fedtailor run demo strategy.rounds=20."""
-    from fedtailor.experiment.launch import at_address, default_run_id, prepare
+    from fedtailor.experiment.launch import at_address, default_run_id
+    from fedtailor.experiment.prepare import prepare
 
     presets, exp = _compose(words)
     exp = at_address(exp, address)
@@ -114,7 +115,8 @@ def resume(
     allow_code: AllowCode = None,
 ) -> None:
     """Go on with an interrupted or failed run from its last commit."""
-    from fedtailor.experiment.launch import at_address, load_experiment, refuse_job_folder
+    from fedtailor.experiment.launch import at_address, load_experiment
+    from fedtailor.experiment.prepare import refuse_job_folder
 
     refuse_job_folder("--storage", storage)
     folder = open_run(run_id, storage)

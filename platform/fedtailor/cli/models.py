@@ -80,7 +80,7 @@ def pretrain(
 ) -> None:
     """Make a small multilingual base from tasks' train texts, or go on with it: pretrain --task masakhanews."""
     given = {key: value for key, value in locals().items() if value is not None}
-    from fedtailor.experiment.launch import refuse_job_folder
+    from fedtailor.experiment.prepare import refuse_job_folder
     from fedtailor.models.pretrain_learner import chosen
     from fedtailor.models.source import pretrained_folder
 

@@ -134,7 +134,7 @@ def judge(
 ) -> None:
     """Have a language model score the answers of a run; repeated, it asks only for what is missing."""
     from fedtailor.cli.views import bar, show_judged
-    from fedtailor.experiment.launch import refuse_job_folder
+    from fedtailor.experiment.prepare import refuse_job_folder
     from fedtailor.report.judge import Request, judge
 
     refuse_job_folder("--storage", storage)

@@ -53,7 +53,7 @@ def model_problems(exp: ExperimentBase) -> list[str]:
 
 
 def check_weights(exp: ExperimentBase) -> None:
-    """Refuses quantised weights where nothing can make them. The GPUs themselves are `preflight.check_placement`'s.
+    """Refuses quantised weights where nothing can make them. The GPUs themselves are `prepare.check_placement`'s.
 
     Raises:
         PlacementError: bitsandbytes is not installed.
