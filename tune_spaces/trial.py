@@ -16,7 +16,7 @@ from fedtailor.core.config import resolve
 from fedtailor.core.errors import DataError, Interrupted, LockedError
 from fedtailor.core.settings import EngineConfig
 from fedtailor.experiment.config import ExperimentBase, overrides_of, to_json
-from fedtailor.experiment.launch import Backend, Here, launch, run_serial
+from fedtailor.experiment.launch import Backend, InProcess, launch, run_serial
 from fedtailor.federated.pool import OnEvent
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRICS
@@ -142,7 +142,7 @@ def _backend(exp: ExperimentBase) -> Backend:
     def drive(
         entry: str, payload: Mapping[str, Any], _: EngineConfig, on_event: OnEvent, should_stop: Callable[[], bool]
     ) -> None:
-        here, run = Here(on_event, should_stop), str(payload["run_id"])
+        here, run = InProcess(on_event, should_stop), str(payload["run_id"])
         resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(here, run), here)
 
     return drive

@@ -70,7 +70,7 @@ def run_shown(storage: Path, pool: Callable[[EngineConfig, OnEvent], Pool] = Ser
     run, shown = open_run(exp), []
 
     def backend(entry: str, payload: Any, config: Any, on_event: OnEvent, should_stop: Any) -> None:
-        here = launch.Here(on_event, should_stop)
+        here = launch.InProcess(on_event, should_stop)
         resolve(entry)(payload, pool, here, here)
 
     launch.launch(backend, run, exp, shown.append, lambda: False)

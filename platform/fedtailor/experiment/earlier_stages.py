@@ -1,6 +1,6 @@
-"""What a stage takes from the stages before it: shared parameters, and what each client kept.
+"""What a stage takes from the stages before it: shared parameters, what each client kept, the privacy spent.
 
-Which stages spend one method's privacy together: its base, and its own rounds.
+A method's privacy is spent by its base and by its own rounds together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RowsOf = Callable[[Sequence[str]], Mapping[str, FloatArray]]
 
 
 @dataclass(frozen=True)
-class Inherited:
+class EarlierStages:
     """Reads the commits of earlier stages of one run."""
 
     storage: Storage
@@ -72,17 +72,17 @@ def spending(storage: Storage, exp: ExperimentBase, stage: Stage, stages: Sequen
         stages: all stages of the run, in order.
         seen: clients that cohorts are drawn from.
     """
-    found = mechanism(exp, seen)
-    if found is None:
+    noise = mechanism(exp, seen)
+    if noise is None:
         return no_ledger
     earlier = takewhile(lambda other: other.key != stage.key, stages)
-    before = [_ledger(storage, found, other).spent() for other in earlier if _is_of_one_pipeline(other, stage)]
-    return _ledger(storage, found, stage, before).record_spend
+    before = [_ledger(storage, noise, other).spent() for other in earlier if _is_of_one_pipeline(other, stage)]
+    return _ledger(storage, noise, stage, before).record_spend
 
 
-def _ledger(storage: Storage, found: Mechanism, stage: Stage, before: Sequence[Spent] = ()) -> PrivacyLedger:
+def _ledger(storage: Storage, noise: Mechanism, stage: Stage, before: Sequence[Spent] = ()) -> PrivacyLedger:
     folder, cohorts = join("artifacts", stage.artifact), f"{stage.kind}/seed{stage.seed}"
-    return PrivacyLedger(storage, folder, found, cohorts, stage.cohort, before)
+    return PrivacyLedger(storage, folder, noise, cohorts, stage.cohort, before)
 
 
 def _is_of_one_pipeline(earlier: Stage, stage: Stage) -> bool:

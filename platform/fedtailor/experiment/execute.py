@@ -11,12 +11,12 @@ from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.messages import SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.experiment.base_model import write_base
 from fedtailor.experiment.config import ExperimentBase, base_seed, method_section
-from fedtailor.experiment.earlier_stages import Inherited, spending
+from fedtailor.experiment.earlier_stages import EarlierStages, spending
 from fedtailor.experiment.inputs import make_inputs
 from fedtailor.experiment.stages import Inputs, Stage, device_of, plan_stages, short_hash, stage_spec
 from fedtailor.federated.checks import checked_results
 from fedtailor.federated.method import Method
-from fedtailor.federated.pool import Pool
+from fedtailor.federated.pool import OnEvent, Pool
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, run_rounds
 from fedtailor.lanes.grouping import segments
 from fedtailor.methods.build import build_server_side
@@ -39,8 +39,6 @@ from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.tokens import TokenData
 from fedtailor.tracking.events import spent_event
 
-Emit = Callable[[dict[str, Any]], None]
-
 STRATEGIES = "strategies.safetensors"
 
 
@@ -59,14 +57,14 @@ class Execution:
         self,
         exp: ExperimentBase,
         run: RunFolder,
-        make_pool: Callable[[Emit], Pool],
-        emit: Emit,
+        make_pool: Callable[[OnEvent], Pool],
+        emit: OnEvent,
         should_stop: Callable[[], bool],
     ) -> None:
         self.exp, self.run, self.emit, self.should_stop = exp, run, emit, should_stop
         self.storage = Storage(exp.storage)
         self.artifacts = Artifacts(self.storage, run.run_id, self._waiting)
-        self._inherited = Inherited(self.storage, exp)
+        self._earlier = EarlierStages(self.storage, exp)
         self._make_pool = make_pool
         self._pool: Pool | None = None
         self._stages: list[Stage] = []
@@ -87,7 +85,7 @@ class Execution:
             # Seeds that share a base list it once.
             todo = list({s.key: (s, inputs) for inputs, stages in work for s in stages}.values())
             self._stages = [stage for stage, _ in todo]
-            self.run.set_stages([{**_listed(stage), "data": inputs.data} for stage, inputs in todo])
+            self.run.set_stages([{**stage.listed, "data": inputs.data} for stage, inputs in todo])
             for number, (stage, inputs) in enumerate(todo, start=1):
                 self._stage(stage, inputs, number, len(todo))
         finally:
@@ -193,7 +191,7 @@ class Execution:
         rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
         run_rounds(
             plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage),
-            self._inherited.overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
+            self._earlier.overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
         )  # fmt: skip
         return info
 
@@ -248,8 +246,8 @@ class Execution:
         size, engine = self.exp.personalise.chunk, self.exp.engine
         chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
         info = self.pool.open(spec)
-        shared = self._inherited.shared(stage, info)
-        own, overlay = self._inherited.private(stage, info), self._inherited.overlay(stage)
+        shared = self._earlier.shared(stage, info)
+        own, overlay = self._earlier.private(stage, info), self._earlier.overlay(stage)
         for index in range(len(log.all(repair=True)), len(chunks)):
             jobs = [
                 SegmentJob(stage.key, index, number, part, private=own(part), overlay=overlay(part))
@@ -296,11 +294,3 @@ class Execution:
         seconds = {client: s for result in results for client, s in result.seconds.items()}
         self._note(stage, index, failures, [w for r in results for w in r.warnings])
         self.run.timing(stage.key, index, seconds, {c: cost for r in results for c, cost in r.costs.items()})
-
-
-def _listed(stage: Stage) -> dict[str, Any]:
-    return {
-        "key": stage.key, "kind": stage.kind, "method": stage.method, "seed": stage.seed, "artifact": stage.artifact,
-        "parent": stage.parent, "strategy": stage.strategy, "rounds": stage.rounds, "cohort": stage.cohort,
-        "budgets": list(stage.budgets),
-    }  # fmt: skip

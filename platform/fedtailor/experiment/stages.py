@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,14 @@ class Stage:
     budgets: tuple[int, ...] = ()
     r_max: int = 0
     server_side: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def listed(self) -> dict[str, Any]:
+        """What a run's folder says of the stage."""
+        entry = asdict(self)
+        for own in ("r_max", "guards"):
+            del entry[own]
+        return entry | {"budgets": list(self.budgets)}
 
 
 def method_json(exp: ExperimentBase, method: str) -> dict[str, Any]:
