@@ -208,12 +208,14 @@ def test_stages_1_and_2_divide_moments_and_gradients_and_not_the_base() -> None:
     assert base_of_rank(model, "bfloat16", offloaded) < base_of_rank(model, "bfloat16", stages[3])
 
 
-def test_zero_is_proposed_only_where_one_worker_and_savings_do_not_suffice() -> None:
+def test_what_would_help_is_named_where_one_worker_does_not_suffice() -> None:
     assert advice(memory_gb=80) == "One worker suffices."
-    assert advice(memory_gb=24) == "Does not fit as it is; fits with engine.micro_batch=1."
+    sentence = advice(memory_gb=24)
+    assert sentence.startswith("Does not fit as it is. Less memory is needed with engine.micro_batch=1, fewer budgets")
+    assert "model.checkpointing" not in sentence, "the preset has it already"
     assert "engine.zero.ranks=2 is not needed" in advice("engine.zero.ranks=2", memory_gb=80)
-    assert "engine.zero.ranks=" in advice("engine.micro_batch=1", memory_gb=11)
-    assert "not with 64 ranks either" in advice(memory_gb=2)
+    assert "engine.zero.ranks=8 does" in advice("engine.micro_batch=1", "engine.zero.ranks=8", memory_gb=11)
+    assert "Not even 8 ranks suffice" in advice(memory_gb=2)
 
 
 def test_second_order_methods_are_named_where_zero_is_the_way() -> None:

@@ -1,14 +1,15 @@
-"""Whether a language model fits a worker, what to change if not, and how many ZeRO ranks it takes as a last resort."""
+"""Whether a language model fits a worker, or a group under ZeRO; the keys that would help if not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 import torch
 
+from fedtailor.core.settings import ZeroConfig
 from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.estimate import Estimate
 from fedtailor.experiment.rules import model_problems, zero_problems
@@ -17,9 +18,26 @@ from fedtailor.experiment.stages import device_of
 USABLE: Final = 0.9
 """Share of the memory that is planned with; the rest is for libraries, buffers and fragmentation."""
 
-MOST_RANKS: Final = 64
-
 _SHOWN: Final = (2, 4, 8)
+
+
+def _may_be_bfloat16(exp: ExperimentBase) -> bool:
+    """Whether the base is in float32, and nothing trains the base itself, which takes float32."""
+    model = exp.model.model_copy(update={"weights": "bfloat16"})
+    engine = exp.engine.model_copy(update={"dtype": "bfloat16"})
+    return exp.model.weights == "float32" and not model_problems(
+        exp.model_copy(update={"model": model, "engine": engine})
+    )
+
+
+_SAVINGS: Final[Mapping[str, Callable[[ExperimentBase], bool]]] = {
+    "engine.micro_batch=1": lambda exp: exp.engine.micro_batch != 1,
+    "model.checkpointing=true": lambda exp: not exp.model.checkpointing,
+    "model.weights=bfloat16 engine.dtype=bfloat16": _may_be_bfloat16,
+    "fewer budgets at a time (each is a model of its own)": lambda exp: len(exp.budgets) > 1,
+    "a shorter task.max_length": lambda exp: True,
+}
+"""What saves memory on one worker, in the order to try it, and whether a configuration has not done so yet."""
 
 Largest = Callable[[ExperimentBase], Estimate]
 """The estimate of the stage that needs the most memory under a configuration."""
@@ -89,77 +107,42 @@ def capacity(exp: ExperimentBase, memory_gb: float | None = None) -> Capacity:
 
 
 def fit(exp: ExperimentBase, room: Capacity, largest: Largest) -> Fit:
-    """Compares one worker with groups, and says what to change where one worker does not suffice.
+    """Compares one worker with groups, and names what would help where one worker does not suffice.
 
     Args:
         exp: whole configuration.
         room: memory of a worker.
         largest: see `Largest`.
     """
-
-    def option(ranks: int, of: ExperimentBase = exp) -> Option:
-        stage = exp.engine.zero.stage if ranks == exp.engine.zero.ranks else 3
-        needs = largest(_with(of, zero={"ranks": ranks, "stage": stage}))
-        return Option(ranks, needs, needs.memory <= USABLE * room.bytes)
-
-    own = exp.engine.zero.ranks
-    options = tuple(option(ranks) for ranks in sorted({1, own, *_SHOWN}))
-    return Fit(room, options, tuple(_advice(exp, option, {o.ranks: o for o in options})))
+    own = exp.engine.zero
+    options = []
+    for ranks in sorted({1, own.ranks, *_SHOWN}):
+        zero = own.model_copy(update={"ranks": ranks, "stage": own.stage if ranks == own.ranks else 3})
+        needs = largest(_under(exp, zero))
+        options.append(Option(ranks, needs, needs.memory <= USABLE * room.bytes))
+    return Fit(room, tuple(options), tuple(_advice(exp, options)))
 
 
-def _advice(exp: ExperimentBase, option: Callable[..., Option], known: Mapping[int, Option]) -> list[str]:
-    own = exp.engine.zero.ranks
-    if known[1].fits:
-        wasted = f", so engine.zero.ranks={own} is not needed" if own > 1 else ""
-        return [f"One worker suffices{wasted}."]
-    if own > 1 and known[own].fits:
+def _advice(exp: ExperimentBase, options: Sequence[Option]) -> list[str]:
+    own, fits = exp.engine.zero.ranks, {option.ranks: option.fits for option in options}
+    if fits[1]:
+        needless = f", so engine.zero.ranks={own} is not needed" if own > 1 else ""
+        return [f"One worker suffices{needless}."]
+    if fits[own]:
         return [f"One worker does not suffice; each of engine.zero.ranks={own} does.", *_under_zero(exp, own)]
-    best = exp
-    for words, changed in _savings(exp):
-        best = changed
-        if option(own, changed).fits:
-            return [f"Does not fit as it is; fits with {words}."]
-    fitting = next((n for n in range(2, MOST_RANKS + 1) if option(n).fits), None)
-    if fitting is not None:
-        return [f"One worker does not suffice: engine.zero.ranks={fitting} (stage 3) does.", *_under_zero(exp, fitting)]
-    fitting, saved = next((n for n in range(2, MOST_RANKS + 1) if option(n, best).fits), None), _savings(exp)
-    if fitting is not None and saved:
-        words = f"{saved[-1][0]} engine.zero.ranks={fitting}"
-        return [f"One worker does not suffice: {words} does.", *_under_zero(exp, fitting)]
-    return [
-        f"Does not fit, not with {MOST_RANKS} ranks either: what ranks cannot share is too large. Each budget of a run "
-        "is a model of its own (budgets=[16] trains one at a time); a shorter task.max_length helps too."
-    ]
+    helpful = [key for key, open_to in _SAVINGS.items() if open_to(exp)]
+    advice = [f"Does not fit as it is. Less memory is needed with {', '.join(helpful)}."]
+    ranks = next((ranks for ranks, enough in fits.items() if enough), None)
+    if ranks is not None:
+        return [*advice, f"engine.zero.ranks={ranks} (stage 3) suffices without them.", *_under_zero(exp, ranks)]
+    return [*advice, f"Not even {max(fits)} ranks suffice without them: ranks do not share what an adapter needs."]
 
 
-def _savings(exp: ExperimentBase) -> list[tuple[str, ExperimentBase]]:
-    """Settings that save memory on one worker, each on top of those before: how to write them, and the result."""
-    steps: list[tuple[str, dict[str, Any]]] = []
-    if exp.engine.micro_batch != 1:
-        steps.append(("engine.micro_batch=1", {"engine": {"micro_batch": 1}}))
-    if not exp.model.checkpointing:
-        steps.append(("model.checkpointing=true", {"model": {"checkpointing": True}}))
-    if exp.model.weights == "float32":
-        half = {"model": {"weights": "bfloat16"}, "engine": {"dtype": "bfloat16"}}
-        steps.append(("model.weights=bfloat16 engine.dtype=bfloat16", half))
-    found, now, words = [], exp, ""
-    for name, sections in steps:
-        changed = _with(now, **sections)
-        if model_problems(changed):
-            continue
-        now, words = changed, f"{words} {name}".strip()
-        found.append((words, now))
-    return found
-
-
-def _with(exp: ExperimentBase, **sections: Mapping[str, Any]) -> ExperimentBase:
-    """The configuration with some values changed; ``zero`` is the one of the engine."""
-    engine, zero = exp.engine, sections.get("zero", {})
-    engine = engine.model_copy(update={**sections.get("engine", {}), "zero": engine.zero.model_copy(update=dict(zero))})
-    model = exp.model.model_copy(update=dict(sections.get("model", {})))
-    return exp.model_copy(update={"engine": engine, "model": model})
+def _under(exp: ExperimentBase, zero: ZeroConfig) -> ExperimentBase:
+    return exp.model_copy(update={"engine": exp.engine.model_copy(update={"zero": zero})})
 
 
 def _under_zero(exp: ExperimentBase, ranks: int) -> list[str]:
     """What else would have to change for a group of so many ranks."""
-    return [f"But {problem}." for problem in zero_problems(_with(exp, zero={"ranks": ranks, "stage": 3}))]
+    group = exp.engine.zero.model_copy(update={"ranks": ranks, "stage": 3})
+    return [f"But {problem}." for problem in zero_problems(_under(exp, group))]
