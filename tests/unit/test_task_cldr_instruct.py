@@ -17,7 +17,7 @@ from fedtailor.tasks.cldr import FED_AYA, MASAKHANEWS, XNLI, locale_for
 from fedtailor.tasks.cldr_instruct import KINDS
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
-from fedtailor.tasks.source import Example, Owner, Pool, Source, normalise
+from fedtailor.tasks.source import Example, NaturalClient, Pool, Source, normalise
 from fedtailor.tasks.task import fingerprint, prepare, task_config
 
 PAPERS_LANGUAGES = tuple(sorted({*MASAKHANEWS, *XNLI, *FED_AYA} - {"ara"}))
@@ -40,7 +40,7 @@ def many() -> Source:
 
 
 def held(source: Source) -> list[Example]:
-    return [e for o in source.owners for e in (*o.train, *o.test)]
+    return [e for o in source.natural_clients for e in (*o.train, *o.test)]
 
 
 # ---- what is answered --------------------------------------------------------------------------------------
@@ -154,12 +154,12 @@ def test_no_response_has_place_holders_codes_of_units_or_invisible_marks(source:
 
 
 def test_every_language_of_the_papers_has_clients_of_the_documented_size(many: Source, source: Source) -> None:
-    assert len(many.owners) == 2 * len(PAPERS_LANGUAGES) >= 60
+    assert len(many.natural_clients) == 2 * len(PAPERS_LANGUAGES) >= 60
     low, high = cldr_instruct.EXAMPLES
-    for owner in (*many.owners, *source.owners):
-        assert low <= len(owner.train) + len(owner.test) <= high
-        assert 12 <= len(owner.test) <= 30
-    assert len({len(o.train) for o in source.owners}) > 20
+    for client in (*many.natural_clients, *source.natural_clients):
+        assert low <= len(client.train) + len(client.test) <= high
+        assert 12 <= len(client.test) <= 30
+    assert len({len(o.train) for o in source.natural_clients}) > 20
 
 
 def test_clients_come_in_turns_of_the_languages_so_that_a_share_has_all(source: Source, tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_clients_come_in_turns_of_the_languages_so_that_a_share_has_all(source: 
 
 def test_a_client_has_one_to_four_languages_and_one_of_them_has_more_than_half(source: Source) -> None:
     numbers: Counter[int] = Counter()
-    for owner in source.owners:
-        counts = Counter(source.labels[e.label] for e in (*owner.train, *owner.test))
-        assert counts[owner.language] > sum(counts.values()) / 2
+    for client in source.natural_clients:
+        counts = Counter(source.labels[e.label] for e in (*client.train, *client.test))
+        assert counts[client.language] > sum(counts.values()) / 2
         numbers[len(counts)] += 1
     assert set(numbers) == {1, 2, 3, 4}
 
@@ -200,9 +200,9 @@ def test_clients_differ_in_style_and_in_their_mix_of_kinds() -> None:
 def test_all_dates_of_a_client_have_its_style(source: Source) -> None:
     cfg, weekday = config(clients_per_language=3), re.compile(r"^\w+day, ")
     dates = 0
-    for owner in (o for o in source.owners if o.language == "eng"):
-        style = cldr_instruct.profile(cfg, 42, owner.pool, "eng", int(owner.name)).style
-        for example in (e for e in owner.train if re.search(r"\d{4}-\d\d-\d\d, a", e.text) and e.label == 1):
+    for client in (o for o in source.natural_clients if o.language == "eng"):
+        style = cldr_instruct.profile(cfg, 42, client.pool, "eng", int(client.name)).style
+        for example in (e for e in client.train if re.search(r"\d{4}-\d\d-\d\d, a", e.text) and e.label == 1):
             shapes = {"short": r"^\d+/\d+/\d\d$", "medium": r"^\w{3} \d+, \d{4}$", "long": r"^\w{3,} \d+, \d{4}$"}
             assert re.search(shapes.get(style, weekday.pattern), str(example.pair)), (style, example)
             dates += 1
@@ -215,26 +215,26 @@ def test_all_dates_of_a_client_have_its_style(source: Source) -> None:
 def test_no_instruction_is_shared_by_pools_or_by_train_and_test_of_any_clients(source: Source, many: Source) -> None:
     for made in (source, many):
         places: dict[str, set[tuple[str, str]]] = {}
-        for owner in made.owners:
-            for split, part in (("train", owner.train), ("test", owner.test)):
+        for client in made.natural_clients:
+            for split, part in (("train", client.train), ("test", client.test)):
                 for example in part:
-                    places.setdefault(normalise(example.text), set()).add((owner.pool, split))
+                    places.setdefault(normalise(example.text), set()).add((client.pool, split))
         assert {len(where) for where in places.values()} == {1}
 
 
 def test_a_subject_keeps_its_pool_in_all_languages(many: Source) -> None:
     pools: dict[str, set[str]] = {}
-    for owner in many.owners:
-        for example in (*owner.train, *owner.test):
+    for client in many.natural_clients:
+        for example in (*client.train, *client.test):
             if found := re.search(r"the (?:currency|script|language) (.+?)(?: called| in |\.)", example.text):
-                pools.setdefault(found[0].replace(" in ", " called"), set()).add(owner.pool)
+                pools.setdefault(found[0].replace(" in ", " called"), set()).add(client.pool)
     assert len(pools) > 300
     assert {len(where) for where in pools.values()} == {1}
 
 
 def test_a_client_is_asked_about_a_subject_once(source: Source) -> None:
-    for owner in source.owners:
-        texts = [normalise(e.text) for e in (*owner.train, *owner.test)]
+    for client in source.natural_clients:
+        texts = [normalise(e.text) for e in (*client.train, *client.test)]
         assert len(set(texts)) == len(texts)
 
 
@@ -245,12 +245,12 @@ def test_equal_seeds_give_equal_clients_and_others_other_ones() -> None:
 
 
 def test_a_client_does_not_depend_on_how_many_there_are() -> None:
-    def clients(n: int) -> dict[tuple[str, str, int], Owner]:
+    def clients(n: int) -> dict[tuple[str, str, int], NaturalClient]:
         made = cldr_instruct.load(config("eng", "amh", clients_per_language=n), 5)
-        return {(o.pool, o.language, int(o.name)): o for o in made.owners}
+        return {(o.pool, o.language, int(o.name)): o for o in made.natural_clients}
 
     few, more = clients(1), clients(3)
-    assert all(more[key] == owner for key, owner in few.items())
+    assert all(more[key] == client for key, client in few.items())
 
 
 # ---- size and bad input ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fedtailor.tasks.dolly import DOLLY_CATEGORIES
 from fedtailor.tasks.fed_aya import FED_AYA_LANGUAGES
 from fedtailor.tasks.instruction_rows import read_turn
 from fedtailor.tasks.rows import Row
-from fedtailor.tasks.source import Example, Owner, Source
+from fedtailor.tasks.source import Example, NaturalClient, Source
 from fedtailor.tasks.task import fingerprint, prepare, task_config
 
 DATA = Path(os.environ.get("FEDTAILOR_DATA", ""))
@@ -48,12 +48,12 @@ def write(path: Path, values: Sequence[Any]) -> TaskConfig:
     return task_config("instructions", path=str(path))
 
 
-def examples(owner: Owner) -> list[Example]:
-    return [*owner.train, *owner.test]
+def examples(client: NaturalClient) -> list[Example]:
+    return [*client.train, *client.test]
 
 
-def by_name(source: Source) -> dict[str, Owner]:
-    return {owner.name: owner for owner in source.owners}
+def by_name(source: Source) -> dict[str, NaturalClient]:
+    return {client.name: client for client in source.natural_clients}
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -167,20 +167,20 @@ def test_the_same_rows_in_any_form_of_file_are_the_same_task(
     file = form(tmp_path / "rows", values)
     source = instructions.load(task_config("instructions", path=str(file)), 0)
     want = instructions.load(write(tmp_path / "other" / "plain.jsonl", values), 0)
-    assert source.owners == want.owners
-    assert instructions.load(task_config("instructions", path=str(file)), 0).owners == want.owners
+    assert source.natural_clients == want.natural_clients
+    assert instructions.load(task_config("instructions", path=str(file)), 0).natural_clients == want.natural_clients
 
 
 def test_a_folder_is_read_file_by_file_and_train_and_test_files_are_the_splits(tmp_path: Path) -> None:
     write(tmp_path / "part2.jsonl", rows("b", 3))
     cfg = write(tmp_path / "part1.jsonl", rows("a", 3)).model_copy(update={"path": str(tmp_path)})
     (tmp_path / "README.md").write_text("no data")
-    assert [o.name for o in instructions.load(cfg, 0).owners] == ["a", "b"]
+    assert [o.name for o in instructions.load(cfg, 0).natural_clients] == ["a", "b"]
     write(tmp_path / "halves" / "train.jsonl", rows("a", 4))
     write(tmp_path / "halves" / "test.jsonl", [r | {"response": "held out"} for r in rows("a", 2)])
-    (owner,) = instructions.load(cfg.model_copy(update={"path": str(tmp_path / "halves")}), 0).owners
-    assert (len(owner.train), len(owner.test)) == (4, 2)
-    assert {e.pair for e in owner.test} == {"held out"}
+    (client,) = instructions.load(cfg.model_copy(update={"path": str(tmp_path / "halves")}), 0).natural_clients
+    assert (len(client.train), len(client.test)) == (4, 2)
+    assert {e.pair for e in client.test} == {"held out"}
 
 
 def test_an_id_that_is_no_path_is_loaded_from_the_hub_and_its_failure_says_what_to_do(
@@ -194,7 +194,7 @@ def test_an_id_that_is_no_path_is_loaded_from_the_hub_and_its_failure_says_what_
 
     monkeypatch.setattr(datasets, "load_dataset", loaded)
     source = instructions.load(task_config("instructions", path="owner/set", split="validation"), 0)
-    assert [o.name for o in source.owners] == ["7"]
+    assert [o.name for o in source.natural_clients] == ["7"]
     assert asked == [("owner/set", "validation")]
 
     def offline(name: str, split: str) -> None:
@@ -211,7 +211,11 @@ def test_an_id_that_is_no_path_is_loaded_from_the_hub_and_its_failure_says_what_
 def test_clients_come_in_order_of_first_appearance_and_are_split_by_the_fraction_rounded_up(tmp_path: Path) -> None:
     cfg = write(tmp_path / "r.jsonl", [*rows("z", 6), *rows("a", 10), *rows("m", 3)])
     source = instructions.load(cfg, 0)
-    assert [(o.name, len(o.train), len(o.test)) for o in source.owners] == [("z", 4, 2), ("a", 8, 2), ("m", 2, 1)]
+    assert [(o.name, len(o.train), len(o.test)) for o in source.natural_clients] == [
+        ("z", 4, 2),
+        ("a", 8, 2),
+        ("m", 2, 1),
+    ]
     assert source.kind == "generation"
     assert source.labels == ("all",)
     assert source.notes["rows_read"] == 19
@@ -232,11 +236,11 @@ def test_a_split_column_is_obeyed_in_file_order_and_one_that_always_says_train_i
     values = rows("a", 6)
     for i, row in enumerate(values):
         row["split"] = "test" if i % 2 else "train"
-    (owner,) = instructions.load(write(tmp_path / "r.jsonl", values), 0).owners
-    assert [e.text for e in owner.train] == ["ask a 0", "ask a 2", "ask a 4"]
-    assert [e.text for e in owner.test] == ["ask a 1", "ask a 3", "ask a 5"]
-    (owner,) = instructions.load(write(tmp_path / "t.jsonl", rows("a", 5, split="train")), 0).owners
-    assert (len(owner.train), len(owner.test)) == (4, 1)
+    (client,) = instructions.load(write(tmp_path / "r.jsonl", values), 0).natural_clients
+    assert [e.text for e in client.train] == ["ask a 0", "ask a 2", "ask a 4"]
+    assert [e.text for e in client.test] == ["ask a 1", "ask a 3", "ask a 5"]
+    (client,) = instructions.load(write(tmp_path / "t.jsonl", rows("a", 5, split="train")), 0).natural_clients
+    assert (len(client.train), len(client.test)) == (4, 1)
 
 
 def test_a_group_column_gives_examples_their_group_and_clients_the_one_they_have_most(tmp_path: Path) -> None:
@@ -244,8 +248,8 @@ def test_a_group_column_gives_examples_their_group_and_clients_the_one_they_have
     cfg = write(tmp_path / "r.jsonl", values).model_copy(update={"group_column": "lang"})
     source = instructions.load(cfg, 0)
     assert source.labels == ("en", "te", "te%2Fx")
-    assert [o.language for o in source.owners] == ["en", "te%2Fx"]
-    assert Counter(source.labels[e.label] for e in examples(source.owners[0])) == {"en": 3, "te": 2}
+    assert [o.language for o in source.natural_clients] == ["en", "te%2Fx"]
+    assert Counter(source.labels[e.label] for e in examples(source.natural_clients[0])) == {"en": 3, "te": 2}
 
 
 def test_unseen_clients_are_named_as_in_the_data_and_numbers_may_be_numbers(tmp_path: Path) -> None:
@@ -254,17 +258,17 @@ def test_unseen_clients_are_named_as_in_the_data_and_numbers_may_be_numbers(tmp_
         {"name": "instructions", "path": str(as_jsonl(tmp_path / "r", values)), "unseen": [2, "org/3"]}
     )
     source = instructions.load(cfg, 0)
-    assert {o.name: o.pool for o in source.owners} == {"1": "seen", "2": "unseen", "org%2F3": "unseen"}
+    assert {o.name: o.pool for o in source.natural_clients} == {"1": "seen", "2": "unseen", "org%2F3": "unseen"}
 
 
 def test_max_examples_keeps_the_first_after_shuffling_and_the_shares_of_the_splits(tmp_path: Path) -> None:
     cfg = write(tmp_path / "r.jsonl", [*rows("a", 40), *rows("b", 4)]).model_copy(update={"max_examples": 10})
-    a, b = instructions.load(cfg, 0).owners
+    a, b = instructions.load(cfg, 0).natural_clients
     assert (len(a.train), len(a.test), len(b.train), len(b.test)) == (8, 2, 3, 1)
     assert sorted(e.text for e in examples(a)) != sorted(f"ask a {i}" for i in range(10))
     values = [row | {"split": "test" if i >= 30 else "train"} for i, row in enumerate(rows("a", 40))]
     cfg = write(tmp_path / "s.jsonl", values).model_copy(update={"max_examples": 8})
-    (a,) = instructions.load(cfg, 0).owners
+    (a,) = instructions.load(cfg, 0).natural_clients
     assert (len(a.train), len(a.test)) == (6, 2)
     assert {e.text for e in a.test} < {f"ask a {i}" for i in range(30, 40)}
 
@@ -272,7 +276,7 @@ def test_max_examples_keeps_the_first_after_shuffling_and_the_shares_of_the_spli
 def test_rows_without_response_or_instruction_are_dropped_and_counted(tmp_path: Path) -> None:
     values = [*rows("a", 3), *rows("a", 2, response=" \n"), *rows("a", 1, response=None), *rows("a", 1, instruction="")]
     source = instructions.load(write(tmp_path / "r.jsonl", values), 0)
-    assert len(examples(source.owners[0])) == 3
+    assert len(examples(source.natural_clients[0])) == 3
     assert source.notes["dropped_empty_responses"] == 3
     assert source.notes["dropped_empty_instructions"] == 1
 
@@ -281,8 +285,8 @@ def test_test_examples_that_somebody_trains_on_are_dropped_on_request(tmp_path: 
     values = [*rows("a", 4, split="train"), *rows("a", 3, split="test")]
     values[-1]["response"] = "only here"
     cfg = write(tmp_path / "r.jsonl", values)
-    (kept,) = instructions.load(cfg, 0).owners
-    (clean,) = instructions.load(cfg.model_copy(update={"drop_duplicates": True}), 0).owners
+    (kept,) = instructions.load(cfg, 0).natural_clients
+    (clean,) = instructions.load(cfg.model_copy(update={"drop_duplicates": True}), 0).natural_clients
     assert (len(kept.test), [e.pair for e in clean.test]) == (3, ["only here"])
 
 
@@ -380,11 +384,11 @@ def aya(folder: Path, content: Any = None, **more: Any) -> TaskConfig:
 
 def test_fed_aya_has_38_clients_by_place_8_of_them_unseen_and_8_languages(tmp_path: Path) -> None:
     source = fed_aya.load(aya(tmp_path), 0)
-    assert [o.name for o in source.owners] == [f"{c:02d}" for c in range(38)]
-    assert [int(o.name) for o in source.owners if o.pool == "unseen"] == [21, 22, 23, 24, 25, 26, 27, 34]
+    assert [o.name for o in source.natural_clients] == [f"{c:02d}" for c in range(38)]
+    assert [int(o.name) for o in source.natural_clients if o.pool == "unseen"] == [21, 22, 23, 24, 25, 26, 27, 34]
     assert source.labels == FED_AYA_LANGUAGES
-    assert [o.language for o in source.owners] == [FED_AYA_LANGUAGES[c % 8] for c in range(38)]
-    assert {(len(o.train), len(o.test)) for o in source.owners} == {(7, 2)}
+    assert [o.language for o in source.natural_clients] == [FED_AYA_LANGUAGES[c % 8] for c in range(38)]
+    assert {(len(o.train), len(o.test)) for o in source.natural_clients} == {(7, 2)}
     assert source.notes["dropped_other_languages"] == 38
     assert source.notes["rows_read"] == 380
 
@@ -406,7 +410,7 @@ def test_fed_aya_reads_lists_names_of_languages_and_the_names_of_fields_of_aya_i
     cfg = aya(tmp_path, values, languages=["Telugu", "zh", "Arabic"], unseen=[2])
     source = fed_aya.load(cfg, 0)
     assert source.labels == ("te", "zh", "ar")
-    assert [(o.name, o.language, o.pool) for o in source.owners] == [
+    assert [(o.name, o.language, o.pool) for o in source.natural_clients] == [
         ("00", "ar", "seen"),
         ("01", "zh", "seen"),
         ("02", "te", "unseen"),
@@ -416,7 +420,10 @@ def test_fed_aya_reads_lists_names_of_languages_and_the_names_of_fields_of_aya_i
 def test_fed_aya_leaves_out_clients_that_do_not_speak_the_languages_asked_for(tmp_path: Path) -> None:
     content = {"a": aya_rows(0), "b": aya_rows(1), "c": aya_rows(2)}  # ar+en, en+es, es+fr
     source = fed_aya.load(aya(tmp_path, content, languages=["en", "es"], unseen=[0, 2]), 0)
-    assert [(o.name, len(examples(o)), o.pool) for o in source.owners] == [("01", 9, "seen"), ("02", 7, "unseen")]
+    assert [(o.name, len(examples(o)), o.pool) for o in source.natural_clients] == [
+        ("01", 9, "seen"),
+        ("02", 7, "unseen"),
+    ]
     assert source.notes["clients_without_these_languages"] == "00"
 
 

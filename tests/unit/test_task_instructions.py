@@ -18,7 +18,7 @@ from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.files import Storage
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import Example, LanguagePool, Owner, Pool, Source, TaskEntry
+from fedtailor.tasks.source import Example, LanguagePool, NaturalClient, Pool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import fingerprint, prepare
 
@@ -26,7 +26,7 @@ GROUPS = ("en", "sw")
 HISTORY = '[{"role": "user", "content": "Jambo"}, {"role": "assistant", "content": "Jambo!"}]'
 
 
-def owner(name: str, pool: Pool = "seen", language: str = "en", train: int = 3, test: int = 2) -> Owner:
+def client(name: str, pool: Pool = "seen", language: str = "en", train: int = 3, test: int = 2) -> NaturalClient:
     def examples(split: str, n: int) -> tuple[Example, ...]:
         # Every third example is of the other group, and goes on from a conversation.
         return tuple(
@@ -39,11 +39,11 @@ def owner(name: str, pool: Pool = "seen", language: str = "en", train: int = 3, 
             for i in range(n)
         )
 
-    return Owner(name, pool, language, examples("train", train), examples("test", test))
+    return NaturalClient(name, pool, language, examples("train", train), examples("test", test))
 
 
-def source(*owners: Owner, **changes: Any) -> Source:
-    return replace(Source(GROUPS, kind="generation", owners=owners), **changes)
+def source(*natural_clients: NaturalClient, **changes: Any) -> Source:
+    return replace(Source(GROUPS, kind="generation", natural_clients=natural_clients), **changes)
 
 
 def config(monkeypatch: pytest.MonkeyPatch, made: Source, **changes: Any) -> TaskConfig:
@@ -55,7 +55,7 @@ def stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: Source, **chan
     return prepare(config(monkeypatch, made, **changes), 0, tmp_path / "data")
 
 
-SOME = source(owner("b"), owner("z", "unseen", "sw"), owner("a", train=5, test=4))
+SOME = source(client("b"), client("z", "unseen", "sw"), client("a", train=5, test=4))
 
 
 def test_clients_keep_the_order_of_the_data_with_the_seen_ones_first(
@@ -123,13 +123,13 @@ def test_equal_sources_give_equal_bytes_and_any_change_another_hash(
     one, two = (prepare(config(monkeypatch, SOME), 0, tmp_path / name) for name in ("one", "two"))
     for name in ("manifest.json", "texts.arrow", "examples.arrow"):
         assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
-    first = SOME.owners[0]
+    first = SOME.natural_clients[0]
     hashes = {one.hash}
     for change in ({"pair": "other"}, {"text": "other?"}, {"label": 1}, {"history": HISTORY}):
         train = (first.train[0]._replace(**change), *first.train[1:])
-        made = source(replace(first, train=train), *SOME.owners[1:])
+        made = source(replace(first, train=train), *SOME.natural_clients[1:])
         hashes.add(fingerprint(config(monkeypatch, made), 0))
-    hashes.add(fingerprint(config(monkeypatch, source(replace(first, name="c"), *SOME.owners[1:])), 0))
+    hashes.add(fingerprint(config(monkeypatch, source(replace(first, name="c"), *SOME.natural_clients[1:])), 0))
     assert len(hashes) == 6
 
 
@@ -137,7 +137,7 @@ def test_equal_sources_give_equal_bytes_and_any_change_another_hash(
 def test_the_first_share_of_each_pool_is_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: int, seen: int, unseen: int
 ) -> None:
-    made = source(*(owner(f"s{i}") for i in range(8)), *(owner(f"u{i}", "unseen") for i in range(3)))
+    made = source(*(client(f"s{i}") for i in range(8)), *(client(f"u{i}", "unseen") for i in range(3)))
     data = stored(monkeypatch, tmp_path, made, clients_per_language=10, clients_kept=kept)
     assert [c.id for c in data.pool("seen")] == [f"seen/en/s{i}" for i in range(seen)]
     assert [c.id for c in data.pool("unseen")] == [f"unseen/en/u{i}" for i in range(unseen)]
@@ -166,12 +166,12 @@ def test_instructions_that_are_dealt_to_clients_are_stored_alike(
 
 
 def leaky() -> Source:
-    known = owner("a").train[0]
+    known = client("a").train[0]
     same = known._replace(text=known.text.upper(), label=1, history=HISTORY)
     return source(
-        replace(owner("a"), test=(same, *owner("a").test)),
-        replace(owner("z", "unseen"), train=(known, *owner("z").train)),
-        replace(owner("b"), test=(known._replace(pair="another answer"), *owner("b").test)),
+        replace(client("a"), test=(same, *client("a").test)),
+        replace(client("z", "unseen"), train=(known, *client("z").train)),
+        replace(client("b"), test=(known._replace(pair="another answer"), *client("b").test)),
     )
 
 
@@ -193,19 +193,19 @@ def test_a_source_that_promises_no_leak_is_held_to_it(monkeypatch: pytest.Monkey
 
 BAD = {
     "few train": (
-        source(owner("ok"), owner("poor", train=1)),
+        source(client("ok"), client("poor", train=1)),
         r"client 'seen/en/poor' has 1 train and 2 test .* 2 and 1",
     ),
-    "no test": (source(owner("ok"), owner("poor", test=0)), r"client 'seen/en/poor' has 3 train and 0 test"),
-    "none seen": (source(owner("a", "unseen"), owner("b", "unseen")), r"all 2 clients are unseen.*task.unseen"),
-    "twice": (source(owner("a"), owner("a")), r"client 'seen/en/a': 2 clients have this id"),
-    "slash": (source(owner("a/b")), r"client 'seen/en/a/b': .* have a slash"),
+    "no test": (source(client("ok"), client("poor", test=0)), r"client 'seen/en/poor' has 3 train and 0 test"),
+    "none seen": (source(client("a", "unseen"), client("b", "unseen")), r"all 2 clients are unseen.*task.unseen"),
+    "twice": (source(client("a"), client("a")), r"client 'seen/en/a': 2 clients have this id"),
+    "slash": (source(client("a/b")), r"client 'seen/en/a/b': .* have a slash"),
     "no response": (
-        source(owner("a"), replace(owner("b"), test=(*owner("b").test, Example("q", 0, " \n")))),
+        source(client("a"), replace(client("b"), test=(*client("b").test, Example("q", 0, " \n")))),
         r"client 'seen/en/b': test example 3 has no response",
     ),
     "no instruction": (
-        source(replace(owner("b"), train=(Example("", 0, "r"), *owner("b").train))),
+        source(replace(client("b"), train=(Example("", 0, "r"), *client("b").train))),
         r"client 'seen/en/b': train example 1 has no instruction",
     ),
 }
@@ -219,7 +219,7 @@ def test_what_cannot_be_trained_or_judged_is_named(monkeypatch: pytest.MonkeyPat
 
 
 def test_one_group_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert stored(monkeypatch, tmp_path, source(owner("a", train=2, test=1))).manifest["rows"] == 3
+    assert stored(monkeypatch, tmp_path, source(client("a", train=2, test=1))).manifest["rows"] == 3
 
 
 @pytest.mark.parametrize(("key", "value"), [("resample", 20), ("reference_unseen_partition", True)])

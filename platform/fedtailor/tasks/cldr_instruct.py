@@ -33,7 +33,7 @@ from fedtailor.tasks.cldr import locales_of
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import client_id
-from fedtailor.tasks.source import POOLS, SPLITS, Example, Owner, Pool, Source, Split, TaskEntry
+from fedtailor.tasks.source import POOLS, SPLITS, Example, NaturalClient, Pool, Source, Split, TaskEntry
 
 KINDS: Final = (*rules(), *cldr_names.KINDS)
 """Kinds of subjects: what follows a rule, then names."""
@@ -178,12 +178,12 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     if cfg.unseen:
         raise ConfigError("'task.unseen': cldr_instruct draws its own unseen clients (remove it)")
     languages, notes = languages_of(cfg, seed)
-    owners = []
+    clients = []
     for pool in POOLS:
         for index in range(cfg.clients_per_language):
             for code in sorted(languages):
-                owners.append(_client(pool, index, profile(cfg, seed, pool, code, index), languages, cfg, seed))
-    return Source(cfg.languages, notes=notes, disjoint=True, kind="generation", owners=tuple(owners))
+                clients.append(_client(pool, index, profile(cfg, seed, pool, code, index), languages, cfg, seed))
+    return Source(cfg.languages, notes=notes, disjoint=True, kind="generation", natural_clients=tuple(clients))
 
 
 def profile(cfg: TaskConfig, seed: int, pool: Pool, language: str, index: int) -> Profile:
@@ -216,7 +216,7 @@ def counts(cfg: TaskConfig, seed: int) -> dict[str, dict[str, int]]:
 
 def _client(
     pool: Pool, index: int, who: Profile, languages: Mapping[str, Language], cfg: TaskConfig, seed: int
-) -> Owner:
+) -> NaturalClient:
     main = who.languages[0]
     tests = max(1, round(who.examples * cfg.test_fraction))
     sizes: dict[Split, int] = {"train": who.examples - tests, "test": tests}
@@ -229,7 +229,7 @@ def _client(
             drawn += [Example(q, label, a) for q, a in _answers(languages[code], (pool, split), who, quota, rng)]
         parts[split] = tuple(drawn[i] for i in rng.permutation(len(drawn)))
     name = client_id(pool, main, index, cfg.clients_per_language).rsplit("/", 1)[1]
-    return Owner(name, pool, main, parts["train"], parts["test"])
+    return NaturalClient(name, pool, main, parts["train"], parts["test"])
 
 
 def _quotas(who: Profile, n: int, rng: np.random.Generator) -> list[int]:

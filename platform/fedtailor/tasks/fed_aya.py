@@ -22,7 +22,7 @@ from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.cldr import FED_AYA
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
-from fedtailor.tasks.natural_clients import MIN_EXAMPLES, Held, check_unseen, owners
+from fedtailor.tasks.natural_clients import MIN_EXAMPLES, LabelledSplit, check_unseen, natural_clients
 from fedtailor.tasks.rows import Row, find_file, parse_json, read_text
 from fedtailor.tasks.source import Example, Source, TaskEntry
 
@@ -181,8 +181,8 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         "clients_without_these_languages": ", ".join(few) or "none",
     }
     cfg = cfg.model_copy(update={"unseen": tuple(name for name in unseen if name in kept)})
-    found = owners(kept, languages, cfg, seed)
-    return Source(labels=languages, notes=notes, kind="generation", owners=tuple(found))
+    found = natural_clients(kept, languages, cfg, seed)
+    return Source(labels=languages, notes=notes, kind="generation", natural_clients=tuple(found))
 
 
 def evaluation_prompts(path: Path | str | None = None) -> tuple[EvaluationPrompt, ...]:
@@ -237,13 +237,13 @@ def _check_languages(languages: Sequence[str], found: Mapping[str, int], path: P
         raise ConfigError(problems)
 
 
-def _held(rows: Sequence[Row], languages: Sequence[str], dropped: Dropped) -> list[Held]:
+def _held(rows: Sequence[Row], languages: Sequence[str], dropped: Dropped) -> list[LabelledSplit]:
     """A client's usable examples in these languages."""
     held = []
     for row in rows:
         language, turn = language_of(row), read_turn(row)
         if language in languages and dropped.keeps(turn):
-            held.append(Held(Example(turn.text, languages.index(language), turn.response, turn.history)))
+            held.append(LabelledSplit(Example(turn.text, languages.index(language), turn.response, turn.history)))
     return held
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, Turn, read_turn
-from fedtailor.tasks.natural_clients import Held, id_part, owners
+from fedtailor.tasks.natural_clients import LabelledSplit, id_part, natural_clients
 from fedtailor.tasks.rows import Row, hub_rows, is_table, read_rows, table_files
 from fedtailor.tasks.source import SPLITS, Example, Source, Split, TaskEntry
 
@@ -57,14 +57,14 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     kept = [entry for entry in entries if dropped.keeps(entry.turn)]
     groups = sorted({entry.group for entry in kept})
     index = {group: i for i, group in enumerate(groups)}
-    clients: dict[str, list[Held]] = {entry.client: [] for entry in entries}
+    clients: dict[str, list[LabelledSplit]] = {entry.client: [] for entry in entries}
     for e in kept:
         example = Example(e.turn.text, index[e.group], e.turn.response, e.turn.history)
-        clients[e.client].append(Held(example, e.split))
+        clients[e.client].append(LabelledSplit(example, e.split))
     notes: dict[str, int | str] = {"rows_read": len(entries), **dropped.notes}
     notes["split"] = "of the data" if entries[0].split else f"{cfg.test_fraction:g} of every client for test"
-    found = owners(clients, groups, cfg, seed)
-    return Source(labels=tuple(groups), notes=notes, kind="generation", owners=tuple(found))
+    found = natural_clients(clients, groups, cfg, seed)
+    return Source(labels=tuple(groups), notes=notes, kind="generation", natural_clients=tuple(found))
 
 
 def _rows(cfg: TaskConfig) -> Iterator[Row]:

@@ -20,13 +20,13 @@ from fedtailor.core.messages import Client
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import MIN_TEST, MIN_TRAIN
-from fedtailor.tasks.source import POOLS, SPLITS, Example, Owner, Pool, Source, Split
-from fedtailor.tasks.store import Holding
+from fedtailor.tasks.source import POOLS, SPLITS, Example, NaturalClient, Pool, Source, Split
+from fedtailor.tasks.store import ClientRows
 
 MIN_EXAMPLES = MIN_TRAIN + MIN_TEST
 
 
-class Held(NamedTuple):
+class LabelledSplit(NamedTuple):
     """An example of a client; `split` where the data itself says whether it is for train or test."""
 
     example: Example
@@ -42,8 +42,10 @@ def id_part(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
-def owners(clients: Mapping[str, Sequence[Held]], groups: Sequence[str], cfg: TaskConfig, seed: int) -> list[Owner]:
-    """One `Owner` per client, in the order given.
+def natural_clients(
+    clients: Mapping[str, Sequence[LabelledSplit]], groups: Sequence[str], cfg: TaskConfig, seed: int
+) -> list[NaturalClient]:
+    """One `NaturalClient` per client, in the order given.
 
     Train and test are the data's own where it says so, in its order; else a client's examples are shuffled by
     (seed, client) and ``task.test_fraction`` of them, rounded up, are test. ``task.max_examples`` keeps the first
@@ -68,7 +70,7 @@ def owners(clients: Mapping[str, Sequence[Held]], groups: Sequence[str], cfg: Ta
     for name, (train, test) in parts.items():
         counts = np.bincount([e.label for e in (*train, *test)], minlength=len(groups))
         pool: Pool = "unseen" if name in unseen else "seen"
-        found.append(Owner(name, pool, groups[int(counts.argmax())], tuple(train), tuple(test)))
+        found.append(NaturalClient(name, pool, groups[int(counts.argmax())], tuple(train), tuple(test)))
     return found
 
 
@@ -96,7 +98,7 @@ def _unseen(unseen: Iterable[str], clients: Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _split(name: str, held: Sequence[Held], cfg: TaskConfig, seed: int) -> tuple[list[Example], list[Example]]:
+def _split(name: str, held: Sequence[LabelledSplit], cfg: TaskConfig, seed: int) -> tuple[list[Example], list[Example]]:
     if len(held) < MIN_EXAMPLES:
         raise DataError(
             f"client {name!r} has {len(held)} example{'s' * (len(held) != 1)} with a response; at least {MIN_EXAMPLES} "
@@ -117,32 +119,33 @@ def _split(name: str, held: Sequence[Held], cfg: TaskConfig, seed: int) -> tuple
     return train, test
 
 
-def owner_id(owner: Owner) -> str:
+def natural_client_id(client: NaturalClient) -> str:
     """``seen/eng/17``."""
-    return f"{owner.pool}/{owner.language}/{owner.name}"
+    return f"{client.pool}/{client.language}/{client.name}"
 
 
-def check_owners(source: Source) -> None:
+def check_clients(source: Source) -> None:
     """Refuses clients that cannot train or be judged, and populations that nothing could be learned from.
 
     Raises:
         DataError: names the client: too few examples, a part of its id that is empty or has a slash, an id that another
             client has; or no client is seen.
     """
-    counts = Counter(map(owner_id, source.owners))
-    for owner in source.owners:
-        name = owner_id(owner)
-        if any(not part or "/" in part for part in (owner.language, owner.name)):
+    counts = Counter(map(natural_client_id, source.natural_clients))
+    for client in source.natural_clients:
+        name = natural_client_id(client)
+        if any(not part or "/" in part for part in (client.language, client.name)):
             raise DataError(f"client {name!r}: neither part of an id after the pool may be empty or have a slash")
         if counts[name] > 1:
             raise DataError(f"client {name!r}: {counts[name]} clients have this id")
-        if len(owner.train) < MIN_TRAIN or len(owner.test) < MIN_TEST:
+        if len(client.train) < MIN_TRAIN or len(client.test) < MIN_TEST:
             raise DataError(
-                f"client {name!r} has {len(owner.train)} train and {len(owner.test)} test examples; at least "
+                f"client {name!r} has {len(client.train)} train and {len(client.test)} test examples; at least "
                 f"{MIN_TRAIN} and {MIN_TEST} are needed"
             )
-    if all(owner.pool != "seen" for owner in source.owners):
-        raise DataError(f"all {len(source.owners)} clients are unseen; at least one must be seen (task.unseen)")
+    if all(client.pool != "seen" for client in source.natural_clients):
+        count = len(source.natural_clients)
+        raise DataError(f"all {count} clients are unseen; at least one must be seen (task.unseen)")
 
 
 def check_instructions(source: Source) -> None:
@@ -153,7 +156,7 @@ def check_instructions(source: Source) -> None:
             place.
     """
     for pool, language, part in source.parts():
-        where = f"client {owner_id(part)!r}" if isinstance(part, Owner) else f"{pool}/{language}"
+        where = f"client {natural_client_id(part)!r}" if isinstance(part, NaturalClient) else f"{pool}/{language}"
         for split in SPLITS:
             for number, example in enumerate(part.split(split), start=1):
                 if missing := _missing(example):
@@ -166,26 +169,26 @@ def _missing(example: Example) -> str:
     return "" if example.pair and example.pair.strip() else "response"
 
 
-def keep_share(source: Source, kept: int, of: int) -> Source:
+def subsample_clients(source: Source, kept: int, of: int) -> Source:
     """The first ``kept / of`` of each pool's clients, rounded, but at least one where the pool has any.
 
     Dirichlet partitions keep `kept` of their `of` clients per language; so this keeps the same share.
     """
-    some: list[Owner] = []
+    some: list[NaturalClient] = []
     for pool in POOLS:
-        members = [owner for owner in source.owners if owner.pool == pool]
+        members = [client for client in source.natural_clients if client.pool == pool]
         some += members[: max(1, (2 * len(members) * kept + of) // (2 * of))]
-    return replace(source, owners=tuple(some))
+    return replace(source, natural_clients=tuple(some))
 
 
-def own_holdings(source: Source) -> Iterator[Holding]:
+def natural_client_rows(source: Source) -> Iterator[ClientRows]:
     """Each client's consecutive rows, seen clients first, both pools in the source's order."""
     first = 0
     for _, _, part in source.parts():
-        if not isinstance(part, Owner):
+        if not isinstance(part, NaturalClient):
             raise TypeError("this source names no clients")
         train, test = len(part.train), len(part.test)
         rows = np.arange(first, first + train + test, dtype=np.int32)
-        client = Client(owner_id(part), part.pool, part.language, train, test)
-        yield Holding(client, rows[:train], rows[train:])
+        client = Client(natural_client_id(part), part.pool, part.language, train, test)
+        yield ClientRows(client, rows[:train], rows[train:])
         first += train + test

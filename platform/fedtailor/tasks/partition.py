@@ -168,7 +168,7 @@ Shards = Mapping[tuple[Pool, str], Iterable[Shard]]
 """(pool, language) -> what each client holds, by index; may be read once, as populations can be large."""
 
 
-def keep_first(source: Source, shards: Shards, clients: int) -> tuple[Source, Shards]:
+def first_clients(source: Source, shards: Shards, clients: int) -> tuple[Source, Shards]:
     """The first clients of each language and pool, with the texts that they have in the whole task.
 
     Returns:
@@ -190,7 +190,9 @@ def _compact(examples: Sequence[Example], rows: Sequence[Ints]) -> tuple[list[Ex
     return [examples[row] for row in used], [np.searchsorted(used, held).astype(np.int64) for held in rows]
 
 
-def repeat_on(part: LanguagePool, language: str, seen: Iterator[Shard], clients: int) -> Iterator[Shard]:
+def reference_unseen_partition(
+    part: LanguagePool, language: str, seen: Iterator[Shard], clients: int
+) -> Iterator[Shard]:
     """Deals the unseen pool by the row numbers of the seen pool's shards; numbers that it lacks are left out.
 
     So does the reference code for XNLI: the rows' own labels play no part (FedP2EFT's code, data/xnli_dataset.py).

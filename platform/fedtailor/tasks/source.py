@@ -56,7 +56,7 @@ class LanguagePool:
 
 
 @dataclass(frozen=True)
-class Owner:
+class NaturalClient:
     """A client that the data itself names (annotator, category), with its examples in a fixed order.
 
     Args:
@@ -80,7 +80,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Source:
-    """All texts of a task, by language (`pools`, dealt to clients later) or by client (`owners`).
+    """All texts of a task, by language (`pools`, dealt to clients later) or by client (`natural_clients`).
 
     Args:
         labels: class names; a label is an index into them. Of instructions: the groups (languages, categories) that
@@ -89,7 +89,7 @@ class Source:
         notes: counts of what was dropped or found, and rules that were followed, for the manifest.
         disjoint: the source promises that no normalised text occurs in two pools or two splits.
         kind: ``classification`` (text to class) or ``generation`` (instruction to response).
-        owners: the clients, where the data names them; `pools` is empty then.
+        natural_clients: the clients, where the data names them; `pools` is empty then.
     """
 
     labels: tuple[str, ...]
@@ -97,7 +97,7 @@ class Source:
     notes: Mapping[str, int | str] = field(default_factory=dict)
     disjoint: bool = False
     kind: TaskKind = "classification"
-    owners: tuple[Owner, ...] = ()
+    natural_clients: tuple[NaturalClient, ...] = ()
 
     @property
     def paired(self) -> bool:
@@ -111,10 +111,10 @@ class Source:
             raise DataError("some examples are pairs of texts and some are single texts; a task has one kind")
         return kinds == {True}
 
-    def parts(self) -> Iterator[tuple[Pool, str, LanguagePool | Owner]]:
-        """(pool, language, texts), seen before unseen, languages in alphabetical order, or owners in their order."""
+    def parts(self) -> Iterator[tuple[Pool, str, LanguagePool | NaturalClient]]:
+        """(pool, language, texts), seen before unseen, languages by alphabet, or natural clients in their order."""
         for pool in POOLS:
-            yield from ((pool, owner.language, owner) for owner in self.owners if owner.pool == pool)
+            yield from ((pool, client.language, client) for client in self.natural_clients if client.pool == pool)
             for language in sorted(self.pools.get(pool, {})):
                 yield pool, language, self.pools[pool][language]
 

@@ -79,7 +79,7 @@ EXAMPLES = pa.schema({"client": pa.int32(), "test": pa.bool_(), "row": pa.int32(
 
 
 @dataclass(frozen=True)
-class Holding:
+class ClientRows:
     """A client with its rows of the text table, (n_train,) and (n_test,) int32."""
 
     client: Client
@@ -88,7 +88,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Membership:
+class ClientIndex:
     """Which rows belong to which client: two offsets per client into examples.arrow."""
 
     clients: tuple[Client, ...]
@@ -97,7 +97,7 @@ class Membership:
     rows: tuple[Ints, ...]
 
     @classmethod
-    def open(cls, path: Path, clients: tuple[Client, ...]) -> Membership:
+    def open(cls, path: Path, clients: tuple[Client, ...]) -> ClientIndex:
         """Maps ``path/examples.arrow``. Clients are in file order."""
         starts = np.cumsum([0] + [c.n_train + c.n_test for c in clients], dtype=np.int64)
         batches = open_stream(path / "examples.arrow", int(starts[-1]))
@@ -139,7 +139,7 @@ class Partitioned:
 
     path: Path
     manifest: Mapping[str, Any] = field(repr=False)
-    members: Membership = field(repr=False)
+    members: ClientIndex = field(repr=False)
 
     @property
     def kind(self) -> TaskKind:
@@ -185,7 +185,7 @@ class TaskData(Partitioned):
         """
         path = Path(path)
         manifest = read_manifest(path / "manifest.json")
-        members = Membership.open(path, clients_of(manifest))
+        members = ClientIndex.open(path, clients_of(manifest))
         return cls(path, manifest, members, tuple(open_stream(path / "texts.arrow", manifest["rows"])))
 
     @property

@@ -18,10 +18,18 @@ from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.core.messages import Client
 from fedtailor.tasks import source as leakage
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.natural_clients import check_instructions, check_owners, keep_share, own_holdings
-from fedtailor.tasks.partition import Shard, Shards, client_id, keep_first, partition, repeat_on, resample
+from fedtailor.tasks.natural_clients import check_clients, check_instructions, natural_client_rows, subsample_clients
+from fedtailor.tasks.partition import (
+    Shard,
+    Shards,
+    client_id,
+    first_clients,
+    partition,
+    reference_unseen_partition,
+    resample,
+)
 from fedtailor.tasks.source import SPLITS, Example, Pool, Source, TaskEntry
-from fedtailor.tasks.store import BLOCK, EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, Holding, TaskData, write_stream
+from fedtailor.tasks.store import BLOCK, EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, ClientRows, TaskData, write_stream
 
 __all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare", "task_config"]
 
@@ -61,13 +69,13 @@ def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
 
     Raises:
         ConfigError: unknown task, or a key that this task's clients rule out.
-        DataError: see the task's load function, `partition`, `owners` and `leakage.check`.
+        DataError: see the task's load function, `partition`, `natural_clients` and `leakage.check`.
     """
-    source, holdings = _dealt(cfg, seed)
+    source, client_rows = _dealt(cfg, seed)
     out.mkdir(parents=True, exist_ok=True)
     write_stream(out / "texts.arrow", _schema(source), _text_batches(source))
-    write_stream(out / "examples.arrow", EXAMPLES, _example_batches(holdings))
-    manifest = _manifest(cfg, seed, source, holdings)
+    write_stream(out / "examples.arrow", EXAMPLES, _example_batches(client_rows))
+    manifest = _manifest(cfg, seed, source, client_rows)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return TaskData.open(out)
@@ -82,9 +90,9 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
     if cfg.name not in TASKS:
         raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{did_you_mean(cfg.name, TASKS)}")
     source = TASKS[cfg.name].load(cfg, seed)
-    if source.owners:
+    if source.natural_clients:
         _refuse_dealing(cfg)
-        check_owners(source)
+        check_clients(source)
     if source.kind == "generation":
         check_instructions(source)
         return source
@@ -107,16 +115,16 @@ def _refuse_dealing(cfg: TaskConfig) -> None:
         raise ConfigError(problems)
 
 
-def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[Holding]]:
+def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[ClientRows]]:
     """The texts that stay, and who holds which."""
     source = _load(cfg, seed)
-    if source.owners:
-        source = keep_share(source, cfg.clients_used, cfg.clients_per_language)
-        return source, list(own_holdings(source))
+    if source.natural_clients:
+        source = subsample_clients(source, cfg.clients_used, cfg.clients_per_language)
+        return source, list(natural_client_rows(source))
     shards: Shards = {(pool, lang): _shards(source, pool, lang, cfg, seed) for pool, lang, _ in source.parts()}
     if cfg.clients_used < cfg.clients_per_language:
-        source, shards = keep_first(source, shards, cfg.clients_used)
-    return source, list(_holdings(source, shards, cfg.clients_per_language))
+        source, shards = first_clients(source, shards, cfg.clients_used)
+    return source, list(_client_rows(source, shards, cfg.clients_per_language))
 
 
 def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: int) -> Iterator[Shard]:
@@ -125,18 +133,18 @@ def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: in
         return resample(part, pool, language, n, cfg.alpha, cfg.resample, seed)
     if cfg.reference_unseen_partition and pool == "unseen":
         seen = source.pools["seen"][language]
-        return repeat_on(part, language, partition(seen, "seen", language, n, cfg.alpha, seed), n)
+        return reference_unseen_partition(part, language, partition(seen, "seen", language, n, cfg.alpha, seed), n)
     return partition(part, pool, language, n, cfg.alpha, seed)
 
 
-def _holdings(source: Source, shards: Shards, clients: int) -> Iterator[Holding]:
+def _client_rows(source: Source, shards: Shards, clients: int) -> Iterator[ClientRows]:
     first = 0
     for pool, language, part in source.parts():
         for index, shard in enumerate(shards[pool, language]):
             name = client_id(pool, language, index, clients)
             client = Client(name, pool, language, len(shard.train), len(shard.test))
             test = shard.test + first + len(part.train)
-            yield Holding(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
+            yield ClientRows(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
         first += len(part.train) + len(part.test)
 
 
@@ -144,7 +152,7 @@ def _examples(source: Source) -> Iterator[tuple[str, str, str, Example]]:
     for pool, language, part in source.parts():
         for split in SPLITS:
             for example in part.split(split):
-                yield pool, source.labels[example.label] if source.owners else language, split, example
+                yield pool, source.labels[example.label] if source.natural_clients else language, split, example
 
 
 def _schema(source: Source) -> pa.Schema:
@@ -163,21 +171,21 @@ def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch(columns[: len(schema)], schema=schema)
 
 
-def _example_batches(holdings: Sequence[Holding]) -> Iterator[pa.RecordBatch]:
-    rows = np.concatenate([part for h in holdings for part in (h.train, h.test)])
-    sizes = np.array([(len(h.train), len(h.test)) for h in holdings])
-    clients = np.repeat(np.arange(len(holdings), dtype=np.int32), sizes.sum(axis=1))
-    test = np.repeat(np.tile([False, True], len(holdings)), sizes.ravel())
+def _example_batches(client_rows: Sequence[ClientRows]) -> Iterator[pa.RecordBatch]:
+    rows = np.concatenate([part for h in client_rows for part in (h.train, h.test)])
+    sizes = np.array([(len(h.train), len(h.test)) for h in client_rows])
+    clients = np.repeat(np.arange(len(client_rows), dtype=np.int32), sizes.sum(axis=1))
+    test = np.repeat(np.tile([False, True], len(client_rows)), sizes.ravel())
     for at in range(0, len(rows), BLOCK):
         cut = slice(at, at + BLOCK)
         yield pa.record_batch([clients[cut], test[cut], rows[cut]], schema=EXAMPLES)
 
 
-def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[Holding]) -> dict[str, Any]:
+def _manifest(cfg: TaskConfig, seed: int, source: Source, client_rows: Sequence[ClientRows]) -> dict[str, Any]:
     examples = [e for *_, e in _examples(source)]
     digests = [_digest(e, source) for e in examples]
     labels = np.array([e.label for e in examples], dtype=np.int64)
-    clients = [_client_entry(h, digests, labels, len(source.labels)) for h in holdings]
+    clients = [_client_entry(h, digests, labels, len(source.labels)) for h in client_rows]
     generation = source.kind == "generation"
     content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients], *(["generation"] * generation)]
     hidden = _PLACE if generation else _PLACE | _INSTRUCTIONS_ONLY
@@ -188,7 +196,7 @@ def _manifest(cfg: TaskConfig, seed: int, source: Source, holdings: Sequence[Hol
         "config": cfg.model_dump(mode="json", exclude=hidden),
         "seed": seed,
         "labels": list(source.labels),
-        "languages": sorted({o.language for o in source.owners} or cfg.languages),
+        "languages": sorted({o.language for o in source.natural_clients} or cfg.languages),
         "class_counts": _class_counts(source),
         "notes": dict(source.notes) | leakage.check(source) | {"unused_test_texts": _unused(source)},
         "rows": len(examples),
@@ -205,17 +213,17 @@ def _digest(example: Example, source: Source) -> bytes:
 
 
 def _client_entry(
-    holding: Holding, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
+    client_rows: ClientRows, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
 ) -> dict[str, Any]:
-    content = hashlib.sha256(f"{len(holding.train)}/{len(holding.test)}".encode())
-    for row in chain(holding.train, holding.test):
+    content = hashlib.sha256(f"{len(client_rows.train)}/{len(client_rows.test)}".encode())
+    for row in chain(client_rows.train, client_rows.test):
         content.update(digests[row])
     return {
-        "id": holding.client.id,
-        "n_train": holding.client.n_train,
-        "n_test": holding.client.n_test,
-        "train_classes": np.bincount(labels[holding.train], minlength=classes).tolist(),
-        "test_classes": np.bincount(labels[holding.test], minlength=classes).tolist(),
+        "id": client_rows.client.id,
+        "n_train": client_rows.client.n_train,
+        "n_test": client_rows.client.n_test,
+        "train_classes": np.bincount(labels[client_rows.train], minlength=classes).tolist(),
+        "test_classes": np.bincount(labels[client_rows.test], minlength=classes).tolist(),
         "sha256": content.hexdigest(),
     }
 
@@ -234,7 +242,7 @@ def _class_counts(source: Source) -> dict[str, list[int]]:
 def _unused(source: Source) -> int:
     """Test texts of a class that their pool's train part in that language lacks; of clients' own texts none."""
     unused = 0
-    if source.owners:
+    if source.natural_clients:
         return unused
     for _, _, part in source.parts():
         classes = {e.label for e in part.train}

@@ -22,7 +22,7 @@ from fedtailor.tasks.encoding import check, check_pad, encode
 from fedtailor.tasks.source import Split
 from fedtailor.tasks.store import (
     BLOCK,
-    Membership,
+    ClientIndex,
     Partitioned,
     TaskData,
     cells,
@@ -194,7 +194,7 @@ class TokenData(Partitioned):
         """
         path = Path(path)
         manifest = read_manifest(path / "manifest.json")
-        members = Membership.open(path, clients_of(manifest))
+        members = ClientIndex.open(path, clients_of(manifest))
         blocks = []
         for batch in open_stream(path / "tokens.arrow", manifest["rows"]):
             ids, label = batch.column("ids"), batch.column("label")
