@@ -15,8 +15,7 @@ from judge_server import Answer, JudgeServer
 from typer.testing import CliRunner
 
 from fedtailor.cli import app
-from fedtailor.report.judge import Request
-from fedtailor.report.judge import judge as have_judged
+from fedtailor.report.judge import Request, judge_run
 from fedtailor.report.judge_prompt import NoScoreError, Template
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage
@@ -490,7 +489,7 @@ def test_what_was_asked_when_the_command_was_stopped_is_kept(storage: Path) -> N
 
     with JudgeServer(well) as server:
         with pytest.raises(KeyboardInterrupt):
-            have_judged(
+            judge_run(
                 RunFolder.open(Storage(storage), "run"), Request(server.url, "some/judge", repeats=1, at_once=3), stop
             )
         asked = len(server.requests)

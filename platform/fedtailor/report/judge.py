@@ -1,10 +1,7 @@
-"""Answers scored by a language model.
+"""``fedtailor judge``: a language model scores the answers of a finished run, several times each.
 
-``fedtailor judge``: a language model scores the answers of a finished run, several times each.
-
-What is judged is kept reply by reply and never asked again, whatever ends the command.
-
-Judgements to a table: methods, budgets and languages, with mean and spread over clients.
+What is judged is kept reply by reply and never asked again, whatever ends the command. The judgements become a table:
+methods, budgets and languages, with mean and spread over clients.
 """
 
 from __future__ import annotations
@@ -18,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.stages import short_hash
-from fedtailor.report.judge_asking import Asker, Ledger, Task
-from fedtailor.report.judge_client import KEY, Endpoint
-from fedtailor.report.judge_prompt import Template, judgement_key, kept_answers, prompt_hash
+from fedtailor.report.grid import Grid, markdown
+from fedtailor.report.judge_client import KEY, Endpoint, Task, ask_all
+from fedtailor.report.judge_prompt import Template, judgement_key, prompt_hash
+from fedtailor.report.judge_records import Ledger, kept_answers
 from fedtailor.report.names import in_method_order, in_pool_order, method_name
+from fedtailor.storage import payloads
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.lock import lock
 from fedtailor.storage.run_folder import RunFolder
@@ -34,78 +34,6 @@ AVERAGE = "average"
 RESULT_COLUMNS = ("pool", "method", "budget", "language", "mean", "sd", "clients", "answers", "failures")
 
 _CELL = ["pool", "method", "budget", "language"]
-
-
-def results(judgements: pd.DataFrame) -> pd.DataFrame:
-    """Rows of RESULT_COLUMNS, scores in units of the scale.
-
-    An answer's score is the mean of its judgements that hold one, a client's the mean of its answers (once per seed).
-    ``mean`` and ``sd`` (sample SD, NaN for one client) are over clients; ``answers`` counts those with a score,
-    ``failures`` judgements without one. Language `AVERAGE` weighs languages equally and has no SD.
-
-    Args:
-        judgements: rows of `judge.JUDGEMENT_COLUMNS`.
-    """
-    frame = judgements.assign(pool=judgements["client"].str.partition("/")[0])
-    unit = [*_CELL, "seed", "client"]
-    answers = frame.groupby([*unit, "row"], as_index=False).agg(score=("score", "mean"), seen=("score", "count"))
-    clients = answers.groupby(unit, as_index=False).agg(score=("score", "mean"), answers=("score", "count"))
-    table = clients.groupby(_CELL, as_index=False).agg(
-        mean=("score", "mean"), sd=("score", "std"), clients=("score", "count"), answers=("answers", "sum")
-    )
-    lost = frame.assign(failures=frame["score"].isna()).groupby(_CELL, as_index=False)["failures"].sum()
-    table = table.merge(lost, on=_CELL)
-    return _ordered(pd.concat([table, _averages(table, clients)], ignore_index=True))
-
-
-def table_text(table: pd.DataFrame, model: str, scale: int, repeats: int) -> str:
-    """The table as Markdown, with what its numbers mean."""
-    lines = [
-        f"# Scores of {model}", "",
-        f"0 to {scale}; mean of {repeats} judgement(s) per answer; mean and sample SD over clients.", "",
-        "| " + " | ".join(RESULT_COLUMNS) + " |", "|" + " --- |" * len(RESULT_COLUMNS),
-        *("| " + " | ".join(format_row(row)) + " |" for row in table.to_dict("records")),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def format_row(row: Mapping[Hashable, object]) -> list[str]:
-    """A row as texts, in the order of RESULT_COLUMNS."""
-    told = []
-    for name in RESULT_COLUMNS:
-        value = row[name]
-        if name == "method":
-            told.append(method_name(str(value)))
-        elif name == "budget":
-            told.append("" if value == -1 else str(value))
-        elif isinstance(value, float):
-            told.append("" if pd.isna(value) else f"{value:.2f}")
-        else:
-            told.append(str(value).replace("|", "\\|"))
-    return told
-
-
-def _averages(table: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame:
-    keys = _CELL[:-1]
-    scored = clients[clients["answers"] > 0].assign(unit=clients["seed"].astype(str) + "/" + clients["client"])
-    people = scored.groupby(keys)["unit"].nunique().rename("clients").reset_index()
-    sums = table.groupby(keys, as_index=False).agg(
-        mean=("mean", "mean"), answers=("answers", "sum"), failures=("failures", "sum")
-    )
-    joined = sums.merge(people, on=keys, how="left").assign(language=AVERAGE, sd=float("nan"))
-    return joined.assign(clients=joined["clients"].fillna(0).astype(int))
-
-
-def _ordered(table: pd.DataFrame) -> pd.DataFrame:
-    pools, methods = in_pool_order(table["pool"]), in_method_order(table["method"])
-    places = table.assign(
-        at_pool=table["pool"].map(pools.index),
-        at_method=table["method"].map(methods.index),
-        at_end=table["language"] == AVERAGE,
-    )
-    order = ["at_pool", "at_method", "budget", "at_end", "language"]
-    return places.sort_values(order, ignore_index=True)[list(RESULT_COLUMNS)]
-
 
 JUDGEMENT_COLUMNS = (
     "seed", "client", "language", "method", "budget", "row", "repeat", "score", "model", "replies", "problem",
@@ -153,7 +81,7 @@ class Judged:
     """What a command did.
 
     Args:
-        table: see `judge_table.results`.
+        table: see `results`.
         place: the folder.
         counts: distinct judgements that are ``wanted``, were ``there`` before, are ``missing`` now.
         gaps: why judgements are missing, one sentence each; empty if none is.
@@ -165,7 +93,7 @@ class Judged:
     gaps: tuple[str, ...]
 
 
-def judge(run: RunFolder, asked: Request, tell: Callable[[int, int], None] = lambda done, total: None) -> Judged:
+def judge_run(run: RunFolder, asked: Request, tell: Callable[[int, int], None] = lambda done, total: None) -> Judged:
     """Asks for what is not judged yet and writes ``judgements.parquet``, ``table.csv`` and ``table.md``.
 
     Args:
@@ -191,13 +119,16 @@ def judge(run: RunFolder, asked: Request, tell: Callable[[int, int], None] = lam
         # What failed before comes last, so that one bad question does not keep the others waiting.
         todo.sort(key=lambda task: bool(ledger.of(task.key).kind))
         tell(0, len(todo))
-        asker = Asker(endpoint, template, asked.tries, asked.at_once, ledger.note, lambda n: tell(n, len(todo)))
-        unasked = asker.ask(todo)
+        unasked = ask_all(
+            todo, endpoint, template, asked.tries, asked.at_once, ledger.note, lambda done: tell(done, len(todo))
+        )
         judged = _judged(answers, asked, template, ledger)
         table = results(judged)
-        ledger.table("judgements", judged)
-        ledger.text("table.csv", table.to_csv(index=False, lineterminator="\n"))
-        ledger.text("table.md", table_text(table, asked.model, asked.scale, asked.repeats))
+        files = dict([payloads.encode("judgements", pa.Table.from_pandas(judged, preserve_index=False))])
+        files["table.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+        files["table.md"] = _markdown(table, asked).encode()
+        for name, data in files.items():
+            storage.write_bytes(join(path, name), data)
     missing = [key for key in tasks if ledger.of(key).score is None]
     counts = {"wanted": len(tasks), "there": len(tasks) - len(todo), "missing": len(missing)}
     return Judged(table, storage.full(path), counts, _gaps(missing, unasked, ledger))
@@ -259,18 +190,69 @@ def _judged(answers: pd.DataFrame, asked: Request, template: Template, ledger: L
     return frame[list(JUDGEMENT_COLUMNS)]
 
 
+def results(judgements: pd.DataFrame) -> pd.DataFrame:
+    """Rows of RESULT_COLUMNS, scores in units of the scale.
+
+    An answer's score is the mean of its judgements that hold one, a client's the mean of its answers (once per seed).
+    ``mean`` and ``sd`` (sample SD, NaN for one client) are over clients; ``answers`` counts those with a score,
+    ``failures`` judgements without one. Language `AVERAGE` weighs languages equally and has no SD.
+
+    Args:
+        judgements: rows of JUDGEMENT_COLUMNS.
+    """
+    pools = judgements["client"].str.partition("/")[0]
+    frame = judgements.assign(pool=pools, failures=judgements["score"].isna())
+    unit, whole, sums = [*_CELL, "seed", "client"], _CELL[:-1], {"failures": ("failures", "sum")}
+    answers = frame.groupby([*unit, "row"], as_index=False).agg(score=("score", "mean"), **sums)
+    sums["answers"] = ("answers", "sum")
+    clients = answers.groupby(unit, as_index=False).agg(
+        score=("score", "mean"), answers=("score", "count"), failures=("failures", "sum")
+    )
+    table = clients.groupby(_CELL, as_index=False).agg(
+        mean=("score", "mean"), sd=("score", "std"), clients=("score", "count"), **sums
+    )
+    scored = clients[clients["answers"] > 0].drop_duplicates([*whole, "seed", "client"])
+    average = table.groupby(whole).agg(mean=("mean", "mean"), **sums)
+    average["clients"] = scored.groupby(whole).size().reindex(average.index, fill_value=0)
+    average = average.reset_index().assign(language=AVERAGE, sd=float("nan"))
+    table = pd.concat([table.assign(last=False), average.assign(last=True)], ignore_index=True)
+    ranks = {"pool": in_pool_order(table["pool"]), "method": in_method_order(table["method"])}
+    table = table.sort_values(
+        ["pool", "method", "budget", "last", "language"],
+        key=lambda column: column.map(ranks[column.name].index) if column.name in ranks else column,
+        ignore_index=True,
+    )
+    return table[list(RESULT_COLUMNS)]
+
+
+def format_row(row: Mapping[Hashable, object]) -> list[str]:
+    """A row as texts, in the order of RESULT_COLUMNS."""
+    texts = {name: f"{row[name]:.2f}" if row[name] == row[name] else "" for name in ("mean", "sd")}
+    texts |= {"method": method_name(str(row["method"])), "budget": "" if row["budget"] == -1 else str(row["budget"])}
+    return [texts.get(name, str(row[name])) for name in RESULT_COLUMNS]
+
+
+def _markdown(table: pd.DataFrame, asked: Request) -> str:
+    rule = (
+        f"0 to {asked.scale}; mean of {asked.repeats} judgement(s) per answer; mean and sample SD over clients. "
+        f"Language {AVERAGE}: all languages weigh the same."
+    )
+    rows = [format_row(row) for row in table.to_dict("records")]
+    return markdown(Grid(RESULT_COLUMNS, rows, caption=[rule], title=f"Scores of {asked.model}", labels=4)) + "\n"
+
+
 def _gaps(missing: Collection[str], unasked: Collection[str], ledger: Ledger) -> tuple[str, ...]:
-    told = {
+    sentences = {
         "reply": "have replies without exactly one score in range",
         "failure": "have no reply",
         "unasked": "were not asked, as the endpoint kept failing",
     }
     kinds = {key: "unasked" if key in unasked else ledger.of(key).kind for key in missing}
     gaps = []
-    for kind, words in told.items():
+    for kind, sentence in sentences.items():
         keys = [key for key in missing if kinds[key] == kind]
         causes = Counter(ledger.of(key).problem for key in keys if ledger.of(key).problem)
         why = f": {causes.most_common(1)[0][0]}" if causes else ""
         if keys:
-            gaps.append(f"{len(keys)} {words}{why}")
+            gaps.append(f"{len(keys)} {sentence}{why}")
     return tuple(gaps)

@@ -1,23 +1,33 @@
-"""One question to an endpoint that speaks OpenAI's chat completions, with a key that nobody else gets to see."""
+"""Asks an endpoint that speaks OpenAI's chat completions for many judgements at once, in a given order.
+
+The client of the ``openai`` package tries again and keeps to the time limit; the key gets into no message and no file.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
 from fedtailor.core.errors import ConfigError, JudgeError
+from fedtailor.report.judge_prompt import Messages, NoScoreError, Template
 from fedtailor.storage.provenance import HIDDEN, scrub
 
 if TYPE_CHECKING:
     import openai
 
-    from fedtailor.report.judge_prompt import Messages
+Line: TypeAlias = dict[str, Any]
+"""Of ``replies.jsonl``."""
 
+KEY: Final = "OPENAI_API_KEY"
 
-KEY = "OPENAI_API_KEY"
+GIVE_UP: Final = 10
+"""Failed requests in a row after which the rest is not asked."""
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
@@ -51,7 +61,6 @@ class Reply:
     finish: str
 
 
-@dataclass(frozen=True)
 class Endpoint:
     """Where judgements come from.
 
@@ -66,22 +75,13 @@ class Endpoint:
         ConfigError: an address or a variable that cannot be used; never tells the key.
     """
 
-    url: str
-    model: str
-    key_env: str = KEY
-    timeout_s: float = 60.0
-    retries: int = 5
-    _client: openai.OpenAI = field(init=False, repr=False, compare=False)
-    _key: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, url: str, model: str, key_env: str = KEY, timeout_s: float = 60.0, retries: int = 5) -> None:
         from openai import OpenAI
 
-        _check_address(self.url)
-        key = _key(self.key_env)
-        client = OpenAI(api_key=key or "none", base_url=self.url, timeout=self.timeout_s, max_retries=self.retries)
-        object.__setattr__(self, "_key", key)
-        object.__setattr__(self, "_client", client)
+        _check_address(url)
+        self.url, self.model, self.key_env, self.timeout_s, self.retries = url, model, key_env, timeout_s, retries
+        self._key = _key(key_env)
+        self._client = OpenAI(api_key=self._key or "none", base_url=url, timeout=timeout_s, max_retries=retries)
 
     def ask(self, messages: Messages) -> Reply:
         """Asks once, at temperature 0, for the reply in one piece; may be called from several threads.
@@ -133,6 +133,96 @@ class Endpoint:
         hint = f" (no key was sent: {self.key_env} is not set)" if state in (401, 403) and not self._key else ""
         message = f"{self.url} refuses model {self.model}{hint}: {said[:_SHOWN]}"
         return AskError(message, state in _HOPELESS, state in _HOPELESS or state == 429 or state >= 500)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One judgement to ask for.
+
+    Args:
+        key: see `judge_prompt.judgement_key`.
+        prompt: hash of the messages.
+        repeat: from 0.
+        messages: makes the conversation.
+    """
+
+    key: str
+    prompt: str
+    repeat: int
+    messages: Callable[[], Messages]
+
+
+def ask_all(
+    tasks: Sequence[Task], endpoint: Endpoint, template: Template, tries: int, at_once: int,
+    note: Callable[[Line], None], tell: Callable[[int], None],
+) -> set[str]:  # fmt: skip
+    """Asks in order; the first task alone, so that an endpoint that is down is found before work starts.
+
+    Args:
+        tasks: what to ask for.
+        endpoint: where.
+        template: reads the replies.
+        tries: replies to ask for until one holds a score.
+        at_once: requests that run at the same time.
+        note: called with every reply and every failed request, one at a time.
+        tell: called with the number of tasks that are through, one at a time.
+
+    Returns:
+        Keys of tasks that were not asked, because the endpoint failed `GIVE_UP` times in a row or refuses all.
+
+    Raises:
+        JudgeError: the endpoint is down: the first task has no reply.
+    """
+    guard, stopped, asked, failures = Lock(), Event(), set[str](), 0
+
+    def ask(task: Task) -> AskError | None:
+        nonlocal failures
+        if stopped.is_set():
+            return None
+        lines, error = _ask(task, endpoint, template, tries)
+        with guard:
+            try:
+                # Noted here, not where results are collected: after Ctrl-C too, what is asked may have been paid for.
+                for line in lines:
+                    note(line)
+                asked.add(task.key)
+                failures = 0 if error is None else failures + 1
+                if failures >= GIVE_UP or (error is not None and error.hopeless):
+                    stopped.set()
+                tell(len(asked))
+            except BaseException:
+                stopped.set()
+                raise
+        return error
+
+    if tasks and (first := ask(tasks[0])) is not None and first.down:
+        raise JudgeError(f"nothing was judged: {first}")
+    with ThreadPoolExecutor(at_once, thread_name_prefix="judge") as pool:
+        try:
+            for _ in pool.map(ask, tasks[1:]):
+                pass
+        finally:
+            stopped.set()
+    return {task.key for task in tasks} - asked
+
+
+def _ask(task: Task, endpoint: Endpoint, template: Template, tries: int) -> tuple[list[Line], AskError | None]:
+    """Lines on every reply until one holds a score, and the error that ended it."""
+    messages, lines = task.messages(), list[Line]()
+    for number in range(1, tries + 1):
+        line: Line = {"key": task.key, "prompt_sha256": task.prompt, "repeat": task.repeat}
+        try:
+            reply = endpoint.ask(messages)
+        except AskError as error:
+            return [*lines, {**line, "kind": "failure", "score": None, "problem": str(error)}], error
+        text = None if reply.text is None else endpoint.hide(reply.text)
+        line |= {"kind": "reply", "number": number, "model": reply.model, "finish": reply.finish, "reply": text}
+        try:
+            return [*lines, {**line, "score": template.score(reply.text, reply.finish), "problem": ""}], None
+        except NoScoreError as error:
+            lines.append({**line, "score": None, "problem": endpoint.hide(str(error))})
+            messages = template.again(messages, reply.text or "", str(error))
+    return lines, None
 
 
 def _check_address(url: str) -> None:

@@ -1,7 +1,6 @@
 """What a judge is asked, word for word, and the one way in which its reply is read.
 
 A whole reply is read, never pieces of one; it holds exactly one score in range or it holds none. Nothing is guessed.
-`kept_answers` finds the answers of a finished generation run that a judge is to score.
 """
 
 from __future__ import annotations
@@ -13,15 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import pandas as pd
-import pyarrow as pa
-
-from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
-from fedtailor.core.seeding import numpy_rng
 from fedtailor.storage.payloads import canonical_json, sha256
-from fedtailor.storage.round_store import PREDICTION_SCHEMA, PREDICTIONS
-from fedtailor.storage.run_folder import RunFolder
-from fedtailor.tasks.task import TASKS
 
 Messages = list[dict[str, str]]
 
@@ -48,9 +39,6 @@ _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 _CUT = ("length", "content_filter")
 
 _SHOWN = 60
-
-QUESTION = ["seed", "client", "row"]
-"""What names a question; every method and budget answers it."""
 
 
 class NoScoreError(ValueError):
@@ -145,63 +133,3 @@ def _of_object(text: str) -> float:
 
 def _short(text: str) -> str:
     return json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False)
-
-
-def kept_answers(run: RunFolder, methods: Sequence[str], limit: int | None, order: int) -> pd.DataFrame:
-    """Rows of `predictions.SCHEMA` and ``seed``, questions in an order drawn from ``order``.
-
-    Args:
-        run: complete, of a generation task, with ``personalise.save_predictions=true``.
-        methods: whose answers; empty: of all.
-        limit: take so many questions at most, the first of that order, with the answers of all methods to them.
-        order: seed of the order.
-
-    Raises:
-        ConfigError: a method that the run has not.
-        StorageError: not complete, no generation task, answers were not kept, or a committed file is damaged.
-    """
-    _refuse(run, methods)
-    frame = _read(run, methods)
-    if frame.empty:
-        raise StorageError(f"run '{run.run_id}' has no answers of {', '.join(methods) or 'any method'}")
-    questions = frame[QUESTION].drop_duplicates().sort_values(QUESTION, ignore_index=True)
-    drawn = questions.iloc[numpy_rng(order, "judge", "order").permutation(len(questions))[:limit]]
-    place = {tuple(row): number for number, row in enumerate(drawn.itertuples(index=False, name=None))}
-    keys = pd.Series(list(frame[QUESTION].itertuples(index=False, name=None)), index=frame.index)
-    frame = frame.assign(place=keys.map(place)).dropna(subset=["place"])
-    return frame.sort_values(["place", "method", "budget"], ignore_index=True).drop(columns="place")
-
-
-def _refuse(run: RunFolder, methods: Sequence[str]) -> None:
-    config = run.info()["config"]
-    known = list(config["methods"])
-    problems = [
-        f"--method {name}: not in this run{did_you_mean(name, known)} (it has: {', '.join(known)})"
-        for name in methods
-        if name not in known
-    ]
-    if problems:
-        raise ConfigError(problems)
-    task, state = config["task"]["name"], run.status()["state"]
-    if TASKS[task].kind != "generation":
-        raise StorageError(f"run '{run.run_id}' has no answers to judge: task {task} asks for classes")
-    if state != "complete":
-        raise StorageError(f"run '{run.run_id}' is {state}, not complete; resume it first")
-    if not config["personalise"].get("save_predictions"):
-        raise StorageError(
-            f"run '{run.run_id}' kept no answers: personalise.save_predictions was off. Run it with "
-            "personalise.save_predictions=true; all stages but the personalising ones are reused"
-        )
-
-
-def _read(run: RunFolder, methods: Sequence[str]) -> pd.DataFrame:
-    frames = [pd.DataFrame(columns=["seed", *PREDICTION_SCHEMA.names])]
-    for stage in run.stages("personalise"):
-        if methods and stage["method"] not in methods:
-            continue
-        commits = run.log(stage).all(objects=False)
-        tables = [commit.table(PREDICTIONS) for commit in commits if PREDICTIONS in commit.objects]
-        if tables:
-            frame: pd.DataFrame = pa.concat_tables(tables).to_pandas()
-            frames.append(frame.assign(seed=int(stage["seed"])))
-    return pd.concat(frames[1:], ignore_index=True) if len(frames) > 1 else frames[0]
