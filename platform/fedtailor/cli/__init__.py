@@ -185,11 +185,12 @@ def list_(what: Annotated[Listing, typer.Argument()]) -> None:
     console().print(resolve(SWEEPS["list"])() if what is Listing.sweeps else listing(what.value))
 
 
-for _command in (run, resume, sweep, status, digest, report, compare, sync, plan, doctor):
-    app.command()(_command)
-app.command("list")(list_)
-for _command in (export, judge, personalise, pretrain):
-    app.command()(_command)
+COMMANDS: Final[tuple[Callable[..., None], ...]] = (
+    run, resume, sweep, status, digest, report, compare, sync, plan, doctor, list_, export, judge, personalise, pretrain,
+)  # fmt: skip
+"""In the order of ``fedtailor --help``."""
+for _command in COMMANDS:
+    app.command(_command.__name__.rstrip("_"))(_command)
 
 
 def main() -> None:

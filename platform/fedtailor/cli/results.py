@@ -145,7 +145,7 @@ def judge(
         tries=tries, at_once=at_once, timeout_s=timeout, retries=retries, key_env=key_env, out=out,
     )  # fmt: skip
     with bar(console()) as tell:
-        judged = judge(open_run(run_id, storage), asked, tell)
+        judged = judge_run(open_run(run_id, storage), asked, tell)
     show_judged(console(), judged, model, scale)
     if judged.gaps:
         error = JudgeError(f"{judged.counts['missing']} of {judged.counts['wanted']} judgements are missing")
