@@ -135,7 +135,7 @@ def judge(
     """Have a language model score the answers of a run; repeated, it asks only for what is missing."""
     from fedtailor.cli.views import bar, show_judged
     from fedtailor.experiment.prepare import refuse_job_folder
-    from fedtailor.report.judge import Request
+    from fedtailor.report.judge import Request, judge_run
 
     refuse_job_folder("--storage", storage)
     if out is not None:
