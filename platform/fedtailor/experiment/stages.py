@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from fedtailor.experiment.privacy import resolved
 from fedtailor.methods import build_method
 
 NUMERIC_ENGINE_KEYS = ("threads", "token_budget", "max_lanes", "segments", "min_segment", "dtype")
+
+_LISTED = ("key", "kind", "method", "seed", "artifact", "parent", "strategy", "rounds", "cohort")
 
 
 def short_hash(content: Any) -> str:
@@ -85,10 +87,7 @@ class Stage:
     @property
     def listed(self) -> dict[str, Any]:
         """What a run's folder says of the stage."""
-        entry = asdict(self)
-        for own in ("r_max", "guards"):
-            del entry[own]
-        return entry | {"budgets": list(self.budgets)}
+        return {name: getattr(self, name) for name in _LISTED} | {"budgets": list(self.budgets)}
 
 
 def method_json(exp: ExperimentBase, method: str) -> dict[str, Any]:
