@@ -71,7 +71,7 @@ class ClientActor:
         memory_fraction: share of the GPU's memory that this process may allocate, or None.
         environment: variables to set unless they are set already.
         run: run id, for metrics.
-        number: of this actor in its pool.
+        number: this actor's number in its pool.
 
     Attributes:
         ranks: given to the worker; set before a stage is opened where several processes hold its model together.

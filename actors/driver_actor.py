@@ -63,7 +63,7 @@ class DriverActor:
             entry: ``module:function``. ``make_pool(engine_config, on_event)`` makes a pool on this
                 cluster whose actors end with this process; ``reporter.event`` sends an event;
                 ``stop`` is a `threading.Event` that asks for an orderly end.
-            payload: for the function alone.
+            payload: what the function takes.
             environment: variables to set unless they are set here.
             folder: working directory of whoever asks, used if it exists here.
         """

@@ -49,7 +49,7 @@ class JobQueue:
 
     Args:
         jobs: the list; results come back in its order.
-        costs: for the order of work.
+        costs: estimates that decide the order of work.
         retries: how often a job may be lost and given out again.
     """
 

@@ -39,7 +39,7 @@ _PORTS = "host:port is the head's port (6379), ray://host:port the client server
 
 
 def provide_token() -> None:
-    """Makes sure that there is a token before a local cluster is started, which wants one unless told otherwise.
+    """Makes sure that there is a token before a local cluster is started, which wants one by default.
 
     Ray would write ``~/.ray/auth_token`` itself, but readable by everybody, and two processes that do so at once
     would have different tokens. Where the home folder cannot be written, the environment gets one for this process.
@@ -175,6 +175,6 @@ def _code() -> dict[str, Any]:
     """The code as modules that Ray takes to every node; a job's working directory has done that already."""
     if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
         return {}
-    found = [find_spec(name) for name in PACKAGES]
-    folders = [str(Path(place).resolve()) for spec in found if spec for place in spec.submodule_search_locations or ()]
+    specs = [find_spec(name) for name in PACKAGES]
+    folders = [str(Path(place).resolve()) for spec in specs if spec for place in spec.submodule_search_locations or ()]
     return {"runtime_env": {"py_modules": [*folders, *map(str, packages())]}}

@@ -33,7 +33,7 @@ class Sink(Protocol):
 
 
 class PoolMetrics:
-    """Of the process that drives a run: clients, segments, losses.
+    """Metrics of the process that drives a run: clients, segments, losses.
 
     ``fedtailor_clients_total``, ``fedtailor_rejected_clients_total`` (kind), ``fedtailor_clients_per_second``,
     ``fedtailor_round_seconds``, ``fedtailor_segments_waiting``, ``fedtailor_retries_total``,
@@ -84,7 +84,7 @@ class PoolMetrics:
 
 
 class ActorMetrics:
-    """Of a client actor: ``fedtailor_peak_rss_bytes`` and ``fedtailor_gpu_bytes``, with run, stage and actor.
+    """Memory of a client actor: ``fedtailor_peak_rss_bytes`` and ``fedtailor_gpu_bytes``, with run, stage and actor.
 
     Args:
         run: run id.

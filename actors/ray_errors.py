@@ -42,7 +42,7 @@ class GroupLostError(Exception):
     """A group of ranks is gone, whole: one of them died, hung or fell out of step.
 
     Args:
-        loss: of the rank that was the first.
+        loss: the loss of the first rank.
     """
 
     def __init__(self, loss: ActorLoss) -> None:

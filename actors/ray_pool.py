@@ -63,19 +63,19 @@ class PerClientSplit:
         self.units: list[SegmentJob] = [unit for piece in pieces for unit in piece]
         """All single-client jobs, segment by segment."""
         self._segment = [i for i, piece in enumerate(pieces) for _ in piece]
-        self._found: list[dict[int, SegmentResult]] = [{} for _ in pieces]
+        self._results_of: list[dict[int, SegmentResult]] = [{} for _ in pieces]
         self._sizes = [len(piece) for piece in pieces]
         self._merged: list[SegmentResult | None] = [None] * len(pieces)
 
     def add(self, position: int, result: SegmentResult) -> None:
         """Takes the result of ``units[position]``."""
         segment = self._segment[position]
-        found = self._found[segment]
-        found[position] = result
-        if len(found) == self._sizes[segment]:
-            merged = self._merge([found[i] for i in sorted(found)])
+        results = self._results_of[segment]
+        results[position] = result
+        if len(results) == self._sizes[segment]:
+            merged = self._merge([results[i] for i in sorted(results)])
             self._merged[segment] = merged
-            found.clear()
+            results.clear()
             self._on_result(merged)
 
     def results(self) -> list[SegmentResult]:
@@ -176,11 +176,11 @@ class RayPool:
         return self._config.mode == "per_client"
 
     def _counted(self, on_event: OnEvent) -> OnEvent:
-        def told(event: dict[str, Any]) -> None:
+        def count_and_report(event: dict[str, Any]) -> None:
             self._metrics.event(event)
             on_event(event)
 
-        return told
+        return count_and_report
 
     def _make_actor(self, number: int) -> Any:
         config, together = self._config, self._plan.ranks > 1

@@ -44,7 +44,7 @@ class ActorSlot:
     call: Call | None = None
     host: Host | None = None
     fingerprint: str | None = None
-    """Of the open stage; None until it is open."""
+    """Fingerprint of the open stage; None until it is open."""
     losses: tuple[ActorLoss, ...] = ()
     """Deaths in a row without having opened a stage."""
 

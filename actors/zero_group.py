@@ -42,7 +42,7 @@ class ZeroGroup:
         threads: torch and BLAS threads of a rank.
         environment: variables to set unless they are set already.
         run: run id, for metrics.
-        number: of this group in its pool.
+        number: this group's number in its pool.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class ZeroGroup:
         if not self._ranks:
             self._assemble(spec.device)
         self._spec = spec
-        found = set(self._all([rank.open.remote(spec) for rank in self._ranks]))
-        if len(found) != 1:
-            raise WorkerError(f"the ranks opened {spec.key} with {len(found)} different initial states")
-        return str(found.pop())
+        fingerprints = set(self._all([rank.open.remote(spec) for rank in self._ranks]))
+        if len(fingerprints) != 1:
+            raise WorkerError(f"the ranks opened {spec.key} with {len(fingerprints)} different initial states")
+        return str(fingerprints.pop())
 
     def info(self) -> StageInfo | None:
-        """Of rank 0; all have the same."""
+        """The stage info of rank 0; all ranks have the same."""
         info: StageInfo | None = ray.get(self._ranks[0].info.remote())
         return info
 
@@ -103,7 +103,7 @@ class ZeroGroup:
 
     @ray.method(concurrency_group="watch")
     def host(self) -> Host:
-        """Of the process that leads the group."""
+        """Pid and node of the process that leads the group."""
         return here()
 
     @ray.method(concurrency_group="watch")

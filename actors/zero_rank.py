@@ -38,8 +38,8 @@ class ZeroRank:
         threads: torch and BLAS threads.
         environment: variables to set unless they are set already.
         run: run id, for metrics.
-        number: of the group in its pool.
-        index: of this rank, from 0.
+        number: the group's number in its pool.
+        index: this rank's number, from 0.
         size: ranks of the group.
     """
 
@@ -122,7 +122,7 @@ class Meeting:
 
     Args:
         host: address of rank 0.
-        port: of its server.
+        port: port of its server.
     """
 
     host: str
@@ -141,7 +141,7 @@ def join(
     """Joins the group; returns when all are there.
 
     Args:
-        meeting: where.
+        meeting: address of rank 0's server.
         index: rank of this process; 0 needs the ``listener`` of `call_meeting`.
         size: ranks.
         deadline_s: seconds after which a collective without all ranks is an error.

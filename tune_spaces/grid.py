@@ -65,7 +65,7 @@ class Objective:
 
     Args:
         pool: clients that are personalised and scored.
-        metric: of the personalising stage.
+        metric: name of a metric of the personalising stage.
         mode: ``max`` or ``min``.
         description: what it is, for tables and figures.
     """

@@ -70,10 +70,10 @@ def trials_table(outcome: Outcome) -> Table:
     """All trials with the value that decides; the best in bold."""
     plan, best, paper = outcome.plan, outcome.best, outcome.plan.picked
     unit = " in %" if plan.judged.share else ""
+    score = f"{plan.objective}{unit}"
     table = plain_table(
-        "trial", *plan.grid.space, f"{plan.objective}{unit}", "state", "",
-        title=f"{plan.sweep_id}: {plan.judged.description}{unit}",
-        numbers=(*plan.grid.space, f"{plan.objective}{unit}"),
+        "trial", *plan.grid.space, score, "state", "",
+        title=f"{plan.sweep_id}: {plan.judged.description}{unit}", numbers=(*plan.grid.space, score),
     )  # fmt: skip
     for trial in outcome.trials:
         equal = best is not None and trial is not best and trial.value == best.value
@@ -111,14 +111,14 @@ def sweep(
     """Runs a grid, or what is missing of it, and shows the result.
 
     Args:
-        console: for people.
+        console: terminal that shows tables and progress.
         address: ``<paper>/<grid>``.
         words: presets and overrides.
         objective: row of OBJECTIVES; default: the paper's.
         sweep_id: name; default: grid, presets and a hash, so that the same words find the same sweep again.
         asha: stop hopeless trials early.
         trials_at_once: most trials at a time; default: as many as fit.
-        json_log: where to write one JSON object per event, instead of showing them.
+        json_log: console that gets one JSON object per event, instead of showing them.
 
     Raises:
         SweepError: trials failed; the others are in the record.

@@ -32,7 +32,7 @@ class Trial:
     """A trial's place in the result.
 
     Args:
-        number: of the trial, from 0.
+        number: the trial's number, from 0.
         run_id: its run.
         values: searched values.
         state: ``stopped`` means on purpose, by ASHA.
@@ -129,7 +129,7 @@ def examine(storage: Storage, plan: SweepPlan, stopped: Sequence[int], errors: M
     """Reads every trial's run.
 
     Args:
-        storage: where.
+        storage: storage of the runs.
         plan: the sweep.
         stopped: trials that ASHA stopped; what their runs say is brought in step.
         errors: what Tune says of trials that failed.

@@ -88,7 +88,7 @@ def search(
 
     Args:
         plan: the sweep.
-        folder: of the sweep; ``tune/`` below it is Tune's.
+        folder: the sweep's folder; ``tune/`` below it is Tune's.
         actors: workers of one trial.
         at_once: most trials at a time; None: as many as fit. Fixed when a sweep starts first.
         show: receives events of the kind ``trial``.

@@ -99,7 +99,7 @@ class FaultPlan:
 
     Args:
         commits: (commit point, its N-th pass) to ``kill`` or one of `ERRNOS`.
-        workers: in the order of the plan.
+        workers: faults of workers, in the order of the plan.
     """
 
     commits: Mapping[tuple[str, int], str]

@@ -38,7 +38,7 @@ class StageSpec:
         targets: linear layers to adapt.
         budgets: total rank per adapted layer, ascending; empty for round stages.
         r_max: largest budget of the run, the paper's r_max target.
-        rounds: of a round stage, for schedules over rounds.
+        rounds: number of rounds of a round stage, for schedules over rounds.
     """
 
     key: str
@@ -124,7 +124,7 @@ class ClientCost:
 
     Args:
         examples: its training examples.
-        tokens: of these examples, padding not counted, each example once however many epochs or budgets read it.
+        tokens: their tokens, padding not counted, each example once however many epochs or budgets read it.
         bytes_down: SHARED float32 row that a real client would receive; 0 for methods that send none.
         bytes_up: SHARED row that came back; 0 from a failed client and where nothing is aggregated.
         bytes_kept: PRIVATE rows and its part of the base: a real client keeps them, only the simulation moves them.

@@ -28,7 +28,7 @@ def import_object(reference: str, key: str) -> Any:
 
     Args:
         reference: ``package.module:NAME``.
-        key: of the configuration, for messages.
+        key: key of the configuration, for messages.
 
     Raises:
         ConfigError: not a reference, no such module, or nothing of this name in it.
@@ -37,20 +37,20 @@ def import_object(reference: str, key: str) -> Any:
         raise ConfigError(f"'{key}': '{reference}' is no reference; write package.module:NAME")
     module, _, name = reference.partition(":")
     try:
-        found = import_module(module)
+        content = import_module(module)
     except ModuleNotFoundError as error:
         missing = str(error.name)
         if module == missing or module.startswith(f"{missing}."):
             way_out = "install its package, or put the folder that holds it on PYTHONPATH (PYTHONPATH=.)"
             raise ConfigError(f"'{key}': there is no module '{missing}' for '{reference}'; {way_out}") from error
         raise ConfigError(f"'{key}': '{reference}' needs the module '{missing}': install it") from error
-    if not hasattr(found, name):
-        given = ", ".join(known for known in vars(found) if known.isupper()) or "no constant"
+    if not hasattr(content, name):
+        given = ", ".join(known for known in vars(content) if known.isupper()) or "no constant"
         raise ConfigError(f"'{key}': module {module} has no '{name}' for '{reference}' (it has: {given})")
     top = import_module(module.partition(".")[0])
     places = list(getattr(top, "__path__", ())) or [getattr(top, "__file__", None)]  # a notebook has none
     _packages[top.__name__] = tuple(Path(place).resolve() for place in places if place)
-    return getattr(found, name)
+    return getattr(content, name)
 
 
 def packages() -> tuple[Path, ...]:

@@ -121,7 +121,7 @@ def fetch(storage: Storage, path: str) -> Path:
     another would use.
 
     Args:
-        storage: where the folder was published.
+        storage: storage in which the folder was published.
         path: e.g. ``artifacts/model-0123``.
 
     Raises:

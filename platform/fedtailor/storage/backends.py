@@ -155,7 +155,7 @@ class RemoteFiles:
 
     Args:
         fs: fsspec file system; its listings are never trusted from memory.
-        url: for messages.
+        url: address of the store, for messages.
     """
 
     def __init__(self, fs: Any, url: str) -> None:

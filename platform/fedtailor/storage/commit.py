@@ -36,7 +36,7 @@ class ObjectRef:
     """A file of a commit.
 
     Args:
-        path: where it is, relative to the log.
+        path: path of the file, relative to the log.
         sha256: hex hash of the file.
         size: bytes.
         content: hash of the values in it (`payloads.inspect`); the same for every attempt.

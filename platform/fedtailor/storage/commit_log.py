@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fedtailor.core.errors import StorageError
@@ -34,7 +35,7 @@ class CommitLog:
     """Commits of one stage. Only the holder of the artifact's lock writes or repairs.
 
     Args:
-        storage: where.
+        storage: storage of the log.
         path: the artifact's folder, e.g. ``artifacts/base-0123``.
         on_event: receives what was repaired, each also kept in ``events``: ``{"event": "quarantined" |
             "leftover-removed" | "lost", "log": path, "round": n, "reason": text}``.
@@ -102,18 +103,18 @@ class CommitLog:
             DamagedError: the newest round is whole but the chain of COMMIT.json below it is not.
         """
         unfit: dict[int, str] = {}
-        found = None
+        newest = None
         for index in reversed(self._rounds()):
             try:
-                found = self._usable(index)
+                newest = self._usable(index)
                 break
             except DamagedError as error:
                 unfit[index] = str(error)
-        if found:
-            self._check_chain(found)
+        if newest:
+            self._check_chain(newest)
         if repair:
-            self._repair(-1 if found is None else found.index, unfit)
-        return found
+            self._repair(-1 if newest is None else newest.index, unfit)
+        return newest
 
     def all(self, repair: bool = False, objects: bool = True) -> list[Commit]:
         """The longest prefix 0..n of rounds that verify, chain included.
@@ -122,29 +123,20 @@ class CommitLog:
             repair: move whatever follows the prefix to ``quarantine/``; needs the lock.
             objects: read the objects too; False checks COMMIT.json files alone.
         """
-        prefix: list[Commit] = []
-        unfit: dict[int, str] = {}
-        for index in self._rounds():
-            try:
-                prefix.append(self._linked(index, prefix[-1] if prefix else None, objects))
-            except DamagedError as error:
-                unfit[index] = str(error)
-                break
+        prefix, unfit = self._scan(objects)
         if repair:
             self._repair(len(prefix) - 1, unfit)
         return prefix
 
     def damage(self) -> str | None:
         """Why a round that was once committed no longer verifies, or None; changes nothing."""
-        prefix = self.all()
+        prefix, unfit = self._scan(objects=True)
         known = max([self._hinted(), *filter(self._visible, self._rounds())], default=-1) + 1
         if len(prefix) == known:
             return None
-        try:
-            self._linked(len(prefix), prefix[-1] if prefix else None, objects=True)
-        except DamagedError as error:
-            return str(error)
-        return f"{self.storage.full(self._at(len(prefix)))} was being written"
+        where = self.storage.full(self._at(len(prefix)))
+        state = "was being written" if self._visible(len(prefix)) else "is missing"
+        return next(iter(unfit.values()), f"{where}/{RECORD} {state}")
 
     def prune(self, keep: int, heavy: Sequence[str]) -> None:
         """Deletes objects whose name starts with one of ``heavy`` from all but the newest ``keep`` rounds.
@@ -175,13 +167,13 @@ class CommitLog:
         return {name: self._verified(name, *entry) for name, entry in sorted(written.items())}
 
     def _verified(self, name: str, path: str, data: bytes, payload: Payload) -> ObjectRef:
-        found = self.storage.read_bytes(path)
-        if found != data:
+        stored = self.storage.read_bytes(path)
+        if stored != data:
             raise StorageError(f"{self.storage.full(path)} reads back differently from what was written")
-        seen, meant = inspect(name, found), extent(name, payload)
+        seen, meant = inspect(name, stored), extent(name, payload)
         if meant is not None and seen.extent != meant:
             raise StorageError(f"{self.storage.full(path)} holds {seen.extent} after writing {meant}")
-        return ObjectRef(path[len(self.path) + 1 :], sha256(found), len(found), seen.content)
+        return ObjectRef(path[len(self.path) + 1 :], sha256(stored), len(stored), seen.content)
 
     def _publish(self, index: int, data: bytes) -> None:
         if self._guard:
@@ -202,17 +194,23 @@ class CommitLog:
     def _make_room(self, index: int) -> str | None:
         before = load(self.storage, self.path, index - 1) if index else None
         for other in self._rounds():
-            if other == index and self._is_whole(index, before):
-                raise StorageError(f"{self.storage.full(self._at(index))} is already committed")
+            if other == index:
+                with suppress(DamagedError):
+                    self._linked(index, before, objects=True)
+                    raise StorageError(f"{self.storage.full(self._at(index))} is already committed")
             if other >= index:
                 self._put_aside(other, f"in the way of round {index}, which is committed anew")
         return before.sha256 if before else None
 
-    def _is_whole(self, index: int, before: Commit | None) -> bool:
-        try:
-            return self._linked(index, before, objects=True) is not None
-        except DamagedError:
-            return False
+    def _scan(self, objects: bool) -> tuple[list[Commit], dict[int, str]]:
+        """The longest prefix of rounds that verify, and what is wrong with the round after it."""
+        prefix: list[Commit] = []
+        for index in self._rounds():
+            try:
+                prefix.append(self._linked(index, prefix[-1] if prefix else None, objects))
+            except DamagedError as error:
+                return prefix, {index: str(error)}
+        return prefix, {}
 
     def _usable(self, index: int) -> Commit:
         commit = load(self.storage, self.path, index)
@@ -234,17 +232,12 @@ class CommitLog:
         return commit
 
     def _check_chain(self, newest: Commit) -> None:
-        chain = self.all(objects=False)
+        chain, unfit = self._scan(objects=False)
         if len(chain) > newest.index:
             return
-        try:
-            self._linked(len(chain), chain[-1] if chain else None, objects=False)
-            reason = f"{self.storage.full(self._at(len(chain)))} is missing"
-        except DamagedError as error:
-            reason = str(error)
         raise DamagedError(
-            f"{reason}; round {newest.index} is whole, but its history is not. Restore that file, or move "
-            f"{self.storage.full(self.path)} away to compute the stage again"
+            f"{'; '.join(unfit.values())}; round {newest.index} is whole, but its history is not. Restore that file, "
+            f"or move {self.storage.full(self.path)} away to compute the stage again"
         )
 
     def _repair(self, last: int, unfit: Mapping[int, str]) -> None:

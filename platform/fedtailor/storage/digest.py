@@ -73,10 +73,10 @@ def _unfinished(run: RunFolder, stage: Mapping[str, Any]) -> str | None:
 
 def committed_stages(run: RunFolder) -> list[dict[str, Any]]:
     """The stages of a run with ``committed`` rounds or chunks, ``total`` (0: not known here) and ``done``."""
-    found = []
+    stages = []
     for stage in run.stages():
         folder = f"artifacts/{stage['artifact']}"
         count = len(CommitLog(run.storage, folder).all(objects=False))
         done = run.storage.exists(f"{folder}/{DONE}")
-        found.append({**stage, "committed": count, "total": stage["rounds"] or (count if done else 0), "done": done})
-    return found
+        stages.append({**stage, "committed": count, "total": stage["rounds"] or (count if done else 0), "done": done})
+    return stages

@@ -141,7 +141,7 @@ class Storage:
         """Writes a file only if there is none; of several writers exactly one gets True.
 
         Args:
-            path: of the file.
+            path: path of the file.
             data: something that no other writer would write; it tells whose file it is.
             before_visible: called when the data is written and the name is not there yet.
 

@@ -29,7 +29,7 @@ class Journal:
     """Lines of one kind; one process writes at a time.
 
     Args:
-        storage: where.
+        storage: storage of the run.
         run_id: the run's folder.
         name: ``events`` or ``failures``.
         limit: bytes of a piece.

@@ -74,8 +74,8 @@ class LockHolder:
         host: name of its machine, for messages.
         pid: its process id.
         started: when the process started, see `started`.
-        machine: where its pid is valid, see `machine`.
-        token: of this acquisition.
+        machine: machine on which its pid is valid, see `machine`.
+        token: unique to this acquisition.
     """
 
     owner: str
@@ -104,7 +104,7 @@ class Lock:
     """A LOCK file: `acquire` makes it or takes over an abandoned one, `release` gives it back.
 
     Args:
-        storage: where.
+        storage: storage of the LOCK file.
         path: the LOCK file.
         holder: this process.
         on_wait: see `lock`.
@@ -239,7 +239,7 @@ def lock(
     """Holds ``path/LOCK`` for the time of a with block.
 
     Args:
-        storage: where.
+        storage: storage of the LOCK file.
         path: folder to lock, e.g. ``artifacts/base-0123``.
         owner: run id, shown to others.
         on_wait: given: wait while somebody else holds the lock, and call it with who does, now and then. None: refuse.

@@ -26,7 +26,7 @@ class PrivacyLedger:
     """Releases of one stage. Only the holder of the artifact's lock writes.
 
     Args:
-        storage: where.
+        storage: storage of the ledger.
         folder: the artifact's folder.
         mechanism: noise, clip, delta and sampling.
         cohorts: see `Spent.cohorts`.

@@ -41,13 +41,13 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 def versions() -> dict[str, str]:
     """Python, fedtailor and the installed ones of PACKAGES."""
-    found = {"python": platform.python_version(), "fedtailor": fedtailor.__version__}
+    installed = {"python": platform.python_version(), "fedtailor": fedtailor.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def source() -> dict[str, Any] | None:
@@ -79,9 +79,9 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -113,9 +113,9 @@ def scrub(text: str) -> str:
     return _KNOWN.sub(HIDDEN, _USER_INFO.sub(HIDDEN, _ASSIGNED.sub(_hide_assigned, text)))
 
 
-def _hide_assigned(found: re.Match[str]) -> str:
-    name, value = found.groups()
-    return f"{name}={HIDDEN}" if _hides(name, value) and not value.isdecimal() else found.group()
+def _hide_assigned(match: re.Match[str]) -> str:
+    name, value = match.groups()
+    return f"{name}={HIDDEN}" if _hides(name, value) and not value.isdecimal() else match.group()
 
 
 def _entry(name: str, key: Any, value: Any) -> Any:
@@ -143,5 +143,5 @@ def _blank(value: Any) -> Any:
 
 def _environment_secrets() -> list[str]:
     # Short values are no secrets, and hiding them would garble every text.
-    found = {value for name, value in os.environ.items() if len(value) >= 8 and _hides(name, value)}
-    return sorted(found, key=len, reverse=True)
+    secrets = {value for name, value in os.environ.items() if len(value) >= 8 and _hides(name, value)}
+    return sorted(secrets, key=len, reverse=True)

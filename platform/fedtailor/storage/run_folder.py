@@ -40,7 +40,7 @@ class RunFolder:
     """One run; made with `create` or `open`.
 
     Args:
-        storage: where.
+        storage: storage of the run.
         run_id: name of the folder.
     """
 
@@ -62,7 +62,7 @@ class RunFolder:
         """Makes the folder as a whole, or opens it if it is there with the same configuration.
 
         Args:
-            storage: where.
+            storage: storage of the run.
             run_id: letters, digits, ``.``, ``_`` and ``-``, at most 128, no leading dot.
             config: resolved configuration, JSON-like; secrets are hidden before anything is written.
             overrides: choices that depart from the defaults, as `experiment.overrides_of` lists them.
@@ -202,14 +202,14 @@ class RunFolder:
         Raises:
             StorageError: a committed file is damaged; names it.
         """
-        found: dict[tuple[str, int], dict[str, FloatArray]] = {}
+        strategies: dict[tuple[str, int], dict[str, FloatArray]] = {}
         for stage in self.stages("personalise"):
             for commit in self.log(stage).all(objects=False):
                 if STRATEGIES in commit.objects:
-                    clients = found.setdefault((str(stage["method"]), int(stage["seed"])), {})
+                    clients = strategies.setdefault((str(stage["method"]), int(stage["seed"])), {})
                     tensors = commit.tensors(STRATEGIES)
                     clients |= {name.removeprefix(LAMBDA): np.asarray(array) for name, array in tensors.items()}
-        return found
+        return strategies
 
     def _publish(self, content: Mapping[str, Any]) -> bool:
         status = {"state": "running", "message": "", "progress": {}, "updated": utc_now()}

@@ -29,7 +29,7 @@ class EventKind:
     """One row of `KINDS`.
 
     Args:
-        meaning: when it is told.
+        meaning: when a run has such an event.
         keys: always there, beside `COMMON` and ``event``.
         optional: sometimes there.
         kept: whether ``events.jsonl`` has it; the others are only shown, timings and commits say the same.

@@ -32,7 +32,7 @@ class Reporter(Protocol):
         """Shows one event."""
 
     def close(self) -> None:
-        """Leaves the terminal as it was and tells the warnings."""
+        """Leaves the terminal as it was and shows the warnings."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Notes:
     failures: list[str] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
-        """Keeps what must be told at the end."""
+        """Keeps a warning or failure for the end."""
         if event["kind"] == "warning":
             what = event["what"] if isinstance(event["what"], Mapping) else {"reason": event["what"]}
             who = str(what.get("client") or ", ".join(what.get("clients", ())))
@@ -71,8 +71,8 @@ class JsonLog:
     """One JSON object per line and event, as ``events.jsonl`` has them.
 
     Args:
-        console: where to.
-        run_id: of events that the run itself did not tell.
+        console: console to write to.
+        run_id: run of events that do not name one.
     """
 
     def __init__(self, console: Console, run_id: str) -> None:
@@ -118,7 +118,7 @@ class Lines:
             self._say(describe(event))
 
     def close(self) -> None:
-        """Tells the warnings."""
+        """Shows the warnings."""
         self._notes.show(self._console)
 
     def _say(self, text: str) -> None:
@@ -158,7 +158,7 @@ class Bar:
             self._console.print(Text(f"  {describe(event)}", style="dim"))
 
     def close(self) -> None:
-        """Removes the bar and tells the warnings."""
+        """Removes the bar and shows the warnings."""
         self._bar.stop()
         self._notes.show(self._console)
 

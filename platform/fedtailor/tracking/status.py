@@ -1,4 +1,4 @@
-"""How a run stands, read from its folder by anybody: state, stages, speed, losses, who drives it, disk."""
+"""Status of a run, read from its folder: state, stages, speed, losses, the process that drives it, disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SILENT_S = 600.0
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands, in a word.
+    """State of a run, and the process that drives it.
 
     Args:
         run: its id.
@@ -52,14 +52,14 @@ class Status(State):
     Args:
         stages: key, committed, total (0: not known yet), done and artifact of each.
         stage: key of the stage under way.
-        clients_per_second: of that stage since its process took it up; None where nothing runs.
+        clients_per_second: speed of that stage since its process took it up; None where nothing runs.
         seconds_left: until that stage's end.
         retries: segments that were lost and went out again, so far.
         losses: actors lost, by kind.
         rejected: results of clients that did not count, by kind: rejected or exception.
         events_given_up: oldest events that are no longer kept.
         last_event: time, and text in one line.
-        disk_bytes: of the run's folder and the artifacts of its stages, which other runs may share.
+        disk_bytes: bytes of the run's folder and the artifacts of its stages, which other runs may share.
     """
 
     stages: tuple[Mapping[str, Any], ...]
@@ -92,7 +92,7 @@ def state_of(run: RunFolder) -> State:
 
 
 def all_states(storage: Storage) -> list[State]:
-    """Of every run, by id."""
+    """The state of every run, by id."""
     return [state_of(RunFolder.open(storage, run_id)) for run_id in run_ids(storage)]
 
 

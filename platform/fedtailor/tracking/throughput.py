@@ -1,4 +1,4 @@
-"""How fast a stage goes, and the small file that tells other processes so."""
+"""Throughput of a stage, and the small file that shows it to other processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Throughput:
 
     @classmethod
     def of(cls, event: Mapping[str, Any], now: float) -> Throughput:
-        """Of the stage that an event tells the start of."""
+        """The throughput of a stage from the event of its start."""
         return cls("chunks" if str(event["stage"]).startswith("personalise") else "rounds", now)
 
     def count(self, event: Mapping[str, Any]) -> bool:

@@ -25,8 +25,8 @@ def find_key() -> str | None:
     Raises:
         ConfigError: the file that is named cannot be read, or is empty.
     """
-    if found := os.environ.get(KEY):
-        return found
+    if key := os.environ.get(KEY):
+        return key
     if path := os.environ.get(KEY_FILE):
         return _read(path)
     import wandb
@@ -47,8 +47,8 @@ def api_key() -> str:
     Raises:
         ConfigError: there is none, or the file cannot be read; says where keys are looked for.
     """
-    if found := find_key():
-        return found
+    if key := find_key():
+        return key
     raise ConfigError(
         f"'wandb.mode': online needs a key: set {KEY} or {KEY_FILE}, or run 'wandb login' (~/.netrc); "
         "or use wandb.mode=offline, or auto, which is offline without a key"
@@ -65,8 +65,8 @@ def settled_mode(mode: str) -> Mode:
         ConfigError: another mode than auto, offline and online, or a key file that cannot be read.
     """
     if mode == "auto":
-        told = os.environ.get("WANDB_MODE", "online")
-        return "online" if told == "online" and find_key() else "offline"
+        wanted = os.environ.get("WANDB_MODE", "online")
+        return "online" if wanted == "online" and find_key() else "offline"
     if mode == "online":
         return "online"
     if mode == "offline":
@@ -96,7 +96,7 @@ def check_wandb(config: WandbConfig, save_adapters: bool) -> None:
 
 @contextmanager
 def key_in_environment() -> Iterator[None]:
-    """For a library that takes no key as an argument."""
+    """Puts the key into the environment, for a library that takes none as an argument."""
     before, os.environ[KEY] = os.environ.get(KEY), api_key()
     try:
         yield
@@ -109,10 +109,10 @@ def key_in_environment() -> Iterator[None]:
 
 def _read(path: str) -> str:
     try:
-        found = Path(path).read_text().strip()
+        key = Path(path).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"{KEY_FILE}: {path} cannot be read: {reason}") from error
-    if not found:
+    if not key:
         raise ConfigError(f"{KEY_FILE}: {path} is empty")
-    return found
+    return key
