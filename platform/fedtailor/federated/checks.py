@@ -1,12 +1,10 @@
-"""Is a segment result what was asked for; norm bound and alarm.
-
-Is an answer what was asked for? Checked before it is summed, by names, never by position.
+"""Checks of segment results before they are summed, by names, never by position; the norm bound of updates.
 
 A worker checks its own clients' updates (finite, shapes). What arrives may still be wrong: another version of the code
 on one node, a damaged node, a mistake in a method. One bad segment is refused as a whole, since its sum cannot be
 taken apart; its clients then count as failed, and the policy for failed clients applies.
 
-The length of a client's update: measured where it was trained, cut if it must be, watched by the server.
+An update's norm is measured and clipped where it was trained, and watched by the server.
 """
 
 from __future__ import annotations
@@ -20,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from fedtailor.core.errors import listed
-from fedtailor.core.messages import METRIC_COLUMNS, Failure, FloatArray, Row, SegmentResult, metric_row
+from fedtailor.core.messages import METRIC_COLUMNS, Failure, FloatArray, Row, SegmentResult
 from fedtailor.federated.method import Aggregator
+
+_EPS = float(np.finfo(np.float64).eps)
 
 
 def checked_results(
@@ -44,24 +44,11 @@ def checked_results(
         As many results; failures of a refused one have the kind ``exception`` and name segment and tensor.
     """
     expected = aggregator.zero(size) if aggregator and aggregator.presum else None
-    found = []
+    checked = []
     for result, clients in zip(results, asked, strict=True):
         problem = next(_problems(result, clients, aggregator, expected, size, private), None)
-        found.append(result if problem is None else _refused(result, clients, problem))
-    return found
-
-
-def rejection_rows(stage: str, method: str, seed: int, round: int, failures: Sequence[Failure]) -> list[dict[str, Any]]:
-    """One row ``rejected_clients`` if there were any: clients of the cohort whose update did not count."""
-    count = sum(failure.kind != "absent" for failure in failures)
-    if not count:
-        return []
-    kind = stage.split("/")[0]
-    return [
-        metric_row(
-            stage=kind, method=method, seed=seed, round=round, metric="rejected_clients", value=float(count), weight=1.0
-        )
-    ]
+        checked.append(result if problem is None else _refused(result, clients, problem))
+    return checked
 
 
 def _refused(result: SegmentResult, clients: tuple[str, ...], problem: str) -> SegmentResult:
@@ -98,9 +85,9 @@ def _check_clients(result: SegmentResult, clients: tuple[str, ...]) -> Iterator[
     """Every client that was asked for is counted or failed, exactly once, and in the order asked."""
     failed = [failure.client for failure in result.failures]
     named = Counter([*result.valid, *failed])
-    strangers = sorted(named.keys() - set(clients))
-    if strangers:
-        yield f"client {listed(strangers)} was not asked for"
+    unknown = sorted(named.keys() - set(clients))
+    if unknown:
+        yield f"client {listed(unknown)} was not asked for"
     twice = [client for client, times in named.items() if times > 1]
     if twice:
         yield f"client {listed(twice)} is named twice"
@@ -126,8 +113,8 @@ def _row_problems(result: SegmentResult) -> Iterator[str]:
         if key in keys:
             yield f"metric {row['metric']} of client {row['client']} occurs twice"
         keys.add(key)
-    told = {row["client"] for row in result.metrics}
-    if told and (silent := [client for client in result.valid if client not in told]):
+    measured = {row["client"] for row in result.metrics}
+    if measured and (silent := [client for client in result.valid if client not in measured]):
         yield f"client {listed(silent)} has no metrics, others have"
 
 
@@ -183,9 +170,6 @@ def _differences(where: str, expected: Any, found: Any) -> Iterator[str]:
 
 def _kind(value: Any) -> str:
     return "missing" if value is None else f"a {type(value).__name__}"
-
-
-_EPS = float(np.finfo(np.float64).eps)
 
 
 def clip_update(row: Row, received: FloatArray, bound: float) -> tuple[Row, float]:

@@ -1,13 +1,8 @@
-"""The contract of a method: record and protocols.
-
-A method is a value: a frozen record of the seams. Nothing here knows where it runs.
+"""The contract of a method: a frozen record of its parts, which does not know where it runs.
 
 `run_rounds` is the only loop over rounds and no method's name occurs in it; a method is what it labels SHARED,
-PRIVATE or EPHEMERAL, plus one client function.
-
-The seams of privacy in a round: how a client's row is masked, how a sum is opened, what is released of it.
-
-Implementations are in `fedtailor.privacy`; a method without them is summed and used as it is.
+PRIVATE or EPHEMERAL, plus one client function. How rows are masked and what the server may see of their sum is in
+`fedtailor.privacy`; a method without them is summed and used as it is.
 """
 
 from __future__ import annotations

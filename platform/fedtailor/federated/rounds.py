@@ -1,4 +1,4 @@
-"""The only loop over rounds. It samples a cohort, pushes segments, merges sums in order, steps and commits.
+"""The only loop over rounds: it samples a cohort, pushes segments, merges sums in order, steps and commits.
 
 No method's name occurs here, and no arithmetic on weights: that is the aggregator's and the server optimizer's.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from fedtailor.core.errors import ClientError, RoundError
 from fedtailor.core.messages import ClientCost, Failure, FloatArray, Row, SegmentJob, SegmentResult, metric_row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.checks import checked_results, clipped_share, norm_alarms, rejection_rows
+from fedtailor.federated.checks import checked_results, clipped_share, norm_alarms
 from fedtailor.federated.early_stop import without_record
 from fedtailor.federated.method import Method
 from fedtailor.federated.pool import Pool
@@ -163,7 +163,7 @@ def run_rounds(
             log.commit(outcome)
             on_round(outcome)
 
-    while state.round < plan.rounds and not _stopped(method, state):
+    while state.round < plan.rounds and not (method.early_stop and method.early_stop.reached(state.server)):
         cohort = cohort_of(plan, state.round)
         jobs = [
             SegmentJob(
@@ -208,14 +208,13 @@ def close_round(
     valid = [client for result in results for client in result.valid]
     crashed = [f for f in failures if f.kind == "exception"]
     if crashed and not plan.drop_failures:
-        first = crashed[0]
-        raise ClientError(first.client, plan.stage, state.round, first.reason)
+        raise ClientError(crashed[0].client, plan.stage, state.round, crashed[0].reason)
     needed = max(1, int(np.ceil(plan.quorum * len(cohort)))) if plan.drop_failures else min(1, len(cohort))
     if len(valid) < needed:
-        told = "; ".join(f"{f.client}: {f.reason}" for f in failures[:5])
+        reasons = "; ".join(f"{f.client}: {f.reason}" for f in failures[:5])
         raise RoundError(
             f"{plan.stage}, round {state.round}: {len(valid)} of {len(cohort)} updates are valid, "
-            f"{needed} needed ({told})"
+            f"{needed} needed ({reasons})"
         )
     released, spent = _released(plan, method, state, cohort, valid, _merge(method, results), record_spend)
     consensus = released.consensus
@@ -225,16 +224,15 @@ def close_round(
     metrics = [row for result in results for row in result.metrics]
     if method.early_stop is not None:
         server = server | method.early_stop.follow(state.shared, state.server, metrics)
-    metrics += rejection_rows(plan.stage, method.name, plan.seed, state.round, failures)
     private = {client: row for result in results for client, row in result.private.items()}
     norms = {client: norm for result in results for client, norm in result.norms.items()}
-    numbers = dict(released.metrics)
+    rejected = sum(failure.kind != "absent" for failure in failures)
+    numbers = ({"rejected_clients": rejected} if rejected else {}) | dict(released.metrics)
     if method.mechanism is not None and (share := clipped_share(norms, method.bound)) is not None:
         numbers["clipped_share"] = share
-    metrics += _told_rows(plan, method, state.round, numbers)
-    at = {**state.private_at, **dict.fromkeys(private, state.round)}
+    metrics += _round_rows(plan, method, state.round, numbers)
     return RoundOutcome(
-        state=RoundState(state.round + 1, shared, server, at),
+        state=RoundState(state.round + 1, shared, server, {**state.private_at, **dict.fromkeys(private, state.round)}),
         cohort=cohort,
         weights={client: 1.0 if method.mechanism else float(plan.sizes[client]) for client in valid},
         metrics=metrics,
@@ -262,32 +260,29 @@ def _released(
     record_spend: RecordSpend,
 ) -> tuple[NoisedAggregate, PrivacySpend | None]:
     """Opens the sum where it is masked, and releases it: written down first, then noised."""
-    round_id, told = RoundId(plan.seed, plan.stage, state.round, cohort), {}
+    round_id = RoundId(plan.seed, plan.stage, state.round, cohort)
+    numbers: dict[str, float] = {}
     if method.masking is not None:
         opened = method.masking.open(total, state.shared, valid, round_id)
-        total, told = opened.total, dict(opened.metrics)
+        total, numbers = opened.total, dict(opened.metrics)
     if method.mechanism is None:
-        return NoisedAggregate(method.aggregator.result(total), told), None
+        return NoisedAggregate(method.aggregator.result(total), numbers), None
     spend = record_spend(state.round, method.mechanism.fingerprint(total))
     released = method.mechanism(total, state.shared, plan.cohort, round_id, spend.number)
     if np.isfinite(spend.epsilon):
-        told["epsilon"] = spend.epsilon
-    return NoisedAggregate(released.consensus, {**told, **released.metrics}, released.warnings), spend
+        numbers["epsilon"] = spend.epsilon
+    return NoisedAggregate(released.consensus, {**numbers, **released.metrics}, released.warnings), spend
 
 
-def _told_rows(plan: RoundPlan, method: Method, round: int, told: Mapping[str, float]) -> list[dict[str, Any]]:
+def _round_rows(plan: RoundPlan, method: Method, round: int, numbers: Mapping[str, float]) -> list[dict[str, Any]]:
     """Rows about the round as a whole, of no client."""
     kind = plan.stage.split("/")[0]
     return [
         metric_row(
             stage=kind, method=method.name, seed=plan.seed, round=round, metric=name, value=float(value), weight=1.0
         )
-        for name, value in told.items()
+        for name, value in numbers.items()
     ]
-
-
-def _stopped(method: Method, state: RoundState) -> bool:
-    return method.early_stop is not None and method.early_stop.reached(state.server)
 
 
 def _merge(method: Method, results: Sequence[SegmentResult]) -> Any:

@@ -18,15 +18,12 @@ from fedtailor.core.config import Config, validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.seeding import seed_for, torch_rng
 from fedtailor.core.settings import Natural, Positive, Rate
-from fedtailor.models.pretrain_data import Rows  # fmt: skip
+from fedtailor.models.pretrain_data import Rows
 from fedtailor.tasks.task import TASKS
 
 IGNORED = -100
-
 HELD_OUT_MASK = 0.15
-
 MEASURED_AT_ONCE = 32
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
