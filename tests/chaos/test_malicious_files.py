@@ -16,8 +16,7 @@ import pytest
 
 from fedtailor.core.errors import ModelError, StorageError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import embedded as tiny_bert
-from fedtailor.models import hub
+from fedtailor.models import embedded, hub
 from fedtailor.models.load import load_classifier, load_tokenizer
 from fedtailor.storage import payloads
 from fedtailor.storage.commit import RECORD, DamagedError, ObjectRef, compose, folder, load
@@ -41,7 +40,7 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bert.build_tiny_bert(
+    return embedded.build_tiny_bert(
         ["one two three"] * 10, LABELS, SIZES, 32, 1, tmp_path_factory.mktemp("good") / "tiny"
     )
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from fedtailor.adapters.peft_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter, export_base, write_adapter
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import embedded as tiny_bert
-from fedtailor.models import hub
+from fedtailor.models import embedded, hub
 from fedtailor.models.families import adapted_linears
 
 LABELS = ["a", "b", "c"]
@@ -29,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve layers, so that ``layer.1`` also begins ``layer.10`` and ``layer.11``."""
     home = tmp_path_factory.mktemp("export")
     cfg = ModelConfig(hidden_size=16, heads=2, layers=12, intermediate_size=24, vocab_size=200)
-    made = tiny_bert.build_tiny_bert(["one two three four"] * 5, LABELS, cfg, 16, 1, home / "made")
+    made = embedded.build_tiny_bert(["one two three four"] * 5, LABELS, cfg, 16, 1, home / "made")
     export_base(hub.load_classifier(made, 3, LABELS), hub.load_tokenizer(made), home / "base")
     return home / "base"
 

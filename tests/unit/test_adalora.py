@@ -23,7 +23,7 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
 from fedtailor.methods.adalora import AdaLoraConfig
 from fedtailor.methods.adalora_budget import RankBudget, Schedule
-from fedtailor.training import local as local_training
+from fedtailor.training import local
 
 FAST = {"lr": 1e-2, "batch_size": 4, "epochs": 2}
 
@@ -208,13 +208,13 @@ def context_batch(lanes: list[Lane]) -> LaneBatch:
 
 
 def crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Crashing(local_training.LaneAdam):
+    class Crashing(local.LaneAdam):
         def step(self, lanes: int) -> None:
             super().step(lanes)
             if float(self.steps[0]) == 2:
                 raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(local_training, "LaneAdam", Crashing)
+    monkeypatch.setattr(local, "LaneAdam", Crashing)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["after success", "after an exception"])

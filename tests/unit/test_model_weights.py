@@ -24,8 +24,7 @@ from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.methods import build_method
-from fedtailor.models import embedded as tiny_llama
-from fedtailor.models import hub
+from fedtailor.models import embedded, hub
 from fedtailor.training.local import Training, train
 from fedtailor.worker.open_stage import load_net
 
@@ -34,7 +33,7 @@ CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermed
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.build_tiny_llama(
+    return embedded.build_tiny_llama(
         ["one two three", "four"] * 9, CFG, 32, 1, tmp_path_factory.mktemp("weights") / "tiny"
     )
 
@@ -131,7 +130,7 @@ def test_the_base_that_a_lora_stage_leaves_is_float32_whatever_it_was_kept_in(ti
     moved = new.get_parameter(name) - old.get_parameter(name)
     torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=1e-2, atol=0)
     assert torch.equal(new.lm_head.weight, old.lm_head.weight)
-    assert hub.load_tokenizer(tmp_path / "base").chat_template == tiny_llama.CHAT_TEMPLATE
+    assert hub.load_tokenizer(tmp_path / "base").chat_template == embedded.CHAT_TEMPLATE
     hub.check_available(ModelConfig(name=str(tmp_path / "base")), 32, "generation")
 
 

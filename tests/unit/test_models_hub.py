@@ -14,8 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import embedded as tiny_bert
-from fedtailor.models import hub
+from fedtailor.models import embedded, hub
 
 LABELS = ["a", "b", "c"]
 CFG = ModelConfig(hidden_size=16, heads=2, layers=1, intermediate_size=24, vocab_size=200)
@@ -24,7 +23,7 @@ TEXTS = ["one two three", "four five six"] * 5
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bert.build_tiny_bert(TEXTS, LABELS, CFG, 32, 1, tmp_path_factory.mktemp("hub") / "tiny")
+    return embedded.build_tiny_bert(TEXTS, LABELS, CFG, 32, 1, tmp_path_factory.mktemp("hub") / "tiny")
 
 
 @pytest.fixture

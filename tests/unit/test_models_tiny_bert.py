@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import embedded as tiny_bert
+from fedtailor.models import embedded
 
 TEXTS = [
     "Addis Ababa is the capital of Ethiopia", "አዲስ አበባ የኢትዮጵያ ዋና ከተማ ናት", "ትግርኛ ኣብ ኤርትራን ኢትዮጵያን",
@@ -31,7 +31,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bert.build_tiny_bert(TEXTS * 3, LABELS, CFG, 32, 42, tmp_path_factory.mktemp("model") / "tiny")
+    return embedded.build_tiny_bert(TEXTS * 3, LABELS, CFG, 32, 42, tmp_path_factory.mktemp("model") / "tiny")
 
 
 def test_the_folder_is_an_ordinary_hugging_face_folder(built: Path) -> None:
@@ -57,17 +57,17 @@ def test_the_bytes_are_the_same_in_another_process_whatever_the_order_of_the_tex
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from fedtailor.core.settings import ModelConfig\n"
-        "from fedtailor.models import tiny_bert\n"
+        "from fedtailor.models import embedded\n"
         f"cfg = ModelConfig(**{CFG.model_dump(exclude={'targets'})!r})\n"
-        f"tiny_bert.build_tiny_bert({list(reversed(TEXTS * 3))!r}, {LABELS!r}, cfg, 32, 42, Path(sys.argv[2]))\n"
+        f"embedded.build_tiny_bert({list(reversed(TEXTS * 3))!r}, {LABELS!r}, cfg, 32, 42, Path(sys.argv[2]))\n"
     )
-    root = Path(tiny_bert.__file__).parents[2]
+    root = Path(embedded.__file__).parents[2]
     subprocess.run([sys.executable, "-c", program, str(root), str(tmp_path / "again")], check=True)
     assert digests(tmp_path / "again") == digests(built)
 
 
 def test_the_seed_changes_the_weights_and_nothing_else(built: Path, tmp_path: Path) -> None:
-    other = digests(tiny_bert.build_tiny_bert(TEXTS * 3, LABELS, CFG, 32, 43, tmp_path / "other"))
+    other = digests(embedded.build_tiny_bert(TEXTS * 3, LABELS, CFG, 32, 43, tmp_path / "other"))
     changed = {name for name, digest in digests(built).items() if other[name] != digest}
     assert changed == {"model.safetensors"}
 
@@ -75,14 +75,14 @@ def test_the_seed_changes_the_weights_and_nothing_else(built: Path, tmp_path: Pa
 def test_the_global_random_state_is_neither_read_nor_changed(built: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    again = tiny_bert.build_tiny_bert(TEXTS * 3, LABELS, CFG, 32, 42, tmp_path / "again")
+    again = embedded.build_tiny_bert(TEXTS * 3, LABELS, CFG, 32, 42, tmp_path / "again")
     assert torch.equal(before, torch.get_rng_state())
     assert digests(again) == digests(built)
 
 
 def test_padding_is_zero_and_the_five_special_tokens_come_first(built: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(built)
-    assert tokenizer.convert_ids_to_tokens(range(5)) == list(tiny_bert.BERT_SPECIAL)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == list(embedded.BERT_SPECIAL)
     assert tokenizer.pad_token_id == 0
     ids = tokenizer("Paris", "capital")
     assert tokenizer.convert_ids_to_tokens(ids["input_ids"])[0] == "[CLS]"
@@ -114,7 +114,7 @@ def test_frequent_words_become_one_token_and_pieces_spell_the_word(built: Path) 
 
 def test_the_vocabulary_never_exceeds_its_limit_and_gives_up_rare_characters_first() -> None:
     rare = "".join(chr(0x4E00 + i) for i in range(500))
-    tokenizer = tiny_bert.build_wordpiece(["aba aba bab"] * 50 + [rare], 200, 16)
+    tokenizer = embedded.build_wordpiece(["aba aba bab"] * 50 + [rare], 200, 16)
     assert len(tokenizer) <= 200
     assert "[UNK]" not in tokenizer.tokenize("abab")
     assert tokenizer.tokenize(rare[-1]) == ["[UNK]"]
@@ -128,5 +128,5 @@ def test_the_model_has_as_many_embeddings_as_the_tokenizer_has_tokens(built: Pat
 @pytest.mark.parametrize(("texts", "labels", "blame"), [(["  ", ""], LABELS, "characters"), (TEXTS, [], "labels")])
 def test_nothing_to_learn_from_is_an_error(texts: list[str], labels: list[str], blame: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=blame):
-        tiny_bert.build_tiny_bert(texts, labels, CFG, 32, 42, tmp_path / "none")
+        embedded.build_tiny_bert(texts, labels, CFG, 32, 42, tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import embedded as tiny_llama
-from fedtailor.models import hub
+from fedtailor.models import embedded, hub
 
 TEXTS = [
     "Name the capital of Ethiopia", "Addis Ababa", "አዲስ አበባ የኢትዮጵያ ዋና ከተማ ናት", "Yorùbá jẹ́ èdè ní Nàìjíríà",
@@ -34,7 +33,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.build_tiny_llama(TEXTS * 3, CFG, 32, 42, tmp_path_factory.mktemp("model") / "tiny")
+    return embedded.build_tiny_llama(TEXTS * 3, CFG, 32, 42, tmp_path_factory.mktemp("model") / "tiny")
 
 
 def test_the_folder_is_an_ordinary_hugging_face_folder(built: Path) -> None:
@@ -60,17 +59,17 @@ def test_the_bytes_are_the_same_in_another_process_whatever_the_order_of_the_tex
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from fedtailor.core.settings import ModelConfig\n"
-        "from fedtailor.models import tiny_llama\n"
+        "from fedtailor.models import embedded\n"
         f"cfg = ModelConfig(**{CFG.model_dump(exclude={'targets'})!r})\n"
-        f"tiny_llama.build_tiny_llama({list(reversed(TEXTS * 3))!r}, cfg, 32, 42, Path(sys.argv[2]))\n"
+        f"embedded.build_tiny_llama({list(reversed(TEXTS * 3))!r}, cfg, 32, 42, Path(sys.argv[2]))\n"
     )
-    root = Path(tiny_llama.__file__).parents[2]
+    root = Path(embedded.__file__).parents[2]
     subprocess.run([sys.executable, "-c", program, str(root), str(tmp_path / "again")], check=True)
     assert digests(tmp_path / "again") == digests(built)
 
 
 def test_the_seed_changes_the_weights_and_nothing_else(built: Path, tmp_path: Path) -> None:
-    other = digests(tiny_llama.build_tiny_llama(TEXTS * 3, CFG, 32, 43, tmp_path / "other"))
+    other = digests(embedded.build_tiny_llama(TEXTS * 3, CFG, 32, 43, tmp_path / "other"))
     changed = {name for name, digest in digests(built).items() if other[name] != digest}
     assert changed == {"model.safetensors"}
 
@@ -78,14 +77,14 @@ def test_the_seed_changes_the_weights_and_nothing_else(built: Path, tmp_path: Pa
 def test_the_global_random_state_is_neither_read_nor_changed(built: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    again = tiny_llama.build_tiny_llama(TEXTS * 3, CFG, 32, 42, tmp_path / "again")
+    again = embedded.build_tiny_llama(TEXTS * 3, CFG, 32, 42, tmp_path / "again")
     assert torch.equal(before, torch.get_rng_state())
     assert digests(again) == digests(built)
 
 
 def test_special_tokens_have_fixed_ids_and_one_bos_is_put_before_a_text(built: Path) -> None:
     tokenizer = hub.load_tokenizer(built)
-    assert tokenizer.convert_ids_to_tokens(range(6)) == list(tiny_llama.LLAMA_SPECIAL)
+    assert tokenizer.convert_ids_to_tokens(range(6)) == list(embedded.LLAMA_SPECIAL)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     ids = tokenizer("Paris")["input_ids"]
     assert ids[0] == 1
@@ -140,5 +139,5 @@ def test_what_cannot_be_built_is_refused(
     texts: list[str], changed: dict[str, int], complaint: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match=complaint):
-        tiny_llama.build_tiny_llama(texts, CFG.model_copy(update=changed), 32, 42, tmp_path / "none")
+        embedded.build_tiny_llama(texts, CFG.model_copy(update=changed), 32, 42, tmp_path / "none")
     assert not (tmp_path / "none").exists()

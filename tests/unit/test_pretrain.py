@@ -26,8 +26,7 @@ from fedtailor.cli.terminal import PretrainView
 from fedtailor.core.errors import ConfigError, DataError, Interrupted, ModelError, StorageError
 from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import embedded as tiny_bert
-from fedtailor.models import hub, pretrain_data, source
+from fedtailor.models import embedded, hub, pretrain_data, source
 from fedtailor.models.load import load_classifier, load_tokenizer
 from fedtailor.models.pretrain import TENSORS, Position, guess, load, pretrain, save
 from fedtailor.models.pretrain_data import Corpus, gather, vocabulary_texts
@@ -173,7 +172,7 @@ def test_of_xnli_all_premises_of_the_train_file_are_read_whatever_the_seed() -> 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return tiny_bert.build_wordpiece([sentence("big", i) for i in range(40)], 200, 32)
+    return embedded.build_wordpiece([sentence("big", i) for i in range(40)], 200, 32)
 
 
 def test_rows_begin_with_cls_and_hold_the_texts_one_after_another_with_sep_between(tokenizer: Any) -> None:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.tasks import source as leakage
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
+from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry, check_leakage
 from fedtailor.tasks.store import BLOCK, TaskData
 from fedtailor.tasks.task import fingerprint, prepare
 
@@ -152,7 +151,7 @@ def test_leaks_are_counted_for_pools_and_for_splits() -> None:
     seen = LanguagePool(split_texts("A", "b", "c"), split_texts("a ", "d"))
     unseen = LanguagePool(split_texts("e", "D"), split_texts("f", "g"))
     source = Source(("a", "b"), {"seen": {"x": seen}, "unseen": {"y": unseen}})
-    assert leakage.check(source) == {
+    assert check_leakage(source) == {
         "leak_seen_unseen": 1,
         "leak_seen_train_test": 1,
         "leak_unseen_train_test": 0,

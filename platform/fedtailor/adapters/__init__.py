@@ -1,1 +1,1 @@
-"""What is trainable in a client's model, and who owns it."""
+"""Adapters: what is trainable in a client's model, and the scope of each parameter."""

@@ -20,6 +20,10 @@ from fedtailor.lanes.net import AdaptedLayer, LaneNet
 from fedtailor.lanes.params import LaneParams
 from fedtailor.models.families import endings, ends
 
+Targets = Literal["all-linear", "body", "head"] | tuple[str, ...]
+"""Which of the adapted layers: all, those of the pretrained body, those of the classification head above it, or endings
+of module paths."""
+
 
 def initial_a(adapted: AdaptedLayer, rank: int, seed: int) -> Tensor:
     """A before training, (rank, d_in) float32: Kaiming-uniform with a = sqrt(5), i.e. U(-1/sqrt(d_in), 1/sqrt(d_in)).
@@ -30,11 +34,6 @@ def initial_a(adapted: AdaptedLayer, rank: int, seed: int) -> Tensor:
     bound = 1 / math.sqrt(adapted.d_in)
     draws = torch.rand(rank, adapted.d_in, generator=torch_rng(seed, "lora_A", adapted.name))
     return draws.mul_(2 * bound).sub_(bound)
-
-
-Targets = Literal["all-linear", "body", "head"] | tuple[str, ...]
-"""Which of the adapted layers: all, those of the pretrained body, those of the classification head above it, or endings
-of module paths."""
 
 
 def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[AdaptedLayer, LaneLinear]]:

@@ -1,1 +1,1 @@
-"""How a cohort's SHARED parameters become one consensus."""
+"""Aggregators: how a cohort's SHARED parameters become one consensus."""

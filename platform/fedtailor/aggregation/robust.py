@@ -1,12 +1,7 @@
-"""Median, trimmed mean, Krum.
+"""Robust aggregators, which compare clients' rows: coordinate-wise median, trimmed mean, Krum.
 
-Clients' rows kept apart, for aggregators that must compare them.
-
-Coordinate-wise median (Yin et al., "Byzantine-Robust Distributed Learning", ICML 2018).
-
-Coordinate-wise trimmed mean (Yin et al., "Byzantine-Robust Distributed Learning", ICML 2018).
-
-Krum and Multi-Krum (Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017).
+Median and trimmed mean: Yin et al., "Byzantine-Robust Distributed Learning", ICML 2018. Krum and Multi-Krum: Blanchard
+et al., "Machine Learning with Adversaries", NeurIPS 2017.
 """
 
 from __future__ import annotations

@@ -1,36 +1,27 @@
-"""ROUGE, METEOR, exact match; words of any script; mergeable sums.
+"""ROUGE, METEOR and exact match of an answer; sums of them by group that can be joined.
 
-How a text is cut into words before it is compared with another.
+Words (ours, ``unicode``): NFKC, case-folded, invisible formatting characters left out; a word is a run of letters and
+digits of any script, with the marks that belong to them (vowel signs of Telugu or Devanagari, Arabic diacritics).
+Scripts that are written without spaces (Han, kana, Bopomofo; Thai, Lao, Khmer, Myanmar and the others of Unicode's
+line-breaking class SA) give one word per letter with its marks. Everything else parts words. Of ASCII text these are
+exactly the words of `ascii_words`: the default of `rouge-score`, as FedP2EFT's reference code runs it, which drops
+every letter outside a-z, so that Arabic, Russian, Telugu or Chinese answers score about 0.
 
-Unicode (ours): NFKC, case-folded, invisible formatting characters left out; a word is a run of letters and digits of
-any script, with the marks that belong to them (vowel signs of Telugu or Devanagari, Arabic diacritics). Scripts that
-are written without spaces (Han, kana, Bopomofo; Thai, Lao, Khmer, Myanmar and the others of Unicode's line-breaking
-class SA) give one word per letter with its marks. Everything else parts words. Of ASCII text these are exactly the
-words of `ascii_words`.
+ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004): F-measures by `rouge-score`, without a stemmer. A text without words scores 0
+whatever the other is (an empty answer, a reference of an emoji alone), and so does ROUGE-2 where a text has one word.
 
-ASCII: the default of `rouge-score`, as FedP2EFT's reference code runs it. It drops every letter outside a-z, so that
-Arabic, Russian, Telugu or Chinese answers score about 0.
-
-ROUGE-1, ROUGE-2 and ROUGE-L of an answer (Lin, 2004): F-measures by `rouge-score`, without a stemmer.
-
-A text without words scores 0 whatever the other is (an empty answer, a reference of an emoji alone), and so does
-ROUGE-2 where a text has a single word.
-
-METEOR of an answer (Banerjee & Lavie, 2005; weights of Lavie & Agarwal, 2007) by nltk.
+METEOR (Banerjee & Lavie, 2005; weights of Lavie & Agarwal, 2007) by nltk, on unicode words:
 
     P, R -> matched words over those of the answer, of the reference
     F    -> P R / (alpha P + (1 - alpha) R)             alpha = .9
     score = F (1 - gamma (chunks / matches)^beta)       beta = 3, gamma = .5
 
-Words are those of `evaluation.text_metrics.unicode_words`. They match as they are or by their Porter stem, which
-changes words in Latin letters only. nltk's third step, synonyms of WordNet (English), is left out on purpose, also
-where WordNet's data is installed: the score must not depend on what a machine has. Scores of English texts are
-therefore slightly lower than those of FedP2EFT's reference code, which downloads WordNet. A perfect answer of n words
-scores 1 - .5 / n^3.
+Words match as they are or by their Porter stem, which changes words in Latin letters only. nltk's third step, synonyms
+of WordNet (English), is left out on purpose, also where WordNet's data is installed: the score must not depend on what
+a machine has. Scores of English texts are therefore slightly lower than those of FedP2EFT's reference code, which
+downloads WordNet. A perfect answer of n words scores 1 - .5 / n^3.
 
 Exact match: the answer is the reference, but for compatibility characters (NFKC) and white space.
-
-Means by group, as sums and counts that can be joined: over the samples of a client, of a language, of a run.
 """
 
 from __future__ import annotations
@@ -61,6 +52,11 @@ _INVISIBLE: Final = regex.compile(r"\p{Cf}+", regex.V1)
 _WORD: Final = regex.compile(rf"{_UNSPACED}\p{{M}}*|(?:[[\p{{L}}\p{{N}}]--{_UNSPACED}]\p{{M}}*)+", regex.V1)
 
 
+NAMES: Final = ("rouge1", "rouge2", "rougeL")
+
+_STEMMER: Final = PorterStemmer()
+
+
 def unicode_words(text: str) -> list[str]:
     """Words of a text in any script.
 
@@ -87,9 +83,6 @@ def ascii_words(text: str) -> list[str]:
 def words_of(tokenizer: Tokenizer) -> Words:
     """The function of a setting."""
     return unicode_words if tokenizer == "unicode" else ascii_words
-
-
-NAMES: Final = ("rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,6 @@ class _NoSynonyms:
     def synsets(self, word: str) -> tuple[Any, ...]:
         return ()
 
-
-_STEMMER: Final = PorterStemmer()
 
 _WORDNET: Final = _NoSynonyms()
 

@@ -1,8 +1,6 @@
-"""Linear and embedding layers with one adapter per lane.
+"""Layers with a lane axis: a frozen linear layer with one low-rank adapter per lane, an embedding table per client.
 
-A linear layer with one low-rank adapter per lane beside its frozen weight.
-
-An embedding table per client of a group, frozen: what DEPT's clients keep.
+The tables are frozen: they are what DEPT's clients keep.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """The resident frozen model seen through lanes.
 
-The resident base model, seen through lanes.
-
-Activation checkpointing that knows lanes: a block that is computed again sees what it saw the first time.
-
-Keeps freed memory in the process: a training step asks for the same buffers as the one before it.
+Activation checkpointing knows lanes: a block that is computed again sees what it saw the first time. Freed memory is
+kept in the process, since a training step asks for the same buffers as the one before it.
 """
 
 from __future__ import annotations
@@ -25,6 +22,16 @@ from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.layers import LaneEmbedding, LaneLinear, LaneState, attach
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
+"""Numbers of glibc's mallopt(3)."""
+
+LARGEST_KEPT = 32 * 2**20
+"""Bytes; glibc takes no larger threshold. Weights of large models stay above it and go back to the system."""
+
+KEPT = 512 * 2**20
+"""Free bytes at the end of the heap from which on they are given back."""
 
 
 def replaying(state: LaneState) -> Callable[[], Contexts]:
@@ -254,16 +261,6 @@ def _takes_segments(model: nn.Module) -> bool:
 @cache
 def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(signature(forward).parameters)
-
-
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
-"""Numbers of glibc's mallopt(3)."""
-
-LARGEST_KEPT = 32 * 2**20
-"""Bytes; glibc takes no larger threshold. Weights of large models stay above it and go back to the system."""
-
-KEPT = 512 * 2**20
-"""Free bytes at the end of the heap from which on they are given back."""
 
 
 def keep_freed_memory() -> bool:

@@ -1,6 +1,4 @@
-r"""Its inner loop and hypergradient.
-
-How the validation loss after training depends on the learning rates that the training used.
+r"""FedL2P's hypergradient: how the validation loss after training depends on the learning rates of the training.
 
 Sources: FedL2P (Lee et al., NeurIPS 2023); implicit differentiation with a truncated Neumann series: Lorraine et
 al., "Optimizing Millions of Hyperparameters by Implicit Differentiation", AISTATS 2020, Algorithms 2 and 3.
@@ -35,7 +33,7 @@ In every direction where the loss curves upwards (0 < psi h < 1) its sign is opp
 lowers a rate where a longer last step would have lowered the validation loss, and raises it where that would have
 done harm.
 
-The outer batch of a hypergradient: pairs of one training and one validation text, many in one pass.
+The outer batch is pairs of one training and one validation text, many in one pass.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Fine-tuning at one learning rate per client and weight matrix, whose last update is remembered.
+"""FedL2P's inner loop: fine-tuning at one learning rate per client and weight matrix, whose last update is remembered.
 
-A client's training texts split once more: some are held out to validate on.
+A client's training texts are split once more: some are held out to validate on.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Base models: where they come from, which layers carry adapters."""
+"""Base models: where they come from, which layers carry adapters, how small ones are made."""

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models import embedded as tiny_bert
-from fedtailor.models import embedded as tiny_llama
+from fedtailor.models.embedded import bert_config, llama_config
 from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal
 from fedtailor.models.load import load_config
 from fedtailor.models.source import EMBEDDED_CAUSAL, resolve
@@ -116,8 +115,8 @@ def model_config(cfg: ModelConfig, max_length: int) -> PretrainedConfig:
     """
     source = resolve(cfg)
     if source.kind == "embedded" and cfg.name == EMBEDDED_CAUSAL:
-        return tiny_llama.llama_config(cfg, max_length, cfg.vocab_size)
+        return llama_config(cfg, max_length, cfg.vocab_size)
     if source.kind == "embedded":
-        return tiny_bert.bert_config(cfg, max_length, cfg.vocab_size, [])
+        return bert_config(cfg, max_length, cfg.vocab_size, [])
     known = packaged_config(cfg.name) if source.kind == "hub" else None
     return known or load_config(source.location, source.revision)

@@ -1,15 +1,10 @@
-"""Tiny-bert and tiny-llama, made from the task's own texts.
+"""The embedded models: a small BERT and a small LLaMA with random weights and a tokenizer from the task's texts.
 
-The embedded model: a small BERT with random weights and a WordPiece vocabulary from the task's texts.
+BERT: Devlin et al., NAACL 2019 (dropout 0.1, initial weights N(0, 0.02)), with a WordPiece vocabulary. LLaMA: Touvron
+et al., 2023 (initial weights N(0, 0.02); input and output embeddings are not tied), with byte-level byte-pair encoding
+(Radford et al., GPT-2, 2019): any text has tokens, and no token is unknown.
 
-Architecture: Devlin et al., BERT, NAACL 2019 (dropout 0.1, initial weights N(0, 0.02)). The result is an
-ordinary Hugging Face folder, the same bytes for the same arguments and library versions.
-
-The embedded language model: a small LLaMA with random weights and a byte-level BPE from the task's texts.
-
-Architecture: Touvron et al., LLaMA, 2023 (initial weights N(0, 0.02); input and output embeddings are not tied).
-Tokenizer: byte-level byte-pair encoding (Radford et al., GPT-2, 2019): any text has tokens, and no token is unknown.
-The result is an ordinary Hugging Face folder, the same bytes for the same arguments and library versions.
+The results are ordinary Hugging Face folders, the same bytes for the same arguments and library versions.
 """
 
 from __future__ import annotations
@@ -37,6 +32,24 @@ from fedtailor.models.load import save_folder
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 _PRIVATE_USE = 0xF0000
+
+
+LLAMA_SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
+
+PAD, BOS, EOS = 0, 1, 2
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""``<s><|user|>Name the capital.<|assistant|>Paris</s>``: three tokens beside the texts' own."""
+
+ROOM = 1024
+"""Tokens that an answer may add to a text of the task's full length."""
 
 
 def build_tiny_bert(
@@ -152,24 +165,6 @@ def _alphabet(words: Counter[str], inner: set[str], most: int) -> list[str]:
     ranked = sorted(counts, key=lambda char: (-counts[char], char))
     forms = accumulate(2 if char in inner else 1 for char in ranked)
     return sorted(char for char, total in zip(ranked, forms, strict=True) if total <= most)
-
-
-LLAMA_SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
-
-PAD, BOS, EOS = 0, 1, 2
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-"""``<s><|user|>Name the capital.<|assistant|>Paris</s>``: three tokens beside the texts' own."""
-
-ROOM = 1024
-"""Tokens that an answer may add to a text of the task's full length."""
 
 
 def build_tiny_llama(texts: Iterable[str], cfg: ModelConfig, max_length: int, seed: int, out: Path) -> Path:

@@ -1,8 +1,6 @@
-"""Which layers carry adapters; which output heads are supported.
+"""Facts about architectures: which linear layers carry adapters, in which order, and which output heads are supported.
 
-Which linear layers of an architecture carry adapters, in the one order that everything else relies on.
-
-Are a language model's scores exactly its output embedding of the last hidden state? Found out without weights.
+Whether a language model's scores are exactly its output embedding of the last hidden state is found without weights.
 """
 
 from __future__ import annotations
@@ -33,6 +31,24 @@ _SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 """What BERT calls a layer -> what LLaMA calls it: papers write "query and value" for both."""
 
 Targets = Literal["all-linear"] | tuple[str, ...]
+
+
+CAUSAL_MODELS = "tiny-llama, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a linear layer"
+
+CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
+
+_PARTS = {
+    "attention.self.query": "Query", "attention.self.key": "Key", "attention.self.value": "Value",
+    "attention.output.dense": "Attn\nout", "intermediate.dense": "FFN\nin", "output.dense": "FFN\nout",
+    "attention.q_lin": "Query", "attention.k_lin": "Key", "attention.v_lin": "Value",
+    "attention.out_lin": "Attn\nout", "ffn.lin1": "FFN\nin", "ffn.lin2": "FFN\nout",
+    "self_attn.q_proj": "Query", "self_attn.k_proj": "Key", "self_attn.v_proj": "Value",
+    "self_attn.o_proj": "Attn\nout", "mlp.gate_proj": "FFN\ngate", "mlp.up_proj": "FFN\nup",
+    "mlp.down_proj": "FFN\ndown", "attn.c_attn": "QKV", "attn.c_proj": "Attn\nout", "mlp.c_fc": "FFN\nin",
+    "mlp.c_proj": "FFN\nout",
+}  # fmt: skip
+
+_PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
 
 
 def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[tuple[str, nn.Linear]]:
@@ -104,11 +120,6 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     found = getter() if callable(getter) else None
     return found if isinstance(found, nn.Module) else None
-
-
-CAUSAL_MODELS = "tiny-llama, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a linear layer"
-
-CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
 
 
 def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
@@ -187,20 +198,6 @@ def _why_not(config: str, model_type: str) -> str:
         plain = len(made) == 1 and scores is made[0]
         return "" if plain else "they change the output embedding's scores (a scale or a soft cap)"
     return f"their scores cannot be followed without weights ({told})"
-
-
-_PARTS = {
-    "attention.self.query": "Query", "attention.self.key": "Key", "attention.self.value": "Value",
-    "attention.output.dense": "Attn\nout", "intermediate.dense": "FFN\nin", "output.dense": "FFN\nout",
-    "attention.q_lin": "Query", "attention.k_lin": "Key", "attention.v_lin": "Value",
-    "attention.out_lin": "Attn\nout", "ffn.lin1": "FFN\nin", "ffn.lin2": "FFN\nout",
-    "self_attn.q_proj": "Query", "self_attn.k_proj": "Key", "self_attn.v_proj": "Value",
-    "self_attn.o_proj": "Attn\nout", "mlp.gate_proj": "FFN\ngate", "mlp.up_proj": "FFN\nup",
-    "mlp.down_proj": "FFN\ndown", "attn.c_attn": "QKV", "attn.c_proj": "Attn\nout", "mlp.c_fc": "FFN\nin",
-    "mlp.c_proj": "FFN\nout",
-}  # fmt: skip
-
-_PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
 
 
 def locate_module(module: str) -> tuple[int | None, str]:

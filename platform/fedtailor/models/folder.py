@@ -1,8 +1,7 @@
-"""Is everything there that loading a base model needs? Asked before any work, answered in one sentence.
+"""A base model's folder: is everything there that loading needs, and the copy of it whose tokenizer can pad.
 
-The folder that the stages of a generation task start from: the same weights, a tokenizer that can pad.
-
-Which token fills rows, where a tokenizer names none: FedP2EFT A.2.
+It is checked before any work and answered in one sentence. The stages of a generation task start from the copy: the
+same weights, and where the tokenizer names no padding token the one of FedP2EFT A.2.
 """
 
 from __future__ import annotations
@@ -37,6 +36,14 @@ TOKENIZERS = (
     "sentencepiece.bpe.model",
     "spiece.model",
 )
+
+
+PAD = "<pad>"
+
+RECORD = "padding.json"
+"""Which token pads, and how it came to do so."""
+
+_COPIED = (".jinja", ".json", ".model", ".txt")
 
 
 def check_listing(where: str, files: Set[str]) -> None:
@@ -139,9 +146,6 @@ def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
         raise ModelError(f"'task.max_length' ({max_length}) is above what {folder} can read: {positions} tokens")
 
 
-PAD = "<pad>"
-
-
 @dataclass(frozen=True)
 class Padding:
     """A tokenizer's padding token, and how it came by it.
@@ -173,12 +177,6 @@ def settle_padding(tokenizer: PreTrainedTokenizerBase) -> Padding:
             tokenizer.add_special_tokens({"pad_token": PAD})
             how = "added"
     return Padding(str(tokenizer.pad_token), int(tokenizer.pad_token_id), how)
-
-
-RECORD = "padding.json"
-"""Which token pads, and how it came to do so."""
-
-_COPIED = (".jinja", ".json", ".model", ".txt")
 
 
 def write_causal(folder: Path, out: Path) -> Path:

@@ -28,6 +28,8 @@ from fedtailor.core.seeding import torch_rng
 from fedtailor.models.families import check_kind
 from fedtailor.tasks.source import TaskKind
 
+Quantisation = Literal["8bit", "4bit"]
+
 
 def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Writes config, safetensors weights and tokenizer files to ``out``, replacing it as a whole."""
@@ -219,9 +221,6 @@ def _initialise(model: nn.Module, names: set[str], spread: float, seed: int) -> 
                 weight.copy_(drawn)
             elif name in names and name.endswith("bias"):
                 weight.zero_()
-
-
-Quantisation = Literal["8bit", "4bit"]
 
 
 def load_causal(

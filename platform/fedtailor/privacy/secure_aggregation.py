@@ -1,6 +1,4 @@
-"""Simulated cost and drop-outs of SecAgg.
-
-Secure aggregation as a simulation: what it costs, what it does to the numbers, what drop-outs do to it.
+"""Secure aggregation as a simulation: what it costs, what it does to the numbers, what drop-outs do to it.
 
 Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017 (all pairs), and Bell
 et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020 (SecAgg+: k neighbours):
@@ -8,20 +6,12 @@ et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 
     PRG(s_uv) -> `stream(..., "secagg-pair")`, added by the smaller id, subtracted by the larger
     PRG(b_u)  -> `stream(..., "secagg-self")`
     R    -> 2^bits
+Bytes (CCS 2017, section 7.1): of n clients with m numbers each, one sends and receives 2n a_K + (5n - 4) a_S +
+m ceil(log2 R) bits; with k neighbours in the place of n - 1 others it is the count of SecAgg+. Framing, authentication
+tags and signatures are not counted.
 
 **It protects nobody.** Clients and server are one program here, masks come from seeds that all of it can compute, keys
 and shares are counted, not made. For a deployment use a real protocol, e.g. Flower's SecAgg+.
-
-Numbers modulo 2^32 or 2^64: fixed-point updates, masks, and sums that wrap.
-
-Who shares masks and secret shares with whom in one round of secure aggregation.
-
-Bytes that secure aggregation sends per client, besides the broadcast of the parameters.
-
-Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, section 7.1: of n
-clients with m numbers each, one sends and receives 2n a_K + (5n - 4) a_S + m ceil(log2 R) bits. With k neighbours in
-the place of n - 1 others it is the count of SecAgg+ (Bell et al., "Secure Single-Server Aggregation with
-(Poly)Logarithmic Overhead", CCS 2020). Framing, authentication tags and signatures are not counted.
 """
 
 from __future__ import annotations
@@ -45,6 +35,10 @@ from fedtailor.federated.release import Masked, Opened, RoundId
 Vector = npt.NDArray[np.unsignedinteger[Any]]
 
 Bits = Literal[32, 64]
+
+
+KEY, SHARE = 32, 32
+"""Bytes of a public key (X25519) and of a share of a 256-bit secret: a_K = a_S = 256 bits, as in the paper."""
 
 
 def kind_of(bits: Bits) -> Any:
@@ -166,10 +160,6 @@ def graph(cohort: tuple[str, ...], degree: int, seed: int, kind: str, round: int
     ring = [cohort[i] for i in numpy_rng(seed, kind, round, "secagg-graph").permutation(count)]
     steps = [*range(-degree // 2, 0), *range(1, degree // 2 + 1)]
     return MappingProxyType({me: tuple(ring[(at + s) % count] for s in steps) for at, me in enumerate(ring)})
-
-
-KEY, SHARE = 32, 32
-"""Bytes of a public key (X25519) and of a share of a 256-bit secret: a_K = a_S = 256 bits, as in the paper."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What the server does with the consensus (Reddi et al., 2021)."""
+"""Server optimizers: what the server does with the consensus (Reddi et al., 2021)."""

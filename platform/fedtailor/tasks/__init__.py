@@ -1,1 +1,1 @@
-"""One file per data set; partition; tokens. Knows no model and no method."""
+"""Tasks: one file per data set, the partition into clients, tokens. Knows no model and no method."""

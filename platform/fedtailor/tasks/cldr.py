@@ -1,11 +1,7 @@
-"""Names from Unicode CLDR: the embedded classification task.
+"""Task ``cldr``: which kind of thing does a name from Unicode CLDR name? Real text without a download: the default.
 
-Task ``cldr``: what kind of thing does a display name name? Real text and no download: the default task.
-
-Texts are the display names of Unicode CLDR, read through Babel's public API. Classes are the kinds below.
-Low-resource locales translate fewer names and fewer kinds: quantity and label skew are natural.
-
-Language codes of the datasets -> Babel locale names.
+Texts are display names, read through Babel's public API; classes are the kinds below. Low-resource locales translate
+fewer names and fewer kinds: quantity and label skew are natural.
 """
 
 from __future__ import annotations
@@ -43,6 +39,21 @@ FED_AYA = {
 LOCALES = MASAKHANEWS | XNLI | FED_AYA
 
 
+KINDS: tuple[str, ...] = ("territory", "language", "script", "currency", "time zone", "unit", "date")
+"""Class names; a label is an index into them. City names are left out: half of the languages have next to none,
+and without context a city reads like a territory."""
+
+_MAPPED = (
+    ("territory", "territories"),
+    ("language", "languages"),
+    ("script", "scripts"),
+    ("currency", "currencies"),
+)
+
+Names = Iterator[tuple[str, str, str]]
+"""(kind, CLDR key, display name)."""
+
+
 def locales_of(languages: Sequence[str]) -> dict[str, Locale]:
     """Language to its `locale_for`; two languages of one locale are a `DataError`."""
     locales = {language: locale_for(language) for language in languages}
@@ -67,21 +78,6 @@ def locale_for(language: str) -> Locale:
         pass
     hint = did_you_mean(language, [*LOCALES, *locale_identifiers()])
     raise DataError(f"task.languages: {language!r} is neither a known code nor a Babel locale name{hint}")
-
-
-KINDS: tuple[str, ...] = ("territory", "language", "script", "currency", "time zone", "unit", "date")
-"""Class names; a label is an index into them. City names are left out: half of the languages have next to none,
-and without context a city reads like a territory."""
-
-_MAPPED = (
-    ("territory", "territories"),
-    ("language", "languages"),
-    ("script", "scripts"),
-    ("currency", "currencies"),
-)
-
-Names = Iterator[tuple[str, str, str]]
-"""(kind, CLDR key, display name)."""
 
 
 def load(cfg: TaskConfig, seed: int) -> Source:

@@ -1,6 +1,4 @@
-"""The same names as questions and answers.
-
-Task ``cldr_instruct``: instructions about languages, answered by Unicode CLDR. No download: generation's default.
+"""Task ``cldr_instruct``: instructions about languages, answered by Unicode CLDR. No download: generation's default.
 
 Two families, read through Babel's public API: names ("What is Kenya called in Yoruba?", `cldr_names`), and things that
 a language writes by rule ("Write Sunday, March 3, 2024 in Swahili.", `cldr_rules`). A client has one predominant
@@ -9,8 +7,6 @@ instructions do not mention: whoever knows the client only can answer as the cli
 
 A subject (Kenya; a date; 5 kilometers) belongs to one pool, and in each language to train or test, drawn from
 (seed, subject, language) alone. So no instruction is shared by pools, or by train and test of any two clients.
-
-What `cldr_instruct` can ask in each language, and where it belongs: pool by subject, split also by language.
 """
 
 from __future__ import annotations
@@ -40,6 +36,31 @@ KINDS: Final = (*rules(), *cldr_names.KINDS)
 
 Stock = Mapping[str, Sequence[Any]]
 """Kind -> subjects (of names CLDR keys)."""
+
+
+EXAMPLES: Final = (60, 150)
+"""Fewest and most examples of a client, train and test together; sizes are log-normal between them."""
+
+MEDIAN: Final = 85
+
+SPREAD: Final = 0.35
+"""Standard deviation of the logarithm of a client's size."""
+
+LANGUAGES: Final = (0.4, 0.3, 0.2, 0.1)
+"""Probabilities of 1, 2, 3 and 4 languages."""
+
+SIDE: Final = (0.2, 0.4)
+"""Share of the examples that are in other languages than the predominant one, where there are others: from, to."""
+
+_NAME_WORDINGS = (
+    "What is {} called in {language}?",
+    "How do you say {} in {language}?",
+    "Give me the {language} name of {}.",
+)
+
+_RULE_WORDINGS = ("Write {} in {language}.", "How is {} written in {language}?", "Put into {language}: {}")
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -115,31 +136,6 @@ def _by_split(
 def _share(key: bytes, *place: Any) -> float:
     digest = hashlib.blake2b("\0".join(map(str, place)).encode(), key=key, digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64
-
-
-EXAMPLES: Final = (60, 150)
-"""Fewest and most examples of a client, train and test together; sizes are log-normal between them."""
-
-MEDIAN: Final = 85
-
-SPREAD: Final = 0.35
-"""Standard deviation of the logarithm of a client's size."""
-
-LANGUAGES: Final = (0.4, 0.3, 0.2, 0.1)
-"""Probabilities of 1, 2, 3 and 4 languages."""
-
-SIDE: Final = (0.2, 0.4)
-"""Share of the examples that are in other languages than the predominant one, where there are others: from, to."""
-
-_NAME_WORDINGS = (
-    "What is {} called in {language}?",
-    "How do you say {} in {language}?",
-    "Give me the {language} name of {}.",
-)
-
-_RULE_WORDINGS = ("Write {} in {language}.", "How is {} written in {language}?", "Put into {language}: {}")
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Texts and pairs of texts to token ids, by the tokenizer's own rules.
+"""Texts, pairs and instructions to token ids on disk, by the tokenizer's own rules.
 
-Tokens of instructions on disk: prompt and response of each row, who holds what is left, and the plain texts.
+Of instructions are kept: prompt and response of each row as tokens, which client has which of the rows that are left,
+and the plain texts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ from fedtailor.tasks.store import BLOCK, EXAMPLES, TaskData, write_stream
 from fedtailor.tasks.templates import Encoded, Encoder, Overlong, Sample
 
 Ids = npt.NDArray[np.int32]
+
+
+Ints = npt.NDArray[np.int64]
+
+PROMPTS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32(), "prompt": pa.int32()})
+"""tokens.arrow of instructions: the first `prompt` tokens are given, the others learned; no tokens: dropped."""
+
+ANSWERS = pa.schema({"question": pa.large_string(), "answer": pa.large_string()})
+"""answers.arrow: row i is row i of texts.arrow, as it was before any cut."""
 
 
 def check(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool) -> None:
@@ -93,15 +103,6 @@ def _first(tokenizer: PreTrainedTokenizerBase, types: Sequence[int]) -> int:
     return count or 1
 
 
-Ints = npt.NDArray[np.int64]
-
-PROMPTS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32(), "prompt": pa.int32()})
-"""tokens.arrow of instructions: the first `prompt` tokens are given, the others learned; no tokens: dropped."""
-
-ANSWERS = pa.schema({"question": pa.large_string(), "answer": pa.large_string()})
-"""answers.arrow: row i is row i of texts.arrow, as it was before any cut."""
-
-
 @dataclass(frozen=True)
 class Written:
     """What `write` found out.
@@ -117,7 +118,7 @@ class Written:
     notes: dict[str, Any]
 
 
-def write(
+def write_instructions(
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,

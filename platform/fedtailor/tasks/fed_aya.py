@@ -1,13 +1,9 @@
-"""Fed-Aya.
-
-Task ``fed_aya``: instructions in many languages by the people who wrote them (FedLLM-Bench, arXiv 2406.04845).
+"""Task ``fed_aya``: instructions in many languages by the people who wrote them (FedLLM-Bench, arXiv 2406.04845).
 
 The file is FedLLM-Bench's ``aya_38c_25k.json``; a client's number is its place there, from 0. As in FedP2EFT (section
 4.1.1, A.1), 8 languages are kept, clients 21 to 27 and 34 are unseen, and every client is split 80 % / 20 % into train
 and test. Results are reported by the language of each example; a client's own language is the one that most of its
 examples have.
-
-FedLLM-Bench's file of Fed-Aya: where it is, its clients' rows, and the languages that rows name.
 """
 
 from __future__ import annotations
@@ -48,6 +44,9 @@ _HOW_TO_GET_IT = (
     f"Fed-Aya is part of FedLLM-Bench's data, whose download is linked at https://github.com/rui-ye/FedLLM-Bench; "
     f"set task.path to its Fed-Aya/{FILE}, or put that file into fed_aya/ in the folder that FEDTAILOR_DATA names"
 )
+
+
+EVALUATION_FILE = "test_datasets.json"
 
 
 def language_code(name: str) -> str:
@@ -125,9 +124,6 @@ def read_list(rows: Any, where: str) -> Iterator[Row]:
         if not isinstance(row, dict):
             raise DataError(f"{where}, row {number}: a row must be an object, found {type(row).__name__}")
         yield Row(f"{where}, row {number}", {str(_RENAMED.get(key, key)): field for key, field in row.items()})
-
-
-EVALUATION_FILE = "test_datasets.json"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,4 @@
-"""Clients that the data names: checks, split, share kept.
-
-Clients that the data names: into pools, split into train and test, cut to a size.
-
-Clients that a source names itself: what they must be, the share that is kept, the rows they hold.
-"""
+"""Clients that the data names: what they must be, pools, the split into train and test, the share that is kept."""
 
 from __future__ import annotations
 

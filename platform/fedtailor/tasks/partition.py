@@ -1,14 +1,10 @@
-"""Dirichlet label skew and its variants.
-
-FedP2EFT's partition of a language into clients: equal sizes, Dirichlet label skew.
+"""Dirichlet label skew: a language's texts to clients of equal size, and partitions made from other partitions.
 
 Paper: FedP2EFT (arXiv 2502.04387) section 4.1.1, after Hsu et al. 2019 (arXiv 1909.06335). Per language
 and pool: a row of class probabilities per client, p_i ~ Dirichlet(alpha 1_C), C classes in the train part;
 clients are filled one after another by drawing classes without replacement. Late clients get leftovers, so
 p_i is a tendency, not the client's exact class share. Test texts use the same p_i as train texts.
 Deviation from the reference code: each (pool, language) draws its own matrix, from its own labels.
-
-Partitions made from other partitions: the first clients only, or the seen pool's rows once more.
 """
 
 from __future__ import annotations

@@ -22,6 +22,12 @@ INSTRUCTION: Final = "{instruction}"
 RESPONSE: Final = "{response}"
 
 
+_MARK: Final = "\ue000response\ue001"
+
+# Llama 3.2's chat template writes today's date into every prompt, and this one where it knows no clock.
+_NO_CLOCK: Final = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+
 class Layout(NamedTuple):
     """What a template puts around a response: ``prompt + lead + response + closing``.
 
@@ -120,12 +126,6 @@ def eos_of(tokenizer: PreTrainedTokenizerBase) -> str:
 def _fill(text: str, slot: str, value: str) -> str:
     before, _, after = text.partition(slot)
     return before + value + after
-
-
-_MARK: Final = "\ue000response\ue001"
-
-# Llama 3.2's chat template writes today's date into every prompt, and this one where it knows no clock.
-_NO_CLOCK: Final = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True)

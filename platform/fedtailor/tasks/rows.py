@@ -1,11 +1,7 @@
-"""Rows of local files or of the hub, through `datasets`; instruction formats.
-
-Rows of a table from files (JSON Lines, JSON, CSV, Parquet; text files also gzipped) or from the hub.
+"""Rows of a table from files (JSON Lines, JSON, CSV, Parquet; text files also gzipped) or from the hub.
 
 Every row comes with its place for messages: files by line counts from 1, tables and lists by row count from 0, as the
 hub's viewer does.
-
-Where a data set lies on this machine, and its text files, plain or gzipped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Texts of a task by language or by client; leakage check.
-
-Labelled texts of one task, by pool and language, before they are given to clients.
-
-Texts that occur where they should not: in two pools, or in train and test of one pool.
-"""
+"""A task's labelled texts, by pool and language or by client, before they are partitioned; its leakage check."""
 
 from __future__ import annotations
 
@@ -151,7 +146,7 @@ class TaskEntry:
     published_clients: int | None = None
 
 
-def check(source: Source) -> dict[str, int]:
+def check_leakage(source: Source) -> dict[str, int]:
     """Counts normalised texts shared by the pools, and by train and test of each pool, over all languages.
 
     Of a sentence-pair task, pairs are counted.

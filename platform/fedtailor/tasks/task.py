@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.core.messages import Client
-from fedtailor.tasks import source as leakage
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.natural_clients import check_clients, check_instructions, natural_client_rows, subsample_clients
 from fedtailor.tasks.partition import (
@@ -28,7 +27,7 @@ from fedtailor.tasks.partition import (
     reference_unseen_partition,
     resample,
 )
-from fedtailor.tasks.source import SPLITS, Example, Pool, Source, TaskEntry
+from fedtailor.tasks.source import SPLITS, Example, Pool, Source, TaskEntry, check_leakage
 from fedtailor.tasks.store import BLOCK, EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, ClientRows, TaskData, write_stream
 
 __all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare", "task_config"]
@@ -69,7 +68,7 @@ def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
 
     Raises:
         ConfigError: unknown task, or a key that this task's clients rule out.
-        DataError: see the task's load function, `partition`, `natural_clients` and `leakage.check`.
+        DataError: see the task's load function, `partition`, `natural_clients` and `check_leakage`.
     """
     source, client_rows = _dealt(cfg, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -198,7 +197,7 @@ def _manifest(cfg: TaskConfig, seed: int, source: Source, client_rows: Sequence[
         "labels": list(source.labels),
         "languages": sorted({o.language for o in source.natural_clients} or cfg.languages),
         "class_counts": _class_counts(source),
-        "notes": dict(source.notes) | leakage.check(source) | {"unused_test_texts": _unused(source)},
+        "notes": dict(source.notes) | check_leakage(source) | {"unused_test_texts": _unused(source)},
         "rows": len(examples),
         "clients": clients,
         "hash": hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest(),

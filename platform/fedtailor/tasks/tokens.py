@@ -16,9 +16,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor.lanes.batches import Examples
-from fedtailor.tasks import encoding as instruction_tokens
 from fedtailor.tasks import templates
-from fedtailor.tasks.encoding import check, check_pad, encode
+from fedtailor.tasks.encoding import check, check_pad, encode, write_instructions
 from fedtailor.tasks.source import Split
 from fedtailor.tasks.store import (
     BLOCK,
@@ -69,7 +68,7 @@ def tokenise(
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(data.hash.encode())
     if data.kind == "generation":
-        made = instruction_tokens.write(data, tokenizer, max_length, out, template, overlong, digest)
+        made = write_instructions(data, tokenizer, max_length, out, template, overlong, digest)
         lengths, held, notes = made.lengths, made.held, made.notes
     else:
         check(tokenizer, max_length, data.paired)

@@ -1,18 +1,13 @@
-"""XNLI.
-
-Task ``xnli``: natural language inference in 15 languages (arXiv 1809.05053); a text is premise and hypothesis.
+"""Task ``xnli``: natural language inference in 15 languages (arXiv 1809.05053); a text is premise and hypothesis.
 
 Rows are parallel across languages, and the same row numbers are used in all of them; per language 2000 train and
-500 test pairs to the seen and to the unseen pool, shuffled by seed (FedP2EFT section 4.1.1). Deviation from the
-reference code, which shuffles single rows: rows that share a premise stay in one pool and split (`tasks.xnli`).
-Train and test texts come from different files, whatever the seed: train and test where the source has a train file,
-as the paper does; else test (5010 rows) and dev (2490 rows).
+500 test pairs to the seen and to the unseen pool, shuffled by seed (FedP2EFT section 4.1.1). Train and test texts come
+from different files, whatever the seed: train and test where the source has a train file, as the paper does; else test
+(5010 rows) and dev (2490 rows).
 
-Pools of a parallel data set: which row numbers go where, the same in every language.
-
-A premise of such data stands in several rows (XNLI: three, one per class) and, by chance of translation, two
-premises of one language may be one text in another. Rows that are linked in this way in any language form a
-group, and a group goes to one pool and one split: no premise is ever in two of them.
+Deviation from the reference code, which shuffles single rows: a premise stands in several rows (one per class), and two
+premises of one language may by chance of translation be one text in another. Rows that are linked in this way in any
+language form a group, and a group goes to one pool and one split: no premise is ever in two of them.
 """
 
 from __future__ import annotations
@@ -39,6 +34,22 @@ from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, S
 Ints = npt.NDArray[np.int64]
 
 Keys = npt.NDArray[np.uint64]
+
+
+XNLI_LANGUAGES: tuple[str, ...] = (
+    "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
+)  # fmt: skip
+"""ISO 639-1 codes, the data set's 15 languages in its order."""
+
+LABELS: tuple[str, ...] = ("entailment", "neutral", "contradiction")
+
+HUB_ID = "facebook/xnli"
+
+PAIRS = pa.schema({"premise": pa.large_string(), "hypothesis": pa.large_string(), "label": pa.int64()})
+
+_WITH_TRAIN: Mapping[Split, str] = {"train": "train", "test": "test"}
+
+_WITHOUT_TRAIN: Mapping[Split, str] = {"train": "test", "test": "dev"}
 
 
 @dataclass(frozen=True)
@@ -126,22 +137,6 @@ def _fill(members: Sequence[tuple[int, Ints]], target: int, taken: set[int]) -> 
             pieces.append(rows[:room])
             room -= len(pieces[-1])
     return np.concatenate(pieces)
-
-
-XNLI_LANGUAGES: tuple[str, ...] = (
-    "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
-)  # fmt: skip
-"""ISO 639-1 codes, the data set's 15 languages in its order."""
-
-LABELS: tuple[str, ...] = ("entailment", "neutral", "contradiction")
-
-HUB_ID = "facebook/xnli"
-
-PAIRS = pa.schema({"premise": pa.large_string(), "hypothesis": pa.large_string(), "label": pa.int64()})
-
-_WITH_TRAIN: Mapping[Split, str] = {"train": "train", "test": "test"}
-
-_WITHOUT_TRAIN: Mapping[Split, str] = {"train": "test", "test": "dev"}
 
 
 class _Table(NamedTuple):

@@ -1,14 +1,11 @@
-r"""Rank search on one client (FedP2EFT Eq. 1, 4, 5).
-
-Sparse rank selection on one client: Eq. 1, 4 and 5 of FedP2EFT (arXiv 2502.04387, section 3.2).
+r"""Sparse rank selection on one client: Eq. 1, 4 and 5 of FedP2EFT (arXiv 2502.04387, section 3.2).
 
 .. math::
     L = CE + \frac{\alpha_s}{N} \sum_{l,i} \frac{\|B_{l,i}\|_1}{\lambda_{l,i}}
            + \frac{\alpha_p}{N} \sum_{l,i} (\log \lambda_{l,i} + 100 \lambda_{l,i})
 
-N is the client's number of training examples; sums run over all layers and ranks.
-
-A clamp that stops values and lets gradients through (straight-through estimator, Bengio et al., 2013).
+N is the client's number of training examples; sums run over all layers and ranks. Lambda is clamped by a
+straight-through estimator (Bengio et al., 2013): values stop, gradients pass.
 """
 
 from __future__ import annotations
@@ -30,6 +27,13 @@ from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.training.local import Training, train
 
+LAMBDA_MIN, LAMBDA_MAX = 1e-4, 1e3
+
+FEW_STEPS = 3
+
+REFERENCE = {"max_grad_norm": 1.0, "forward": "raw", "target": "raw", "accumulate_lambda_grad": True}
+"""Switches that give the public code's behaviour."""
+
 
 class _ClampThrough(torch.autograd.Function):
     @staticmethod
@@ -45,11 +49,6 @@ def clamp_through(value: Tensor, low: float, high: float | None = None) -> Tenso
     """Clamps to [low, high], any shape; the gradient passes unchanged."""
     result: Tensor = _ClampThrough.apply(value, low, high)  # type: ignore[no-untyped-call]
     return result
-
-
-LAMBDA_MIN, LAMBDA_MAX = 1e-4, 1e3
-
-FEW_STEPS = 3
 
 
 class RankSearchConfig(Config):
@@ -71,10 +70,6 @@ class RankSearchConfig(Config):
     """lambda that is handed on; the reference hands on the unclamped value."""
     accumulate_lambda_grad: bool = False
     """The reference never zeroes lambda's gradient, so it sums over all steps."""
-
-
-REFERENCE = {"max_grad_norm": 1.0, "forward": "raw", "target": "raw", "accumulate_lambda_grad": True}
-"""Switches that give the public code's behaviour."""
 
 
 def clamp_lambda(value: Tensor) -> Tensor:

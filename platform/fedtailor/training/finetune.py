@@ -1,9 +1,4 @@
-"""Personal fine-tuning at every budget; the model as it is.
-
-Fine-tunes the kept ranks of every client at every budget, one lane each.
-
-No personalisation: the client uses the model as it is.
-"""
+"""Personal fine-tuning of the kept ranks of every client at every budget, one lane each; or the model as it is."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Runs segments of a stage, wherever it lives; the pool in this process."""
+"""Workers: they open a stage, play its segments, score personalised models; the pool in this process."""

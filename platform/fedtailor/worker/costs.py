@@ -1,7 +1,4 @@
-"""What a client's call cost: data, bytes and memory. Shown and kept beside the results, never in a digest.
-
-Memory of this process; without torch, so that processes without a model can ask too.
-"""
+"""What a client's call cost: data, bytes and memory. Shown and kept beside the results, never in a digest."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ from fedtailor.worker.open_stage import OpenStage
 _UNIT = 1 if sys.platform == "darwin" else 1024
 
 
+_FLOAT = 4
+
+
 def peak_rss() -> int:
     """Highest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
-
-
-_FLOAT = 4
 
 
 def start_gpu_peak(device: torch.device) -> None:

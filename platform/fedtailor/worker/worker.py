@@ -1,11 +1,8 @@
-"""The worker, and the pool that holds one in this process.
+"""The worker, which runs segments of a stage wherever it lives: in `SerialPool` here, or in a Ray actor.
 
-The worker: runs segments of a stage, wherever it lives. `SerialPool` holds one; a Ray actor wraps another.
-
-What a group of ranks computed, looked at once more before anybody counts it.
-
-Saving under ZeRO has a known way to fail in silence: shards are written where whole tensors were meant, empty ones
-among them. Here nothing that is trained is ever sharded on its way out, and this is what makes sure of it.
+What a group of ranks computed is checked before anybody counts it. Saving under ZeRO has a known way to fail in
+silence: shards are written where whole tensors were meant, empty ones among them. Here nothing that is trained is ever
+sharded on its way out, and the check makes sure of it.
 """
 
 from __future__ import annotations
