@@ -186,7 +186,8 @@ def list_(what: Annotated[Listing, typer.Argument()]) -> None:
 
 
 COMMANDS: Final[tuple[Callable[..., None], ...]] = (
-    run, resume, sweep, status, digest, report, compare, sync, plan, doctor, list_, export, judge, personalise, pretrain,
+    run, resume, sweep, status, digest, report, compare, sync, plan, doctor, list_,
+    export, judge, personalise, pretrain,
 )  # fmt: skip
 """In the order of ``fedtailor --help``."""
 for _command in COMMANDS:
