@@ -62,6 +62,12 @@ def test_bytes_per_round_are_what_is_shared_times_the_cohort(paper: Plan) -> Non
     assert costs["personalise/lora/seed42"].down == 0
 
 
+def test_a_training_of_one_budget_is_planned_at_that_budget() -> None:
+    plan = make_plan(compose(["demo"], ["methods=[ditto]", "budgets=[2,8]", "r_max=8"]))
+    down = {row.stage.key: row.estimate.down for row in plan.stages}
+    assert down["strategy/ditto/r8/seed42"] == 4 * down["strategy/ditto/r2/seed42"] > 0
+
+
 def test_the_whole_matrix_is_planned(paper: Plan) -> None:
     keys = [row.stage.key for row in paper.stages]
     assert len(keys) == len(set(keys)) == 3 * 7

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -110,8 +111,16 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     found = {seed: data[base_seed(exp, seed)] for seed in exp.seeds}
     population = _population(exp, next(iter(found.values())), notes)
     dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
-    methods = {name: build_method(name, method_section(exp, name), exp.r_max) for name in _used(exp)}
-    sizes = {name: method_sizes(exp, method, population.classes) for name, method in methods.items()}
+
+    @cache
+    def sized(name: str, r_max: int) -> tuple[Method, MethodSizes]:
+        method = build_method(name, method_section(exp, name), r_max)
+        return method, method_sizes(exp, method, population.classes)
+
+    def work_of(stage: Stage, other: ExperimentBase = exp) -> Estimate:
+        method, size = sized(stage.method, stage.r_max)
+        return estimate(other, stage, method, size.numbers, dims, population)
+
     stages: list[StagePlan] = []
     storage = Storage(exp.storage)
     for seed, inputs in found.items():
@@ -119,21 +128,16 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         names = inputs[1] if inputs and inputs[1] else Inputs("data", "model", "tokens")
         for stage in plan_stages(exp, seed, names, population.seen):
             there = storage.exists(f"artifacts/{stage.artifact}/{DONE}") if known else None
-            size, method = sizes[stage.method], methods[stage.method]
-            work = estimate(exp, stage, method, size.numbers, dims, population)
             if all(known_stage.stage.key != stage.key for known_stage in stages):
-                stages.append(StagePlan(stage, there, work))
+                stages.append(StagePlan(stage, there, work_of(stage)))
     fitting = None
     if exp.task_entry.kind == "generation":
 
         def largest(other: ExperimentBase) -> Estimate:
-            works = (
-                estimate(other, row.stage, methods[row.stage.method], sizes[row.stage.method].numbers, dims, population)
-                for row in stages
-            )
-            return max(works, key=lambda work: work.memory)
+            return max((work_of(row.stage, other) for row in stages), key=lambda work: work.memory)
 
         fitting = fit(exp, capacity(exp, memory_gb), largest)
+    sizes = {name: sized(name, exp.r_max)[1] for name in _used(exp)}
     return Plan(exp, dims, sizes, population, stages, list(dict.fromkeys(notes)), fitting)
 
 
