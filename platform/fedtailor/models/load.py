@@ -53,7 +53,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def explained(source: str | Path, what: str) -> Iterator[None]:
+def model_errors(source: str | Path, what: str) -> Iterator[None]:
     """Turns whatever the libraries raise for a bad source into one `ModelError` that names it."""
     try:
         yield
@@ -148,7 +148,7 @@ def read_weights(
     if attention:
         options["attn_implementation"] = attention
     # transformers draws missing weights from the global generator, which is not ours to move.
-    with explained(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
+    with model_errors(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
         found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
             str(source),
             config=config,
@@ -169,7 +169,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, padded: b
     Raises:
         ModelError: there is none, or it has no padding token.
     """
-    with explained(source, "a tokenizer"), quiet():
+    with model_errors(source, "a tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
     if padded and tokenizer.pad_token_id is None:
         raise ModelError(
@@ -185,7 +185,7 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
     Raises:
         ModelError: it is missing, unreadable, or of an architecture that transformers does not know.
     """
-    with explained(source, "a model config"), quiet():
+    with model_errors(source, "a model config"), quiet():
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(source), revision=revision or "main", trust_remote_code=False
         )
