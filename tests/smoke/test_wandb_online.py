@@ -21,8 +21,7 @@ from wandb_server import ENTITY, Fault, ReceivedRun, WandbServer
 
 from fedtailor.core.errors import TrackingError
 from fedtailor.core.settings import WandbConfig
-from fedtailor.report import wandb as wandb_sink
-from fedtailor.report.wandb import final_results, series, sync_wandb
+from fedtailor.report.wandb import final_results, identity, series, sync_run, sync_wandb
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 
@@ -75,7 +74,7 @@ def synced_early(killed: Path) -> Iterator[dict[str, Any]]:
 
 
 def sync(run: RunFolder, **config: Any) -> str:
-    return wandb_sink.sync(run, WandbConfig(**{"mode": "online", "timeout_s": 20.0} | config))
+    return sync_run(run, WandbConfig(**{"mode": "online", "timeout_s": 20.0} | config))
 
 
 def cells(points: list[dict[str, Any]]) -> Counter[tuple[int, str, float]]:
@@ -108,14 +107,14 @@ def test_killed_synced_resumed_cut_off_and_synced_twice_gives_every_point_once(
     server.fault = lambda *_: None
     told = sync(complete)
     sync(complete)
-    assert told == synced_early["told"] == f"{server.url}/{ENTITY}/fedtailor/runs/{wandb_sink.identity(complete)}"
+    assert told == synced_early["told"] == f"{server.url}/{ENTITY}/fedtailor/runs/{identity(complete)}"
     assert len(received.lines) > early
     assert received.sent == len(received.lines), "a line was sent twice"
     holds(received, complete)
     summary, _ = final_results(complete.metrics())
     assert {key: value for key, value in received.summary.items() if key.startswith("final/")} == summary
     assert received.summary["results"]["_type"] == "table-file"
-    assert list(server.runs) == [wandb_sink.identity(complete)]
+    assert list(server.runs) == [identity(complete)]
     assert server.unknown == [""] * len(server.unknown), "wandb asks for more than the server knows"
 
 

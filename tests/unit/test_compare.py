@@ -21,14 +21,15 @@ from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.core.messages import metric_row
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import base_seed, overrides_of, to_json
-from fedtailor.report import compare_online as online
-from fedtailor.report import wandb as wandb_sink
+from fedtailor.report import compare_wandb
 from fedtailor.report.compare import Comparison, compare
 from fedtailor.report.compare_files import at_every_budget, compare_runs, write
+from fedtailor.report.wandb import identity
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRICS, metrics_table
 from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tracking.wandb_key import KEY
 
 CLIENTS = tuple(f"seen/{code}/0{k}" for code in ("swa", "yor") for k in range(3))
 Accuracy = Callable[[str, int, int, str], float]
@@ -371,8 +372,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*_: Any, **__: Any) -> None:
         raise AssertionError("W&B was asked")
 
-    for name in ("_default_entity", "write_report"):
-        monkeypatch.setattr(wandb_sink, name, called)
+    for name in ("_default_entity", "make_report"):
+        monkeypatch.setattr(compare_wandb, name, called)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -386,11 +387,11 @@ def test_runs_that_are_not_all_online_have_no_link(lab: Lab) -> None:
 def test_online_runs_are_linked_by_project_and_id_and_a_report_needs_a_package(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(online, "find_spec", lambda name: None)
-    monkeypatch.setattr(wandb_sink, "address", lambda entity, project: f"https://wandb.test/{entity}/{project}")
+    monkeypatch.setattr(compare_wandb, "find_spec", lambda name: None)
+    monkeypatch.setattr(compare_wandb, "address", lambda entity, project: f"https://wandb.test/{entity}/{project}")
     runs = [lab.run("one", words=ONLINE), lab.run("two", words=[*ONLINE, "lora.lr=0.5"])]
     content, folder = compare_runs(lab.storage, ["one", "two"])
-    ids = ", ".join(f"{run.run_id}: {wandb_sink.identity(run)}" for run in runs)
+    ids = ", ".join(f"{run.run_id}: {identity(run)}" for run in runs)
     assert content.wandb == (
         f"https://wandb.test/lab/my runs (runs {ids})",
         "A W&B report of these runs needs the package wandb-workspaces.",
@@ -401,7 +402,7 @@ def test_online_runs_are_linked_by_project_and_id_and_a_report_needs_a_package(
 def test_an_address_is_on_the_server_that_wandb_is_set_up_for() -> None:
     import wandb
 
-    assert wandb_sink.address("a lab", "p") == f"{wandb.setup().settings.app_url}/a%20lab/p"
+    assert compare_wandb.address("a lab", "p") == f"{wandb.setup().settings.app_url}/a%20lab/p"
 
 
 def test_a_report_holds_the_table_the_runs_and_the_values_that_all_have(
@@ -416,7 +417,7 @@ def test_a_report_holds_the_table_the_runs_and_the_values_that_all_have(
             made.append(given)
 
         def save(self) -> None:
-            made.append({"key": os.environ.get(wandb_sink.KEY)})
+            made.append({"key": os.environ.get(KEY)})
 
     fake = ModuleType("wandb_workspaces.reports.v2")
     for name in ("Runset", "BarPlot", "RunComparer", "MarkdownBlock", "PanelGrid"):
@@ -424,8 +425,8 @@ def test_a_report_holds_the_table_the_runs_and_the_values_that_all_have(
     fake.Report = Report  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb_workspaces", ModuleType("wandb_workspaces"))
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setattr(online, "find_spec", lambda name: object())
-    monkeypatch.setenv(wandb_sink.KEY, "secret")
+    monkeypatch.setattr(compare_wandb, "find_spec", lambda name: object())
+    monkeypatch.setenv(KEY, "secret")
     runs = [lab.run("one", words=ONLINE), lab.run("two", words=[*ONLINE, "budgets=[8]"])]
     content = compare_runs(lab.storage, ["one", "two"])[0]
     assert content.wandb[-1] == "Report: https://wandb.test/report"
@@ -434,7 +435,7 @@ def test_a_report_holds_the_table_the_runs_and_the_values_that_all_have(
     (_, text), (_, grid) = given["blocks"]
     assert text["text"].startswith("# one · two")
     ((_, runset),) = grid["runsets"]
-    assert runset["filters"] == f"Metric('ID') in {[wandb_sink.identity(run) for run in runs]}"
+    assert runset["filters"] == f"Metric('ID') in {[identity(run) for run in runs]}"
     drawn = [panel["metrics"] for name, panel in grid["panels"] if name == "BarPlot"]
     assert drawn == [["final/seen/base/accuracy"], ["final/seen/lora/r8/accuracy"]]
     assert saved == {"key": "secret"}
@@ -446,12 +447,12 @@ def test_trouble_with_wandb_is_told_and_fails_nothing(lab: Lab, monkeypatch: pyt
 
     lab.run("one", words=ONLINE)
     lab.run("two", words=[*ONLINE, "lora.lr=0.5"])
-    monkeypatch.setattr(online, "find_spec", lambda name: object())
-    monkeypatch.setattr(wandb_sink, "write_report", broken)
+    monkeypatch.setattr(compare_wandb, "find_spec", lambda name: object())
+    monkeypatch.setattr(compare_wandb, "make_report", broken)
     told = compare_runs(lab.storage, ["one", "two"])[0].wandb
     assert told[0].startswith("http")
     assert told[1] == "No W&B report: OSError: no route to host"
-    monkeypatch.setattr(wandb_sink, "place", broken)
+    monkeypatch.setattr(compare_wandb, "place", broken)
     assert compare_runs(lab.storage, ["one", "two"])[0].wandb == ("No link to W&B: OSError: no route to host",)
 
 

@@ -19,8 +19,7 @@ from fedtailor.core.settings import WandbConfig
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import to_json
 from fedtailor.experiment.prepare import prepare
-from fedtailor.report import wandb as wandb_sink
-from fedtailor.report.wandb import series, settled, sync_wandb
+from fedtailor.report.wandb import series, settled, sync_run, sync_wandb
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import lock
@@ -71,7 +70,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def sync(run: RunFolder, asked: str | None = "offline", **config: Any) -> str:
-    return wandb_sink.sync(run, WandbConfig(**config), asked)
+    return sync_run(run, WandbConfig(**config), asked)
 
 
 def offline_runs(run: RunFolder) -> list[Path]:
@@ -193,7 +192,7 @@ def test_a_failing_sync_keeps_the_offline_run_before_it(run: RunFolder, monkeypa
 
 
 def test_nothing_happens_when_wandb_is_disabled(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_sink, "sync", lambda *_: pytest.fail("W&B was used"))
+    monkeypatch.setattr("fedtailor.report.wandb.sync_run", lambda *_: pytest.fail("W&B was used"))
     assert sync_wandb(run, compose([], ["wandb.mode=disabled"])) is None
     assert run.events() == []
 

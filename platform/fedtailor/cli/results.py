@@ -77,11 +77,11 @@ def sync(
 ) -> None:
     """Feed W&B from a run's committed metrics: one W&B run per experiment; repeated, it adds what is missing."""
     from fedtailor.experiment.launch import load_experiment
-    from fedtailor.report.wandb import sync
+    from fedtailor.report.wandb import sync_run
 
     folder = open_run(run_id, storage)
     exp = load_experiment(folder)
-    typer.echo(f"W&B: {sync(folder, exp.wandb, mode)}")
+    typer.echo(f"W&B: {sync_run(folder, exp.wandb, mode)}")
 
 
 def export(

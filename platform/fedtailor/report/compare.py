@@ -1,7 +1,7 @@
 """Several runs side by side: what differs between them, their results, and tests on the clients that they share.
 
-A run is a column beside those of a report: its rows go through the report's own averages and paired tests. A client's
-score is averaged over the seeds for which two runs have the same clients, which their contents decide.
+Rows of a run go through the averages and paired tests of its report. A client's score is averaged over the seeds for
+which two runs have the same clients, which their contents decide.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _read_run(folder: RunFolder) -> ComparedRun:
     stages = committed_stages(folder)
     done = sum(stage["done"] for stage in stages)
     whole = digest(folder.storage, folder.run_id) if done == len(stages) else None
-    data = {seed: found for seed in exp.seeds if (found := folder.manifest(seed)) is not None}
-    clients = {seed: {str(c["id"]): str(c["sha256"]) for c in found["clients"]} for seed, found in data.items()}
+    data = {seed: manifest for seed in exp.seeds if (manifest := folder.manifest(seed)) is not None}
+    clients = {seed: {str(c["id"]): str(c["sha256"]) for c in data[seed]["clients"]} for seed in data}
     labels = tuple(next(iter(data.values()))["labels"]) if data else ()
     return ComparedRun(folder, folder.info(), exp, state, (done, len(stages)), whole, measure, values, clients, labels)
 
@@ -233,9 +233,9 @@ def _notes(runs: Sequence[ComparedRun]) -> list[str]:
         if len(set(map(frozenset, codes))) > 1:
             counts = ", ".join(f"{run_id}: {len(own)}" for run_id, own in codes.items())
             found.append(f"The runs average over different {runs[0].measure.groups} of the {pool} pool ({counts}).")
-    seeds = {run.run_id: ", ".join(map(str, sorted(set(run.values["seed"])))) for run in runs}
-    if len(set(seeds.values())) > 1:
-        listed = ", ".join(f"{run_id}: {own}" for run_id, own in seeds.items())
+    seeds = [", ".join(map(str, sorted(set(run.values["seed"])))) for run in runs]
+    if len(set(seeds)) > 1:
+        listed = ", ".join(f"{run.run_id}: {own}" for run, own in zip(runs, seeds, strict=True))
         found.append(f"The runs average over different seeds ({listed}).")
     return found
 
@@ -257,20 +257,18 @@ def _without_strays(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def _paired_runs(runs: Sequence[ComparedRun]) -> tuple[tuple[RunPair, ...], list[str]]:
     """All pairs of runs, corrected over those of a pool and budget; and why two runs have none."""
     own = {s.run_id: _without_strays(client_scores(s.values), ["pool", "method"]) for s in runs}
-    pairs: list[RunPair] = []
-    reasons = []
+    pairs, reasons = list[RunPair](), list[str]()
     for a, b in combinations(runs, 2):
         seeds, why = _shared_seeds(a, b)
         both = own[a.run_id].merge(own[b.run_id], on=_CLIENT, suffixes=("_other", ""))
         both = both[both["seed"].isin(seeds) & ~both["method"].isin(NOT_COMPARED)]
-        both = both.assign(gain=both["value"] - both["value_other"])
         if both.empty:
-            why = why or f"{a.run_id} and {b.run_id} have no method, budget and client in common: no paired test."
-            reasons.append(why)
+            other = f"{a.run_id} and {b.run_id} have no method, budget and client in common: no paired test."
+            reasons.append(why or other)
         for method in in_method_order(both["method"]):
             same = _origins(a, method, seeds) == _origins(b, method, seeds)
             for (pool, _), rows in both[both["method"] == method].groupby(["pool", "budget"]):
-                gain = rows.groupby("client")["gain"].mean().to_numpy(float)
+                gain = (rows["value"] - rows["value_other"]).groupby(rows["client"]).mean().to_numpy(float)
                 r = int(rows["budget"].iloc[0])
                 result = Pair(str(pool), None if r == -1 else r, method, method, len(gain), 0.0, None, None, None)
                 pairs.append(RunPair(b.run_id, a.run_id, seeds, same, result if same else paired(result, gain)))
@@ -289,15 +287,14 @@ def _shared_seeds(a: ComparedRun, b: ComparedRun) -> tuple[tuple[int, ...], str]
     common = sorted({int(s) for s in a.values["seed"]} & {int(s) for s in b.values["seed"]})
     if not common:
         return (), f"{names} have no seed in common: no paired test."
-    unknown = [run.run_id for run in (a, b) if not any(seed in run.clients for seed in common)]
+    unknown = " and ".join(run.run_id for run in (a, b) if not any(seed in run.clients for seed in common))
     if unknown:
-        which = " and ".join(unknown)
-        return (), f"The clients of {which} cannot be told (no data in the storage fits the run): no paired test."
+        return (), f"The clients of {unknown} cannot be told (no data in the storage fits the run): no paired test."
     same = tuple(seed for seed in common if seed in a.clients and a.clients[seed] == b.clients.get(seed))
     return same, "" if same else f"{names} have different clients (the populations differ): no paired test."
 
 
 def _origins(run: ComparedRun, method: str, seeds: Sequence[int]) -> set[str]:
     """Artifacts that hold a method's results; equal names are equal content."""
-    stages = (s for s in run.info["stages"] if s["kind"] == "personalise")
+    stages = run.folder.stages("personalise")
     return {str(s["artifact"]) for s in stages if s["method"] == method and s["seed"] in seeds}

@@ -17,7 +17,7 @@ from fedtailor.core.errors import StorageError
 from fedtailor.core.files import staged_folder
 from fedtailor.experiment.stages import short_hash
 from fedtailor.report.compare import Comparison, Rows, RunPair, compare
-from fedtailor.report.compare_online import on_wandb
+from fedtailor.report.compare_wandb import on_wandb
 from fedtailor.report.curves import PERCENT
 from fedtailor.report.grid import Grid, markdown
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name, shortened

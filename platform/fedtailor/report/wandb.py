@@ -1,22 +1,16 @@
-"""W&B, fed from committed metrics.
+"""Weights & Biases, fed from committed metrics alone: one W&B run per experiment, rebuilt when asked for.
 
-Weights & Biases, fed from committed metrics alone: one W&B run per experiment, rebuilt when asked for.
-
-A failure here costs nothing: the run folder is complete without it, and ``fedtailor sync`` does it again.
-
-What W&B is fed: curves, final results and their table, computed from committed metrics alone.
+Curves, final results and their table are computed anew each time. A failure costs nothing: the run folder is complete
+without W&B, and ``fedtailor sync`` does it again.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -29,10 +23,12 @@ from fedtailor.storage.digest import DONE
 from fedtailor.storage.lock import lock
 from fedtailor.storage.provenance import scrub
 from fedtailor.storage.run_folder import RunFolder
-from fedtailor.tracking.wandb_key import KEY, KEY_FILE, Mode, api_key, key_in_environment, settled_mode
+from fedtailor.tracking.wandb_key import Mode, api_key, settled_mode
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_WORK = ".wandb-"
 
 
 def settled(run: RunFolder, metrics: pd.DataFrame) -> pd.DataFrame:
@@ -93,12 +89,7 @@ def _done(run: RunFolder, stage: Mapping[str, Any]) -> bool:
     return run.storage.exists(f"artifacts/{stage['artifact']}/{DONE}")
 
 
-__all__ = ["KEY", "KEY_FILE", "Place", "address", "final_results", "identity", "place", "sync", "write_report"]
-
-_WORK = ".wandb-"
-
-
-def sync(run: RunFolder, config: WandbConfig, mode: str | None = None) -> str:
+def sync_run(run: RunFolder, config: WandbConfig, mode: str | None = None) -> str:
     """Rebuilds the W&B run of an experiment from its committed Parquet files.
 
     Args:
@@ -129,8 +120,8 @@ def sync(run: RunFolder, config: WandbConfig, mode: str | None = None) -> str:
             _sweep(run.storage.local_path(run.run_id))
         work = _new_work(run)
         try:
-            told = _write(run, metrics, config, chosen, work, key)
-            return told if chosen == "online" else str(_replace(run.storage.local_path(run.run_id) / "wandb", work))
+            url = _write(run, metrics, config, chosen, work, key)
+            return url if chosen == "online" else str(_replace(run.storage.local_path(run.run_id) / "wandb", work))
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -139,75 +130,6 @@ def identity(run: RunFolder) -> str:
     """Id of the W&B run: the same for every sync of an experiment."""
     info = run.info()
     return short_hash([run.run_id, info["created"], info["config"]])
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run is on W&B: `identity` in a project of a user or team."""
-
-    entity: str
-    project: str
-    id: str
-    name: str
-
-
-def place(run: RunFolder) -> Place:
-    """Where `sync` puts a run; asks W&B for the key's entity where the configuration names none.
-
-    Raises:
-        ConfigError: neither an entity nor a key.
-    """
-    config = run.info()["config"]["wandb"]
-    return Place(config["entity"] or _default_entity(), config["project"], identity(run), run.run_id)
-
-
-def address(entity: str, project: str) -> str:
-    """Page of a project, on the server that W&B is set up for."""
-    import wandb
-
-    return "/".join([wandb.setup().settings.app_url.rstrip("/"), quote(entity), quote(project)])
-
-
-def write_report(places: Sequence[Place], title: str, text: str, keys: Sequence[str]) -> str:
-    """Makes a W&B report of some runs, in the project of the first, and returns its address.
-
-    Args:
-        places: the runs.
-        title: at most 128 characters.
-        text: Markdown that stands at the top.
-        keys: summary values to draw, a bar per run.
-
-    Raises:
-        ImportError: the package wandb-workspaces is not installed.
-        ConfigError: no key.
-    """
-    wr: Any = import_module("wandb_workspaces.reports.v2")
-    projects = dict.fromkeys((place.entity, place.project) for place in places)
-    with key_in_environment():
-        runsets = [
-            wr.Runset(
-                entity=entity,
-                project=project,
-                name=project,
-                filters=f"Metric('ID') in {[p.id for p in places if (p.entity, p.project) == (entity, project)]}",
-            )
-            for entity, project in projects
-        ]
-        panels = [wr.RunComparer(diff_only="split"), *(wr.BarPlot(title=key, metrics=[key]) for key in keys)]
-        report = wr.Report(
-            entity=places[0].entity,
-            project=places[0].project,
-            title=title,
-            blocks=[wr.MarkdownBlock(text=text), wr.PanelGrid(runsets=runsets, panels=panels)],
-        )
-        report.save()
-        return str(report.url)
-
-
-def _default_entity() -> str:
-    import wandb
-
-    return str(wandb.Api(api_key=api_key()).default_entity)
 
 
 def _write(run: RunFolder, metrics: pd.DataFrame, config: WandbConfig, mode: Mode, work: Path, key: str | None) -> str:
@@ -246,22 +168,20 @@ def _sweep(folder: Path) -> None:
 
 def _replace(place: Path, work: Path) -> Path:
     """Puts the one offline run of ``work`` in the place of whatever was there."""
-    made = list((work / "wandb").glob("offline-run-*"))
-    if len(made) != 1:
-        raise StorageError(f"W&B wrote {len(made)} offline runs instead of one")
+    written = list((work / "wandb").glob("offline-run-*"))
+    if len(written) != 1:
+        raise StorageError(f"W&B wrote {len(written)} offline runs instead of one")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    made[0].rename(place / made[0].name)
-    return place / made[0].name
+    return written[0].rename(place / written[0].name)
 
 
 def sync_wandb(run: RunFolder, exp: ExperimentBase) -> str | None:
     """Feeds W&B if the configuration says so; returns what went wrong instead of failing the run."""
     if exp.wandb.mode == "disabled":
         return None
-
     try:
-        place = sync(run, exp.wandb)
+        place = sync_run(run, exp.wandb)
     except Exception as error:  # W&B lets errors of many libraries through, and none may fail a committed run
         problem = str(error) if isinstance(error, TailorError) else scrub(f"{type(error).__name__}: {error}")
         run.event({"kind": "wandb", "state": "failed", "text": problem})

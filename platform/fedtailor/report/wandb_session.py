@@ -1,6 +1,6 @@
-"""A W&B run that is opened, filled and closed within limits of time, and that tells what did not arrive.
+"""A W&B run that is opened, filled and closed within limits of time, and that says what did not arrive.
 
-What a run gives to W&B on request only: the report's figures, the report, the clients' adapters.
+`add_extras` gives it what ``wandb.artifacts`` asks for: the report's figures, the report, the clients' adapters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from fedtailor.storage.files import safe_path
 from fedtailor.storage.provenance import redact, scrub
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.wandb_key import Mode
+
+ADAPTERS: Final = "adapters/"
 
 _LOST: Final = ("filestream: fatal error", "sender: failed", "file transfer: upload", "runfiles:")
 """Beginnings of what wandb-core writes to its log alone when it gives something up; `finish` returns as ever."""
@@ -72,7 +74,7 @@ def session(who: Identity, wandb_config: WandbConfig, mode: Mode, work: Path, ke
         # wandb has a dozen kinds of errors without a common base, and lets OSErrors through.
         if not (type(error).__module__.startswith("wandb") or isinstance(error, OSError)):
             raise
-        raise TrackingError(_told(error, wandb_config.timeout_s)) from error
+        raise TrackingError(_message(error, wandb_config.timeout_s)) from error
     if lost := _given_up(work):
         raise TrackingError(f"W&B did not take everything: {lost}")
 
@@ -98,7 +100,7 @@ def _open(who: Identity, config: WandbConfig, mode: Mode, work: Path, key: str |
     return opened
 
 
-def _told(error: Exception, limit: float) -> str:
+def _message(error: Exception, limit: float) -> str:
     text = scrub(" ".join(f"{type(error).__name__}: {error}".split()))
     if "error 401" in text or "error 403" in text:
         return f"the W&B server refuses the key, or the entity is not its own ({text})"
@@ -115,9 +117,6 @@ def _given_up(work: Path) -> str:
             if str(entry.get("level", "")).startswith("ERROR") and str(entry["msg"]).startswith(_LOST):
                 return scrub(str(entry["msg"]))
     return ""
-
-
-ADAPTERS = "adapters/"
 
 
 def add_extras(run: RunFolder, opened: Any, config: WandbConfig, mode: Mode, step: int, work: Path) -> None:
