@@ -21,7 +21,7 @@ from tiny import TINY, run_tiny, tiny
 from fedtailor import report as reporting
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.experiment.prepare import prepare
-from fedtailor.personalise import export as takeaway
+from fedtailor.personalise import export
 from fedtailor.storage.digest import committed_stages, digest
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
@@ -117,11 +117,11 @@ def test_the_report_goes_to_the_store_or_to_a_folder_of_choice(
 
 
 def test_models_and_adapters_can_be_taken_out(remote: RunFolder, tmp_path: Path) -> None:
-    takeaway.export_base(remote, 42, tmp_path / "base")
+    export.export_base(remote, 42, tmp_path / "base")
     [model] = (root(remote) / "artifacts").glob("base-*/model/model.safetensors")
     assert (tmp_path / "base/model.safetensors").read_bytes() == model.read_bytes()
     assert not (tmp_path / "base/FILES.json").exists()
-    belongs = takeaway.export_client(remote, "seen/amh/00", "fedp2eft", 2, 42, tmp_path / "adapter")
+    belongs = export.export_client(remote, "seen/amh/00", "fedp2eft", 2, 42, tmp_path / "adapter")
     assert (belongs / "config.json").is_file()
     assert (tmp_path / "adapter/adapter_config.json").is_file()
 

@@ -19,10 +19,10 @@ from tiny import run_tiny, tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-import fedtailor.personalise.new_client as newcomer
 from fedtailor.cli import app
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.embedded import build_tiny_bert
+from fedtailor.personalise import new_client
 from fedtailor.tasks import cldr
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.store import TaskData
@@ -148,7 +148,7 @@ def test_two_runs_give_the_same_bytes_and_the_language_changes_none_but_its_own_
     assert record(tmp_path / "three") == record(tmp_path / "one") | {"language": "swa"}
 
 
-def test_a_client_of_the_run_taken_for_a_newcomer_gets_what_the_run_gave_it(runs: Path, tmp_path: Path) -> None:
+def test_a_client_of_the_run_taken_for_a_new_one_gets_what_the_run_gave_it(runs: Path, tmp_path: Path) -> None:
     client = "unseen/yor/02"
     data = TaskData.open(next((runs / "artifacts").glob("data-*")))
     for split in ("train", "test"):
@@ -237,7 +237,7 @@ def refuse(runs: Path, swahili: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     def loaded(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(newcomer, "load_net", loaded)
+    monkeypatch.setattr(new_client, "load_net", loaded)
 
     def run(code: int, *words: object, **options: object) -> str:
         given = {

@@ -26,7 +26,7 @@ from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.methods import build_method
 from fedtailor.models import embedded, hub
 from fedtailor.training.local import Training, train
-from fedtailor.worker.open_stage import load_net
+from fedtailor.worker.open_stage import load_net_of
 
 CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermediate_size=24, vocab_size=300)
 
@@ -103,7 +103,7 @@ def test_a_block_is_computed_again_with_the_batch_and_masks_of_its_own_forward_p
 
 
 def test_a_bfloat16_base_carries_float32_adapters(tiny: Path) -> None:
-    net = load_net(spec(tiny, weights="bfloat16", dtype="bfloat16"), (), "generation")
+    net = load_net_of(spec(tiny, weights="bfloat16", dtype="bfloat16"), (), "generation")
     assert {parameter.dtype for parameter in net.model.parameters()} == {torch.bfloat16}
     assert net.param_dtype == torch.float32
     ctx = toy_context(net, with_prompts(toy_lanes([4, 3])), LoraAdapter(2, 2.0, Scope.SHARED))
@@ -121,7 +121,7 @@ def test_the_base_that_a_lora_stage_leaves_is_float32_whatever_it_was_kept_in(ti
     stage = spec(folder, weights="bfloat16", dtype="bfloat16")
     method = build_method("fedavg", stage.method_config, 2)
     assert method.adapter is not None
-    net = load_net(stage, (), "generation")
+    net = load_net_of(stage, (), "generation")
     tensors = {s.name: 1e-3 + torch.zeros(s.shape).numpy() for s in method.adapter.specs(net)}
     write_base(stage, method, tensors, (), tmp_path / "base", "generation")
     old, new = hub.load_causal(folder), hub.load_causal(tmp_path / "base")

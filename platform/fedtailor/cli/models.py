@@ -42,8 +42,8 @@ def personalise(
 
     asked = Request(
         run_id=psg, data=data, budget=budget, out=out, storage=storage, seed=seed, test=test,
-        test_fraction=test_fraction, columns=Columns(text, pair, label), language=language, words=tuple(words or ()),
-        merge=merge, limit=limit, base=base, device=device,
+        test_fraction=test_fraction, columns=Columns(text, pair, label), language=language, merge=merge, limit=limit,
+        overrides=tuple(words or ()), base=base, device=device,
     )  # fmt: skip
     ready = check(asked)
     show_ready(console(), ready)

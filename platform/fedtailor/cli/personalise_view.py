@@ -1,4 +1,4 @@
-"""What ``fedtailor personalise`` prints."""
+"""What `personalise` shows."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fedtailor.personalise.new_client import Result
 
 def show_ready(console: Console, ready: Ready) -> None:
     """What was read and what it becomes, before the model is loaded."""
-    psg, request = ready.psg, ready.request
+    generator, request = ready.generator, ready.request
     console.print(
-        f"[bold]{escape(psg.run_id)}[/]  generator for r <= {psg.exp.r_max}, seed {psg.seed}, "
-        f"L = {len(psg.modules)} layers, {escape(psg.exp.task.name)}",
+        f"[bold]{escape(generator.run_id)}[/]  generator for r <= {generator.exp.r_max}, seed {generator.seed}, "
+        f"L = {len(generator.modules)} layers, {escape(generator.exp.task.name)}",
         highlight=False,
     )
-    _line(console, ready.train, ready.tokens.truncated[0], psg.exp.task.max_length)
+    _line(console, ready.train, ready.tokens.truncated[0], generator.exp.task.max_length)
     if request.test is not None:
-        _line(console, ready.test, ready.tokens.truncated[1], psg.exp.task.max_length)
+        _line(console, ready.test, ready.tokens.truncated[1], generator.exp.task.max_length)
     for note in notes(ready):
         console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
     table = plain_table("class", "train", "held out", numbers=("train", "held out"))
-    train, test = (data.counts(len(psg.labels)) for data in (ready.train, ready.test))
-    for name, a, b in zip(psg.labels, train, test, strict=True):
+    train, test = (data.counts(len(generator.labels)) for data in (ready.train, ready.test))
+    for name, a, b in zip(generator.labels, train, test, strict=True):
         if a or b:
             table.add_row(escape(name), str(a), str(b))
     table.add_section()
@@ -40,16 +40,16 @@ def show_ready(console: Console, ready: Ready) -> None:
 def notes(ready: Ready) -> list[str]:
     """What is allowed but worth knowing."""
     train, test = ready.train, ready.test
-    found = []
+    sentences = []
     if len(test) > len(train):
-        found.append(f"more held-out rows ({len(test)}) than training rows ({len(train)})")
+        sentences.append(f"more held-out rows ({len(test)}) than training rows ({len(train)})")
     if ready.overlap:
-        found.append(f"{ready.overlap} of {len(test)} held-out texts are trained on too: their score flatters")
-    strangers = sorted(set(test.labels) - set(train.labels))
-    if strangers:
-        names = ", ".join(ready.psg.labels[i] for i in strangers)
-        found.append(f"held out but never trained on: {names}")
-    return found
+        sentences.append(f"{ready.overlap} of {len(test)} held-out texts are trained on too: their score flatters")
+    untrained = sorted(set(test.labels) - set(train.labels))
+    if untrained:
+        names = ", ".join(ready.generator.labels[i] for i in untrained)
+        sentences.append(f"held out but never trained on: {names}")
+    return sentences
 
 
 def show_result(console: Console, ready: Ready, result: Result) -> None:
@@ -65,9 +65,9 @@ def show_result(console: Console, ready: Ready, result: Result) -> None:
         )
     out = request.out.expanduser().resolve()
     merged = f"; the merged model is in {escape(MERGED)}/" if request.merge else ""
-    told = f"[green]written[/]  {escape(str(out))} (peft adapter; all numbers in {RECORD}{merged})"
-    console.print(told, highlight=False, soft_wrap=True)
-    for line in loading(ready.psg, str(out)):
+    written = f"[green]written[/]  {escape(str(out))} (peft adapter; all numbers in {RECORD}{merged})"
+    console.print(written, highlight=False, soft_wrap=True)
+    for line in loading(ready.generator, str(out)):
         console.print(f"  [cyan]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
@@ -78,7 +78,7 @@ def score_table(ready: Ready, result: Result) -> Table:
     label, hits = result.majority
     count = result.base.count
     table.add_row(
-        f"majority class ({escape(ready.psg.labels[label])})", f"{100 * hits / count:.2f}", f"{hits}/{count}", ""
+        f"majority class ({escape(ready.generator.labels[label])})", f"{100 * hits / count:.2f}", f"{hits}/{count}", ""
     )
     for name, score in (("base model", result.base), ("personalised", result.personalised)):
         accuracy, loss = 100 * score.correct / score.count, score.loss_sum / score.count
@@ -88,7 +88,7 @@ def score_table(ready: Ready, result: Result) -> Table:
 
 def rank_table(ranks: Mapping[str, int], budget: int) -> Table:
     """Ranks kept: a row for each transformer layer, a column for each of its parts, then the modules outside."""
-    from fedtailor.models.families import in_part_order, locate_module  # loads what draws figures, too
+    from fedtailor.models.families import in_part_order, locate_module
 
     places = {module: locate_module(module) for module in ranks}
     parts = in_part_order(part for layer, part in places.values() if layer is not None)
@@ -109,9 +109,9 @@ def rank_table(ranks: Mapping[str, int], budget: int) -> Table:
 def _line(console: Console, data: Labelled, truncated: int, max_length: int) -> None:
     columns = data.columns
     texts = f"'{columns.text}'" if columns.pair is None else f"'{columns.text}' and '{columns.pair}'"
-    told = [f"{data.rows} rows, text {texts}, label '{columns.label}'"]
+    parts = [f"{data.rows} rows, text {texts}, label '{columns.label}'"]
     if data.empty:
-        told.append(f"{data.empty} without text left out")
+        parts.append(f"{data.empty} without text left out")
     if truncated:
-        told.append(f"{truncated} cut to {max_length} tokens")
-    console.print(f"[dim]read[/] {escape(data.name)}: {escape('; '.join(told))}", highlight=False)
+        parts.append(f"{truncated} cut to {max_length} tokens")
+    console.print(f"[dim]read[/] {escape(data.name)}: {escape('; '.join(parts))}", highlight=False)

@@ -1,9 +1,4 @@
-"""A user's table as labelled texts; hold-out split.
-
-From a user's table to labelled texts: which columns, which rows, which classes.
-
-Which of a user's rows are trained on and which are held out to score the result.
-"""
+"""A user's table as labelled texts: which columns, rows and classes; what is trained on and what is held out."""
 
 from __future__ import annotations
 
@@ -174,9 +169,9 @@ def _labels(table: Table, name: str, rows: Sequence[int], allowed: Sequence[str]
             f"{table.name}: {len(missing)} of {len(rows)} rows have no label in column '{name}' (row "
             f"{listed(missing)}); give each one of: {_allowed(allowed)}"
         )
-    found = {i: read(values[i]) for i in rows}
+    ids = {i: read(values[i]) for i in rows}
     strange: dict[str, int] = {}
-    for i, label in found.items():
+    for i, label in ids.items():
         if label is None:
             strange.setdefault(f"{values[i]!r:.60}", i + 1)
     if strange:
@@ -185,7 +180,7 @@ def _labels(table: Table, name: str, rows: Sequence[int], allowed: Sequence[str]
             f"{table.name}: column '{name}' has labels that the base model does not know: {unknown}; "
             f"allowed: {_allowed(allowed)}"
         )
-    return tuple(label for label in found.values() if label is not None)
+    return tuple(label for label in ids.values() if label is not None)
 
 
 def _reader(allowed: Sequence[str], classes: Sequence[str] | None) -> Callable[[Any], int | None]:

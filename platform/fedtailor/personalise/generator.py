@@ -28,7 +28,7 @@ METHOD = "fedp2eft"
 
 
 @dataclass(frozen=True)
-class TrainedPsg:
+class TrainedGenerator:
     """What a finished strategy stage left behind; no weights of the base are read for it.
 
     Args:
@@ -61,7 +61,7 @@ class TrainedPsg:
         return section
 
 
-def open_psg(storage: Storage, run_id: str, seed: int | None, budget: int, base: Path | None) -> TrainedPsg:
+def open_generator(storage: Storage, run_id: str, seed: int | None, budget: int, base: Path | None) -> TrainedGenerator:
     """Opens a run's generator.
 
     Args:
@@ -88,7 +88,7 @@ def open_psg(storage: Storage, run_id: str, seed: int | None, budget: int, base:
     folder = base.expanduser() if base is not None else _base_of(run, stage)
     check_folder(folder, exp.task.max_length)
     names = dict(load_config(folder).id2label or {})
-    return TrainedPsg(
+    return TrainedGenerator(
         run_id=run_id,
         seed=seed,
         artifact=str(stage["artifact"]),
@@ -101,27 +101,27 @@ def open_psg(storage: Storage, run_id: str, seed: int | None, budget: int, base:
     )
 
 
-def checked_fingerprint(storage: Storage, psg: TrainedPsg) -> str:
+def checked_fingerprint(storage: Storage, generator: TrainedGenerator) -> str:
     """The base model's fingerprint, after a comparison with what the generator was trained for.
 
     Raises:
         ModelError: other adapted layers, or other files than those of the run's base model; names both.
         StorageError: the run's base model is gone, so that another folder cannot be compared with it.
     """
-    cfg = ModelConfig(name="base", path=str(psg.base), targets=psg.exp.model.targets)
-    here = tuple(name for name, _, _ in dimensions(cfg, len(psg.labels), psg.exp.task.max_length).linears)
-    if here != psg.modules:
+    cfg = ModelConfig(name="base", path=str(generator.base), targets=generator.exp.model.targets)
+    here = tuple(name for name, _, _ in dimensions(cfg, len(generator.labels), generator.exp.task.max_length).linears)
+    other = f"{generator.base} is not the base model of run '{generator.run_id}'"
+    if here != generator.modules:
         raise ModelError(
-            f"{psg.base} is not the base model of run '{psg.run_id}': it has {_listed(here)} to adapt, the generator "
-            f"was trained for {_listed(psg.modules)}{_first_difference(here, psg.modules)}"
+            f"{other}: it has {len(here)} layers to adapt, the generator was trained for {len(generator.modules)} "
+            f"layers{_first_difference(here, generator.modules)}"
         )
-    fingerprint = _fingerprint(psg.base)
-    run = RunFolder.open(storage, psg.run_id)
-    own = _base_of(run, _finished_stage(run, psg.seed)).resolve()
-    if own != psg.base and (expected := _fingerprint(own)) != fingerprint:
+    fingerprint = _fingerprint(generator.base)
+    run = RunFolder.open(storage, generator.run_id)
+    own = _base_of(run, _finished_stage(run, generator.seed)).resolve()
+    if own != generator.base and (expected := _fingerprint(own)) != fingerprint:
         raise ModelError(
-            f"{psg.base} is not the base model of run '{psg.run_id}': its fingerprint is {fingerprint}, the generator "
-            f"was trained for {expected} (in {own})"
+            f"{other}: its fingerprint is {fingerprint}, the generator was trained for {expected} (in {own})"
         )
     return fingerprint
 
@@ -129,7 +129,7 @@ def checked_fingerprint(storage: Storage, psg: TrainedPsg) -> str:
 def _refuse_unserved(run_id: str, exp: ExperimentBase, seed: int, budget: int) -> None:
     if exp.task_entry.kind != "classification":
         raise ConfigError(
-            f"run '{run_id}' is of task '{exp.task.name}': a newcomer brings texts and classes, so only runs of "
+            f"run '{run_id}' is of task '{exp.task.name}': a new client brings texts and classes, so only runs of "
             "classification tasks can serve it"
         )
     if METHOD not in exp.methods:
@@ -173,10 +173,6 @@ def _base_of(run: RunFolder, stage: Mapping[str, Any]) -> Path:
 
 def _fingerprint(folder: Path) -> str:
     return hub.fingerprint(ModelSource("folder", folder.name, str(folder)))
-
-
-def _listed(modules: Sequence[str]) -> str:
-    return f"{len(modules)} layers"
 
 
 def _first_difference(here: Sequence[str], there: Sequence[str]) -> str:

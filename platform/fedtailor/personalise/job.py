@@ -1,6 +1,6 @@
-"""What ``fedtailor personalise`` is asked for, and every check that needs no weights.
+"""What ``fedtailor personalise`` is asked for, checks that need no weights, and the folder that comes of it.
 
-The folder that a personalised newcomer takes home: peft adapter, record, how to load it, merged model.
+The folder holds the peft adapter, a record of every number, how to load it and, where asked for, the merged model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from fedtailor.methods.fedp2eft import FedP2EFTConfig
 from fedtailor.models.load import load_classifier, load_tokenizer, quiet, save_folder
 from fedtailor.personalise.data import Columns, Labelled, hold_out, labelled, limited, refuse_single_class, shared_texts
 from fedtailor.personalise.files import Use, read_table
-from fedtailor.personalise.generator import METHOD, TrainedPsg, checked_fingerprint, open_psg
+from fedtailor.personalise.generator import METHOD, TrainedGenerator, checked_fingerprint, open_generator
 from fedtailor.personalise.new_client import Prepared, Result, missing_device, personalise, prepare, with_overrides
 from fedtailor.storage.files import Storage
 
 TEST_FRACTION = 0.2
+
+RECORD, README, MERGED = "personalise.json", "README.md", "merged"
+
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Request:
 
     Args:
         run_id: run with the trained generator.
-        data: file, folder or hub id to learn from (`newcomer_files.read_table`).
+        data: file, folder or hub id to learn from (`files.read_table`).
         budget: r.
         out: folder to make; must not be there or be empty.
         storage: where the run is.
@@ -45,7 +49,7 @@ class Request:
         test_fraction: that share; default `TEST_FRACTION`.
         columns: names of the columns.
         language: code for the record; changes no number.
-        words: ``key=value`` overrides of ``fedp2eft.finetune``.
+        overrides: ``key=value`` settings of ``fedp2eft.finetune``.
         merge: also write the whole model with the adapter merged.
         limit: most rows of ``data`` to use.
         base: another copy of the base model.
@@ -62,7 +66,7 @@ class Request:
     test_fraction: float | None = None
     columns: Columns = field(default_factory=Columns)
     language: str = ""
-    words: Sequence[str] = ()
+    overrides: Sequence[str] = ()
     merge: bool = False
     limit: int | None = None
     base: Path | None = None
@@ -75,7 +79,7 @@ class Ready:
 
     Args:
         request: as asked.
-        psg: trained generator and base folder.
+        generator: trained generator and base folder.
         cfg: the method's configuration, overridden.
         fingerprint: of the base model.
         train: rows to learn from.
@@ -85,7 +89,7 @@ class Ready:
     """
 
     request: Request
-    psg: TrainedPsg
+    generator: TrainedGenerator
     cfg: FedP2EFTConfig
     fingerprint: str
     train: Labelled
@@ -98,16 +102,16 @@ def check(request: Request) -> Ready:
     """Opens the run, reads the data and tokenises it; loads no weights and writes nothing.
 
     Raises:
-        TailorError: the first thing that cannot work; see `newcomer_psg`, `newcomer_files`, `newcomer_data`.
+        TailorError: the first thing that cannot work; see `generator`, `files` and `data`.
     """
     _refuse_options(request)
     storage = Storage(request.storage)
-    psg = open_psg(storage, request.run_id, request.seed, request.budget, request.base)
-    cfg = with_overrides(psg.cfg, request.words)
-    train, test = _read(request, psg)
-    fingerprint = checked_fingerprint(storage, psg)
-    tokens = prepare(load_tokenizer(psg.base), train, test, psg.exp.task.max_length)
-    return Ready(request, psg, cfg, fingerprint, train, test, tokens, shared_texts(train, test))
+    generator = open_generator(storage, request.run_id, request.seed, request.budget, request.base)
+    cfg = with_overrides(generator.cfg, request.overrides)
+    train, test = _read(request, generator)
+    fingerprint = checked_fingerprint(storage, generator)
+    tokens = prepare(load_tokenizer(generator.base), train, test, generator.exp.task.max_length)
+    return Ready(request, generator, cfg, fingerprint, train, test, tokens, shared_texts(train, test))
 
 
 def _refuse_options(request: Request) -> None:
@@ -129,16 +133,16 @@ def _refuse_options(request: Request) -> None:
         raise StorageError(f"--out {out} is there already and not an empty folder")
 
 
-def _read(request: Request, psg: TrainedPsg) -> tuple[Labelled, Labelled]:
+def _read(request: Request, generator: TrainedGenerator) -> tuple[Labelled, Labelled]:
     """Rows to learn from and rows to score on."""
-    data = _labelled(request.data, "train", request.columns, psg)
+    data = _labelled(request.data, "train", request.columns, generator)
     if request.limit is not None:
-        data = limited(data, request.limit, psg.seed)
-    refuse_single_class(data, psg.labels)
+        data = limited(data, request.limit, generator.seed)
+    refuse_single_class(data, generator.labels)
     if request.test is None:
         fraction = TEST_FRACTION if request.test_fraction is None else request.test_fraction
-        return hold_out(data, fraction, psg.seed)
-    test = _labelled(request.test, "test", request.columns, psg)
+        return hold_out(data, fraction, generator.seed)
+    test = _labelled(request.test, "test", request.columns, generator)
     if (data.pairs is None) != (test.pairs is None):
         with_pairs, without = (data, test) if test.pairs is None else (test, data)
         raise DataError(
@@ -148,28 +152,23 @@ def _read(request: Request, psg: TrainedPsg) -> tuple[Labelled, Labelled]:
     return data, test
 
 
-def _labelled(source: str, use: Use, columns: Columns, psg: TrainedPsg) -> Labelled:
-    return labelled(read_table(source, use), columns, psg.labels)
-
-
-RECORD, README, MERGED = "personalise.json", "README.md", "merged"
-
-SCHEMA = 1
+def _labelled(source: str, use: Use, columns: Columns, generator: TrainedGenerator) -> Labelled:
+    return labelled(read_table(source, use), columns, generator.labels)
 
 
 def carry_out(ready: Ready) -> Result:
     """Personalises and writes ``--out``, as a whole or not at all.
 
     Raises:
-        TailorError: see `newcomer.personalise`.
+        TailorError: see `new_client.personalise`.
     """
     request = ready.request
-    result = personalise(ready.psg, ready.cfg, ready.tokens, request.budget, request.language, request.device)
-    write_newcomer(ready, result, request.out.expanduser())
+    result = personalise(ready.generator, ready.cfg, ready.tokens, request.budget, request.language, request.device)
+    write(ready, result, request.out.expanduser())
     return result
 
 
-def write_newcomer(ready: Ready, result: Result, out: Path) -> None:
+def write(ready: Ready, result: Result, out: Path) -> None:
     """Writes the adapter's files, `RECORD`, `README` and, where it was asked for, `MERGED`."""
     with staged_folder(out) as stage:
         for name, content in result.files.items():
@@ -178,34 +177,39 @@ def write_newcomer(ready: Ready, result: Result, out: Path) -> None:
         (stage / RECORD).write_text(text + "\n", encoding="utf-8")
         (stage / README).write_text(readme(ready, result), encoding="utf-8")
         if ready.request.merge:
-            _write_merged(ready.psg, stage)
+            _write_merged(ready.generator, stage)
 
 
 def record(ready: Ready, result: Result) -> dict[str, Any]:
     """Everything that the numbers follow from, and the numbers; JSON without clock or host."""
-    request, psg = ready.request, ready.psg
+    request, generator = ready.request, ready.generator
     label, hits = result.majority
     held_out = result.base.count
     return {
         "schema": SCHEMA,
         "fedtailor": __version__,
-        "run": psg.run_id,
+        "run": generator.run_id,
         "method": METHOD,
-        "seed": psg.seed,
-        "strategy": psg.artifact,
+        "seed": generator.seed,
+        "strategy": generator.artifact,
         "budget": request.budget,
-        "base": {"fingerprint": ready.fingerprint, "layers": len(psg.modules), "labels": list(psg.labels)},
+        "base": {"fingerprint": ready.fingerprint, "layers": len(generator.modules), "labels": list(generator.labels)},
         "language": request.language,
-        "max_length": psg.exp.task.max_length,
-        "data": _part(ready.train, ready.tokens.truncated[0], psg),
+        "max_length": generator.exp.task.max_length,
+        "data": _part(ready.train, ready.tokens.truncated[0], generator),
         "test": {
             "how": "given" if request.test is not None else "held out of the data",
-            **_part(ready.test, ready.tokens.truncated[1], psg),
+            **_part(ready.test, ready.tokens.truncated[1], generator),
             "also_in_data": ready.overlap,
         },
         "finetune": to_json(ready.cfg.finetune),
         "scores": {
-            "majority": {"class": psg.labels[label], "accuracy": hits / held_out, "correct": hits, "count": held_out},
+            "majority": {
+                "class": generator.labels[label],
+                "accuracy": hits / held_out,
+                "correct": hits,
+                "count": held_out,
+            },
             "base": _score(result.base),
             "personalised": _score(result.personalised),
         },
@@ -216,39 +220,39 @@ def record(ready: Ready, result: Result) -> dict[str, Any]:
     }
 
 
-def loading(psg: TrainedPsg, folder: str) -> list[str]:
+def loading(generator: TrainedGenerator, folder: str) -> list[str]:
     """The lines of Python that load the adapter from ``folder``."""
     kinds = "(AutoModelForSequenceClassification, AutoTokenizer)"
     return [
         "from peft import PeftModel; from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        f"base, tokenizer = (kind.from_pretrained({json.dumps(str(psg.base))}) for kind in {kinds})",
+        f"base, tokenizer = (kind.from_pretrained({json.dumps(str(generator.base))}) for kind in {kinds})",
         f"model = PeftModel.from_pretrained(base, {json.dumps(folder)}).eval()",
     ]
 
 
 def readme(ready: Ready, result: Result) -> str:
     """What it is, and how to load it."""
-    psg, request = ready.psg, ready.request
+    generator, request = ready.generator, ready.request
     held_out = result.personalised
     return "\n".join(
         [
             f"LoRA adapter for {ready.train.name} (budget r = {request.budget}) by the strategy generator of "
-            f"fedtailor run {psg.run_id}, seed {psg.seed}.",
+            f"fedtailor run {generator.run_id}, seed {generator.seed}.",
             f"Held-out accuracy {held_out.correct}/{held_out.count}, base model {result.base.correct}/"
-            f"{result.base.count}, texts cut to {psg.exp.task.max_length} tokens; all numbers are in {RECORD}. "
+            f"{result.base.count}, texts cut to {generator.exp.task.max_length} tokens; all numbers are in {RECORD}. "
             "To load it, in this folder:",
             "",
             "```python",
-            *loading(psg, "."),
+            *loading(generator, "."),
             "```",
             "",
         ]
     )
 
 
-def _part(data: Labelled, truncated: int, psg: TrainedPsg) -> dict[str, Any]:
+def _part(data: Labelled, truncated: int, generator: TrainedGenerator) -> dict[str, Any]:
     columns = {"text": data.columns.text, "pair": data.columns.pair, "label": data.columns.label}
-    counts = dict(zip(psg.labels, data.counts(len(psg.labels)), strict=True))
+    counts = dict(zip(generator.labels, data.counts(len(generator.labels)), strict=True))
     return {
         "name": data.name,
         "sha256": data.sha256,
@@ -270,10 +274,10 @@ def _score(score: Score) -> dict[str, Any]:
     }
 
 
-def _write_merged(psg: TrainedPsg, adapter: Path) -> None:
-    base = load_classifier(psg.base, len(psg.labels), psg.labels)
+def _write_merged(generator: TrainedGenerator, adapter: Path) -> None:
+    base = load_classifier(generator.base, len(generator.labels), generator.labels)
     with quiet(), warnings.catch_warnings():
         # peft asks transformers for a name that transformers is about to change; nothing for the user to do.
         warnings.simplefilter("ignore", FutureWarning)
         merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    save_folder(merged, load_tokenizer(psg.base), adapter / MERGED)
+    save_folder(merged, load_tokenizer(generator.base), adapter / MERGED)

@@ -1,4 +1,4 @@
-"""A newcomer: a client that no run knew gets the adapter that a trained strategy generator gives it.
+"""A new client: one that no run knew gets the adapter that a trained strategy generator chooses for it.
 
 FedP2EFT section 3.2, inference: features of the client's texts -> lambda -> the r L largest -> fine-tuning with
 lambda frozen. Nothing here depends on whether the generator saw the client's language.
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.config import merge_layers, validate
 from fedtailor.core.errors import ModelError
-from fedtailor.core.messages import Client, StageSpec
+from fedtailor.core.messages import Client
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.evaluation.classification import Score, evaluate
@@ -31,19 +31,19 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
 from fedtailor.methods.fedp2eft import FedP2EFTConfig
 from fedtailor.personalise.data import Labelled
-from fedtailor.personalise.generator import METHOD, TrainedPsg
+from fedtailor.personalise.generator import METHOD, TrainedGenerator
 from fedtailor.storage.round_store import flatten
 from fedtailor.tasks.tokens import examples_of
 from fedtailor.training.finetune import FinetuneConfig
 from fedtailor.worker.open_stage import load_net
 
 CLIENT = "newcomer"
-"""Client id of every newcomer, a coordinate of its random streams."""
+"""Client id of every new client, a coordinate of its random streams."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A newcomer's tokenised texts.
+    """A new client's tokenised texts.
 
     Args:
         train: what is learned from.
@@ -60,7 +60,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Result:
-    """A personalised newcomer.
+    """What personalising gave.
 
     Args:
         base: score of the base model on the held-out texts.
@@ -83,23 +83,23 @@ class Result:
     files: dict[str, bytes]
 
 
-def with_overrides(cfg: FedP2EFTConfig, words: Sequence[str]) -> FedP2EFTConfig:
+def with_overrides(cfg: FedP2EFTConfig, overrides: Sequence[str]) -> FedP2EFTConfig:
     """The run's configuration with other fine-tuning settings.
 
     Args:
         cfg: of the run.
-        words: ``key=value`` with keys of ``fedp2eft.finetune``, with or without that prefix.
+        overrides: ``key=value`` with keys of ``fedp2eft.finetune``, with or without that prefix.
 
     Raises:
         ConfigError: every problem found.
     """
-    plain = [word.removeprefix("fedp2eft.").removeprefix("finetune.") for word in words]
+    plain = [override.removeprefix("fedp2eft.").removeprefix("finetune.") for override in overrides]
     finetune = validate(FinetuneConfig, merge_layers([to_json(cfg.finetune)], plain))
     return cfg.model_copy(update={"finetune": finetune})
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase, train: Labelled, test: Labelled, max_length: int) -> Prepared:
-    """Tokenises a newcomer's texts by the rules of the run's own clients.
+    """Tokenises a new client's texts by the rules of the run's own clients.
 
     Raises:
         ModelError: see `tasks.tokens.examples_of`.
@@ -119,14 +119,14 @@ def prepare(tokenizer: PreTrainedTokenizerBase, train: Labelled, test: Labelled,
 
 
 def personalise(
-    psg: TrainedPsg, cfg: FedP2EFTConfig, data: Prepared, budget: int, language: str, device: str = "cpu"
+    generator: TrainedGenerator, cfg: FedP2EFTConfig, data: Prepared, budget: int, language: str, device: str = "cpu"
 ) -> Result:
-    """Loads the base model and makes the newcomer's adapter.
+    """Loads the base model and makes the new client's adapter.
 
     Computed in float32 whatever the run's ``engine.dtype``, so that plain peft gives the same scores.
 
     Args:
-        psg: trained generator.
+        generator: trained generator.
         cfg: its configuration, fine-tuning possibly overridden.
         data: tokenised texts.
         budget: r; r L ranks are kept.
@@ -137,48 +137,27 @@ def personalise(
         ModelError: the base cannot be loaded, or training ran away (a loss or weight is not finite).
         StorageError: the saved generator does not fit the base.
     """
-    net = load_net(_spec(psg, cfg, device), psg.labels)
+    model = generator.exp.model
+    net = load_net(generator.base, model.targets, generator.labels, device=device, base_dropout=model.base_dropout)
     net.unbind()
     net.train_mode(False)
-    base = _score(psg, net.logits, data, net)
-    method = build_method(METHOD, cfg, psg.exp.r_max)
+    base = _score(generator, net.logits, data, net)
+    method = build_method(METHOD, cfg, generator.exp.r_max)
     warnings: list[str] = []
     client = Client(CLIENT, CLIENT, language, len(data.train.labels), len(data.test.labels))
     with torch.random.fork_rng(devices=[]):
         # Only a base with dropout of its own draws from the global stream.
-        torch.manual_seed(seed_for(psg.seed, "personalise", 0, CLIENT, "base-dropout"))
-        made = method.personaliser(_context(psg, method, net, client, data, budget, warnings))
+        torch.manual_seed(seed_for(generator.seed, "personalise", 0, CLIENT, "base-dropout"))
+        personalised = method.personaliser(_context(generator, method, net, client, data, budget, warnings))
     net.train_mode(False)
-    score = _score(psg, made.logits, data, net)
+    score = _score(generator, personalised.logits, data, net)
     if not np.isfinite(score.loss_sum):
         raise ModelError(f"the loss after fine-tuning is {score.loss_sum}; try a smaller lr than {cfg.finetune.lr:g}")
-    return _result(psg, made, data, base, score, warnings)
-
-
-def _spec(psg: TrainedPsg, cfg: FedP2EFTConfig, device: str) -> StageSpec:
-    engine = psg.exp.engine
-    return StageSpec(
-        key=f"personalise/{METHOD}/seed{psg.seed}",
-        kind="personalise",
-        method=METHOD,
-        method_config=to_json(cfg),
-        seed=psg.seed,
-        model_dir=str(psg.base),
-        data_dir="",
-        targets=psg.exp.model.targets,
-        base_dropout=psg.exp.model.base_dropout,
-        budgets=(),
-        r_max=psg.exp.r_max,
-        threads=engine.threads,
-        token_budget=engine.token_budget,
-        max_lanes=engine.max_lanes,
-        dtype="float32",
-        device=device,
-    )
+    return _result(generator, personalised, data, base, score, warnings)
 
 
 def _context(
-    psg: TrainedPsg,
+    generator: TrainedGenerator,
     method: Method,
     net: LaneNet,
     client: Client,
@@ -187,9 +166,9 @@ def _context(
     warnings: list[str],
 ) -> ClientContext:
     """One lane that has received the generator."""
-    params = open_params(net, 1, None, method.modules, psg.seed)
+    params = open_params(net, 1, None, method.modules, generator.seed)
     shared = params.of_scope(Scope.SHARED)
-    row = torch.from_numpy(best_of(psg.server, flatten(shared, psg.shared)).copy()).to(net.device)
+    row = torch.from_numpy(best_of(generator.server, flatten(shared, generator.shared)).copy()).to(net.device)
     params.flat(Scope.SHARED)[0].data.copy_(row)
 
     def features(lanes: Sequence[Lane], pad_to: int | None) -> list[Tensor]:
@@ -199,40 +178,45 @@ def _context(
         net=net,
         lanes=(Lane(client, data.train),),
         params=params,
-        seed=psg.seed,
+        seed=generator.seed,
         stage="personalise",
         round=0,
-        num_labels=len(psg.labels),
+        num_labels=len(generator.labels),
         pad_id=data.pad_id,
         feature_source=features,
         warn=lambda lane, sentence: warnings.append(sentence),
         budgets=(budget,),
-        r_max=psg.exp.r_max,
+        r_max=generator.exp.r_max,
         received=Received(shared, row.unsqueeze(0), [0]),
         fresh=torch.tensor([True], device=net.device),
     )
 
 
-def _score(psg: TrainedPsg, logits: Callable[..., Tensor], data: Prepared, net: LaneNet) -> Score:
-    [score] = evaluate(logits, [data.test], data.pad_id, psg.exp.engine.token_budget, net.device)
+def _score(generator: TrainedGenerator, logits: Callable[..., Tensor], data: Prepared, net: LaneNet) -> Score:
+    [score] = evaluate(logits, [data.test], data.pad_id, generator.exp.engine.token_budget, net.device)
     return score
 
 
 def _result(
-    psg: TrainedPsg, made: Personalised, data: Prepared, base: Score, score: Score, warnings: Sequence[str]
+    generator: TrainedGenerator,
+    personalised: Personalised,
+    data: Prepared,
+    base: Score,
+    score: Score,
+    warnings: Sequence[str],
 ) -> Result:
-    assert made.ranks is not None
-    assert made.export is not None
+    assert personalised.ranks is not None
+    assert personalised.export is not None
     best = int(np.bincount(data.train.labels).argmax())
     return Result(
         base=base,
         personalised=score,
         majority=(best, int((data.test.labels == best).sum())),
-        ranks=dict(zip(psg.modules, made.ranks[0].tolist(), strict=True)),
-        train_loss=float(made.metrics["train_loss"][0]),
-        tied=float(made.metrics["tied_at_threshold"][0]),
+        ranks=dict(zip(generator.modules, personalised.ranks[0].tolist(), strict=True)),
+        train_loss=float(personalised.metrics["train_loss"][0]),
+        tied=float(personalised.metrics["tied_at_threshold"][0]),
         warnings=tuple(warnings),
-        files=made.export(0, str(psg.base)),
+        files=personalised.export(0, str(generator.base)),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,23 +38,56 @@ _BASE_IS_PARTITIONED = 3
 """Stage of ZeRO."""
 
 
-def load_net(spec: StageSpec, labels: Sequence[str], kind: TaskKind = "classification") -> LaneNet:
-    """The frozen model of a stage for a kind of task, with its adapted layers wrapped."""
-    bits = spec.weights if spec.weights in ("8bit", "4bit") else None
-    dtype = torch.float32 if spec.weights == "float32" else torch.bfloat16
-    folder = Path(spec.model_dir)
-    model = load_base(folder, kind, labels, dtype, attn_implementation=spec.attention, quantisation=bits)
+def load_net(
+    folder: Path,
+    targets: Literal["all-linear"] | tuple[str, ...],
+    labels: Sequence[str],
+    kind: TaskKind = "classification",
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    weights: str = "float32",
+    attention: str | None = None,
+    base_dropout: float = 0.0,
+    checkpointing: bool = False,
+) -> LaneNet:
+    """A frozen model with its adapted layers wrapped.
+
+    Args:
+        folder: Hugging Face folder of the model.
+        targets: linear layers to adapt.
+        labels: class names in the order of their ids; unused for generation.
+        kind: what the model's head is for.
+        device: where to compute.
+        dtype: what is computed in.
+        weights: how the base is kept: ``float32``, ``bfloat16``, ``8bit`` or ``4bit``.
+        attention: implementation of transformers; None: its choice.
+        base_dropout: dropout of the base's own layers while training.
+        checkpointing: whether blocks are computed again in the backward pass.
+
+    Raises:
+        ModelError: the folder cannot be loaded.
+    """
+    bits = weights if weights in ("8bit", "4bit") else None
+    kept = torch.float32 if weights == "float32" else torch.bfloat16
+    model = load_base(folder, kind, labels, kept, attn_implementation=attention, quantisation=bits)
     if bits is None:  # quantised weights are made on the GPU and stay there
-        model.to(torch.device(spec.device))  # type: ignore[arg-type]
-    return LaneNet(
-        model, adapted_linears(model, spec.targets), spec.dtype, spec.base_dropout, checkpointing=spec.checkpointing
-    )
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return LaneNet(model, adapted_linears(model, targets), dtype, base_dropout, checkpointing=checkpointing)
+
+
+def load_net_of(spec: StageSpec, labels: Sequence[str], kind: TaskKind) -> LaneNet:
+    """The frozen model of a stage in one process."""
+    return load_net(
+        Path(spec.model_dir), spec.targets, labels, kind, device=spec.device, dtype=spec.dtype, weights=spec.weights,
+        attention=spec.attention, base_dropout=spec.base_dropout, checkpointing=spec.checkpointing,
+    )  # fmt: skip
 
 
 def load_together(spec: StageSpec, data: TokenData, ranks: Ranks) -> LaneNet:
     """The frozen model of a stage on the ranks of a group: spread over them, or (ZeRO stage 1) whole on each."""
     if spec.zero["stage"] != _BASE_IS_PARTITIONED:
-        net = load_net(spec, data.labels, data.kind)
+        net = load_net_of(spec, data.labels, data.kind)
         net.ranks, net.shares_optimizer = ranks, True
         return net
     model, probe = load_partitioned(
@@ -103,7 +136,7 @@ class OpenStage:
             add_method(reference, "code")
         method = build_server_side(spec.method, spec.method_config, spec.r_max, spec.server_side)
         if net is None:
-            net = load_together(spec, data, ranks) if ranks else load_net(spec, data.labels, data.kind)
+            net = load_together(spec, data, ranks) if ranks else load_net_of(spec, data.labels, data.kind)
         net.clear_overlay()
         overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
         lies = AttackConfig.model_validate(dict(spec.server_side.get("attack", {})))
