@@ -1,7 +1,4 @@
-"""What `doctor` asks about Ray: whoever reaches its ports runs code, so they need loopback or a token.
-
-What `doctor` finds.
-"""
+"""What `doctor` asks about Ray: whoever reaches its ports runs code, so they need loopback or a token."""
 
 from __future__ import annotations
 

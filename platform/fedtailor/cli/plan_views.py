@@ -1,7 +1,4 @@
-"""A plan as tables for a terminal.
-
-Memory of a language model as tables for a terminal.
-"""
+"""What `plan` shows: stages, traffic, memory and work as tables."""
 
 from __future__ import annotations
 
@@ -20,6 +17,9 @@ from fedtailor.experiment.privacy import masked_traffic
 from fedtailor.report.names import method_name
 
 _PARTS = ("base", "adapters", "gradients, Adam", "activations", "logits", "cache of answers", "at most")
+
+
+_THERE = {True: "[green]yes[/]", False: "no", None: "[dim]?[/]"}
 
 
 def size(count: float) -> str:
@@ -74,9 +74,6 @@ def _fit_cells(needs: Estimate) -> list[str]:
     optimizer = needs.trained - needs.adapters
     parts = (needs.weights, needs.adapters, optimizer, needs.activations, needs.logits, needs.cache, needs.memory)
     return [size(part) if part else "" for part in parts]
-
-
-_THERE = {True: "[green]yes[/]", False: "no", None: "[dim]?[/]"}
 
 
 def show_plan(console: Console, plan: Plan) -> None:

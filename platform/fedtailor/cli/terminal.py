@@ -1,9 +1,4 @@
-"""Tables, errors and headers in a terminal.
-
-How results, errors and run states look in a terminal.
-
-What can be named in a configuration, as tables.
-"""
+"""How results, errors and run states look in a terminal; what can be named in a configuration, as tables."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""Status, plan, personalise, compare, judge as tables.
-
-``fedtailor status``: one run, all runs, or one run until it ends.
-
-What ``fedtailor judge`` prints.
-
-What ``fedtailor compare`` prints.
-"""
+"""What `status`, `judge` and `compare` show."""
 
 from __future__ import annotations
 
@@ -43,6 +36,11 @@ REFRESH_S = 2.0
 
 _PAUSES = 5.0
 """Pause between two looks, at least so many times as long as one look took."""
+
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+_LONGEST = 60
 
 
 def show_runs(console: Console, storage: Storage, as_json: bool) -> None:
@@ -169,11 +167,6 @@ def show_judged(console: Console, judged: Judged, model: str, scale: int) -> Non
         highlight=False,
     )
     console.print(f"[green]written[/]  {escape(judged.place)}", highlight=False, soft_wrap=True)
-
-
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-_LONGEST = 60
 
 
 def show_comparison(console: Console, content: Comparison, out: Path) -> None:

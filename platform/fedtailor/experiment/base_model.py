@@ -1,4 +1,4 @@
-"""The trained base model as a Hugging Face folder: what adapters stack on and what a user takes away."""
+"""The trained base model as a Hugging Face folder: what adapters stack on and what `export --base` gives."""
 
 from __future__ import annotations
 

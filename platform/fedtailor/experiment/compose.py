@@ -11,7 +11,7 @@ import yaml
 from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of
-from fedtailor.experiment.rules import _population_problems, _task_problems
+from fedtailor.experiment.rules import model_problems, population_problems, task_problems, zero_problems
 
 
 def preset_names() -> list[str]:
@@ -74,13 +74,10 @@ def check(experiment: ExperimentBase) -> None:
             f"'budgets': {experiment.budgets[-1]} is above 'r_max' = {experiment.r_max}; a trained strategy serves "
             f"budgets up to r_max (allowed: 1 ... {experiment.r_max})"
         )
-    problems += _task_problems(experiment)
-    # Imported late: the rules need this module's own names.
-    from fedtailor.experiment.rules import model_problems, zero_problems
-
+    problems += task_problems(experiment)
     problems += model_problems(experiment)
     problems += zero_problems(experiment)
     if experiment.task_entry.clients == "dealt":
-        problems += _population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
+        problems += population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
     if problems:
         raise ConfigError(problems)

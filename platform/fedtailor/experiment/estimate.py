@@ -1,16 +1,12 @@
-"""Bytes, memory and FLOPs of a stage; does it fit.
+"""Estimate of one stage from sizes alone: bytes on the wire, memory of a worker or rank, steps and FLOPs.
 
-Rough costs of one stage, from sizes: bytes on the wire, memory of a worker, steps and FLOPs.
-
-FLOPs count 2 per weight and token forward, 2 backward for activations and 2 for gradients of what is
-trained; embedding tables cost none. Texts are taken at their longest, so real runs do less.
-
-What a process that holds a language model needs, part by part, and how ZeRO divides it among ranks.
+FLOPs count 2 per weight and token forward, 2 backward for activations and 2 for gradients of what is trained; embedding
+tables cost none.
 
 Per token and block, autograd keeps about the inputs and outputs of the block's linear layers (for BERT this is
 Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, to a few percent). With
 checkpointing it keeps a block's input, and one block whole while that is computed again. Logits exist at response
-tokens only: as computed, in float32, and as gradient. Rows are taken at their longest and all of a row as response, so
+tokens only: as computed, in float32, and as gradient. Texts are taken at their longest and all of a row as response, so
 real runs need less.
 """
 
@@ -29,6 +25,10 @@ from fedtailor.models.dimensions import ModelDimensions
 from fedtailor.models.families import locate_module
 
 FLOAT = 4
+
+WEIGHT_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
+
+COMPUTE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
 
 ADAM_STATES = 4
 """Value, gradient and two moments of every trained number."""
@@ -178,11 +178,6 @@ def _activations(exp: ExperimentBase, method: Method, dims: ModelDimensions, lan
     widths = [d_in for _, d_in, _ in dims.linears]
     blocks = max(1, round(len(widths) / 6))  # query, key, value, output and two of the feed-forward part
     return tokens * min(widths, default=0) * SAVED_PER_WIDTH * blocks
-
-
-WEIGHT_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
-
-COMPUTE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from fedtailor.experiment.config import ExperimentBase, scaled_task, to_json
 from fedtailor.experiment.rules import check_population
 from fedtailor.experiment.stages import Inputs, short_hash
 from fedtailor.federated.attack import attack_of
-from fedtailor.models import embedded as tiny_llama
 from fedtailor.models import hub
-from fedtailor.models.embedded import build_tiny_bert
+from fedtailor.models.embedded import build_tiny_bert, build_tiny_llama
 from fedtailor.models.load import load_tokenizer
 from fedtailor.models.source import EMBEDDED_KINDS, resolve
 from fedtailor.storage.artifacts import Artifacts
@@ -107,7 +106,7 @@ def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
         # Seen train texts only: an unseen client's words must not shape the vocabulary.
         build_tiny_bert(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
     elif exp.model.name == "tiny-llama":
-        tiny_llama.build_tiny_llama(data.train_texts("seen"), exp.model, exp.task.max_length, seed, out)
+        build_tiny_llama(data.train_texts("seen"), exp.model, exp.task.max_length, seed, out)
     else:
         hub.materialise(exp.model, data.labels, seed, out, data.kind)
 

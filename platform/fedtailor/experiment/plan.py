@@ -1,8 +1,6 @@
-"""What a run would do, from sizes alone.
+"""Plan of an experiment from sizes alone: stages, bytes, memory, work. No weights are read or made.
 
-What an experiment would do, from sizes alone: stages, bytes, memory, work. No weights are read or made.
-
-How long clients took in earlier runs of the same task and model, for estimates.
+How long clients took comes from earlier runs of the same task and model.
 """
 
 from __future__ import annotations
@@ -36,6 +34,9 @@ from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder, run_ids
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare
+
+LOOKED_AT = 20
+"""Newest runs whose times are looked at."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,6 @@ def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | N
         )
     clients = len(exp.task.languages) * clients_per_language(exp)
     return Population(seen=clients, unseen=clients)
-
-
-LOOKED_AT = 20
 
 
 def seconds_per_client(exp: ExperimentBase) -> dict[tuple[str, str], float]:

@@ -1,8 +1,6 @@
-"""Noise for a target epsilon; what a plan says about privacy.
+"""Privacy of an experiment before it runs: noise, delta and the epsilon of each method's rounds.
 
-What a configuration's privacy section comes to: noise, delta, and the epsilon of each method's rounds.
-
-What epsilon says nothing about. Printed with it, wherever it is printed.
+What epsilon says nothing about is printed with it, wherever it is printed.
 """
 
 from __future__ import annotations

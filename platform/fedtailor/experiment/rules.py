@@ -1,10 +1,7 @@
-"""Rules between sections.
+"""Rules between sections: combinations that cannot run, or would do something other than they say.
 
-How the base is kept: combinations that cannot run, and what a machine must have for them.
-
-What a model that spans several ranks (`engine.zero`) cannot do, said before anything is loaded.
-
-Privacy and attack beside other sections: what would do nothing, or something other than it says.
+How the base is kept, what a model that spans several ranks (`engine.zero`) cannot do, privacy, attacks, cohorts; all
+of it is said before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,6 +15,8 @@ from fedtailor.federated.method import Capability, Method
 from fedtailor.methods import METHODS, build_method
 
 _QUANTISED = ("8bit", "4bit")
+
+_FEWEST_MASKED = 3
 
 
 def model_problems(exp: ExperimentBase) -> list[str]:
@@ -141,9 +140,6 @@ def _reason(method: Method) -> str | None:
     return None
 
 
-_FEWEST_MASKED = 3
-
-
 def privacy_problems(exp: ExperimentBase, seen: int) -> list[str]:
     """One sentence per broken rule.
 
@@ -247,11 +243,12 @@ def check_population(exp: ExperimentBase, seen: int) -> None:
     Raises:
         ConfigError: a cohort that the seen pool cannot give, or that privacy cannot use.
     """
-    if problems := _population_problems(exp, seen):
+    if problems := population_problems(exp, seen):
         raise ConfigError(problems)
 
 
-def _population_problems(exp: ExperimentBase, seen: int) -> list[str]:
+def population_problems(exp: ExperimentBase, seen: int) -> list[str]:
+    """One sentence per cohort that the seen pool cannot give, or that privacy or an attack cannot use."""
 
     problems = []
     for name in stages_with_rounds(exp):
@@ -265,7 +262,7 @@ def _population_problems(exp: ExperimentBase, seen: int) -> list[str]:
     return problems + privacy_problems(exp, seen) + attack_problems(exp, seen)
 
 
-def _task_problems(exp: ExperimentBase) -> list[str]:
+def task_problems(exp: ExperimentBase) -> list[str]:
     """What methods need and the task has not."""
     if exp.task_entry.kind != "generation":
         return []
