@@ -16,7 +16,7 @@ from fedtailor.experiment.plan import Plan, StagePlan, seconds_per_client
 from fedtailor.experiment.privacy import masked_traffic
 from fedtailor.report.names import method_name
 
-_PARTS = ("base", "adapters", "gradients, Adam", "activations", "logits", "cache of answers", "at most")
+_PARTS = ("base", "adapters", "gradients,\nAdam", "activations", "logits", "cache of\nanswers", "at most")
 
 
 _THERE = {True: "[green]yes[/]", False: "no", None: "[dim]?[/]"}
@@ -129,15 +129,17 @@ def _show_trained(console: Console, plan: Plan) -> None:
 
 
 def _show_stages(console: Console, plan: Plan) -> None:
-    right = ("rounds", "cohort", "down/round", "up/round")
+    right = ("rounds", "cohort", "down/\nround", "up/\nround")
     table = plain_table("stage", *right, "artifact", "there", title="Stages", numbers=right)
     for row in plan.stages:
         stage, cost = row.stage, row.estimate
-        artifact = stage.artifact.rpartition("-")[2] if row.there is not None else "[dim]?[/]"
+        artifact = stage.artifact.rpartition("-")[2][:8] if row.there is not None else "[dim]?[/]"
         wire = (size(cost.down), size(cost.up)) if cost.down else ("", "")
         rounds = stage.kind != "personalise"
         counts = (str(stage.rounds), str(stage.cohort)) if rounds else ("", f"all {cost.updates}")
-        table.add_row(escape(stage.key), *counts, *wire, artifact, _THERE[row.there])
+        table.add_row(
+            escape(stage.key if len(plan.exp.seeds) > 1 else _name(row)), *counts, *wire, artifact, _THERE[row.there]
+        )
     console.print(table)
     for row in _first_seed(plan):
         shared = plan.sizes[row.stage.method].shared
@@ -153,7 +155,7 @@ def _show_stages(console: Console, plan: Plan) -> None:
 
 
 def _show_memory(console: Console, plan: Plan) -> None:
-    numbers = ("base weights", "trained x lanes, with Adam", "activations", "sum")
+    numbers = ("base\nweights", "trained x lanes,\nwith Adam", "activations", "sum")
     table = plain_table("stage", *numbers, title="Memory of one worker (estimate, float32)", numbers=numbers)
     for row in _first_seed(plan):
         cost = row.estimate
@@ -165,7 +167,7 @@ def _show_memory(console: Console, plan: Plan) -> None:
 def _show_work(console: Console, plan: Plan) -> None:
     known = seconds_per_client(plan.exp)
     workers = plan.exp.engine.actors
-    numbers = ("client updates", "steps", "FLOP at most", "time on one worker")
+    numbers = ("client\nupdates", "steps", "FLOP at\nmost", "time on\none worker")
     seeds = f"all {len(plan.exp.seeds)} seeds" if len(plan.exp.seeds) > 1 else "one seed"
     table = plain_table("stage", *numbers, title=f"Work, {seeds}", numbers=numbers)
     totals = [0.0, 0.0, 0.0, 0.0]

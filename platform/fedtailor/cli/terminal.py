@@ -52,7 +52,10 @@ def show_error(console: Console, error: TailorError) -> None:
 
 def plain_table(*columns: str, title: str = "", numbers: Sequence[str] = ()) -> Table:
     """A table without outer lines; columns named in ``numbers`` are aligned right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
     for number, name in enumerate(columns):
         justify: JustifyMethod = "right" if name in numbers else "left"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=number == 0)

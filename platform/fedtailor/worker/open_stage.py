@@ -46,7 +46,7 @@ def load_net(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    weights: str = "float32",
+    weights: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32",
     attention: str | None = None,
     base_dropout: float = 0.0,
     checkpointing: bool = False,
