@@ -87,7 +87,8 @@ class Bench:
         budgets = budgets_of(build_method(entry.name, entry.tiny or {}, max(BUDGETS)))
         stage = Stage(f"{kind}/{entry.name}/seed42", kind, entry.name, 42, "", self.model, None, ROUNDS, 4, budgets, 2)
         folders = (str(self.root / model_path(self.model)), str(self.root / artifact_path(self.tokens)))
-        return replace(stage_spec(self.exp, stage, *folders, None), method_config=dict(entry.tiny or {}))
+        bare = stage_spec(self.exp, replace(stage, method="base"), *folders, None)  # the tree has no section of it
+        return replace(bare, method=entry.name, method_config=dict(entry.tiny or {}))
 
 
 class MemoryLog:
