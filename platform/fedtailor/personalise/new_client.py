@@ -35,7 +35,7 @@ from fedtailor.personalise.generator import METHOD, TrainedGenerator
 from fedtailor.storage.round_store import flatten
 from fedtailor.tasks.tokens import examples_of
 from fedtailor.training.finetune import FinetuneConfig
-from fedtailor.worker.open_stage import load_net
+from fedtailor.worker.resident_net import load_net
 
 CLIENT = "newcomer"
 """Client id of every new client, a coordinate of its random streams."""
