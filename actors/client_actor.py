@@ -41,6 +41,28 @@ class Host:
         return f"pid {self.pid} on {self.hostname} (node {self.node[:8]})"
 
 
+@dataclass(frozen=True)
+class ActorSetup:
+    """What the actors of a pool are started with.
+
+    Args:
+        worker: ``module:Class`` with ``open`` and ``run`` as `fedtailor.worker.worker.Worker` has them; its constructor
+            takes the ranks where several processes hold a model together.
+        threads: torch and BLAS threads of a process.
+        environment: variables to set unless they are set already.
+        memory_fraction: share of the GPU's memory that a process may allocate, or None.
+        run: run id, for metrics.
+        number: the actor's number in its pool.
+    """
+
+    worker: str
+    threads: int
+    environment: Mapping[str, str]
+    memory_fraction: float | None = None
+    run: str = ""
+    number: int = 0
+
+
 def forwarded_environment() -> dict[str, str]:
     """The `FORWARDED` variables that are set in this process."""
     return {name: os.environ[name] for name in FORWARDED if name in os.environ}
@@ -66,32 +88,18 @@ class ClientActor:
     exception it is and not as an actor that died.
 
     Args:
-        worker: ``module:Class`` with ``open`` and ``run`` as `fedtailor.worker.worker.Worker` has them.
-        threads: torch and BLAS threads.
-        memory_fraction: share of the GPU's memory that this process may allocate, or None.
-        environment: variables to set unless they are set already.
-        run: run id, for metrics.
-        number: this actor's number in its pool.
+        setup: worker, threads and place in the pool.
 
     Attributes:
         ranks: given to the worker; set before a stage is opened where several processes hold its model together.
     """
 
-    def __init__(
-        self,
-        worker: str,
-        threads: int,
-        memory_fraction: float | None,
-        environment: Mapping[str, str],
-        run: str = "",
-        number: int = 0,
-    ) -> None:
+    def __init__(self, setup: ActorSetup) -> None:
         self.ranks: Ranks | None = None
-        self._number, self._metrics = number, ActorMetrics(run, number)
-        self._worker_name, self._threads, self._memory_fraction = worker, threads, memory_fraction
+        self._setup, self._metrics = setup, ActorMetrics(setup.run, setup.number)
         self._worker: Any = None
         self._info: StageInfo | None = None
-        adopt_environment(environment)
+        adopt_environment(setup.environment)
 
     def open(self, spec: StageSpec) -> str:
         """Opens a stage and returns a fingerprint of its `StageInfo`, equal on every actor."""
@@ -115,7 +123,7 @@ class ClientActor:
         results = [self._worker.run(job, shared) for job in jobs]
         for result in results:
             result.host = {**result.host, **where}
-            result.costs = {client: replace(cost, actor=self._number) for client, cost in result.costs.items()}
+            result.costs = {client: replace(cost, actor=self._setup.number) for client, cost in result.costs.items()}
         if jobs:
             self._metrics.played(jobs[0].stage)
         return results
@@ -132,9 +140,9 @@ class ClientActor:
 
     def _start(self) -> Any:
         for name in THREAD_VARIABLES:
-            os.environ[name] = str(self._threads)
+            os.environ[name] = str(self._setup.threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        worker = resolve(self._worker_name)
+        worker = resolve(self._setup.worker)
         # A worker without torch (tests) must not pay seconds for importing it.
         if torch := sys.modules.get("torch"):
             self._limit(torch)
@@ -143,10 +151,10 @@ class ClientActor:
     def _limit(self, torch: Any) -> None:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-        threadpool_limits(self._threads)  # BLAS libraries that were loaded before the variables were set
-        torch.set_num_threads(self._threads)
-        if self._memory_fraction is not None and torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(self._memory_fraction)
+        threadpool_limits(self._setup.threads)  # BLAS libraries that were loaded before the variables were set
+        torch.set_num_threads(self._setup.threads)
+        if self._setup.memory_fraction is not None and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(self._setup.memory_fraction)
 
 
 def stacks() -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from actors.client_actor import ClientActor, Host, forwarded_environment
+from actors.client_actor import ActorSetup, ClientActor, Host, forwarded_environment
 from actors.job_queue import CostModel, JobQueue
 from actors.metrics import PoolMetrics
 from actors.placement import ActorPlan, plan_actors
@@ -192,19 +192,17 @@ class RayPool:
             "max_task_retries": 0,
             "concurrency_groups": {"watch": 1},
         }
-        if together:
-            return ray.remote(**options)(ZeroGroup).remote(
-                self._worker,
-                self._plan,
-                config.zero.deadline_s,
-                config.threads,
-                forwarded_environment(),
-                self._run,
-                number,
-            )
-        return ray.remote(**options)(ClientActor).remote(
-            self._worker, self._config.threads, self._plan.memory_fraction, forwarded_environment(), self._run, number
+        setup = ActorSetup(
+            self._worker,
+            config.threads,
+            forwarded_environment(),
+            None if together else self._plan.memory_fraction,
+            self._run,
+            number,
         )
+        if together:
+            return ray.remote(**options)(ZeroGroup).remote(setup, self._plan, config.zero.deadline_s)
+        return ray.remote(**options)(ClientActor).remote(setup)
 
     def _play(
         self, jobs: Sequence[SegmentJob], shared: FloatArray | None, accepted: Accepted, meanwhile: Meanwhile

@@ -9,14 +9,14 @@ segment is played again from what the last commit left.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.client_actor import Host, here
+from actors.client_actor import ActorSetup, Host, here
 from actors.placement import ActorPlan
 from actors.ray_errors import ActorLoss, GroupLostError, classify_error
 from actors.zero_rank import RankAnswer, ZeroRank
@@ -36,27 +36,13 @@ class ZeroGroup:
     """Has the methods of `actors.client_actor.ClientActor`; holds no model and needs no CPU itself.
 
     Args:
-        worker: ``module:Class`` whose constructor takes the ranks.
+        setup: worker, threads of a rank, and place in the pool.
         plan: size of a rank, and how many there are.
         deadline_s: seconds that ranks may wait for each other.
-        threads: torch and BLAS threads of a rank.
-        environment: variables to set unless they are set already.
-        run: run id, for metrics.
-        number: this group's number in its pool.
     """
 
-    def __init__(
-        self,
-        worker: str,
-        plan: ActorPlan,
-        deadline_s: float,
-        threads: int,
-        environment: Mapping[str, str],
-        run: str = "",
-        number: int = 0,
-    ) -> None:
-        self._plan, self._deadline_s = plan, deadline_s
-        self._made = (worker, threads, dict(environment), run, number)
+    def __init__(self, setup: ActorSetup, plan: ActorPlan, deadline_s: float) -> None:
+        self._setup, self._plan, self._deadline_s = setup, plan, deadline_s
         self._ranks: list[Any] = []
         self._spec: StageSpec | None = None
         self._own: PlacementGroup | None = None
@@ -140,10 +126,8 @@ class ZeroGroup:
             "concurrency_groups": {"watch": 1},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
         }
-        worker, threads, environment, run, number = self._made
         self._ranks = [
-            ray.remote(**options)(ZeroRank).remote(worker, threads, environment, run, number, index, plan.ranks)
-            for index in range(plan.ranks)
+            ray.remote(**options)(ZeroRank).remote(self._setup, index, plan.ranks) for index in range(plan.ranks)
         ]
         (meeting,) = self._all([self._ranks[0].call_meeting.remote()])
         self._all([rank.join.remote(meeting, self._deadline_s, device) for rank in self._ranks])

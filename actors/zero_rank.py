@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from actors.client_actor import ClientActor, Host, here, stacks
+from actors.client_actor import ActorSetup, ClientActor, Host, here, stacks
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 
 
@@ -34,38 +34,23 @@ class ZeroRank:
     """A client actor that is one of several; `actors.zero_group.ZeroGroup` calls all of them at once.
 
     Args:
-        worker: ``module:Class`` whose constructor takes the ranks.
-        threads: torch and BLAS threads.
-        environment: variables to set unless they are set already.
-        run: run id, for metrics.
-        number: the group's number in its pool.
+        setup: worker, threads and the group's place in the pool.
         index: this rank's number, from 0.
         size: ranks of the group.
     """
 
-    def __init__(
-        self,
-        worker: str,
-        threads: int,
-        environment: Mapping[str, str],
-        run: str,
-        number: int,
-        index: int,
-        size: int,
-    ) -> None:
+    def __init__(self, setup: ActorSetup, index: int, size: int) -> None:
         self._index, self._size = index, size
-        self._actor = ClientActor(worker, threads, None, environment, run, number)
+        self._actor = ClientActor(setup)
         self._listener: socket.socket | None = None
 
     def call_meeting(self) -> Any:
-        """Rank 0: opens the port where the others come to; returns a `actors.zero_rank.Meeting`."""
-
+        """Rank 0: opens the port where the others come to; returns a `Meeting`."""
         meeting, self._listener = call_meeting(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         return meeting
 
     def join(self, meeting: Any, deadline_s: float, device: str) -> None:
         """Joins the group; returns when all have."""
-
         self._actor.ranks = join(meeting, self._index, self._size, deadline_s, device, self._listener)
 
     def open(self, spec: StageSpec) -> str:

@@ -82,17 +82,12 @@ def _line(outcome: Outcome) -> Figure:
 
 def _mark(axis: Axes, outcome: Outcome, key: str) -> None:
     """Says at the points which is the best and which the paper chose."""
-    notes: dict[int, list[str]] = {}
-    for trial in outcome.trials:
-        if trial.value is not None:
-            words = ["best"] * (trial is outcome.best) + ["paper"] * (dict(trial.values) == outcome.plan.picked)
-            notes[trial.number] = [outcome.plan.judged.shown(trial.value), *words]
     for trial in outcome.trials:
         if trial.value is not None:
             axis.annotate(
-                "\n".join([notes[trial.number][0], ", ".join(notes[trial.number][1:])]).strip(),
-                (float(trial.values[key]), _shown(outcome, trial.value)), xytext=(0, 7), textcoords="offset points",
-                ha="center", va="bottom", fontsize=8, fontweight="bold" if trial is outcome.best else "normal",
+                _cell(outcome, trial), (float(trial.values[key]), _shown(outcome, trial.value)), xytext=(0, 7),
+                textcoords="offset points", ha="center", va="bottom", fontsize=8,
+                fontweight="bold" if trial is outcome.best else "normal",
             )  # fmt: skip
 
 
@@ -154,8 +149,8 @@ def _panel(
 def _cell(outcome: Outcome, trial: Trial) -> str:
     shown = trial.state if trial.value is None else outcome.plan.judged.shown(trial.value)
     paper: Mapping[str, Value] = outcome.plan.picked
-    words = ["best"] * (trial is outcome.best) + ["paper"] * (dict(trial.values) == paper)
-    return "\n".join(filter(None, [shown, ", ".join(words)]))
+    marks = ["best"] * (trial is outcome.best) + ["paper"] * (dict(trial.values) == paper)
+    return "\n".join(filter(None, [shown, ", ".join(marks)]))
 
 
 def _ticks(values: Sequence[Value]) -> list[str]:
