@@ -26,7 +26,7 @@ from fedtailor.methods.fedl2p import FedL2PConfig
 from fedtailor.methods.fedl2p_hypergradient import HypergradientConfig, OuterPairs, cycled, rate_derivative
 from fedtailor.methods.fedl2p_inner_loop import InnerLoop, fine_tune, held_out, split, split_lanes
 from fedtailor.methods.fedl2p_net import MULTIPLIERS, LrNetConfig, RateNet
-from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.task import task_config
 from fedtailor.training.local import Training, train
 
 TUNE = {"lr": 2e-2, "batch_size": 4, "epochs": 2}
@@ -400,9 +400,9 @@ def test_the_reference_is_every_deviation_at_once_and_single_switches_win() -> N
     )
     assert (cfg.constant_correction, cfg.hold_first, cfg.finetune.max_grad_norm) == (True, True, 1.0)
     assert (cfg.lrnet.features_eps, FedL2PConfig().lrnet.features_eps) == (1e-5, 0.0)
-    padded = FedL2PConfig.for_task({"reference": True}, TaskConfig(name="xnli"))
+    padded = FedL2PConfig.for_task({"reference": True}, task_config("xnli"))
     assert FedL2PConfig.model_validate(padded).lrnet.features_pad_to == 128
-    assert FedL2PConfig.for_task({}, TaskConfig(name="xnli")) == {}
+    assert FedL2PConfig.for_task({}, task_config("xnli")) == {}
     method = build(reference=True)
     ctx = context(method, [9, 5], toy_net(torch.float32))
     before = ctx.params.flat(Scope.SHARED).clone()

@@ -62,6 +62,20 @@ class ExperimentBase(Config):
     engine: EngineConfig = EngineConfig()
     wandb: WandbConfig = WandbConfig()
 
+    # Validators that run before the fields do so from the last to the first: the task's own keys are there by now.
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_for_task(cls, value: Any) -> Any:
+        """What methods' sections take from the task where they are silent."""
+        if not isinstance(value, dict):
+            return value
+        try:
+            task = TaskConfig.model_validate(value.get("task", {}))
+        except ValidationError:
+            return value  # told with the tree's other problems
+        given = {name: value[name] for name in METHODS if isinstance(value.get(name), dict)}
+        return {**value, **{name: METHODS[name].config.for_task(section, task) for name, section in given.items()}}
+
     @model_validator(mode="before")
     @classmethod
     def _follow_task(cls, value: Any) -> Any:
@@ -81,19 +95,6 @@ class ExperimentBase(Config):
         follow = {"methods": tuple(m for m in usual if m != "majority"), **value}
         model = value.get("model", {})
         return follow | {"model": {"name": "tiny-llama", **model}} if isinstance(model, dict) else follow
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sections_for_task(cls, value: Any) -> Any:
-        """What methods' sections take from the task where they are silent."""
-        if not isinstance(value, dict):
-            return value
-        try:
-            task = TaskConfig.model_validate(value.get("task", {}))
-        except ValidationError:
-            return value  # told with the tree's other problems
-        given = {name: value[name] for name in METHODS if isinstance(value.get(name), dict)}
-        return {**value, **{name: METHODS[name].config.for_task(section, task) for name, section in given.items()}}
 
     @field_validator("methods", "seeds", "budgets")
     @classmethod
