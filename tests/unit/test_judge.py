@@ -118,6 +118,9 @@ def test_every_answer_is_judged_n_times_and_the_table_has_means_over_clients(sto
     assert table.loc[("unseen", "lora", "amh"), "mean"] == 5
     assert "LoRA" in result.output
     assert "7.00" in result.output
+    text = (folder(storage) / "table.md").read_text("utf-8")
+    assert text.startswith("# Scores of some/judge\n\n0 to 10; mean of 3 judgement(s) per answer;")
+    assert next(line.split() for line in text.splitlines() if "LoRA" in line)[1:8:2] == ["seen", "LoRA", "2", "fra"]
 
 
 def test_mean_and_spread_are_over_clients_not_over_answers(storage: Path) -> None:
