@@ -52,7 +52,7 @@ def test_a_wrong_method_is_caught_by_name(name: str, bench: Bench) -> None:
 
 
 def test_a_missing_configuration_is_one_clear_failure(bench: Bench) -> None:
-    bare = replace(right(), tiny=None)
+    bare = replace(right(), name="bare", tiny=None)
     for check in CHECKS:
-        with pytest.raises(AssertionError, match=r"the ENTRY of method right needs `tiny`"):
+        with pytest.raises(AssertionError, match=r"the ENTRY of method bare needs `tiny`"):
             check(bare, bench)
