@@ -27,7 +27,7 @@ from fedtailor.storage.run_folder import RunFolder
 from fedtailor.worker.worker import SerialPool
 
 ONE = ("base.name=none", "budgets=[1]", "personalise.pools=[unseen]")
-MINE = (*ONE, f"methods=[base,{REFERENCE}]", "mine.lr=5e-3", "mine.batch_size=16", "mine.epochs=1")
+MINE = (*ONE, f"methods=[base,{REFERENCE}]", "mine.lr=5e-3", "mine.batch_size=64", "mine.epochs=1")
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +206,7 @@ def test_an_entry_point_has_the_name_of_its_method_and_no_others(entry_point: An
     ("methods=[mypkg.mine:ENTRIES]", r"module mypkg.mine has no 'ENTRIES' .*\(it has: ENTRY, NUMBER\)"),
     ("methods=[mypkg.mine:NUMBER]", "'mypkg.mine:NUMBER' is of type int, not a MethodEntry"),
     ("methods=['mypkg.mine:']", "'mypkg.mine:' is no reference; write package.module:NAME"),
-    ("base.name=mypkg.mine:ENTRY", r"'base.name': allowed: fedavg, .*dept, none, got 'mine'"),
+    ("base.name=mypkg.mine:ENTRY", r"'base.name': unknown base 'mine' .allowed: fedavg, .*dept, none"),
     ("base=mypkg.none:ENTRY", "'base.name': there is no module 'mypkg.none'"),
 ])  # fmt: skip
 def test_what_cannot_be_imported_is_said_with_key_value_and_way_out(package: Path, word: str, message: str) -> None:

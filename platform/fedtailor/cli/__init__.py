@@ -167,7 +167,7 @@ def plan(
     show_plan(console(), make_plan(exp, memory_gb))
 
 
-def doctor(
+def doctor_(
     storage: StorageUrl = "./runs", address: Annotated[str | None, typer.Option(help="Ray address.")] = None
 ) -> None:
     """Check this machine: versions, memory, storage, data, Ray's exposure, W&B."""
@@ -186,7 +186,7 @@ def list_(what: Annotated[Listing, typer.Argument()]) -> None:
 
 
 COMMANDS: Final[tuple[Callable[..., None], ...]] = (
-    run, resume, sweep, status, digest, report, compare, sync, plan, doctor, list_,
+    run, resume, sweep, status, digest, report, compare, sync, plan, doctor_, list_,
     export, judge, personalise, pretrain,
 )  # fmt: skip
 """In the order of ``fedtailor --help``."""
