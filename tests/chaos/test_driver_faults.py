@@ -210,8 +210,7 @@ def test_a_clock_that_jumps_changes_neither_order_nor_result(
     monkeypatch.setattr(time, "time", lambda: jumps[next(steps) % 4])
     stamps = (f"20{90 - next(steps) % 60:02d}-01-01T00:00:00.000+00:00" for _ in count())
     for module in (run_folder, journal):
-        if hasattr(module, "_now"):
-            monkeypatch.setattr(module, "_now", lambda: next(stamps))
+        monkeypatch.setattr(module, "utc_now", lambda: next(stamps))
     run = run_tiny(tiny(folder, *WORDS[len(TINY) :]))
     assert digest(run.storage, run.run_id) == full_digest(clean)
     rounds = [e["round"] for e in run.events() if e.get("kind") == "round"] or list(range(4))
