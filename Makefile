@@ -24,7 +24,7 @@ check: $(VENV)/.ready  ## format, lint, types
 	$(BIN)/mypy
 
 test: check            ## everything that decides whether a change lands; all that starts Ray is in one of the workers
-	$(PYTEST) tests -n $(WORKERS)
+	$(PYTEST) tests -n $(WORKERS) --durations=15
 
 unit: $(VENV)/.ready   ## the fast part
 	$(PYTEST) tests/unit tests/contracts tests/golden -n $(WORKERS)
