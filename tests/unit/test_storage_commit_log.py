@@ -414,7 +414,7 @@ KILLED = f"""
 import os, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(PLATFORM)!r}]
 from pathlib import Path
-from test_commit_log import HEAVY, PATH, CommitLog, Storage, faults, filled, objects, record
+from test_storage_commit_log import HEAVY, PATH, CommitLog, Storage, faults, filled, objects, record
 root = Path(sys.argv[1])
 for point in faults.POINTS:
     place = root / point.replace(":", "-")

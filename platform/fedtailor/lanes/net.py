@@ -170,8 +170,13 @@ class LaneNet:
 
     @torch.no_grad()
     def fingerprint(self) -> dict[str, int]:
-        """A number per weight of the frozen base that changes with its bits; reads every weight once, copies none."""
-        found = {name: _bit_sum(weight.detach()) for name, weight in self.model.named_parameters()}
+        """A number per weight of the frozen base that changes with its bits; reads every weight once, copies none.
+
+        Of a weight that is spread over ranks (ZeRO-3) it is this rank's own part, which stays while the whole comes and
+        goes.
+        """
+        weights = {name: getattr(weight, "ds_tensor", weight) for name, weight in self.model.named_parameters()}
+        found = {name: _bit_sum(weight.detach()) for name, weight in weights.items()}
         return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
 
     def place(self, clients: Sequence[str]) -> None:
