@@ -219,6 +219,7 @@ def test_a_passing_failure_of_the_store_is_outlasted(store: Storage, model: Path
         lambda: store.list(""),
         lambda: store.append("a", "2"),
         lambda: store.move("a", "b"),
+        lambda: store.read_bytes("b"),
         lambda: store.delete("b"),
         lambda: store.create("c", b"1"),
         lambda: fetch(store, PATH),
@@ -227,6 +228,13 @@ def test_a_passing_failure_of_the_store_is_outlasted(store: Storage, model: Path
         action()
         assert not BucketFileSystem.refused
     assert store.list("") == ["artifacts", "c"]
+
+
+def test_a_folder_whose_listing_fails_in_passing_is_moved_whole(store: Storage, model: Path) -> None:
+    BucketFileSystem.refused.extend([TimeoutError("slow")] * 2)
+    store.move(PATH, "artifacts/other")
+    assert not store.exists(PATH)
+    assert content(model.parent / "other").items() >= CONTENT.items()
 
 
 @pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)

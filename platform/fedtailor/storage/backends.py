@@ -1,7 +1,9 @@
-"""Where files are: a POSIX file system, or a store that fsspec knows; tried again while a failure may pass.
+"""How files come to be, move and go: on a POSIX file system, and on a store that fsspec knows.
 
-`LocalFiles` and `RemoteFiles` have the same methods, which `fedtailor.storage.files.Storage` documents. Paths are
-full ones. They raise OSErrors; a failure that may pass has been tried again by then.
+A local file is written beside its name, flushed to the device and renamed. On a store a write is whole and durable
+once it returns, and there is no rename. `LocalFiles` and `RemoteFiles` have the same methods, which
+`fedtailor.storage.files.Storage` documents; paths are full ones. They raise OSErrors, and a failure that may pass has
+been tried again by then.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from inspect import signature
@@ -23,16 +25,17 @@ from fedtailor.core.files import link_new, retry_local, sync, write_whole
 T = TypeVar("T")
 
 PAUSES = (0.2, 0.8, 2.0)
-"""Seconds before each further try; stores' own libraries often retry below that."""
+"""Seconds before each further try on a store; stores' own libraries often retry below that."""
 
 _LASTING = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP,
 }  # fmt: skip
 
-_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-# Errors of the caller's or of a store that lacks the operation: trying again cannot help.
-_MISTAKES = (TailorError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError)
+# Answers of a store, and errors of the caller's or of a store that lacks the operation: trying again cannot help.
+_FINAL = (
+    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
+    TailorError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError,
+)  # fmt: skip
 
 
 def retry_remote(action: Callable[[], T]) -> T:
@@ -44,42 +47,47 @@ def retry_remote(action: Callable[[], T]) -> T:
     Raises:
         OSError: what the last try ended with; a library's own exception (botocore's, aiohttp's) becomes EIO.
     """
-    for pause in PAUSES:
+    pauses = list(PAUSES)
+    while True:
         try:
             return action()
-        except (*_ANSWERS, *_MISTAKES):
+        except _FINAL:
             raise
         except OSError as error:
-            if error.errno in _LASTING:
+            if not pauses or error.errno in _LASTING:
                 raise
-        except Exception:  # each store's library has exceptions of its own; the last try below lets one through
-            pass
-        time.sleep(pause)
+        except Exception as error:  # each store's library has exceptions of its own
+            if not pauses:
+                raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        time.sleep(pauses.pop(0))
+
+
+def fresh(fs: Any) -> Any:
+    """The file system without what it remembers of listings."""
+    fs.invalidate_cache()
+    return fs
+
+
+def kind_of(fs: Any, full: str) -> str | None:
+    """``file``, ``directory`` or another type of fsspec's; None: nothing is there."""
+    # fsspec's own `exists` and `isfile` take every failure for an absence.
     try:
-        return action()
-    except (OSError, *_MISTAKES):
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        return str(fresh(fs).info(full)["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 class LocalFiles:
     """Files of a POSIX file system."""
 
-    def exists(self, full: str) -> bool:
-        """Whether a file or folder is there."""
-        return os.path.exists(full)
+    retry = staticmethod(retry_local)
 
-    def read(self, full: str) -> bytes:
-        """Content of a file."""
-        return retry_local(Path(full).read_bytes)
-
-    def write(self, full: str, data: bytes, durable: bool = True) -> None:
-        """Replaces a file as a whole; with ``durable`` it survives a power cut."""
+    def write(self, full: str, data: bytes, durable: bool) -> None:
+        """Writes and renames."""
         write_whole(full, data, os.replace, durable)
 
     def create(self, full: str, data: bytes, before_visible: Callable[[], None]) -> None:
-        """Writes a file that is not there; of several processes exactly one succeeds."""
+        """Writes and links, which fails if the name is taken."""
 
         def appear(temp: str, name: str) -> None:
             before_visible()
@@ -88,13 +96,13 @@ class LocalFiles:
         write_whole(full, data, appear)
 
     def write_new(self, full: str, data: bytes) -> None:
-        """Writes a file under a name that nobody else uses; not durable before `flush`."""
+        """Writes under the name itself."""
         os.makedirs(os.path.dirname(full), exist_ok=True)
         with open(full, "xb") as file:
             file.write(data)
 
     def flush(self, files: Iterable[str], root: str) -> None:
-        """Makes files survive a power cut, and their folders below ``root``."""
+        """Files first, then their folders, the deepest first."""
         files, top = list(files), Path(root)
         folders = {str(p) for file in files for p in Path(file).parents if p == top or top in p.parents}
         with ThreadPoolExecutor(8) as pool:
@@ -102,48 +110,20 @@ class LocalFiles:
             list(pool.map(sync, sorted(folders, reverse=True)))
 
     def append(self, full: str, data: bytes) -> None:
-        """Appends to a file."""
+        """One write at the end."""
         os.makedirs(os.path.dirname(full), exist_ok=True)
         with open(full, "ab", buffering=0) as file:
             file.write(data)
 
-    def download(self, full: str, target: Path) -> None:
-        """Copies a file out of the storage."""
-        shutil.copyfile(full, target)
-
-    def upload(self, source: Path, full: str) -> None:
-        """Copies a file into the storage."""
-        os.makedirs(os.path.dirname(full), exist_ok=True)
-        shutil.copyfile(source, full)
-
-    def modified(self, full: str) -> float:
-        """When a file was written last, in seconds since 1970."""
-        return os.stat(full).st_mtime
-
-    def size(self, full: str) -> int:
-        """Bytes of a file or tree; files that go while they are counted do not count."""
-        if not os.path.isdir(full):
-            return os.stat(full).st_size
-        total = 0
-        for folder, _, names in os.walk(full):
-            for name in names:
-                with suppress(FileNotFoundError):
-                    total += os.lstat(os.path.join(folder, name)).st_size
-        return total
-
-    def names(self, full: str) -> Iterable[str]:
-        """Names in a folder."""
-        return os.listdir(full)
-
     def delete(self, full: str) -> None:
-        """Deletes a file or tree; nothing happens if it is not there."""
+        """A link is deleted, not what it points to."""
         if os.path.isdir(full) and not os.path.islink(full):
             shutil.rmtree(full)
         else:
             Path(full).unlink(missing_ok=True)
 
     def move(self, old: str, new: str) -> None:
-        """Moves a file or tree, at once."""
+        """At once."""
         os.makedirs(os.path.dirname(new), exist_ok=True)
         retry_local(lambda: os.rename(old, new))
         sync(os.path.dirname(new))
@@ -151,38 +131,29 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Files of one store; on a store a write is durable and whole once it returns.
+    """Files of one store.
 
     Args:
-        fs: fsspec file system; its listings are never trusted from memory.
+        fs: fsspec file system.
         url: address of the store, for messages.
     """
+
+    retry = staticmethod(retry_remote)
 
     def __init__(self, fs: Any, url: str) -> None:
         self._fs, self._url = fs, url
         self._exclusive = False
 
-    def exists(self, full: str) -> bool:
-        """Whether a file or folder is there."""
-        return retry_remote(lambda: self._kind(full) is not None)
-
-    def read(self, full: str) -> bytes:
-        """Content of a file."""
-        return retry_remote(lambda: bytes(self._fresh().cat_file(full)))
-
     def write(self, full: str, data: bytes, durable: bool = True) -> None:
-        """Replaces a file."""
+        """One request."""
         retry_remote(lambda: self._put(full, data))
 
     def create(self, full: str, data: bytes, before_visible: Callable[[], None]) -> None:
-        """Writes a file that is not there.
+        """One conditional request.
 
         No two writers ever write the same ``data``; so a file that is there with it is ours, and what was lost is the
-        answer to an earlier try.
-
-        Raises:
-            FileExistsError: somebody else's is.
-            StorageError: the store has no exclusive writes.
+        answer to an earlier try. Some servers know no conditions and ignore them: once per connection, a second write
+        must fail.
         """
         before_visible()
         # Where `mode` is unknown it would be swallowed by **kwargs and the write would not be exclusive.
@@ -194,43 +165,27 @@ class RemoteFiles:
             if self._content(full) != data:
                 raise
         if not self._exclusive:
-            self._check_exclusive(full, data)
+            with suppress(FileExistsError):
+                retry_remote(lambda: self._put(full, data, mode="create"))
+                raise StorageError(f"{self._url}: the store ignores exclusive writes, so no run can be locked on it")
+            self._exclusive = True
 
     def write_new(self, full: str, data: bytes) -> None:
-        """Writes a file under a name that nobody else uses."""
+        """One request."""
         self.write(full, data)
 
     def flush(self, files: Iterable[str], root: str) -> None:
         """Nothing: what is written is durable."""
 
     def append(self, full: str, data: bytes) -> None:
-        """Appends to a file by rewriting it."""
-        self.write(full, (self._content(full) or b"") + data)
-
-    def download(self, full: str, target: Path) -> None:
-        """Copies a file to a local one."""
-        retry_remote(lambda: self._fresh().get_file(full, str(target)))
-
-    def upload(self, source: Path, full: str) -> None:
-        """Copies a local file to the store."""
-
-        def put() -> None:
-            self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.put_file(str(source), full)
-
-        retry_remote(put)
-
-    def names(self, full: str) -> Iterable[str]:
-        """Names in a folder."""
-        return {
-            str(n).rstrip("/").rsplit("/", 1)[-1] for n in retry_remote(lambda: self._fresh().ls(full, detail=False))
-        }
+        """By rewriting."""
+        self.write(full, self._content(full) + data)
 
     def delete(self, full: str) -> None:
-        """Deletes a file or tree; nothing happens if it is not there."""
+        """Object by object where the store wants it so."""
 
         def rm() -> None:
-            kind = self._kind(full)
+            kind = kind_of(self._fs, full)
             with suppress(FileNotFoundError):
                 if kind == "file":
                     self._fs.rm_file(full)
@@ -240,45 +195,25 @@ class RemoteFiles:
         retry_remote(rm)
 
     def move(self, old: str, new: str) -> None:
-        """Moves a file or tree, file by file."""
-        for name in map(str, retry_remote(lambda: self._fresh().find(old))):
-            self.write(new + name[len(old) :], self.read(name))
+        """File by file; the old ones go when all are there."""
+        for name in self._tree(old):
+            self.write(new + name[len(old) :], retry_remote(lambda name=name: fresh(self._fs).cat_file(name)))
         self.delete(old)
 
-    def modified(self, full: str) -> float:
-        """When a file was written last, by the store's clock, in seconds since 1970."""
-        return retry_remote(lambda: float(self._fresh().modified(full).timestamp()))
+    def _tree(self, full: str) -> Iterator[str]:
+        # fsspec's own `find` leaves out what it fails to list, and then a move would lose it.
+        for info in retry_remote(lambda: fresh(self._fs).ls(full, detail=True)):
+            if info["type"] != "directory":
+                yield str(info["name"])
+            elif str(info["name"]).rstrip("/") != full:  # a marker of the folder itself
+                yield from self._tree(str(info["name"]).rstrip("/"))
 
-    def size(self, full: str) -> int:
-        """Bytes of a file or of all files in a folder."""
-        return retry_remote(lambda: int(self._fresh().du(full)))
-
-    def _check_exclusive(self, full: str, data: bytes) -> None:
-        """Some servers know no conditions and ignore them: once per connection, a second write must fail."""
+    def _content(self, full: str) -> bytes:
         try:
-            retry_remote(lambda: self._put(full, data, mode="create"))
-        except FileExistsError:
-            self._exclusive = True
-            return
-        raise StorageError(f"{self._url}: the store ignores exclusive writes, so no run can be locked on it")
-
-    def _content(self, full: str) -> bytes | None:
-        try:
-            return self.read(full)
+            return bytes(retry_remote(lambda: fresh(self._fs).cat_file(full)))
         except FileNotFoundError:
-            return None
-
-    def _kind(self, full: str) -> str | None:
-        # fsspec's own `exists` and `isfile` take every failure for an absence.
-        try:
-            return str(self._fresh().info(full)["type"])
-        except FileNotFoundError:
-            return None
+            return b""
 
     def _put(self, full: str, data: bytes, **how: str) -> None:
         self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
         self._fs.pipe_file(full, data, **how)
-
-    def _fresh(self) -> Any:
-        self._fs.invalidate_cache()
-        return self._fs

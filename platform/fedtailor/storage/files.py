@@ -7,27 +7,27 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from fedtailor.core.errors import StorageError
-from fedtailor.storage.backends import LocalFiles, RemoteFiles
+from fedtailor.storage.backends import LocalFiles, RemoteFiles, fresh, kind_of
 from fedtailor.storage.provenance import scrub
 
+T = TypeVar("T")
+
 Names = list[str]
+
+_FULL, _FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
 
 _PASSWORD = re.compile(r"://[^/@:]+:[^@]*@")
 
 # Parts without slash, backslash or control characters that are neither "." nor "..".
 _SAFE = re.compile(r"(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+(?:/(?!\.{1,2}(?:/|$))[^/\\\x00-\x1f]+)*")
-
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class MissingFileError(StorageError):
@@ -97,6 +97,7 @@ class Storage:
             raise StorageError(f"'storage' = {self.url!r}: {error}") from error
         self._root = str(root).rstrip("/")
         self.is_local = isinstance(fs, LocalFileSystem)
+        self._fs = fs
         self._files = LocalFiles() if self.is_local else RemoteFiles(fs, self.url)
 
     @property
@@ -120,8 +121,7 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
-        with self._doing("looking for", path) as full:
-            return self._files.exists(full)
+        return self._look("looking for", path, lambda fs, full: kind_of(fs, full) is not None)
 
     def read_bytes(self, path: str) -> bytes:
         """Content of a file.
@@ -129,8 +129,7 @@ class Storage:
         Raises:
             MissingFileError: there is none.
         """
-        with self._doing("reading", path) as full:
-            return self._files.read(full)
+        return self._look("reading", path, lambda fs, full: bytes(fs.cat_file(full)))
 
     def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
         """Replaces a file as a whole; afterwards it survives a power cut, unless ``durable`` is False."""
@@ -172,39 +171,34 @@ class Storage:
 
     def download(self, path: str, target: Path) -> None:
         """Copies a file to one outside of the storage, in pieces."""
-        full = self.full(path)
-        with storage_errors(f"copying {full} to {target}"):
-            self._files.download(full, target)
+        self._look("copying", path, lambda fs, full: fs.get_file(full, str(target)), f" to {target}")
 
     def upload(self, source: Path, path: str) -> None:
         """Copies a file into the storage, in pieces; whole at once on object stores only."""
-        full = self.full(path)
-        with storage_errors(f"copying {source} to {full}"):
-            self._files.upload(source, full)
+
+        def put(fs: Any, full: str) -> None:
+            fs.makedirs(os.path.dirname(full), exist_ok=True)
+            fs.put_file(str(source), full)
+
+        self._look(f"copying {source} to", path, put)
 
     def modified(self, path: str) -> float | None:
         """When a file was written last, by the store's clock, in seconds since 1970; None without a file."""
-        with self._doing("looking at", path) as full:
-            try:
-                return self._files.modified(full)
-            except FileNotFoundError:
-                return None
+        with suppress(MissingFileError):
+            return self._look("looking at", path, lambda fs, full: float(fs.modified(full).timestamp()))
+        return None
 
     def size(self, path: str) -> int:
-        """Bytes of a file or of all files in a folder; 0 where there is nothing."""
-        with self._doing("looking at", path) as full:
-            try:
-                return self._files.size(full)
-            except FileNotFoundError:
-                return 0
+        """Bytes of a file or of all files in a folder; 0 where there is nothing, or no longer."""
+        found = self._look("looking at", path, lambda fs, full: fs.find(full, detail=True))
+        return sum(int(info.get("size") or 0) for info in found.values())
 
     def list(self, path: str = "") -> Names:
         """Names in a folder, sorted; empty if there is no such folder."""
-        with self._doing("listing", path) as full:
-            try:
-                return sorted(self._files.names(full))
-            except FileNotFoundError:
-                return []
+        with suppress(MissingFileError):
+            found = self._look("listing", path, lambda fs, full: fs.ls(full, detail=False))
+            return sorted({str(name).rstrip("/").rsplit("/", 1)[-1] for name in found})
+        return []
 
     def delete(self, path: str) -> None:
         """Deletes a file or a whole tree; nothing happens if it is not there."""
@@ -233,6 +227,12 @@ class Storage:
         """Replaces a JSON file as a whole."""
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         self.write_bytes(path, f"{text}\n".encode())
+
+    def _look(self, doing: str, path: str, action: Callable[[Any, str], T], rest: str = "") -> T:
+        """Repeatable work of fsspec on one path; listings are never taken from its memory."""
+        full = self.full(path)
+        with storage_errors(f"{doing} {full}{rest}"):
+            return self._files.retry(lambda: action(fresh(self._fs), full))
 
     @contextmanager
     def _doing(self, what: str, path: str = "") -> Iterator[str]:
