@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,12 @@ def started(pid: int) -> str | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return None if Path("/proc/self/stat").exists() else _started_without_proc(pid)
+        if Path("/proc/self/stat").exists() or not psutil.pid_exists(pid):
+            return None
+        return str(round(psutil.Process(pid).create_time()))
     # The name in parentheses may hold spaces; fields are counted after it: state is 3, starttime 22.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
-
-
-def _started_without_proc(pid: int) -> str | None:
-    try:
-        return str(round(psutil.Process(pid).create_time()))
-    except psutil.NoSuchProcess:
-        return None
 
 
 @dataclass(frozen=True)
@@ -100,53 +95,43 @@ class LockHolder:
         return f"run '{self.owner}' (process {self.pid} on {self.host})"
 
 
+@dataclass
 class Lock:
-    """A LOCK file: `acquire` makes it or takes over an abandoned one, `release` gives it back.
+    """A LOCK file that this process wants or has; `lock` makes it.
 
     Args:
         storage: storage of the LOCK file.
         path: the LOCK file.
         holder: this process.
-        on_wait: see `lock`.
-        on_event: see `lock`.
-        stale_s: see `lock`.
+        on_wait: see `lock`; also the two below.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        path: str,
-        holder: LockHolder,
-        on_wait: Callable[[str], None] | None = None,
-        on_event: Callable[[dict[str, Any]], None] | None = None,
-        stale_s: float = STALE_S,
-    ) -> None:
-        self.holder = holder
-        self._storage, self._path, self._stale_s = storage, path, stale_s
-        self._on_wait, self._on_event = on_wait, on_event
-        self._seen: dict[str, tuple[bytes, float]] = {}
-        self._reminded = float("-inf")
-        self._done = threading.Event()
+    storage: Storage
+    path: str
+    holder: LockHolder
+    on_wait: Callable[[str], None] | None = None
+    on_event: Callable[[dict[str, Any]], None] | None = None
+    stale_s: float = STALE_S
+    _seen: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    """Token to the last heartbeat of its lock, and when it was first seen."""
 
     def acquire(self) -> None:
-        """Returns once the lock is this process's.
-
-        Raises:
-            LockedError: somebody alive holds it, and nobody said how to wait.
-        """
-        data = json.dumps(asdict(self.holder)).encode()
-        while not self._storage.create(self._path, data):
-            other = _read(self._storage, self._path)
+        """Returns once the lock is this process's; see `lock` for errors."""
+        reminded = float("-inf")
+        while not self._create(self.path):
+            other = _read(self.storage, self.path)
             if other is None:
                 continue
             alive = self._alive(other)
             if alive is False:
                 self._take_over(other)
                 continue
-            if alive and self._on_wait is None:
-                where = self._storage.full(self._path)
+            where = self.storage.full(self.path)
+            if alive and self.on_wait is None:
                 raise LockedError(f"{where} is held by {other}; wait for it, stop it, or use another 'storage'")
-            self._remind(other)
+            if self.on_wait and time.monotonic() - reminded > _REMIND_S:
+                reminded = time.monotonic()
+                self.on_wait(f"waiting for {other}, which holds {where}")
             time.sleep(_POLL_S)
 
     def check(self) -> None:
@@ -155,75 +140,66 @@ class Lock:
         Raises:
             StorageError: another run took it over, e.g. while this machine was cut off.
         """
-        now = _read(self._storage, self._path)
+        now = _read(self.storage, self.path)
         if now is None or now.token != self.holder.token:
-            where = self._storage.full(self._path)
+            where = self.storage.full(self.path)
             raise StorageError(f"{where} is no longer ours but {now or 'free'}; this run must stop")
 
-    def beat(self, every: float) -> None:
-        """Counts in a file of its own (so that it cannot overwrite another's lock) until `release`."""
+    def beat(self, every: float, done: threading.Event) -> None:
+        """Counts in a file of its own (so that it cannot overwrite another's lock) until ``done``."""
         count = 0
-        while not self._done.wait(every):
+        while not done.wait(every):
             count += 1
             try:
-                self._storage.write_bytes(_beats(self._path, self.holder), str(count).encode(), durable=False)
+                self.storage.write_bytes(_beats(self.path, self.holder), str(count).encode(), durable=False)
             except StorageError as error:
                 _log.warning("no heartbeat: %s", error)
 
-    def release(self) -> None:
-        """Gives the lock back, if it is still ours."""
-        self._done.set()
-        now = _read(self._storage, self._path)
-        if now is not None and now.token == self.holder.token:
-            self._storage.delete(self._path)
+    def delete(self, holder: LockHolder) -> bool:
+        """Deletes the LOCK file if it is still the holder's."""
+        now = _read(self.storage, self.path)
+        if now is None or now.token != holder.token:
+            return False
+        self.storage.delete(self.path)
+        return True
+
+    def _create(self, path: str) -> bool:
+        return self.storage.create(path, json.dumps(asdict(self.holder)).encode())
 
     def _alive(self, other: LockHolder) -> bool | None:
+        """Whether the lock's process is there; None: not yet known."""
         if other.present is not None:
             return other.present
-        beat, now = self._last_beat(other), time.monotonic()
-        before = self._seen.get(other.token)
+        try:
+            beat = self.storage.read_bytes(_beats(self.path, other))
+        except MissingFileError:
+            beat = b""
+        now, before = time.monotonic(), self._seen.get(other.token)
         if before is None or before[0] != beat:
             self._seen[other.token] = beat, now
             return True if before else None
-        return False if now - before[1] > self._stale_s else None
-
-    def _last_beat(self, other: LockHolder) -> bytes:
-        try:
-            return self._storage.read_bytes(_beats(self._path, other))
-        except MissingFileError:
-            return b""
+        return False if now - before[1] > self.stale_s else None
 
     def _take_over(self, stale: LockHolder) -> None:
         # Only the creator of this claim may delete the lock with this token, which never comes back; so a
         # slower rival cannot delete the lock that we are about to make.
-        claim = f"{self._path}-{stale.token}.claim"
-        if not self._storage.create(claim, json.dumps(asdict(self.holder)).encode()):
-            rival = _read(self._storage, claim)
+        claim = f"{self.path}-{stale.token}.claim"
+        if not self._create(claim):
+            rival = _read(self.storage, claim)
             if rival is not None and self._alive(rival) is False:
-                self._storage.delete(claim)
+                self.storage.delete(claim)
             time.sleep(_POLL_S)
             return
         try:
-            now = _read(self._storage, self._path)
-            if now is not None and now.token == stale.token:
-                self._storage.delete(self._path)
-                self._storage.delete(_beats(self._path, stale))
-                self._report(stale)
+            if self.delete(stale):
+                self.storage.delete(_beats(self.path, stale))
+                why = "its process is gone" if stale.present is False else f"no heartbeat for {self.stale_s:g} s"
+                _log.warning("took over the lock %s of %s: %s", self.path, stale, why)
+                if self.on_event:
+                    event = {"event": "lock-taken-over", "lock": self.path, "from": str(stale), "by": str(self.holder)}
+                    self.on_event({**event, "reason": why})
         finally:
-            self._storage.delete(claim)
-
-    def _report(self, stale: LockHolder) -> None:
-        why = "its process is gone" if stale.present is False else f"no heartbeat for {self._stale_s:g} s"
-        _log.warning("took over the lock %s of %s: %s", self._path, stale, why)
-        if self._on_event:
-            event = {"event": "lock-taken-over", "lock": self._path, "from": str(stale), "by": str(self.holder)}
-            self._on_event({**event, "reason": why})
-
-    def _remind(self, other: LockHolder) -> None:
-        now = time.monotonic()
-        if self._on_wait and now - self._reminded > _REMIND_S:
-            self._reminded = now
-            self._on_wait(f"waiting for {other}, which holds {self._storage.full(self._path)}")
+            self.storage.delete(claim)
 
 
 @contextmanager
@@ -248,20 +224,22 @@ def lock(
         stale_s: seconds without one after which another machine's lock is abandoned.
 
     Raises:
-        LockedError: somebody alive holds the lock (names the run, process and host).
+        LockedError: somebody alive holds the lock, and nobody said how to wait (names the run, process and host).
         StorageError: the store cannot lock.
     """
     held = Lock(storage, join(path, LOCK), LockHolder.here(owner), on_wait, on_event, stale_s)
     held.acquire()
-    thread = threading.Thread(target=held.beat, args=(heartbeat_s,), name="lock-heartbeat", daemon=True)
+    done = threading.Event()
+    thread = threading.Thread(target=held.beat, args=(heartbeat_s, done), name="lock-heartbeat", daemon=True)
     thread.start()
     try:
         yield held
     finally:
-        held.release()
+        done.set()
+        held.delete(held.holder)
         thread.join()
         # After the last beat: an earlier deletion could be undone by it.
-        storage.delete(_beats(join(path, LOCK), held.holder))
+        storage.delete(_beats(held.path, held.holder))
 
 
 def lock_holder(storage: Storage, path: str) -> tuple[LockHolder, float] | None:
