@@ -56,7 +56,7 @@ def fingerprint(folder: Path) -> str:
             table = commit.table(METRICS)
             kept = table.filter(pc.not_equal(table["metric"], "rejected_clients"))
             values = {name: ref.content for name, ref in commit.objects.items() if name != METRICS}
-            values[METRICS] = payloads.inspect(*payloads.encode(METRICS, kept)).content
+            values[METRICS] = payloads.inspect(*payloads.encode(METRICS, kept))[0]
             record = {key: value for key, value in commit.record.items() if key != "rejected"}
             content.append([stage["key"], commit.index, record, values])
     return payloads.sha256(payloads.canonical_json(content))

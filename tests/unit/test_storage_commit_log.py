@@ -531,7 +531,7 @@ def test_tensor_and_table_hashes_depend_on_values_alone() -> None:
     a, b = np.arange(3.0), np.ones((2, 2), np.float32)
 
     def of(payload: payloads.Payload, name: str = "x") -> str:
-        return payloads.inspect(*payloads.encode(name, payload)).content
+        return payloads.inspect(*payloads.encode(name, payload))[0]
 
     assert of({"a": a, "b": b}) == of({"b": b.T, "a": a.copy()})
     different = [

@@ -1,28 +1,22 @@
-"""One committed round: what its COMMIT.json says, the objects that it vouches for, pruning and quarantine.
-
-A round that does not verify is moved to ``quarantine/`` with the reason, never loaded and never deleted.
-"""
+"""One committed round: what its COMMIT.json says, and the objects that it vouches for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.faults import point
-from fedtailor.storage.files import MissingFileError, Storage, join, safe_path
+from fedtailor.storage.files import MissingFileError, Storage, safe_path
 from fedtailor.storage.payloads import Array, canonical_json, read_table, read_tensors, sha256
 
 SCHEMA = 1
 
 RECORD, PRUNED = "COMMIT.json", "PRUNED.json"
-
-QUARANTINE, REASON = "quarantine", "REASON.json"
 
 Bytes = bytes  # `Commit.bytes` hides the name in its class
 
@@ -82,11 +76,12 @@ class Commit:
             DamagedError: the file is missing or differs from what was committed.
             StorageError: no such object, or pruned.
         """
-        ref = self.objects.get(name)
-        if ref is None:
-            raise StorageError(f"{self._where} has no object '{name}' (it has: {', '.join(self.objects)})")
+        where = f"{self.storage.full(self.path)}, round {self.index}"
+        if name not in self.objects:
+            raise StorageError(f"{where} has no object '{name}' (it has: {', '.join(self.objects)})")
         if name in self.pruned:
-            raise StorageError(f"{self._where}: '{name}' was pruned; only the newest rounds keep their state")
+            raise StorageError(f"{where}: '{name}' was pruned; only the newest rounds keep their state")
+        ref = self.objects[name]
         path = f"{self.path}/{ref.path}"
         try:
             data = self.storage.read_bytes(path)
@@ -114,10 +109,6 @@ class Commit:
             if name not in self.pruned:
                 self.bytes(name)
 
-    @property
-    def _where(self) -> str:
-        return f"{self.storage.full(self.path)}, round {self.index}"
-
 
 def folder(index: int) -> str:
     """Folder of a round inside its log.
@@ -141,13 +132,12 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(data)
-        mark = content.pop("self")
-        intact = sha256(canonical_json(content)) == mark and seal(content) == data
+        del content["self"]
+        if seal(content) == data:
+            return dict(content)
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, StorageError):
-        intact = False
-    if not intact:
-        raise DamagedError(f"{where} was changed after it was written (its own hash does not fit)")
-    return dict(content)
+        pass  # whatever else it may be, it is not what was sealed
+    raise DamagedError(f"{where} was changed after it was written (its own hash does not fit)")
 
 
 def compose(index: int, previous: str | None, record: Mapping[str, Any], objects: Mapping[str, ObjectRef]) -> Bytes:
@@ -162,79 +152,27 @@ def load(storage: Storage, path: str, index: int) -> Commit:
     Raises:
         DamagedError: missing, edited, of another round or schema, or naming files outside the log.
     """
-    where = f"{path}/{folder(index)}"
+    where, note = (f"{path}/{folder(index)}/{name}" for name in (RECORD, PRUNED))
+    name = storage.full(where)
     try:
-        data = storage.read_bytes(f"{where}/{RECORD}")
+        data = storage.read_bytes(where)
     except MissingFileError as error:
-        raise DamagedError(f"{storage.full(where)}/{RECORD} is missing") from error
-    name = f"{storage.full(where)}/{RECORD}"
-    content = unseal(data, name)
+        raise DamagedError(f"{name} is missing") from error
+    content, heavy = unseal(data, name), ()
+    if storage.exists(note):
+        mark = unseal(storage.read_bytes(note), storage.full(note))
+        if mark["commit"] != sha256(data):
+            raise DamagedError(f"{storage.full(note)} belongs to another commit")
+        heavy = tuple(mark["heavy"])
     try:
-        commit = _parse(storage, path, index, content, sha256(data))
+        if (content["schema"], content["index"]) != (SCHEMA, index):
+            raise DamagedError(f"schema {content['schema']}, round {content['index']}; expected {SCHEMA} and {index}")
+        refs = {safe_path(key): ObjectRef(**ref) for key, ref in sorted(content["objects"].items())}
+        for ref in refs.values():
+            if not safe_path(ref.path).startswith("rounds/"):
+                raise DamagedError(f"{ref.path!r} lies outside of the rounds")
+        pruned = frozenset(key for key in refs if heavy and key.startswith(heavy))
+        record, objects = MappingProxyType(content["record"]), MappingProxyType(refs)
+        return Commit(storage, path, index, record, objects, content["previous"], sha256(data), pruned)
     except (KeyError, TypeError, AttributeError, StorageError) as error:
         raise DamagedError(f"{name} is not a commit of round {index}: {error}") from error
-    heavy = _pruned_prefixes(storage, where, commit.sha256)
-    return replace(commit, pruned=frozenset(key for key in commit.objects if heavy and key.startswith(heavy)))
-
-
-def _parse(storage: Storage, path: str, index: int, content: Mapping[str, Any], digest: str) -> Commit:
-    if content["schema"] != SCHEMA or content["index"] != index:
-        raise DamagedError(f"schema {content['schema']}, round {content['index']}; expected {SCHEMA} and {index}")
-    refs = {safe_path(key): ObjectRef(**ref) for key, ref in sorted(content["objects"].items())}
-    for ref in refs.values():
-        if not safe_path(ref.path).startswith("rounds/"):
-            raise DamagedError(f"{ref.path!r} lies outside of the rounds")
-    record, objects = MappingProxyType(content["record"]), MappingProxyType(refs)
-    return Commit(storage, path, index, record, objects, content["previous"], digest)
-
-
-def _mark_pruned(commit: Commit, heavy: tuple[str, ...]) -> None:
-    """Records, before anything is deleted, that objects with these prefixes are no longer needed."""
-    mark = {"schema": SCHEMA, "commit": commit.sha256, "heavy": sorted(heavy)}
-    commit.storage.write_bytes(f"{commit.path}/{folder(commit.index)}/{PRUNED}", seal(mark))
-
-
-def prune_round(commit: Commit, heavy: tuple[str, ...]) -> None:
-    """Deletes a commit's objects whose name starts with one of ``heavy``; a sidecar says first what may be gone."""
-    names = [name for name in commit.objects if name.startswith(heavy)]
-    if not names:
-        return
-    point("prune:before")
-    if not commit.pruned.issuperset(names):
-        _mark_pruned(commit, heavy)
-    point("prune:recorded")
-    for name in names:
-        commit.storage.delete(join(commit.path, commit.objects[name].path))
-    point("prune:after")
-
-
-def _pruned_prefixes(storage: Storage, where: str, commit: str) -> tuple[str, ...]:
-    path = f"{where}/{PRUNED}"
-    if not storage.exists(path):
-        return ()
-    mark = unseal(storage.read_bytes(path), storage.full(path))
-    if mark["commit"] != commit:
-        raise DamagedError(f"{storage.full(path)} belongs to another commit")
-    return tuple(mark["heavy"])
-
-
-def quarantine(storage: Storage, path: str, index: int, reason: str) -> str:
-    """Moves a round of the log at ``path`` to ``quarantine/`` and returns where it is now."""
-    taken = set(storage.list(join(path, QUARANTINE)))
-    name = f"{index:06d}"
-    number = 0
-    while name in taken:
-        number += 1
-        name = f"{index:06d}-{number}"
-    source, target = join(path, folder(index)), join(path, QUARANTINE, name)
-    # Written before the move: a crash in between must not leave an entry without a reason.
-    storage.write_json(join(source, REASON), {"round": index, "reason": reason})
-    storage.move(source, target)
-    return target
-
-
-def sweep(storage: Storage, path: str) -> None:
-    """Deletes temporary files that a killed writer left in a folder."""
-    for name in storage.list(path):
-        if name.startswith(".") and name.endswith(".tmp"):
-            storage.delete(join(path, name))

@@ -1,34 +1,34 @@
 """A stage's artifact folder as a log of numbered commits: a round exists if and only if its COMMIT verifies.
 
 Objects go under names unique to the attempt, are re-opened and checked, and COMMIT.json, written last,
-names them with their hashes and the hash of the commit before. See DESIGN.md section 8.
+names them with their hashes and the hash of the commit before. A round that does not verify is moved to
+``quarantine/`` with the reason, never loaded and never deleted. See DESIGN.md section 8.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.faults import point
 from fedtailor.storage.commit import (
+    PRUNED,
     RECORD,
+    SCHEMA,
     Commit,
     DamagedError,
     ObjectRef,
     compose,
     folder,
     load,
-    prune_round,
-    quarantine,
-    sweep,
+    seal,
 )
 from fedtailor.storage.files import MissingFileError, Storage, join, storage_errors
 from fedtailor.storage.payloads import Payload, encode, extent, inspect, sha256
 
-LATEST = "LATEST"
+LATEST, QUARANTINE, REASON = "LATEST", "quarantine", "REASON.json"
 
 
 class CommitLog:
@@ -69,20 +69,24 @@ class CommitLog:
         previous = self._make_room(index)
         attempt = join(self._at(index), secrets.token_hex(6))
         try:
-            with storage_errors(f"committing {self.storage.full(self._at(index))}"):
+            with storage_errors(f"committing {self._full(index)}"):
                 point("commit:start")
                 refs = self._write(attempt, objects)
                 point("commit:objects-verified")
                 data = compose(index, previous, record, refs)
                 point("commit:before-record")
-                self._publish(index, data)
+                if self._guard:
+                    self._guard()
+                path = join(self._at(index), RECORD)
+                if not self.storage.create(path, data, lambda: point("commit:record-temp")):
+                    raise StorageError(f"{self.storage.full(path)} was committed by another process meanwhile")
                 point("commit:after-record")
                 self._write_hint(index)
                 point("commit:latest")
         except BaseException as error:
             self._discard(index, attempt, error)
             raise
-        return load(self.storage, self.path, index)
+        return self.read(index)
 
     def read(self, index: int) -> Commit:
         """A round's commit; its objects are checked when they are read.
@@ -103,17 +107,23 @@ class CommitLog:
             DamagedError: the newest round is whole but the chain of COMMIT.json below it is not.
         """
         unfit: dict[int, str] = {}
-        newest = None
-        for index in reversed(self._rounds()):
+        newest, rounds = None, list(self._scan(objects=False))
+        for index, commit, flaw in reversed(rounds):
             try:
-                newest = self._usable(index)
+                if commit is None or not commit.complete:
+                    raise DamagedError(flaw or f"{self._full(index)}: its state was pruned")
+                commit.verify()
+                newest = commit
                 break
             except DamagedError as error:
                 unfit[index] = str(error)
-        if newest:
-            self._check_chain(newest)
+        if newest and (broken := [flaw for index, _, flaw in rounds if flaw and index <= newest.index]):
+            raise DamagedError(
+                f"{broken[0]}; round {newest.index} is whole, but its history is not. Restore that file, "
+                f"or move {self.storage.full(self.path)} away to compute the stage again"
+            )
         if repair:
-            self._repair(-1 if newest is None else newest.index, unfit)
+            self._repair(newest.index if newest else -1, unfit)
         return newest
 
     def all(self, repair: bool = False, objects: bool = True) -> list[Commit]:
@@ -123,20 +133,19 @@ class CommitLog:
             repair: move whatever follows the prefix to ``quarantine/``; needs the lock.
             objects: read the objects too; False checks COMMIT.json files alone.
         """
-        prefix, unfit = self._scan(objects)
+        prefix, unfit = self._prefix(objects)
         if repair:
             self._repair(len(prefix) - 1, unfit)
         return prefix
 
     def damage(self) -> str | None:
         """Why a round that was once committed no longer verifies, or None; changes nothing."""
-        prefix, unfit = self._scan(objects=True)
+        prefix, unfit = self._prefix(objects=True)
         known = max([self._hinted(), *filter(self._visible, self._rounds())], default=-1) + 1
         if len(prefix) == known:
             return None
-        where = self.storage.full(self._at(len(prefix)))
         state = "was being written" if self._visible(len(prefix)) else "is missing"
-        return next(iter(unfit.values()), f"{where}/{RECORD} {state}")
+        return next(iter(unfit.values()), f"{self._full(len(prefix))}/{RECORD} {state}")
 
     def prune(self, keep: int, heavy: Sequence[str]) -> None:
         """Deletes objects whose name starts with one of ``heavy`` from all but the newest ``keep`` rounds.
@@ -149,12 +158,23 @@ class CommitLog:
         if keep < 1:
             raise StorageError(f"prune: keep must be at least 1, got {keep}")
         for index in self._rounds()[:-keep]:
-            if index >= self._pruned_below:
-                with storage_errors(f"pruning {self.storage.full(self._at(index))}"):
-                    prune_round(load(self.storage, self.path, index), tuple(heavy))
-                self._pruned_below = index + 1
+            if index < self._pruned_below:
+                continue
+            with storage_errors(f"pruning {self._full(index)}"):
+                commit = self.read(index)
+                names = [name for name in commit.objects if name.startswith(tuple(heavy))]
+                point("prune:before")
+                if not commit.pruned.issuperset(names):
+                    mark = {"schema": SCHEMA, "commit": commit.sha256, "heavy": sorted(heavy)}
+                    self.storage.write_bytes(join(self._at(index), PRUNED), seal(mark))
+                point("prune:recorded")
+                for name in names:
+                    self.storage.delete(join(self.path, commit.objects[name].path))
+                point("prune:after")
+            self._pruned_below = index + 1
 
     def _write(self, attempt: str, objects: Mapping[str, Payload]) -> dict[str, ObjectRef]:
+        """Writes, flushes and reads back all objects."""
         written: dict[str, tuple[str, bytes, Payload]] = {}
         for given, payload in objects.items():
             name, data = encode(given, payload)
@@ -164,23 +184,17 @@ class CommitLog:
             self.storage.write_new(written[name][0], data)
             point("commit:object-written")
         self.storage.flush(path for path, _, _ in written.values())
-        return {name: self._verified(name, *entry) for name, entry in sorted(written.items())}
-
-    def _verified(self, name: str, path: str, data: bytes, payload: Payload) -> ObjectRef:
-        stored = self.storage.read_bytes(path)
-        if stored != data:
-            raise StorageError(f"{self.storage.full(path)} reads back differently from what was written")
-        seen, meant = inspect(name, stored), extent(name, payload)
-        if meant is not None and seen.extent != meant:
-            raise StorageError(f"{self.storage.full(path)} holds {seen.extent} after writing {meant}")
-        return ObjectRef(path[len(self.path) + 1 :], sha256(stored), len(stored), seen.content)
-
-    def _publish(self, index: int, data: bytes) -> None:
-        if self._guard:
-            self._guard()
-        path = join(self._at(index), RECORD)
-        if not self.storage.create(path, data, lambda: point("commit:record-temp")):
-            raise StorageError(f"{self.storage.full(path)} was committed by another process meanwhile")
+        refs = {}
+        for name, (path, data, payload) in sorted(written.items()):
+            full, stored = self.storage.full(path), self.storage.read_bytes(path)
+            if stored != data:
+                raise StorageError(f"{full} reads back differently from what was written")
+            content, seen = inspect(name, stored)
+            meant = extent(name, payload)
+            if meant is not None and seen != meant:
+                raise StorageError(f"{full} holds {seen} after writing {meant}")
+            refs[name] = ObjectRef(path[len(self.path) + 1 :], sha256(stored), len(stored), content)
+        return refs
 
     def _discard(self, index: int, attempt: str, error: BaseException) -> None:
         try:
@@ -192,53 +206,43 @@ class CommitLog:
             error.add_note(f"and the unfinished attempt stays behind: {second}")
 
     def _make_room(self, index: int) -> str | None:
-        before = load(self.storage, self.path, index - 1) if index else None
-        for other in self._rounds():
-            if other == index:
-                with suppress(DamagedError):
-                    self._linked(index, before, objects=True)
-                    raise StorageError(f"{self.storage.full(self._at(index))} is already committed")
+        """Hash of the round before; whatever lies where the new one goes is put aside, unless it is a whole round."""
+        before = self.read(index - 1) if index else None
+        rounds = self._rounds()
+        if index in rounds and not next(flaw for other, _, flaw in self._scan(objects=True) if other == index):
+            raise StorageError(f"{self._full(index)} is already committed")
+        for other in rounds:
             if other >= index:
                 self._put_aside(other, f"in the way of round {index}, which is committed anew")
         return before.sha256 if before else None
 
-    def _scan(self, objects: bool) -> tuple[list[Commit], dict[int, str]]:
+    def _scan(self, objects: bool) -> Iterator[tuple[int, Commit | None, str]]:
+        """All rounds in order: number, commit where COMMIT.json is whole, and what is wrong with it; "" if nothing."""
+        before: Commit | None = None
+        expected = 0
+        for index in self._rounds():
+            commit, flaw = None, ""
+            try:
+                commit = self.read(index)
+                if index != expected:
+                    raise DamagedError(f"{self._full(expected)} is missing")
+                if commit.previous != (before.sha256 if before else None):
+                    raise DamagedError(f"{self._full(index)}/{RECORD} does not follow the round before it")
+                if objects:
+                    commit.verify()
+            except DamagedError as error:
+                flaw = str(error)
+            yield index, commit, flaw
+            before, expected = commit, index + 1
+
+    def _prefix(self, objects: bool) -> tuple[list[Commit], dict[int, str]]:
         """The longest prefix of rounds that verify, and what is wrong with the round after it."""
         prefix: list[Commit] = []
-        for index in self._rounds():
-            try:
-                prefix.append(self._linked(index, prefix[-1] if prefix else None, objects))
-            except DamagedError as error:
-                return prefix, {index: str(error)}
+        for index, commit, flaw in self._scan(objects):
+            if commit is None or flaw:
+                return prefix, {index: flaw}
+            prefix.append(commit)
         return prefix, {}
-
-    def _usable(self, index: int) -> Commit:
-        commit = load(self.storage, self.path, index)
-        if not commit.complete:
-            raise DamagedError(f"{self.storage.full(self._at(index))}: its state was pruned")
-        commit.verify()
-        return commit
-
-    def _linked(self, index: int, before: Commit | None, objects: bool) -> Commit:
-        expected = before.index + 1 if before else 0
-        if index != expected:
-            raise DamagedError(f"{self.storage.full(self._at(expected))} is missing")
-        commit = load(self.storage, self.path, index)
-        if commit.previous != (before.sha256 if before else None):
-            where = self.storage.full(self._at(index))
-            raise DamagedError(f"{where}/{RECORD} does not follow the round before it")
-        if objects:
-            commit.verify()
-        return commit
-
-    def _check_chain(self, newest: Commit) -> None:
-        chain, unfit = self._scan(objects=False)
-        if len(chain) > newest.index:
-            return
-        raise DamagedError(
-            f"{'; '.join(unfit.values())}; round {newest.index} is whole, but its history is not. Restore that file, "
-            f"or move {self.storage.full(self.path)} away to compute the stage again"
-        )
 
     def _repair(self, last: int, unfit: Mapping[int, str]) -> None:
         rounds, hinted = self._rounds(), self._hinted()
@@ -248,17 +252,24 @@ class CommitLog:
         if hinted > last and hinted not in rounds:
             self._tell("lost", hinted, f"{LATEST} names round {hinted}, which is not there")
         for place in (self.path, *([self._at(last)] if last >= 0 else [])):
-            sweep(self.storage, place)
+            for name in self.storage.list(place):
+                if name.startswith(".") and name.endswith(".tmp"):  # of a killed writer
+                    self.storage.delete(join(place, name))
         if hinted > last:
             self._write_hint(last)
 
     def _put_aside(self, index: int, reason: str) -> None:
-        if self._visible(index) or index <= self._hinted():
-            place = quarantine(self.storage, self.path, index, reason)
-            self._tell("quarantined", index, reason, place=self.storage.full(place))
-        else:
+        if not self._visible(index) and index > self._hinted():
             self.storage.delete(self._at(index))
             self._tell("leftover-removed", index, "an attempt that never committed")
+            return
+        taken = self.storage.list(join(self.path, QUARANTINE))
+        names = [f"{index:06d}", *(f"{index:06d}-{number + 1}" for number in range(len(taken)))]
+        target = join(self.path, QUARANTINE, next(name for name in names if name not in taken))
+        # Written before the move: a crash in between must not leave an entry without a reason.
+        self.storage.write_json(join(self._at(index), REASON), {"round": index, "reason": reason})
+        self.storage.move(self._at(index), target)
+        self._tell("quarantined", index, reason, place=self.storage.full(target))
 
     def _tell(self, event: str, index: int, reason: str, **more: str) -> None:
         self.events.append({"event": event, "log": self.path, "round": index, "reason": reason, **more})
@@ -267,6 +278,9 @@ class CommitLog:
 
     def _at(self, index: int) -> str:
         return join(self.path, folder(index))
+
+    def _full(self, index: int) -> str:
+        return self.storage.full(self._at(index))
 
     def _rounds(self) -> list[int]:
         names = self.storage.list(join(self.path, "rounds"))

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +23,9 @@ Array = npt.NDArray[Any]
 Payload: TypeAlias = bytes | Mapping[str, Array] | pa.Table
 
 Entries: TypeAlias = list[tuple[str, dict[str, Any]]]
+
+Extent: TypeAlias = Mapping[str, tuple[int, ...]] | int
+"""Shape of each tensor by name, the number of rows of a table, or the number of bytes."""
 
 TENSORS, TABLE = ".safetensors", ".parquet"
 
@@ -77,38 +79,28 @@ def encode(name: str, payload: Payload) -> tuple[str, bytes]:
     raise StorageError(f"{name}: a commit holds bytes, arrays or tables, not {type(payload).__name__}")
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """What a file holds.
-
-    Args:
-        content: hex hash of the values.
-        extent: shape of each tensor by name, the number of rows of a table, or the number of bytes.
-    """
-
-    content: str
-    extent: Mapping[str, tuple[int, ...]] | int
-
-
-def inspect(name: str, data: bytes) -> Inspected:
+def inspect(name: str, data: bytes) -> tuple[str, Extent]:
     """Parses a file as its extension says and hashes its *values*.
 
     Tensors: name, dtype, shape and bytes of each, by name. Tables: name, type and values of each column.
     The hash does not depend on the writing library, compression or metadata. Other files: of all bytes.
+
+    Returns:
+        Hex hash of the values, and how much there is.
 
     Raises:
         StorageError: does not parse, or a tensor has a value that is not finite.
     """
     if name.endswith(TENSORS):
         entries = _entries(name, data)
-        return Inspected(_tensor_content(name, entries), {key: tuple(entry["shape"]) for key, entry in entries})
+        return _tensor_content(name, entries), {key: tuple(entry["shape"]) for key, entry in entries}
     if name.endswith(TABLE):
         table = read_table(name, data)
-        return Inspected(_table_content(table), table.num_rows)
-    return Inspected(sha256(data), len(data))
+        return _table_content(table), table.num_rows
+    return sha256(data), len(data)
 
 
-def extent(name: str, payload: Payload) -> Mapping[str, tuple[int, ...]] | int | None:
+def extent(name: str, payload: Payload) -> Extent | None:
     """What `inspect` must find of a payload; None for bytes in a format, which are parsed but not known."""
     if isinstance(payload, bytes):
         return None if name.endswith((TENSORS, TABLE)) else len(payload)
