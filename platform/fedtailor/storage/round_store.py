@@ -29,48 +29,35 @@ METRICS, PREDICTIONS = "metrics.parquet", "predictions.parquet"
 HEAVY = ("global/", "server/")
 """Beginnings of the objects that old rounds lose."""
 
-_INTEGERS, _FLOATS = ("seed", "round", "budget"), ("value", "weight")
-
-METRIC_SCHEMA = pa.schema(
-    (name, pa.int64() if name in _INTEGERS else pa.float64() if name in _FLOATS else pa.string())
-    for name in METRIC_COLUMNS
-)
-
-PREDICTION_SCHEMA = pa.schema(
-    [
-        ("client", pa.string()),
-        ("language", pa.string()),
-        ("budget", pa.int64()),
-        ("method", pa.string()),
-        ("row", pa.int64()),
-        ("prompt", pa.string()),
-        ("reference", pa.string()),
-        ("prediction", pa.string()),
-    ]
-)
-"""``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
-client's test examples; ``prompt`` the instruction without its template."""
-
 TIMING_COLUMNS: tuple[str, ...] = ("stage", "round", "client", "seconds", *(field.name for field in fields(ClientCost)))
 """``round``: the round or chunk. ``seconds``: wall time of a worker, a group's time shared equally. Then the fields
 of `ClientCost`; unknown in runs that kept seconds only."""
 
-_TEXTS = ("stage", "client", "host")
+_FLOATS = {"value", "weight", "seconds"}
 
-TIMING_SCHEMA = pa.schema(
-    (name, pa.string() if name in _TEXTS else pa.float64() if name == "seconds" else pa.int64())
-    for name in TIMING_COLUMNS
-)
+_INTEGERS = {"seed", "round", "budget", "row", *TIMING_COLUMNS} - {"stage", "client", "host"}
+
+
+def _schema(*columns: str) -> pa.Schema:
+    kinds = {**dict.fromkeys(_INTEGERS, pa.int64()), **dict.fromkeys(_FLOATS, pa.float64())}
+    return pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
+
+
+METRIC_SCHEMA, TIMING_SCHEMA = _schema(*METRIC_COLUMNS), _schema(*TIMING_COLUMNS)
+
+PREDICTION_SCHEMA = _schema("client", "language", "budget", "method", "row", "prompt", "reference", "prediction")
+"""``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
+client's test examples; ``prompt`` the instruction without its template."""
 
 
 def metrics_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Metric rows as an Arrow table of METRIC_COLUMNS."""
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=METRIC_SCHEMA)
+    return pa.Table.from_pylist(list(rows), METRIC_SCHEMA)
 
 
 def predictions_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Rows of PREDICTION_SCHEMA as an Arrow table, in the order given: clients, budgets, examples."""
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=PREDICTION_SCHEMA)
+    return pa.Table.from_pylist(list(rows), PREDICTION_SCHEMA)
 
 
 def timings_table(stage: str, index: int, seconds: Mapping[str, float], costs: Mapping[str, ClientCost]) -> pa.Table:
@@ -85,20 +72,9 @@ def timings_table(stage: str, index: int, seconds: Mapping[str, float], costs: M
 
 def timings_frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
     """All rows with `TIMING_COLUMNS`; NaN in columns that a table does not have."""
-    frame: pd.DataFrame = TIMING_SCHEMA.empty_table().to_pandas()
-    if tables:
-        frame = pa.concat_tables(map(_completed, tables)).to_pandas()
+    whole = pa.concat_tables([TIMING_SCHEMA.empty_table(), *tables], promote_options="permissive")
+    frame: pd.DataFrame = whole.select(list(TIMING_COLUMNS)).to_pandas()
     return frame
-
-
-def _completed(table: pa.Table) -> pa.Table:
-    columns = [
-        table.column(field.name).cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(len(table), field.type)
-        for field in TIMING_SCHEMA
-    ]
-    return pa.Table.from_arrays(columns, schema=TIMING_SCHEMA)
 
 
 def named(specs: Sequence[ParamSpec], flat: Row) -> dict[str, Row]:
@@ -144,12 +120,8 @@ class CommittedRounds:
         if commit is None:
             return None
         server = commit.tensors(SERVER) if SERVER in commit.objects else {}
-        return RoundState(
-            round=commit.index + 1,
-            shared=flatten(self._specs, commit.tensors(SHARED)),
-            server=dict(server),
-            private_at=dict(commit.record["private_at"]),
-        )
+        shared = flatten(self._specs, commit.tensors(SHARED))
+        return RoundState(commit.index + 1, shared, server, dict(commit.record["private_at"]))
 
     def private_at(self) -> dict[str, int]:
         """Client to the round whose commit holds its newest PRIVATE row."""
@@ -175,19 +147,15 @@ class CommittedRounds:
             objects[SERVER] = dict(state.server)
         if outcome.private:
             objects[PRIVATE] = dict(outcome.private)
-        record = {
+        record: dict[str, Any] = {
             "kind": "round",
             "cohort": list(outcome.cohort),
             "weights": dict(outcome.weights),
             "rejected": [asdict(failure) for failure in outcome.failures],
             "private_at": dict(state.private_at),
         }
-        if outcome.spent is not None:
-            epsilon = outcome.spent.epsilon
-            record["privacy"] = {
-                "epsilon": epsilon if isfinite(epsilon) else None,
-                "delta": outcome.spent.delta,
-                "draw": outcome.spent.number,
-            }
+        if (spent := outcome.spent) is not None:
+            epsilon = spent.epsilon if isfinite(spent.epsilon) else None
+            record["privacy"] = {"epsilon": epsilon, "delta": spent.delta, "draw": spent.number}
         self._log.commit(state.round - 1, objects, record)
         self._log.prune(self._keep, HEAVY)
