@@ -21,7 +21,7 @@ from fedtailor.methods.build import build_server_side
 from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.report.facts import privacy_sentence
 from fedtailor.storage.digest import digest
-from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
+from fedtailor.storage.journal import LEDGER, PrivacyLedger
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.worker import open_stage
 

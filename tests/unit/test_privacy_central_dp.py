@@ -17,7 +17,7 @@ from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.privacy.accounting import ORDERS, Mechanism, Spent, default_delta, epsilon, noise_for
 from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.storage.files import Storage
-from fedtailor.storage.privacy_ledger import LEDGER, PrivacyLedger
+from fedtailor.storage.journal import LEDGER, PrivacyLedger
 
 ROUND_ID = RoundId(42, "strategy/fedp2eft/seed42", 3)
 RNG = np.random.default_rng(0)

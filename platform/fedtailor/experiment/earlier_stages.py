@@ -19,7 +19,7 @@ from fedtailor.federated.release import RecordSpend, no_ledger
 from fedtailor.privacy.accounting import Mechanism, Spent
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join
-from fedtailor.storage.privacy_ledger import PrivacyLedger
+from fedtailor.storage.journal import PrivacyLedger
 from fedtailor.storage.round_store import CommittedRounds
 
 RowsOf = Callable[[Sequence[str]], Mapping[str, FloatArray]]
