@@ -115,7 +115,7 @@ def test_a_missing_file_names_folder_and_alternatives(tmp_path: Path) -> None:
         (rows("a") + 'sports\th\t"two\nlines"\tu\nsports\tcut', r"line 5: 2 columns"),
         (rows("a") + 'sports\th\t"open\nquote\nto the end', r"line 3: damaged or truncated TSV"),
         (rows("a") + "weather\th\tt\tu\n", r"line 3: unknown category 'weather'; allowed: business"),
-        ("", r"line 1: header is \[\]"),
+        ("", r"line 1: header is \[\], expected"),
         ("a\tb\n", r"line 1: header is \['a', 'b'\]"),
     ],
 )
@@ -129,8 +129,8 @@ def test_a_truncated_or_damaged_gzip_names_file_and_line(tmp_path: Path) -> None
     path = tmp_path / "lin" / "train.tsv.gz"
     whole = path.read_bytes()
     for damaged, reason in (
-        (whole[: len(whole) // 2], "no end"),
-        (whole[:-8] + bytes(8), "incorrect"),
+        (whole[: len(whole) // 2], "ended before the end"),
+        (whole[:-8] + bytes(8), "CRC check failed"),
         (b"x", ""),
     ):
         path.write_bytes(damaged)

@@ -14,8 +14,8 @@ from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
 from fedtailor.tasks.natural_clients import MIN_EXAMPLES, held_out
-from fedtailor.tasks.rows import Row, find_file, hub_rows, read_rows
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry
+from fedtailor.tasks.rows import Row, hub_rows, read_rows
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, find_file
 
 DOLLY_CATEGORIES: tuple[str, ...] = (
     "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",
@@ -45,7 +45,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     """
     _check(cfg)
     file = find_file(cfg.path, "dolly", FILES)
-    rows = read_rows(file) if file else hub_rows(HUB_ID, "train")
+    rows = read_rows(file) if file else hub_rows(HUB_ID, split="train")
     notes: dict[str, int | str] = {}
     by_category = _by_category(rows, cfg.languages, notes)
     pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}

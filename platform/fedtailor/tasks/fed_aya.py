@@ -9,18 +9,17 @@ examples have.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.cldr import FED_AYA
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
 from fedtailor.tasks.natural_clients import MIN_EXAMPLES, LabelledSplit, check_unseen, natural_clients
-from fedtailor.tasks.rows import Row, find_file, parse_json, read_text
-from fedtailor.tasks.source import Example, Source, TaskEntry
+from fedtailor.tasks.rows import Row, list_rows, parse_json, read_text
+from fedtailor.tasks.source import Example, Source, TaskEntry, find_file
 
 FED_AYA_LANGUAGES: tuple[str, ...] = ("ar", "en", "es", "fr", "pt", "ru", "te", "zh")
 """ISO 639-1 codes of the languages that FedP2EFT keeps of Fed-Aya (A.1)."""
@@ -99,8 +98,14 @@ def read_clients(path: Path) -> dict[str, list[Row]]:
     named = [(f" ({key!r})", rows) for key, rows in content.items()] if isinstance(content, dict) else None
     clients = {}
     for number, (key, rows) in enumerate(named or [("", rows) for rows in content]):
-        clients[client_name(number, len(content))] = list(read_list(rows, f"{path}, client {number}{key}"))
+        clients[client_name(number, len(content))] = [
+            _renamed(row) for row in list_rows(rows, f"{path}, client {number}{key}")
+        ]
     return clients
+
+
+def _renamed(row: Row) -> Row:
+    return Row(row.where, {_RENAMED.get(key, key): field for key, field in row.values.items()})
 
 
 def client_name(number: int, clients: int) -> str:
@@ -110,20 +115,6 @@ def client_name(number: int, clients: int) -> str:
     ('07', '007')
     """
     return f"{number:0{max(2, len(str(clients - 1)))}d}"
-
-
-def read_list(rows: Any, where: str) -> Iterator[Row]:
-    """The rows of a list of objects.
-
-    Raises:
-        DataError: not a list, or something else in it.
-    """
-    if not isinstance(rows, list):
-        raise DataError(f"{where}: expected a list of rows, found {type(rows).__name__}")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{where}, row {number}: a row must be an object, found {type(row).__name__}")
-        yield Row(f"{where}, row {number}", {str(_RENAMED.get(key, key)): field for key, field in row.items()})
 
 
 @dataclass(frozen=True)
@@ -203,7 +194,7 @@ def evaluation_prompts(path: Path | str | None = None) -> tuple[EvaluationPrompt
     return tuple(
         _prompt(language_code(language), row)
         for language, rows in content.items()
-        for row in read_list(rows, f"{file}, language {language!r}")
+        for row in list_rows(rows, f"{file}, language {language!r}")
     )
 
 

@@ -1,6 +1,6 @@
 """Task ``instructions``: instruction tuning on any table whose rows name their client.
 
-``task.path`` is a file (JSON Lines, JSON, CSV, TSV, Parquet; text files also gzipped), a folder of such files, or the
+``task.path`` is a file (JSON Lines, JSON, CSV, TSV, Parquet, also gzipped), a folder of such files, or the
 id of a data set on the Hugging Face hub (``task.split`` of it). `instruction_rows` says which fields a row may have.
 Beside them a row has the client (``task.client_column``), optionally a group (``task.group_column``) and optionally
 ``split``: ``train`` or ``test``. In a folder, files named ``train.*`` and ``test.*`` say the split of their rows.
@@ -81,7 +81,7 @@ def _rows(cfg: TaskConfig) -> Iterator[Row]:
     like_a_path = cfg.path.startswith((".", "/", "~")) or cfg.path.count("/") > 1 or is_table(place)
     if like_a_path or not _HUB_ID.fullmatch(cfg.path):
         raise ConfigError(f"'task.path' is {cfg.path!r}: no such file or folder, nor an id on the hub (owner/name)")
-    return hub_rows(cfg.path, cfg.split)
+    return hub_rows(cfg.path, split=cfg.split)
 
 
 def _folder_rows(files: Sequence[Path]) -> Iterator[Row]:

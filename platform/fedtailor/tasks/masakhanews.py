@@ -6,17 +6,23 @@ halved into the seen and the unseen pool (FedP2EFT section 4.1.1).
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
-from fedtailor.tasks.rows import local_folder, read_text
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry
+from fedtailor.tasks.rows import Row, hub_rows, separated_rows
+from fedtailor.tasks.source import (
+    POOLS,
+    Example,
+    LanguagePool,
+    Pool,
+    Source,
+    TaskEntry,
+    language_file,
+    language_folders,
+)
 
 LABELS: tuple[str, ...] = (
     "business",
@@ -30,10 +36,10 @@ LABELS: tuple[str, ...] = (
 
 HUB_ID = "masakhane/masakhanews"
 
-COLUMNS = ("category", "headline", "text", "url")
+COLUMNS = ("category", "headline", "text")
 
-_FILES = {"train": (("train", "train_partial"), ("dev",)), "test": (("test",),)}
-"""Split -> file stems that make it; alternatives in order of preference."""
+_FILES = {"train": (("train.tsv", "train_partial.tsv"), ("dev.tsv",)), "test": (("test.tsv",),)}
+"""Split -> files that make it; alternatives in order of preference."""
 
 
 def load(cfg: TaskConfig, seed: int) -> Source:
@@ -49,7 +55,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     unknown = [language for language in cfg.languages if language not in MASAKHANEWS_LANGUAGES]
     if unknown:
         raise DataError(f"task.languages: {unknown} not in masakhanews; allowed: {', '.join(MASAKHANEWS_LANGUAGES)}")
-    folder = local_folder(cfg.path, "masakhanews")
+    folder = language_folders(cfg.path, "masakhanews")
     notes = {"dropped_empty": 0, "found_duplicates": 0, "dropped_duplicates": 0}
     splits = {
         language: {
@@ -68,16 +74,8 @@ def load(cfg: TaskConfig, seed: int) -> Source:
 
 
 def _local(folder: Path, language: str, split: str) -> Iterator[Example]:
-    for stems in _FILES[split]:
-        yield from read_tsv(_find(folder / language, stems))
-
-
-def _find(folder: Path, stems: tuple[str, ...]) -> Path:
-    names = [f"{stem}.tsv{suffix}" for stem in stems for suffix in ("", ".gz")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(f"{folder}: missing file, one of {', '.join(names)}")
+    for names in _FILES[split]:
+        yield from read_tsv(language_file(folder, language, names))
 
 
 def read_tsv(path: Path) -> Iterator[Example]:
@@ -87,47 +85,20 @@ def read_tsv(path: Path) -> Iterator[Example]:
         DataError: truncated gzip, not UTF-8, wrong header or number of columns, unknown category; names
             file and line (of the decompressed text, from 1; of a row, its first line).
     """
-    # The default limit of 131,072 characters guards against unbalanced quotes; strict=True reports those.
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t", quotechar='"', strict=True)
-    line = 1
-    try:
-        header = next(rows, [])
-        if tuple(header[:3]) != COLUMNS[:3]:
-            raise DataError(f"{path}, line 1: header is {header}, expected {list(COLUMNS)}")
-        line = rows.line_num + 1
-        for row in rows:
-            yield _example(row, len(header), f"{path}, line {line}")
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line}: damaged or truncated TSV: {error}") from error
-
-
-def _example(row: list[str], columns: int, where: str) -> Example:
-    if len(row) != columns:
-        raise DataError(f"{where}: {len(row)} columns, expected {columns}; the file may be truncated")
-    category, headline, text = row[:3]
-    if category not in LABELS:
-        raise DataError(f"{where}: unknown category {category!r}; allowed: {', '.join(LABELS)}")
-    return Example(f"{headline} {text}", LABELS.index(category))
+    return map(_example, separated_rows(path, COLUMNS))
 
 
 def _hub(language: str, split: str) -> Iterator[Example]:
-    from datasets import load_dataset  # half a second that only this path needs
-
     for name in ("train", "validation") if split == "train" else ("test",):
-        try:
-            rows: Iterable[dict[str, Any]] = load_dataset(HUB_ID, language, split=name)
-        except Exception as error:  # the library lets OSError, ValueError, HTTP and its own errors through
-            raise DataError(
-                f"cannot load {HUB_ID} ({language}, {name}) from the hub: {type(error).__name__}: {error}. "
-                "Set task.path to a local folder, or the environment variable FEDTAILOR_DATA"
-            ) from error
-        for number, row in enumerate(rows):
-            # Earlier revisions of the hub's copy had a class index instead of the category's name.
-            category = row["category"] if "category" in row else LABELS[row["label"]]
-            fields = [category or "", row["headline"] or "", row["text"] or ""]
-            yield _example(fields, 3, f"{HUB_ID} ({language}, {name}), row {number}")
+        yield from map(_example, hub_rows(HUB_ID, language, split=name))
+
+
+def _example(row: Row) -> Example:
+    # Earlier revisions of the hub's copy had a class index instead of the category's name.
+    category = row.values["category"] if "category" in row.values else LABELS[row.values["label"]]
+    if category not in LABELS:
+        raise DataError(f"{row.where}: unknown category {category!r}; allowed: {', '.join(LABELS)}")
+    return Example(f"{row.values['headline'] or ''} {row.values['text'] or ''}", LABELS.index(category))
 
 
 def _without_empty(examples: Iterable[Example], notes: dict[str, int]) -> list[Example]:

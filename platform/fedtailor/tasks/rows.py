@@ -1,15 +1,16 @@
-"""Rows of a table from files (JSON Lines, JSON, CSV, Parquet; text files also gzipped) or from the hub.
+"""Rows of tables: JSON Lines, JSON, CSV, TSV and Parquet files, each also gzipped, and data sets of the hub.
 
-Every row comes with its place for messages: files by line counts from 1, tables and lists by row count from 0, as the
-hub's viewer does.
+Every row comes with its place for messages: text files by line counts from 1, tables and lists by row count from 0, as
+the hub's viewer does.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,64 +23,17 @@ from fedtailor.core.errors import DataError
 
 _BLOCK = 1 << 16
 
-
-def local_folder(path: str | None, name: str) -> Path | None:
-    """The folder of data set `name`: `path` (``task.path``), else $FEDTAILOR_DATA/name, else None (use the hub).
-
-    Raises:
-        DataError: the folder does not exist; says which of the two named it.
-    """
-    if path is not None:
-        folder, origin = Path(path), "task.path"
-    elif os.environ.get("FEDTAILOR_DATA"):
-        folder, origin = Path(os.environ["FEDTAILOR_DATA"]) / name, "FEDTAILOR_DATA"
-    else:
-        return None
-    if not folder.is_dir():
-        raise DataError(f"{origin}: {folder} is not a folder; it should hold one folder per language")
-    return folder
-
-
-def read_text(path: Path) -> str:
-    """The whole text of a UTF-8 file, decompressed if its name ends in ``.gz``.
-
-    Raises:
-        DataError: unreadable, truncated or damaged gzip, or not UTF-8; names file and line (of the
-            decompressed text, from 1).
-    """
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = _gunzip(path, raw)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8: {error.reason} 0x{raw[error.start]:02x}") from error
-
-
-def _gunzip(path: Path, raw: bytes) -> bytes:
-    text = bytearray()
-    try:
-        while raw:
-            stream = zlib.decompressobj(wbits=31)  # 31: gzip header and checksum
-            for at in range(0, len(raw), _BLOCK):
-                text += stream.decompress(raw[at : at + _BLOCK])
-                if stream.eof:
-                    raw = stream.unused_data + raw[at + _BLOCK :]
-                    break
-            else:
-                raise EOFError("the stream has no end")
-    except (EOFError, zlib.error) as error:
-        line = text.count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: damaged or truncated gzip: {error}") from error
-    return bytes(text)
+_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 class Row(NamedTuple):
-    """One row and where it was found, e.g. ``data.jsonl, line 3``."""
+    """One row and where it was found, e.g. ``data.jsonl, line 3``.
+
+    Args:
+        where: file or data set, and line or row.
+        values: column to cell. A missing value is None, and a whole number that came as ``3.0``, as pandas writes those
+            of a column that lacks some, is an int. Cells of CSV and TSV are texts as they stand, the empty one too.
+    """
 
     where: str
     values: Mapping[str, Any]
@@ -88,16 +42,16 @@ class Row(NamedTuple):
 def read_rows(path: Path) -> Iterator[Row]:
     """Rows of one file, in its order; the ending of its name says how it is read.
 
-    A ``.json`` file holds a list of rows, or one row per line.
+    A JSON file holds a list of rows, or one row per line. A ``.csv`` file may have ``;`` or tabs between its columns.
+    Texts are UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
         DataError: unknown ending, or a damaged, truncated or empty file; names file and line or row.
     """
-    reader = _READERS.get(_kind(path))
-    if reader is None:
-        raise DataError(f"{path}: the file's ending is not one of {', '.join(_READERS)} (text files also with .gz)")
+    if not is_table(path):
+        raise DataError(f"{path}: the file's ending is not one of {', '.join(ENDINGS)} (each also with .gz)")
     empty = True
-    for row in reader(path):
+    for row in ENDINGS[_ending(path)](path):
         empty = False
         yield row
     if empty:
@@ -112,40 +66,173 @@ def table_files(folder: Path) -> list[Path]:
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and is_table(path))
     if not files:
-        raise DataError(f"{folder}: holds no file that ends in {', '.join(_READERS)} (text files also with .gz)")
+        raise DataError(f"{folder}: holds no file that ends in {', '.join(ENDINGS)} (each also with .gz)")
     return files
 
 
 def is_table(path: Path) -> bool:
     """Whether the ending of a file's name is one that `read_rows` knows."""
-    return _kind(path) in _READERS
+    return _ending(path) in ENDINGS
 
 
-def find_file(path: str | None, dataset: str, names: Sequence[str]) -> Path | None:
-    """The file of a data set: `path` (``task.path``, a file or its folder), else $FEDTAILOR_DATA/dataset, else None.
+def separated_rows(path: Path, expected: Sequence[str] = ()) -> Iterator[Row]:
+    """Rows of a CSV or TSV file with a header, possibly none; fields may be quoted and then hold line breaks.
 
     Args:
-        path: ``task.path``.
-        dataset: name of the folder in $FEDTAILOR_DATA.
-        names: names the file may have, each also with ``.gz``.
+        path: the file; if its name ends in ``.csv``, its header tells the separator: ``,``, ``;`` or a tab.
+        expected: columns that the header must have.
 
     Raises:
-        DataError: neither a file nor a folder with it; says which key or variable named it, and what was expected.
+        DataError: unreadable, damaged or truncated; names file and line (of a row, its first one).
     """
-    if path is not None:
-        place, origin = Path(path).expanduser(), "task.path"
-    elif os.environ.get("FEDTAILOR_DATA"):
-        place, origin = Path(os.environ["FEDTAILOR_DATA"]) / dataset, "FEDTAILOR_DATA"
-    else:
-        return None
-    if place.is_file():
-        return place
-    found = [place / f"{name}{ending}" for name in names for ending in ("", ".gz")]
-    for file in found:
-        if file.is_file():
-            return file
-    what = f"the folder {place} holds none of" if place.is_dir() else f"{place} does not exist; it should hold one of"
-    raise DataError(f"{origin}: {what} {', '.join(file.name for file in found)}")
+    text, kind = read_text(path), _ending(path)
+    first = text.lstrip("\r\n").partition("\n")[0]
+    # Spreadsheets of many countries write ';' into a .csv; the first of equals wins.
+    separator = "\t" if kind == ".tsv" else max(",;\t", key=first.count)
+    # The default limit of 131,072 characters guards against unbalanced quotes; strict=True reports those.
+    csv.field_size_limit(2**31 - 1)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    header: list[str] | None = None
+    line = 1
+    try:
+        for cells in lines:
+            where, line = f"{path}, line {line}", lines.line_num + 1
+            if header is None and cells:
+                header = _header(cells, where, expected)
+            elif header is not None and cells:
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{where}: {len(cells)} columns, expected {len(header)}; the file may be truncated, or a text "
+                        f"that holds {separator!r} or a line break lacks its quotes"
+                    )
+                yield Row(where, dict(zip(header, cells, strict=True)))
+        if header is None:
+            _header([], f"{path}, line 1", expected)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {line}: damaged or truncated {kind[1:].upper()}: {error}; a quote inside a quoted text is "
+            'written ""'
+        ) from error
+
+
+def _header(cells: Sequence[str], where: str, expected: Sequence[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if not set(expected) <= set(names):
+        raise DataError(f"{where}: header is {names}, expected {list(expected)}")
+    if twice := {name for name in names if name and names.count(name) > 1}:
+        raise DataError(f"{where}: the column {min(twice)!r} occurs twice")
+    return names
+
+
+def list_rows(values: Any, where: str) -> Iterator[Row]:
+    """The rows of a list of objects, each one's place being its number from 0.
+
+    Raises:
+        DataError: not a list, or something else in it.
+    """
+    if not isinstance(values, list):
+        raise DataError(f"{where}: expected a list of rows, found {type(values).__name__}")
+    for number, value in enumerate(values):
+        yield _row(value, f"{where}, row {number}")
+
+
+def _row(value: Any, where: str) -> Row:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where}: a row must be an object with named fields, found {type(value).__name__}")
+    return Row(where, {str(name).strip(): _plain(cell) for name, cell in value.items()})
+
+
+def _plain(cell: Any) -> Any:
+    if not isinstance(cell, float):
+        return cell
+    return None if cell != cell else int(cell) if cell.is_integer() else cell
+
+
+def _json(path: Path) -> Iterator[Row]:
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        yield from list_rows(parse_json(text, str(path)), str(path))
+        return
+    # Not splitlines(): a text may hold U+2028 and the like, which JSON does not escape.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _row(parse_json(line, where), where)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    raw = read_bytes(path)
+    try:
+        with pq.ParquetFile(pa.BufferReader(raw)) as file:
+            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
+            for number, value in enumerate(values):
+                yield _row(value, f"{path}, row {number}")
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+ENDINGS: Final[Mapping[str, Callable[[Path], Iterator[Row]]]] = {
+    ".jsonl": _json,
+    ".ndjson": _json,
+    ".json": _json,
+    ".csv": separated_rows,
+    ".tsv": separated_rows,
+    ".parquet": _parquet,
+}
+"""Ending of a file's name to what reads it."""
+
+
+def _ending(path: Path) -> str:
+    """``.jsonl`` of ``a.jsonl`` and of ``a.jsonl.gz``."""
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a file, decompressed if its name ends in ``.gz``.
+
+    Raises:
+        DataError: unreadable, or truncated or damaged gzip; names the line of the decompressed text, from 1.
+    """
+    raw = bytearray()
+    try:
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as stream:
+            while block := stream.read1(_BLOCK):
+                raw += block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        line = raw.count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: damaged or truncated gzip: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return bytes(raw)
+
+
+def read_text(path: Path) -> str:
+    """The whole text of a file: UTF-8 with or without a byte order mark, or UTF-16 with one; see `read_bytes`.
+
+    Raises:
+        DataError: see `read_bytes`, or it is neither; names file and line.
+    """
+    raw = read_bytes(path)
+    encoding = next((name for mark, name in _BOMS if raw.startswith(mark)), "utf-8")
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        # With UTF-8's mark, the decoder counts from behind it.
+        at = error.start + (len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+        line, name = raw.count(b"\n", 0, at) + 1, encoding.removesuffix("-sig").upper()
+        raise DataError(
+            f"{path}, line {line}: not {name}: byte 0x{raw[at : at + 1].hex()} at position {at} (from 0): "
+            f"{error.reason}; save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        before = text.partition("\0")[0]
+        raise DataError(
+            f"{path}, line {before.count(chr(10)) + 1}: a zero byte at position {len(before.encode())} (from 0), so "
+            "this is no UTF-8 text; UTF-16 is read where the file begins with its byte order mark; save it as UTF-8"
+        )
+    return text
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -156,32 +243,8 @@ def parse_json(text: str, where: str) -> Any:
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
-    except (json.JSONDecodeError, _Repeated, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: damaged JSON: {error}") from error
-
-
-def hub_rows(name: str, split: str) -> Iterator[Row]:
-    """Rows of one split of a data set on the Hugging Face hub, or in the local cache of it.
-
-    Raises:
-        DataError: it cannot be loaded; says what to do without a connection.
-    """
-    from datasets import load_dataset  # half a second that only this path needs
-
-    try:
-        found = load_dataset(name, split=split)
-    except Exception as error:  # the library lets OSError, ValueError, HTTP and its own errors through
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"cannot load the data set '{name}' (split '{split}') from the hub: {type(error).__name__}: {reason}. "
-            "Set task.path to a local file or folder, or load it once while connected"
-        ) from error
-    for number, values in enumerate(found):
-        yield Row(f"{name} ({split}), row {number}", values)
-
-
-class _Repeated(ValueError):
-    """A key occurs twice in one object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,73 +252,38 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
         twice = next(key for key in names if names.count(key) > 1)
-        raise _Repeated(f"the key {twice!r} occurs twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return found
 
 
-def _kind(path: Path) -> str:
-    """``.jsonl`` of ``a.jsonl`` and of ``a.jsonl.gz``."""
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+def hub_rows(*name: str, split: str) -> Iterator[Row]:
+    """Rows of one split of a data set on the Hugging Face hub, see `load_hub`."""
+    for number, values in enumerate(load_hub(*name, split=split)):
+        yield _row(values, f"{hub_name(*name, split=split)}, row {number}")
 
 
-def _row(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a row must be an object with named fields, this is of type {type(value).__name__}")
-    return Row(where, value)
+def load_hub(*name: str, split: str) -> Any:
+    """One split of a data set on the Hugging Face hub, or in the local cache of it.
 
+    Args:
+        name: its id (``owner/name``) and, where it has several, the name of a configuration.
+        split: name of the split.
 
-def _lines(path: Path) -> Iterator[Row]:
-    # Not splitlines(): a text may hold U+2028 and the like, which JSON does not escape.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield _row(parse_json(line, where), where)
+    Raises:
+        DataError: it cannot be loaded; says what to do without a connection.
+    """
+    from datasets import load_dataset  # half a second that only this path needs
 
-
-def _json(path: Path) -> Iterator[Row]:
-    text = read_text(path).lstrip("\ufeff \t\r\n")
-    if not text.startswith("["):
-        yield from _lines(path)
-        return
-    for number, value in enumerate(parse_json(text, str(path))):
-        yield _row(value, f"{path}, row {number}")
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    # The default limit of 131,072 characters guards against unbalanced quotes; strict=True reports those.
-    csv.field_size_limit(2**31 - 1)
-    text = io.StringIO(read_text(path).removeprefix("\ufeff"), newline="")
-    rows = csv.DictReader(text, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
-    line = 1
     try:
-        columns = len(rows.fieldnames or ())
-        line = rows.line_num + 1
-        for values in rows:
-            if None in values or None in values.values():
-                raise DataError(f"{path}, line {line}: not {columns} columns as in the header; it may be truncated")
-            yield Row(f"{path}, line {line}", values)
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line}: damaged or truncated CSV: {error}") from error
+        return load_dataset(*name, split=split)
+    except Exception as error:  # the library lets OSError, ValueError, HTTP and its own errors through
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"cannot load {hub_name(*name, split=split)} from the hub: {type(error).__name__}: {reason}. Set task.path "
+            "to a local file or folder, or FEDTAILOR_DATA to a folder of data sets, or load it once while connected"
+        ) from error
 
 
-def _parquet(path: Path) -> Iterator[Row]:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for values in batch.to_pylist():
-                    yield Row(f"{path}, row {number}", values)
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
-
-
-_READERS: Final[Mapping[str, Callable[[Path], Iterator[Row]]]] = {
-    ".jsonl": _lines,
-    ".ndjson": _lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-}
+def hub_name(*name: str, split: str) -> str:
+    """``owner/name (configuration, split)``, for messages."""
+    return f"{name[0]} ({', '.join([*name[1:], split])})"

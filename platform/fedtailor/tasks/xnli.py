@@ -28,8 +28,21 @@ from scipy.sparse.csgraph import connected_components
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.rows import local_folder, read_text
-from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, Split, TaskEntry, normalise
+from fedtailor.tasks.rows import hub_name, load_hub, read_text
+from fedtailor.tasks.source import (
+    POOLS,
+    SPLITS,
+    Example,
+    LanguagePool,
+    Pool,
+    Source,
+    Split,
+    TaskEntry,
+    first_file,
+    language_file,
+    language_folders,
+    normalise,
+)
 
 Ints = npt.NDArray[np.int64]
 
@@ -172,7 +185,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     unknown = [language for language in cfg.languages if language not in XNLI_LANGUAGES]
     if unknown:
         raise DataError(f"task.languages: {unknown} not in xnli; allowed: {', '.join(XNLI_LANGUAGES)}")
-    folder = local_folder(cfg.path, "xnli")
+    folder = language_folders(cfg.path, "xnli")
     read: Reader = partial(_local, folder) if folder else _hub
     stems = _stems(folder, cfg.languages) if folder else _WITH_TRAIN
     rows = {split: _rows(read, stems[split], cfg.languages) for split in SPLITS}
@@ -214,20 +227,13 @@ def read_tsv(path: Path) -> pa.Table:
 
 
 def _local(folder: Path, language: str, stem: str) -> _Table:
-    path = _find(folder / language, stem)
-    if path is None:
-        raise DataError(f"{folder / language}: missing file, one of {stem}.tsv, {stem}.tsv.gz")
+    path = language_file(folder, language, (f"{stem}.tsv",))
     return _Table(read_tsv(path), str(path))
-
-
-def _find(folder: Path, stem: str) -> Path | None:
-    paths = [folder / f"{stem}.tsv{suffix}" for suffix in ("", ".gz")]
-    return next((path for path in paths if path.is_file()), None)
 
 
 def _stems(folder: Path, languages: tuple[str, ...]) -> Mapping[Split, str]:
     """Split -> file that it comes from, one rule for all languages."""
-    have = [language for language in languages if _find(folder / language, "train")]
+    have = [language for language in languages if first_file(folder / language, ("train.tsv",))]
     lack = [language for language in languages if language not in have]
     if have and lack:
         raise DataError(
@@ -238,17 +244,10 @@ def _stems(folder: Path, languages: tuple[str, ...]) -> Mapping[Split, str]:
 
 
 def _hub(language: str, stem: str) -> _Table:
-    from datasets import load_dataset  # half a second that only this path needs
-
-    name = f"{HUB_ID} ({language}, {stem})"
-    try:
-        found = load_dataset(HUB_ID, language, split=stem)
-    except Exception as error:  # the library lets OSError, ValueError, HTTP and its own errors through
-        raise DataError(
-            f"cannot load {name} from the hub: {type(error).__name__}: {error}. "
-            "Set task.path to a local folder, or the environment variable FEDTAILOR_DATA"
-        ) from error
-    table = _Table(found.with_format("arrow")[:].select(PAIRS.names).cast(PAIRS), name, "row")
+    found = load_hub(HUB_ID, language, split=stem)
+    table = _Table(
+        found.with_format("arrow")[:].select(PAIRS.names).cast(PAIRS), hub_name(HUB_ID, language, split=stem), "row"
+    )
     labels = table.pairs["label"].to_numpy()
     strange = np.flatnonzero((labels < 0) | (labels >= len(LABELS)))
     if len(strange):
