@@ -23,7 +23,8 @@ from fedtailor.core.settings import (
     StrategyStageConfig,
     WandbConfig,
 )
-from fedtailor.methods import FILES, METHODS
+from fedtailor.federated.method import Method
+from fedtailor.methods import FILES, METHODS, build_method
 from fedtailor.methods.external import resolved
 from fedtailor.privacy.config import PrivacyConfig
 from fedtailor.tasks.config import TaskConfig
@@ -131,6 +132,12 @@ class ExperimentBase(Config):
         return tuple(sorted(value))
 
     @property
+    def used_methods(self) -> tuple[str, ...]:
+        """The base stage's method, if there is one, and the methods, each once."""
+        base = () if self.base.name == "none" else (self.base.name,)
+        return tuple(dict.fromkeys((*base, *self.methods)))
+
+    @property
     def task_entry(self) -> TaskEntry:
         """What is known of the task without its data."""
         return TASKS[self.task.name]
@@ -199,6 +206,11 @@ def method_section(experiment: ExperimentBase, method: str) -> Config:
     """Configuration of one method."""
     section: Config = getattr(experiment, method) if _has_section(method) else METHODS[method].config()
     return section
+
+
+def method_of(experiment: ExperimentBase, name: str, r_max: int | None = None) -> Method:
+    """A method as configured, for budgets up to ``r_max``, by default the run's."""
+    return build_method(name, method_section(experiment, name), r_max or experiment.r_max)
 
 
 def server_side_of(experiment: ExperimentBase) -> dict[str, Any]:

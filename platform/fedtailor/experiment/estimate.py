@@ -1,4 +1,4 @@
-"""Estimate of one stage from sizes alone: bytes on the wire, memory of a worker or rank, steps and FLOPs.
+"""Costs of one stage from sizes alone: bytes on the wire, memory of a worker or rank, steps and FLOPs; does it fit.
 
 FLOPs count 2 per weight and token forward, 2 backward for activations and 2 for gradients of what is trained; embedding
 tables cost none.
@@ -12,34 +12,37 @@ real runs need less.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import Final
 
+import psutil  # type: ignore[import-untyped,unused-ignore]
+import torch
+
 from fedtailor.core.settings import DecodingConfig, EngineConfig, ModelConfig, ZeroConfig
 from fedtailor.experiment.config import ExperimentBase
-from fedtailor.experiment.stages import Stage
+from fedtailor.experiment.rules import model_problems, zero_problems
+from fedtailor.experiment.stages import Stage, device_of
 from fedtailor.federated.method import Method
 from fedtailor.models.dimensions import ModelDimensions
 from fedtailor.models.families import locate_module
 
-FLOAT = 4
+FLOAT: Final = 4
 
 WEIGHT_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
 
 COMPUTE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
 
-ADAM_STATES = 4
-"""Value, gradient and two moments of every trained number."""
+USABLE: Final = 0.9
+"""Share of the memory that is planned with; the rest is for libraries, buffers and fragmentation."""
 
-SAVED_PER_WIDTH = 68
-"""Bytes that autograd keeps per token, layer and unit of width (Korthikanti et al. 2022, in float32)."""
+_SHOWN_RANKS: Final = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Population:
-    """The clients; sizes are empty or 0 where the data is not at hand."""
+    """The clients; training texts of each, and all test texts, are empty or 0 where the data is not at hand."""
 
     seen: int
     unseen: int
@@ -47,9 +50,6 @@ class Population:
     train: tuple[int, ...] = ()
     train_unseen: tuple[int, ...] = ()
     test: int = 0
-    smallest: int = 0
-    middle: int = 0
-    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,30 @@ class Estimate:
         updates: client updates, or clients personalised.
         steps: optimizer steps of single clients.
         flops: floating point operations.
-        down: bytes sent per round; ``up`` as many come back.
-        weights: bytes of the resident model.
-        trained: bytes of what is trained, with gradients and moments, over all lanes.
+        wire: bytes that the server sends per round; as many come back.
+        base: bytes of the resident model.
+        trained: bytes of the values of what is trained, over all lanes.
+        optimizer: bytes of their gradients and Adam's two moments.
         activations: bytes kept for the backward pass.
         logits: of a language model, bytes of its training logits.
         cache: of a language model, bytes of keys and values while it answers.
-        adapters: the part of ``trained`` that is values.
     """
 
     updates: int
     steps: int | None
     flops: float | None
-    down: int
-    up: int
-    weights: int
+    wire: int
+    base: int
     trained: int
+    optimizer: int
     activations: int
-    logits: int = 0
-    cache: int = 0
-    adapters: int = 0
+    logits: int
+    cache: int
 
     @property
     def memory(self) -> int:
         """Bytes of a worker, or of each rank of a group, without Python and its libraries."""
-        return self.weights + self.trained + max(self.activations + self.logits, self.cache)
+        return self.base + self.trained + self.optimizer + max(self.activations + self.logits, self.cache)
 
 
 def estimate(
@@ -105,99 +104,47 @@ def estimate(
         dims: sizes of the base model.
         population: the clients.
     """
-    shared, own = numbers
-    wire, fixed = shared * FLOAT * stage.cohort, None
-    if stage.kind == "personalise":
+    model, engine, length = exp.model, exp.engine, exp.task.max_length
+    personal, talks = stage.kind == "personalise", exp.task_entry.kind == "generation"
+    each = len(stage.budgets) if personal and method.personaliser.budgeted else 1
+    if personal:
         passes = method.search_epochs + method.budget_epochs * len(stage.budgets)
-        pools = [population.train if pool == "seen" else population.train_unseen for pool in exp.personalise.pools]
-        rows = [n for pool in pools for n in pool]
-        updates = sum(population.seen if pool == "seen" else population.unseen for pool in exp.personalise.pools)
+        pools = exp.personalise.pools
+        rows = [n for pool in pools for n in (population.train if pool == "seen" else population.train_unseen)]
+        updates = sum(population.seen if pool == "seen" else population.unseen for pool in pools)
         trained, share = dims.adapter_parameters(stage.r_max) if passes else 0, 1.0
     else:
-        passes, rows = method.epochs, list(population.train)
-        fixed = method.steps
-        updates = stage.rounds * stage.cohort
-        trained, share = shared + own, updates / max(1, len(rows))
-    full = method.adapter is not None and method.adapter.trains_base
-    body = dims.parameters - dims.embedding_parameters
+        passes, rows, updates = method.epochs, list(population.train), stage.rounds * stage.cohort
+        trained, share = sum(numbers), updates / max(1, len(rows))
     steps = flops = None
     if rows:
-        tokens = sum(rows) * share * passes * exp.task.max_length
-        steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
-        if fixed is not None:
-            steps = updates * fixed
-            tokens = float(steps * method.batch_size * exp.task.max_length)
-        flops = tokens * (6 if full else 4) * body
-        if stage.kind == "personalise":
-            lanes = len(stage.budgets) if method.personaliser.budgeted else 1
-            flops += 2.0 * population.test * exp.task.max_length * body * lanes
-    each = len(stage.budgets) if stage.kind == "personalise" and method.personaliser.budgeted else 1
-    lanes = each if not method.lanes or exp.model.base_dropout else _lanes(exp, method, each)
-    known = Estimate(
+        if method.steps is not None and not personal:
+            steps = updates * method.steps
+            texts = float(steps * method.batch_size)
+        else:
+            steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
+            texts = sum(rows) * share * passes
+        whole = method.adapter is not None and method.adapter.trains_base
+        scored = population.test * each if personal else 0
+        flops = (texts * (6 if whole else 4) + scored * 2) * length * (dims.parameters - dims.embedding_parameters)
+    fitting = engine.token_budget // (method.batch_size * length)
+    alone = not method.lanes or model.base_dropout > 0
+    # The widest group of lanes at full texts; a client with its budgets is never cut.
+    lanes = each if alone else each * max(1, min(engine.max_lanes, fitting) // each)
+    lane_rows = min(ceil(method.batch_size / engine.zero.ranks), engine.micro_batch or method.batch_size)
+    tokens = lanes * lane_rows * length
+    return Estimate(
         updates=updates,
         steps=steps,
         flops=flops,
-        down=wire,
-        up=wire,
-        weights=dims.parameters * FLOAT,
-        trained=trained * FLOAT * ADAM_STATES * lanes,
-        activations=_activations(exp, method, dims, lanes) if passes else 0,
-        adapters=trained * FLOAT * lanes,
+        wire=numbers[0] * FLOAT * stage.cohort,
+        base=base_of_rank(dims, model.weights, engine.zero),
+        trained=trained * lanes * FLOAT,
+        optimizer=optimizer_of_rank(trained * lanes, engine.zero),
+        activations=activation_bytes(dims, tokens, model, engine.dtype) if passes else 0,
+        logits=logit_bytes(dims, tokens, engine.dtype) if passes and talks else 0,
+        cache=cache_bytes(dims, lanes, length, engine, exp.decoding) if personal and talks else 0,
     )
-    return known if exp.task_entry.kind == "classification" else _of_language_model(exp, known, method, dims, lanes)
-
-
-def _of_language_model(
-    exp: ExperimentBase, known: Estimate, method: Method, dims: ModelDimensions, lanes: int
-) -> Estimate:
-    """The memory of a language model, or of one rank of the group that holds it."""
-    model, engine, zero = exp.model, exp.engine, exp.engine.zero
-    rows = min(ceil(method.batch_size / zero.ranks), engine.micro_batch or method.batch_size)
-    load = Load(lanes, rows, exp.task.max_length)
-    trains = known.activations > 0
-    answers = known.down == 0  # personalised clients are asked; nothing travels then
-    return replace(
-        known,
-        weights=base_of_rank(dims, model.weights, zero),
-        trained=known.adapters + optimizer_of_rank(known.adapters // FLOAT, zero),
-        activations=activation_bytes(dims, load, model, engine.dtype) if trains else 0,
-        logits=logit_bytes(dims, load, engine.dtype) if trains else 0,
-        cache=cache_bytes(dims, lanes, exp.task.max_length, engine, exp.decoding) if answers else 0,
-    )
-
-
-def _lanes(exp: ExperimentBase, method: Method, each: int) -> int:
-    """Widest lane group at full texts; a client with its budgets is never cut."""
-    fitting = exp.engine.token_budget // (method.batch_size * exp.task.max_length)
-    return each * max(1, min(exp.engine.max_lanes, fitting) // each)
-
-
-def _activations(exp: ExperimentBase, method: Method, dims: ModelDimensions, lanes: int) -> int:
-    """Linear in tokens; attention maps, quadratic in length, are left out."""
-    tokens = lanes * method.batch_size * exp.task.max_length
-    widths = [d_in for _, d_in, _ in dims.linears]
-    blocks = max(1, round(len(widths) / 6))  # query, key, value, output and two of the feed-forward part
-    return tokens * min(widths, default=0) * SAVED_PER_WIDTH * blocks
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one pass carries.
-
-    Args:
-        lanes: models side by side.
-        rows: of each lane in one forward pass.
-        length: tokens of a row.
-    """
-
-    lanes: int
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        """Of the whole pass."""
-        return self.lanes * self.rows * self.length
 
 
 def base_bytes(dims: ModelDimensions, weights: str) -> int:
@@ -207,50 +154,15 @@ def base_bytes(dims: ModelDimensions, weights: str) -> int:
     return round(inside * each + (dims.parameters - inside) * max(each, 2.0))
 
 
-def activation_bytes(dims: ModelDimensions, load: Load, model: ModelConfig, dtype: str) -> int:
-    """Bytes that autograd keeps for the backward pass of one forward pass, logits aside."""
-    blocks: dict[int | None, int] = {}
-    for name, d_in, d_out in dims.linears:
-        block = locate_module(name)[0]
-        blocks[block] = blocks.get(block, 0) + d_in + d_out
-    widest, inputs = max(blocks.values(), default=0), min((d_in for _, d_in, _ in dims.linears), default=0)
-    kept = inputs * len(blocks) + widest if model.checkpointing else sum(blocks.values())
-    return load.tokens * kept * COMPUTE_BYTES[dtype]
-
-
-def logit_bytes(dims: ModelDimensions, load: Load, dtype: str) -> int:
-    """Bytes of logits, their float32 log-probabilities and their gradient, every token of every row a response."""
-    return load.tokens * vocabulary(dims) * (2 * COMPUTE_BYTES[dtype] + FLOAT)
-
-
-def vocabulary(dims: ModelDimensions) -> int:
-    """Rows of the embedding table, of which a language model has one."""
-    width = min((d_in for _, d_in, _ in dims.linears), default=1)
-    return dims.embedding_parameters // width
-
-
-def cache_bytes(dims: ModelDimensions, lanes: int, length: int, engine: EngineConfig, how: DecodingConfig) -> int:
-    """Bytes of keys and values while answers are made; calls keep to the token budget, but a row per lane runs."""
-    tokens = max(engine.token_budget, lanes * (length + how.max_new_tokens) * how.beams)
-    per_token = sum(d_out for name, _, d_out in dims.linears if name.endswith(("k_proj", "v_proj")))
-    return tokens * per_token * COMPUTE_BYTES[engine.dtype]
-
-
-def gathered_bytes(dims: ModelDimensions, weights: str) -> int:
-    """Bytes of what stage 3 brings together at a time: the embedding table, or two blocks."""
-    blocks: dict[int | None, int] = {}
-    for name, d_in, d_out in dims.linears:
-        block = locate_module(name)[0]
-        blocks[block] = blocks.get(block, 0) + d_in * d_out
-    return round(max(dims.embedding_parameters, 2 * max(blocks.values(), default=0)) * WEIGHT_BYTES[weights])
-
-
 def base_of_rank(dims: ModelDimensions, weights: str, zero: ZeroConfig) -> int:
-    """Bytes of the base on one rank: all of it; at stage 3 its part (unless offloaded) and what is gathered."""
+    """Bytes of the base on one rank: all of it; at stage 3 its part (unless offloaded) and what is gathered at a time:
+    the embedding table, or two blocks."""
     whole = base_bytes(dims, weights)
     if zero.ranks == 1 or zero.stage < 3:
         return whole
-    return (0 if zero.offload else ceil(whole / zero.ranks)) + gathered_bytes(dims, weights)
+    blocks = _by_block(dims, lambda d_in, d_out: d_in * d_out)
+    gathered = round(max(dims.embedding_parameters, 2 * max(blocks, default=0)) * WEIGHT_BYTES[weights])
+    return (0 if zero.offload else ceil(whole / zero.ranks)) + gathered
 
 
 def optimizer_of_rank(trained: int, zero: ZeroConfig) -> int:
@@ -263,3 +175,125 @@ def optimizer_of_rank(trained: int, zero: ZeroConfig) -> int:
     if n == 1 or zero.stage == 3:
         return moments + gradients
     return ceil(moments / n) + (ceil(gradients / n) if zero.stage == 2 else gradients)
+
+
+def activation_bytes(dims: ModelDimensions, tokens: int, model: ModelConfig, dtype: str) -> int:
+    """Bytes that autograd keeps for the backward pass of one forward pass, logits aside."""
+    blocks = _by_block(dims, lambda d_in, d_out: d_in + d_out)
+    inputs = min((d_in for _, d_in, _ in dims.linears), default=0)
+    kept = inputs * len(blocks) + max(blocks, default=0) if model.checkpointing else sum(blocks)
+    return tokens * kept * COMPUTE_BYTES[dtype]
+
+
+def _by_block(dims: ModelDimensions, size: Callable[[int, int], int]) -> list[int]:
+    """Sums over the linear layers of each transformer block."""
+    blocks: dict[int | None, int] = {}
+    for name, d_in, d_out in dims.linears:
+        block = locate_module(name)[0]
+        blocks[block] = blocks.get(block, 0) + size(d_in, d_out)
+    return list(blocks.values())
+
+
+def logit_bytes(dims: ModelDimensions, tokens: int, dtype: str) -> int:
+    """Bytes of logits, their float32 log-probabilities and their gradient, every token of every row a response."""
+    width = min((d_in for _, d_in, _ in dims.linears), default=1)
+    vocabulary = dims.embedding_parameters // width  # a language model has one embedding table
+    return tokens * vocabulary * (2 * COMPUTE_BYTES[dtype] + FLOAT)
+
+
+def cache_bytes(dims: ModelDimensions, lanes: int, length: int, engine: EngineConfig, how: DecodingConfig) -> int:
+    """Bytes of keys and values while answers are made; calls keep to the token budget, but a row per lane runs."""
+    tokens = max(engine.token_budget, lanes * (length + how.max_new_tokens) * how.beams)
+    per_token = sum(d_out for name, _, d_out in dims.linears if name.endswith(("k_proj", "v_proj")))
+    return tokens * per_token * COMPUTE_BYTES[engine.dtype]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether the largest stage fits a worker, or a group under ZeRO.
+
+    Args:
+        capacity: bytes of one worker or rank.
+        source: where that number is from.
+        options: number of ranks (1: one worker) to the estimate of the largest stage on each; as configured, or at
+            stage 3 of ZeRO.
+        fits: number of ranks to whether each stays within `USABLE` of its memory.
+        advice: what follows, in sentences.
+    """
+
+    capacity: int
+    source: str
+    options: Mapping[int, Estimate]
+    fits: Mapping[int, bool]
+    advice: tuple[str, ...]
+
+
+def fit(exp: ExperimentBase, largest: Callable[[ExperimentBase], Estimate], memory_gb: float | None = None) -> Fit:
+    """Compares one worker with groups, and names what would help where one worker does not suffice.
+
+    Args:
+        exp: whole configuration.
+        largest: the estimate of the stage that needs the most memory under a configuration.
+        memory_gb: memory of one worker to plan for; by default what is found here.
+    """
+    capacity, source = _capacity(exp, memory_gb)
+    options = {ranks: largest(_under(exp, ranks)) for ranks in sorted({1, exp.engine.zero.ranks, *_SHOWN_RANKS})}
+    fits = {ranks: needs.memory <= USABLE * capacity for ranks, needs in options.items()}
+    return Fit(capacity, source, options, fits, tuple(_advice(exp, fits)))
+
+
+def _capacity(exp: ExperimentBase, memory_gb: float | None) -> tuple[int, str]:
+    """Memory of a worker: as told, else of ``engine.memory_gb``, else of the smallest GPU here, else RAM / actors."""
+    engine = exp.engine
+    if memory_gb is not None:
+        return round(memory_gb * 1e9), "--memory-gb"
+    if engine.memory_gb is not None:
+        return round(engine.memory_gb * 1e9), "engine.memory_gb"
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    if sizes and device_of(exp) != "cpu":
+        return round(min(sizes) * min(1.0, engine.num_gpus)), f"engine.num_gpus={engine.num_gpus:g} here"
+    workers = (engine.actors or 1) * engine.zero.ranks
+    memory, source = psutil.virtual_memory().total, "memory of this machine"
+    return memory // workers, source if workers == 1 else f"{source} / {workers} workers"
+
+
+def _under(exp: ExperimentBase, ranks: int) -> ExperimentBase:
+    """The experiment on groups of so many ranks: as configured, or at stage 3."""
+    own = exp.engine.zero
+    return exp if ranks == own.ranks else _with(exp, "engine", zero=own.model_copy(update={"ranks": ranks, "stage": 3}))
+
+
+def _with(exp: ExperimentBase, section: str, **changes: object) -> ExperimentBase:
+    return exp.model_copy(update={section: getattr(exp, section).model_copy(update=changes)})
+
+
+def _advice(exp: ExperimentBase, fits: Mapping[int, bool]) -> Iterator[str]:
+    own = exp.engine.zero.ranks
+    if fits[1]:
+        yield f"One worker suffices{f', so engine.zero.ranks={own} is not needed' if own > 1 else ''}."
+    elif fits[own]:
+        yield f"One worker does not suffice; each of engine.zero.ranks={own} does."
+    else:
+        yield f"Does not fit as it is. Less memory is needed with {', '.join(_savings(exp))}."
+        enough = next((ranks for ranks, fitting in fits.items() if fitting), None)
+        if enough is None:
+            yield f"Not even {max(fits)} ranks suffice without them: ranks do not share what an adapter needs."
+            return
+        yield f"engine.zero.ranks={enough} (stage 3) suffices without them."
+        yield from (f"But {problem}." for problem in zero_problems(_under(exp, enough)))
+
+
+def _savings(exp: ExperimentBase) -> Iterator[str]:
+    """What the configuration could still do to save memory on one worker, in the order to try it."""
+    if exp.engine.micro_batch != 1:
+        yield "engine.micro_batch=1"
+    if not exp.model.checkpointing:
+        yield "model.checkpointing=true"
+    # Whatever trains the base itself takes float32.
+    if exp.model.weights == "float32" and not model_problems(
+        _with(_with(exp, "model", weights="bfloat16"), "engine", dtype="bfloat16")
+    ):
+        yield "model.weights=bfloat16 engine.dtype=bfloat16"
+    if len(exp.budgets) > 1:
+        yield "fewer budgets at a time (each is a model of its own)"
+    yield "a shorter task.max_length"

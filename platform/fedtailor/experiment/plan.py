@@ -10,22 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import try_to_load_from_cache
 
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.scope import Scope
-from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_section, scaled_task
-from fedtailor.experiment.estimate import Estimate, Population, estimate
-from fedtailor.experiment.fit import Fit, capacity, fit
+from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, scaled_task
+from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
 from fedtailor.experiment.inputs import model_artifact, tokens_artifact
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.federated.attack import attack_of
 from fedtailor.federated.method import Method
 from fedtailor.lanes.net import LaneNet
-from fedtailor.methods import build_method
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.source import resolve
@@ -61,11 +58,6 @@ class MethodSizes:
     ephemeral: int
     generators: tuple[Generator, ...]
 
-    @property
-    def numbers(self) -> tuple[int, int]:
-        """SHARED ones, and the others."""
-        return self.shared, self.private + self.ephemeral
-
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -84,7 +76,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `plan_view` shows; ``fit`` for language models only."""
+    """All that `plan_views` shows."""
 
     exp: ExperimentBase
     model: ModelDimensions
@@ -92,7 +84,7 @@ class Plan:
     population: Population
     stages: Sequence[StagePlan]
     notes: Sequence[str]
-    fit: Fit | None = None
+    fit: Fit
 
 
 def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
@@ -109,37 +101,32 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     """
     notes: list[str] = []
     data = {seed: _data(exp, seed, notes) for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds)}
-    found = {seed: data[base_seed(exp, seed)] for seed in exp.seeds}
-    population = _population(exp, next(iter(found.values())), notes)
+    population = next(iter(data.values()))[0] or _configured_population(exp, notes)
     dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
 
     @cache
     def sized(name: str, r_max: int) -> tuple[Method, MethodSizes]:
-        method = build_method(name, method_section(exp, name), r_max)
+        method = method_of(exp, name, r_max)
         return method, method_sizes(exp, method, population.classes)
 
     def work_of(stage: Stage, other: ExperimentBase = exp) -> Estimate:
         method, size = sized(stage.method, stage.r_max)
-        return estimate(other, stage, method, size.numbers, dims, population)
+        return estimate(other, stage, method, (size.shared, size.private + size.ephemeral), dims, population)
 
-    stages: list[StagePlan] = []
+    stages: dict[str, StagePlan] = {}  # seeds that share a base list it once
     storage = Storage(exp.storage)
-    for seed, inputs in found.items():
-        known = inputs is not None and inputs[1] is not None
-        names = inputs[1] if inputs and inputs[1] else Inputs("data", "model", "tokens")
-        for stage in plan_stages(exp, seed, names, population.seen):
+    for seed in exp.seeds:
+        known = data[base_seed(exp, seed)][1]
+        for stage in plan_stages(exp, seed, known or Inputs("data", "model", "tokens"), population.seen):
             there = storage.exists(f"artifacts/{stage.artifact}/{DONE}") if known else None
-            if all(known_stage.stage.key != stage.key for known_stage in stages):
-                stages.append(StagePlan(stage, there, work_of(stage)))
-    fitting = None
-    if exp.task_entry.kind == "generation":
-
-        def largest(other: ExperimentBase) -> Estimate:
-            return max((work_of(row.stage, other) for row in stages), key=lambda work: work.memory)
-
-        fitting = fit(exp, capacity(exp, memory_gb), largest)
-    sizes = {name: sized(name, exp.r_max)[1] for name in _used(exp)}
-    return Plan(exp, dims, sizes, population, stages, list(dict.fromkeys(notes)), fitting)
+            stages.setdefault(stage.key, StagePlan(stage, there, work_of(stage)))
+    fitting = fit(
+        exp,
+        lambda other: max((work_of(row.stage, other) for row in stages.values()), key=lambda work: work.memory),
+        memory_gb,
+    )
+    sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
+    return Plan(exp, dims, sizes, population, list(stages.values()), list(dict.fromkeys(notes)), fitting)
 
 
 def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
@@ -147,28 +134,22 @@ def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSiz
     model = meta_model(exp.model, classes, exp.task.max_length, exp.task_entry.kind)
     own_layers = method.name == exp.base.name
     net = LaneNet(model, adapted_linears(model, "all-linear" if own_layers else exp.model.targets))
-    parts = [*([method.adapter] if method.adapter else []), *method.modules]
-    specs = [spec for part in parts for spec in part.specs(net)]
+    modules = [module.specs(net) for module in method.modules]
+    specs = [*(method.adapter.specs(net) if method.adapter else ()), *(spec for module in modules for spec in module)]
     total = {scope: sum(spec.size for spec in specs if spec.scope is scope) for scope in Scope}
     generators = []
-    for module in method.modules:
-        own = module.specs(net)
-        layers = [spec.shape for spec in own if len(spec.shape) == 2]
+    for module in modules:
+        layers = [spec.shape for spec in module if len(spec.shape) == 2]
         widths = (layers[0][1], *(out for out, _ in layers)) if layers else ()
-        generators.append(Generator(widths, sum(spec.size for spec in own)))
+        generators.append(Generator(widths, sum(spec.size for spec in module)))
     return MethodSizes(total[Scope.SHARED], total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators))
 
 
-def _used(exp: ExperimentBase) -> list[str]:
-    names = [*([] if exp.base.name == "none" else [exp.base.name]), *exp.methods]
-    return list(dict.fromkeys(names))
-
-
-def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population, Inputs | None] | None:
-    """Client sizes of a seed, and the names of its inputs if they can be known; None without data."""
+def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population | None, Inputs | None]:
+    """Clients of a seed, and the names of its inputs, each if it can be known."""
     if not (exp.task.path or os.environ.get("FEDTAILOR_DATA") or exp.task_entry.embedded):
         notes.append("The data is not here (task.path, FEDTAILOR_DATA): client sizes are unknown.")
-        return None
+        return None, None
     with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
         try:
             data = prepare(scaled_task(exp), seed, Path(folder) / "data")
@@ -176,9 +157,18 @@ def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population,
             if exp.task.path:
                 raise
             notes.append(f"Client sizes are unknown: {error}")
-            return None
-        attack_of(exp.attack, [client.id for client in data.pool("seen")])
-        return _sizes(data), _inputs(exp, seed, data, notes)
+            return None, None
+        seen, unseen = data.pool("seen"), data.pool("unseen")
+        attack_of(exp.attack, [client.id for client in seen])
+        population = Population(
+            seen=len(seen),
+            unseen=len(unseen),
+            classes=len(data.labels),
+            train=tuple(client.n_train for client in seen),
+            train_unseen=tuple(client.n_train for client in unseen),
+            test=sum(client.n_test for client in data.clients),
+        )
+        return population, _inputs(exp, seed, data, notes)
 
 
 def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) -> Inputs | None:
@@ -196,26 +186,8 @@ def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) ->
     return Inputs(name, model, tokens_artifact(exp, name, model))
 
 
-def _sizes(data: TaskData) -> Population:
-    seen, unseen = data.pool("seen"), data.pool("unseen")
-    trains = sorted(client.n_train for client in data.clients)
-    return Population(
-        seen=len(seen),
-        unseen=len(unseen),
-        classes=len(data.labels),
-        train=tuple(client.n_train for client in seen),
-        train_unseen=tuple(client.n_train for client in unseen),
-        test=sum(client.n_test for client in data.clients),
-        smallest=trains[0],
-        middle=int(median(trains)),
-        largest=trains[-1],
-    )
-
-
-def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | None, notes: list[str]) -> Population:
-    """The clients as prepared, else as configured; of natural clients only their data tells the number."""
-    if found is not None:
-        return found[0]
+def _configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
+    """The clients without their data: as published or as configured; of natural clients only the data tells."""
     clients = exp.task_entry.published_clients
     if clients is not None:
         unseen = len(exp.task.unseen)
@@ -232,21 +204,17 @@ def _population(exp: ExperimentBase, found: tuple[Population, Inputs | None] | N
 def seconds_per_client(exp: ExperimentBase) -> dict[tuple[str, str], float]:
     """Mean wall seconds per client, by (stage kind, method), from the newest such runs in the storage."""
     storage = Storage(exp.storage)
+    same = (exp.task.name, exp.task.max_length, exp.model.name, exp.engine.dtype)
     found: dict[tuple[str, str], float] = {}
     runs = [RunFolder.open(storage, run_id) for run_id in run_ids(storage)]
     runs.sort(key=lambda run: str(run.info()["created"]), reverse=True)
     for run in runs[:LOOKED_AT]:
         config = run.info()["config"]
-        if not _alike(exp, config):
+        task = config["task"]
+        if (task["name"], task["max_length"], config["model"]["name"], config["engine"]["dtype"]) != same:
             continue
         methods = {stage["key"]: (stage["kind"], stage["method"]) for stage in run.stages()}
         for stage, rows in run.timings().groupby("stage"):
             if stage in methods:
                 found.setdefault(methods[str(stage)], float(rows["seconds"].mean()))
     return found
-
-
-def _alike(exp: ExperimentBase, config: dict[str, dict[str, object]]) -> bool:
-    same = (exp.task.name, exp.task.max_length, exp.model.name, exp.engine.dtype)
-    task, model, engine = config["task"], config["model"], config["engine"]
-    return same == (task["name"], task["max_length"], model["name"], engine["dtype"])
