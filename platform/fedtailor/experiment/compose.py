@@ -26,26 +26,17 @@ def load_preset(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no preset of this name, or a file that cannot be read as a tree of keys.
     """
-    if name.endswith(".yaml"):
-        return _load_file(name)
-    if name not in preset_names():
-        known = preset_names()
+    known = preset_names()
+    if name not in known and not name.endswith(".yaml"):
         raise ConfigError(f"unknown preset '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})")
-    text = (resources.files("fedtailor.presets") / f"{name}.yaml").read_text("utf-8")
-    tree = yaml.safe_load(text)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"preset '{name}' is not a tree of keys")
-    return tree
-
-
-def _load_file(path: str) -> dict[str, Any]:
+    file = Path(name) if name.endswith(".yaml") else resources.files("fedtailor.presets") / f"{name}.yaml"
     try:
-        tree = yaml.safe_load(Path(path).read_text("utf-8"))
+        tree = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).split("\n")[0]
-        raise ConfigError(f"cannot read the preset file '{path}': {reason}") from error
+        raise ConfigError(f"cannot read the preset file '{name}': {reason}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"the preset file '{path}' is not a tree of keys")
+        raise ConfigError(f"the preset file '{name}' is not a tree of keys")
     return tree
 
 
@@ -68,7 +59,7 @@ def check(experiment: ExperimentBase) -> None:
     Raises:
         ConfigError: every rule that is broken.
     """
-    problems = []
+    problems: list[str] = []
     if experiment.budgets[-1] > experiment.r_max:
         problems.append(
             f"'budgets': {experiment.budgets[-1]} is above 'r_max' = {experiment.r_max}; a trained strategy serves "

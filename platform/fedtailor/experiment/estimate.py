@@ -290,8 +290,8 @@ def _savings(exp: ExperimentBase) -> Iterator[str]:
     if not exp.model.checkpointing:
         yield "model.checkpointing=true"
     # Whatever trains the base itself takes float32.
-    if exp.model.weights == "float32" and not model_problems(
-        _with(_with(exp, "model", weights="bfloat16"), "engine", dtype="bfloat16")
+    if exp.model.weights == "float32" and not any(
+        model_problems(_with(_with(exp, "model", weights="bfloat16"), "engine", dtype="bfloat16"))
     ):
         yield "model.weights=bfloat16 engine.dtype=bfloat16"
     if len(exp.budgets) > 1:
