@@ -8,13 +8,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import pandas as pd
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.report.metrics import SHARES
 from fedtailor.report.scores import averages, checked
+
+Row = TypeVar("Row")
 
 Value = int | float
 
@@ -39,6 +41,15 @@ class Grid:
     source: str
 
 
+def assignments(values: Mapping[str, Value]) -> str:
+    """The searched values of a trial for people.
+
+    >>> assignments({"lora.lr": 1e-5, "lora.epochs": 2})
+    'lora.lr=1e-05, lora.epochs=2'
+    """
+    return ", ".join(f"{key}={value:g}" for key, value in values.items())
+
+
 def combinations(space: Space) -> list[dict[str, Value]]:
     """All trials, in a fixed order that numbers them.
 
@@ -48,15 +59,20 @@ def combinations(space: Space) -> list[dict[str, Value]]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
-def find(address: str, grids: Mapping[str, Grid]) -> Grid:
-    """The grid of an address such as ``fedp2eft/lambda_lr``.
+def look_up(what: str, name: str, table: Mapping[str, Row]) -> Row:
+    """The row of a table.
+
+    Args:
+        what: begins the message: ``unknown sweep``.
+        name: of the row.
+        table: `tune_spaces.grids` or `OBJECTIVES`.
 
     Raises:
         ConfigError: there is none; names the nearest and all that exist.
     """
-    if address in grids:
-        return grids[address]
-    raise ConfigError(f"unknown sweep '{address}'{did_you_mean(address, grids)} (known: {', '.join(grids)})")
+    if name not in table:
+        raise ConfigError(f"{what} '{name}'{did_you_mean(name, table)} (known: {', '.join(table)})")
+    return table[name]
 
 
 @dataclass(frozen=True)
@@ -89,13 +105,13 @@ class Objective:
         """The value turned so that larger is better."""
         return value if self.mode == "max" else -value
 
-    def shown(self, value: float) -> str:
+    def shown(self, value: float, unit: bool = False) -> str:
         """The value for people: shares in percent.
 
-        >>> OBJECTIVES["seen_accuracy"].shown(0.61254), OBJECTIVES["seen_loss"].shown(1.5)
-        ('61.25', '1.5000')
+        >>> OBJECTIVES["seen_accuracy"].shown(0.61254, unit=True), OBJECTIVES["seen_loss"].shown(1.5, unit=True)
+        ('61.25 %', '1.5000')
         """
-        return f"{100 * value:.2f}" if self.share else f"{value:.4f}"
+        return f"{100 * value:.2f}{' %' * unit}" if self.share else f"{value:.4f}"
 
 
 OBJECTIVES: Final[Mapping[str, Objective]] = {
@@ -108,19 +124,6 @@ OBJECTIVES: Final[Mapping[str, Objective]] = {
     "unseen_loss": Objective("unseen", "loss", "min", "test loss of unseen clients"),
     "unseen_rougeL": Objective("unseen", "rougeL", "max", "ROUGE-L of the answers of unseen clients"),
 }
-
-
-def objective(name: str) -> Objective:
-    """A row of `OBJECTIVES`.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    if name not in OBJECTIVES:
-        raise ConfigError(
-            f"'--objective': unknown '{name}'{did_you_mean(name, list(OBJECTIVES))} (known: {', '.join(OBJECTIVES)})"
-        )
-    return OBJECTIVES[name]
 
 
 def for_task(name: str, kind: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,12 +27,11 @@ from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.progress import Reporter, reporter
 from tune_spaces import grids
 from tune_spaces.figure import draw
-from tune_spaces.grid import combinations
+from tune_spaces.grid import assignments, combinations
 from tune_spaces.plan import SweepPlan, make_plan
 from tune_spaces.results import (
     BEST,
     Outcome,
-    Trial,
     base_is_there,
     begin_record,
     examine,
@@ -37,7 +39,10 @@ from tune_spaces.results import (
     settled,
     write_record,
 )
-from tune_spaces.search import TuneSignals, search
+from tune_spaces.search import search
+
+_TUNES = signal.SIGUSR1
+"""What Tune takes for the wish to end in order, however it is configured."""
 
 COLOURS = {"complete": "green", "stopped": "yellow", "failed": "red", "unfinished": "dim"}
 
@@ -87,15 +92,6 @@ def trials_table(outcome: Outcome) -> Table:
         blank = ("" for _ in plan.grid.space)
         table.add_row("base", *blank, plan.judged.shown(outcome.reference), "", "not personalised")
     return table
-
-
-def failures(outcome: Outcome) -> list[str]:
-    """One line for each trial that failed."""
-    return [f"{trial.run_id} ({_values(trial)}): {trial.message}" for trial in outcome.of_state("failed")]
-
-
-def _values(trial: Trial) -> str:
-    return ", ".join(f"{key}={value:g}" for key, value in trial.values.items())
 
 
 def sweep(
@@ -154,10 +150,9 @@ def _run(
         show_plan(console, plan, storage.url, actors.count, parallel)
         _train_base(plan, storage, show)
         with TuneSignals(lambda text: show({"kind": "note", "text": text})) as signals:
-            found = search(plan, folder, actors, at_once, show)
+            stopped, errors = search(plan, folder, actors, at_once, show)
         # Tune calls a trial that it has not started yet neither stopped nor failed.
-        stopped = () if signals.number is not None else found.stopped
-        outcome = examine(storage, plan, stopped, found.errors)
+        outcome = examine(storage, plan, stopped if signals.number is None else [], errors)
         write_record(storage, outcome)
         signals.check()
         return outcome
@@ -197,6 +192,42 @@ def _train_base(plan: SweepPlan, storage: Storage, show: Reporter) -> None:
             raise
 
 
+class TuneSignals(StopSignals):
+    """`StopSignals` around ``tuner.fit()``: the first signal asks Tune to end in order, a second ends at once.
+
+    Tune's own handler knows SIGINT only and hides which signal came, so it is turned off.
+    """
+
+    def __enter__(self) -> TuneSignals:
+        """Takes over the signals."""
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        super().__enter__()
+        self._before[_TUNES] = signal.getsignal(_TUNES)
+        return self
+
+    def check(self) -> None:
+        """Ends with the signal's exit code if one came.
+
+        Raises:
+            Interrupted: 130 for Ctrl-C, 143 for SIGTERM.
+        """
+        if self.number is not None:
+            raise self._ended("stopped: what is committed is kept")
+
+    def _received(self, number: int, _: FrameType | None) -> None:
+        first, self.number = self.number is None, self.number or number
+        if first and signal.getsignal(_TUNES) != self._before[_TUNES]:
+            self.tell("stopping: the trials end at their last commit; once more (Ctrl-C) stops at once")
+            signal.raise_signal(_TUNES)
+            return
+        raise self._ended("stopped at once: what is committed is kept")
+
+    def _ended(self, text: str) -> Interrupted:
+        error = Interrupted(text)
+        error.exit_code = self.exit_code
+        return error
+
+
 def _conclude(console: Console, storage: Storage, folder: Path, outcome: Outcome) -> None:
     """Shows, draws and feeds; failures last, so that they decide the exit code.
 
@@ -209,16 +240,16 @@ def _conclude(console: Console, storage: Storage, folder: Path, outcome: Outcome
         figure, _ = draw(outcome, folder)
         preset = folder / BEST
         presets = [word for word in plan.words if "=" not in word]
-        console.print(f"[green]best[/]  {_values(best)}", highlight=False, soft_wrap=True)
+        console.print(f"[green]best[/]  {assignments(best.values)}", highlight=False, soft_wrap=True)
         if outcome.flat:
             console.print("[yellow]all trials are equal: here the searched values change nothing[/]")
         console.print(f"figure: {figure}", highlight=False, soft_wrap=True)
         again = " ".join(["fedtailor run", *presets, str(preset)])
         console.print(f"preset: {preset}  use it: {again}", highlight=False, soft_wrap=True)
     _feed_wandb(console, storage, outcome)
-    failed = failures(outcome)
+    failed = outcome.of_state("failed")
     if failed:
-        text = "; ".join(failed)
+        text = "; ".join(f"{trial.run_id} ({assignments(trial.values)}): {trial.message}" for trial in failed)
         raise SweepError(f"{len(failed)} of {len(outcome.trials)} trials failed: {text}. The same words try them again")
 
 
@@ -228,9 +259,8 @@ def _feed_wandb(console: Console, storage: Storage, outcome: Outcome) -> None:
     Not Tune's own callback: that would log reports before they are committed, start a second run when a trial is
     restored, and carry the key into every trial's process.
     """
-    names = [trial.run_id for trial in outcome.trials if trial.state == "complete"]
-    for name in names:
-        run = RunFolder.open(storage, name)
-        problem = sync_wandb(run, load_experiment(run))
-        if problem:
-            console.print(f"[yellow]W&B:[/] {name}: {problem}; repeat with: fedtailor sync {name}", highlight=False)
+    for trial in outcome.of_state("complete"):
+        run = RunFolder.open(storage, trial.run_id)
+        if problem := sync_wandb(run, load_experiment(run)):
+            again = f"repeat with: fedtailor sync {trial.run_id}"
+            console.print(f"[yellow]W&B:[/] {trial.run_id}: {problem}; {again}", highlight=False)

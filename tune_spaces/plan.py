@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import check, compose
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, to_json
 from fedtailor.experiment.stages import short_hash
 from tune_spaces import PAPERS, grids
-from tune_spaces.grid import Grid, Objective, Value, combinations, find, for_task, objective
-
-Content = dict[str, Any]
+from tune_spaces.grid import OBJECTIVES, Grid, Objective, Value, combinations, for_task, look_up
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class SweepPlan:
     @property
     def judged(self) -> Objective:
         """What decides."""
-        return objective(self.objective)
+        return OBJECTIVES[self.objective]
 
     @property
     def trials(self) -> list[dict[str, Value]]:
@@ -77,7 +76,8 @@ class SweepPlan:
 
     def experiment(self, number: int) -> ExperimentBase:
         """Configuration of a trial."""
-        return _with(self.config, self.trials[number])
+        words = [f"{key}={value!r}" for key, value in self.trials[number].items()]
+        return experiment_of(merge_layers([self.config], words))
 
     def chunks(self) -> int:
         """Commits of one personalising stage."""
@@ -85,7 +85,7 @@ class SweepPlan:
         clients = len(exp.task.languages) * clients_per_language(exp) * len(exp.personalise.pools)
         return -(-clients // exp.personalise.chunk)
 
-    def identity(self) -> Content:
+    def identity(self) -> dict[str, Any]:
         """What must be equal for a sweep to be taken up again; where it is kept and shown is not part of it."""
         config = {key: value for key, value in self.config.items() if key not in ("storage", "wandb")}
         return {
@@ -106,33 +106,40 @@ def make_plan(
     Raises:
         ConfigError: unknown grid, objective or key, or a word that gives a searched key a value.
     """
-    grid = find(address, grids())
+    grid = look_up("unknown sweep", address, grids())
     name = objective_name or grid.objective
-    judged = objective(name)
+    look_up("'--objective': unknown", name, OBJECTIVES)
     presets = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
     given = [word.split("=", 1)[0] for word in overrides]
-    _refuse(address, grid, given)
+    problems = [f"'{key}': is searched by {address}; leave it out" for key in given if key in grid.space]
+    if "methods" in given:
+        problems.append(f"'methods': {address} runs '{grid.method}' alone; leave it out")
+    if problems:
+        raise ConfigError(problems)
     exp = compose(presets, overrides)
-    if objective_name is None:
-        name = for_task(name, exp.task_entry.kind)
-        judged = objective(name)
-    chosen: Content = {"methods": [grid.method]}
-    if "budgets" not in given:
-        chosen["budgets"] = [exp.budgets[-1]]
-    config = to_json(exp) | chosen | {"storage": _absolute(exp.storage)}
-    stage = config["personalise"] | ({"score_train": True} if judged.on_train else {})
+    name = objective_name or for_task(name, exp.task_entry.kind)
+    judged, pools = OBJECTIVES[name], exp.personalise.pools
     if "personalise.pools" not in given:
-        stage["pools"] = [judged.pool]
-    elif judged.pool not in stage["pools"]:
+        pools = (judged.pool,)
+    elif judged.pool not in pools:
         raise ConfigError(f"'personalise.pools': --objective {name} needs the {judged.pool} clients")
-    config["personalise"] = stage
+    config = to_json(exp)
+    config["methods"] = [grid.method]
+    config["personalise"] |= {"pools": list(pools)} | ({"score_train": True} if judged.on_train else {})
+    if "budgets" not in given:
+        config["budgets"] = [exp.budgets[-1]]
+    if "://" not in exp.storage:  # trials run in folders of their own
+        config["storage"] = str(Path(exp.storage).absolute())
     plan = SweepPlan("", address, grid, name, asha, tuple(words), to_json(experiment_of(config)))
     for number in range(len(plan.trials)):
         check(plan.experiment(number))
-    found = sweep_id or _default_id(plan, presets)
-    grouped = {**plan.config, "wandb": plan.config["wandb"] | _group(plan.config["wandb"], found)}
-    return SweepPlan(found, address, grid, name, asha, tuple(words), grouped)
+    if sweep_id is None:
+        names = [Path(word).stem if word.endswith(".yaml") else word for word in presets] or [exp.task.name]
+        sweep_id = "-".join([address.replace("/", "-"), *names, short_hash(plan.identity())[:8]])
+    wandb = plan.config["wandb"]
+    grouped = {**plan.config, "wandb": {**wandb, "group": wandb.get("group") or sweep_id}}
+    return replace(plan, sweep_id=sweep_id, config=grouped)
 
 
 def steps_of(stages: Sequence[Mapping[str, Any]], chunks: int) -> dict[str, tuple[int, int]]:
@@ -150,36 +157,3 @@ def steps_of(stages: Sequence[Mapping[str, Any]], chunks: int) -> dict[str, tupl
             found[str(stage["key"])] = start, count
             start += count
     return found
-
-
-def _with(config: Mapping[str, Any], values: Mapping[str, Value]) -> ExperimentBase:
-    tree: Content = dict(config)
-    for key, value in values.items():
-        node, parts = tree, key.split(".")
-        for part in parts[:-1]:
-            node[part] = dict(node[part])
-            node = node[part]
-        node[parts[-1]] = value
-    return experiment_of(tree)
-
-
-def _refuse(address: str, grid: Grid, given: Sequence[str]) -> None:
-    problems = [f"'{key}': is searched by {address}; leave it out" for key in given if key in grid.space]
-    if "methods" in given:
-        problems.append(f"'methods': {address} runs '{grid.method}' alone; leave it out")
-    if problems:
-        raise ConfigError(problems)
-
-
-def _group(wandb: Mapping[str, Any], sweep_id: str) -> Content:
-    return {"group": wandb.get("group") or sweep_id}
-
-
-def _absolute(storage: str) -> str:
-    """Trials run in folders of their own."""
-    return storage if "://" in storage else str(Path(storage).absolute())
-
-
-def _default_id(plan: SweepPlan, presets: Sequence[str]) -> str:
-    names = [Path(name).stem if name.endswith(".yaml") else name for name in presets] or [plan.config["task"]["name"]]
-    return "-".join([plan.address.replace("/", "-"), *names, short_hash(plan.identity())[:8]])

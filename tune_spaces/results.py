@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Final, Literal
 
 import yaml
 
+from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import StorageError
 from fedtailor.storage.digest import committed_stages
 from fedtailor.storage.files import Storage, join
@@ -106,7 +107,7 @@ def refuse_other(storage: Storage, plan: SweepPlan) -> None:
 def begin_record(storage: Storage, plan: SweepPlan) -> None:
     """Writes the record of a sweep whose trials all wait, unless there is one."""
     if not storage.exists(join(plan.sweep_id, RECORD)):
-        write_record(storage, Outcome(plan, [_waiting(plan, number) for number in range(len(plan.trials))], None))
+        write_record(storage, examine(storage, plan, [], {}))
 
 
 def base_is_there(storage: Storage, plan: SweepPlan) -> bool:
@@ -158,30 +159,22 @@ def value_of(plan: SweepPlan, run: RunFolder) -> float:
 
 
 def _examined(storage: Storage, plan: SweepPlan, number: int, stopped: bool, errors: Mapping[int, str]) -> Trial:
-    name, waiting = plan.run_id(number), _waiting(plan, number)
-    if not storage.exists(join(name, "run.json")):
-        return _changed(waiting, "failed", errors[number]) if number in errors else waiting
-    run = RunFolder.open(storage, name)
+    trial = Trial(number, plan.run_id(number), plan.trials[number], "unfinished")
+    if not storage.exists(join(trial.run_id, "run.json")):
+        return replace(trial, state="failed", message=errors[number]) if number in errors else trial
+    run = RunFolder.open(storage, trial.run_id)
     if is_complete(run):
-        return Trial(number, name, waiting.values, "complete", value_of(plan, run))
+        return replace(trial, state="complete", value=value_of(plan, run))
     status = run.status()
     if stopped:
         run.set_status("interrupted", STOPPED)
-        return _changed(waiting, "stopped", STOPPED)
+        return replace(trial, state="stopped", message=STOPPED)
     if number in errors:
         reason = status["message"] if status["state"] == "failed" and status["message"] else errors[number]
-        return _changed(waiting, "failed", reason)
+        return replace(trial, state="failed", message=reason)
     if status["state"] == "running":
         run.set_status("interrupted", "the sweep was stopped")
-    return waiting
-
-
-def _waiting(plan: SweepPlan, number: int) -> Trial:
-    return Trial(number, plan.run_id(number), plan.trials[number], "unfinished")
-
-
-def _changed(trial: Trial, state: State, message: str) -> Trial:
-    return Trial(trial.number, trial.run_id, trial.values, state, None, message)
+    return trial
 
 
 def write_record(storage: Storage, outcome: Outcome) -> None:
@@ -194,24 +187,14 @@ def write_record(storage: Storage, outcome: Outcome) -> None:
         "best": None if best is None else asdict(best),
     }  # fmt: skip
     storage.write_json(join(plan.sweep_id, RECORD), redact(content))
-    if best is not None:
-        storage.write_bytes(join(plan.sweep_id, BEST), best_preset(outcome).encode())
+    if best is not None and best.value is not None:
+        storage.write_bytes(join(plan.sweep_id, BEST), best_preset(plan, best.values, best.value).encode())
 
 
-def best_preset(outcome: Outcome) -> str:
+def best_preset(plan: SweepPlan, values: Mapping[str, Value], reached: float) -> str:
     """The best values as a preset: a layer for any configuration, since a search is often made on another one."""
-    plan, best = outcome.plan, outcome.best
-    assert best is not None
-    assert best.value is not None
-    tree: dict[str, Any] = {}
-    for key, value in best.values.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    head = (
+    tree = merge_layers([], [f"{key}={value!r}" for key, value in values.items()])
+    return (
         f"# Best of {len(plan.trials)} trials of {plan.address} ({plan.sweep_id}): {plan.objective} "
-        f"{plan.judged.shown(best.value)}{' %' if plan.judged.share else ''}.\n"
+        f"{plan.judged.shown(reached, unit=True)}.\n{yaml.safe_dump(tree, sort_keys=False)}"
     )
-    return head + str(yaml.safe_dump(tree, sort_keys=False))

@@ -1,39 +1,42 @@
-"""Ray Tune over the grid: one placement group per trial, taken up again where it was left.
-
-At Ctrl-C or SIGTERM Tune writes its state and ends; a second signal ends at once.
-"""
+"""Ray Tune over the grid: a placement group per trial, and in it an ordinary run that tells Tune what it commits."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
-import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 
-from actors.client_actor import forwarded_environment
+from actors.client_actor import adopt_environment, forwarded_environment
 from actors.placement import ActorPlan
-from fedtailor.core.errors import Interrupted, StorageError
+from fedtailor.core.config import resolve
+from fedtailor.core.errors import DataError, Interrupted, LockedError, StorageError
+from fedtailor.core.settings import EngineConfig
+from fedtailor.experiment.config import ExperimentBase, overrides_of, to_json
+from fedtailor.experiment.launch import Backend, InProcess, launch, run_serial
+from fedtailor.federated.pool import OnEvent
+from fedtailor.storage.files import Storage
+from fedtailor.storage.round_store import METRICS
+from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.progress import LINE_EVERY_S
+from tune_spaces.grid import assignments
 from tune_spaces.plan import SweepPlan, steps_of
-from tune_spaces.results import TUNE
-from tune_spaces.trial import play
+from tune_spaces.results import TUNE, is_complete, value_of
 
 RETRIES: Final = 2
 """How often a trial whose process died is started again; it goes on from its last commit."""
 
 REDUCTION: Final = 3
-"""ASHA keeps one in so many trials at every rung."""
+"""ASHA keeps one in so many trials at every rung: after a ninth and a third of a trial's steps."""
 
 _ENVIRONMENT: Final = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with `verbose=0`: silence; the new output prints boxes all the same
@@ -42,28 +45,52 @@ _ENVIRONMENT: Final = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
-Listener = Callable[[str, Any, Mapping[str, Any]], None]
+_FREE = ("storage", "wandb")
+"""Keys that may differ when a trial is taken up again."""
 
-_OURS = (signal.SIGINT, signal.SIGTERM)
+_DYING_S = 60.0
 
-_TUNES = signal.SIGUSR1
-"""What Tune takes for the wish to end in order, however it is configured."""
-
-_listener: Listener | None = None
-"""Tune pickles its callbacks and reads them back when it restores, so the callback can hold no console."""
+_ROUND_LOSSES = ("val_loss", "train_loss")
+"""Metrics of a round that tell how it goes, the first that a method has."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """How Tune left the trials.
+def search(
+    plan: SweepPlan, folder: Path, actors: ActorPlan, at_once: int | None, show: OnEvent
+) -> tuple[list[int], dict[int, str]]:
+    """Runs what is missing of all trials; returns when all are over, or when Tune was asked to end.
 
     Args:
-        stopped: numbers of the trials that ASHA stopped.
-        errors: number to what went wrong.
-    """
+        plan: the sweep.
+        folder: the sweep's folder; ``tune/`` below it is Tune's.
+        actors: workers of one trial.
+        at_once: most trials at a time; None: as many as fit. Fixed when a sweep starts first.
+        show: receives events of the kind ``trial``.
 
-    stopped: tuple[int, ...]
-    errors: Mapping[int, str]
+    Returns:
+        Numbers of the trials that ASHA stopped, and number to what went wrong.
+
+    Raises:
+        StorageError: Tune's folder has more trials than the grid.
+    """
+    global _watched
+    _watched = plan, show, {}
+    os.environ.update(_ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    group = tune.PlacementGroupFactory(bundles(actors, plan.config["engine"]["backend"] == "serial"))
+    place = {"environment": forwarded_environment(), "folder": os.getcwd()}
+    trainable = tune.with_resources(tune.with_parameters(play, plan=plan, place=place), group)
+    results: Any = _tuner(plan, folder, trainable, at_once).fit()
+    if len(results) > len(plan.trials):
+        raise StorageError(f"Tune knows {len(results)} trials of {plan.sweep_id}, the grid has {len(plan.trials)}")
+    stopped, errors = [], {}
+    for result in results:
+        if result.config is None:  # asked to end before it had started
+            continue
+        if result.error is not None:
+            errors[plan.number(result.config)] = str(result.error).strip().split("\n")[-1]
+        elif not (result.metrics or {}).get("finished"):
+            stopped.append(plan.number(result.config))
+    return stopped, errors
 
 
 def bundles(plan: ActorPlan, serial: bool) -> list[dict[str, float]]:
@@ -81,39 +108,24 @@ def bundles(plan: ActorPlan, serial: bool) -> list[dict[str, float]]:
     return [worker] if serial else [{"CPU": 0.0}, *(dict(worker) for _ in range(plan.count))]
 
 
-def search(
-    plan: SweepPlan, folder: Path, actors: ActorPlan, at_once: int | None, show: Callable[[dict[str, Any]], None]
-) -> Found:
-    """Runs what is missing of all trials; returns when all are over, or when Tune was asked to end.
-
-    Args:
-        plan: the sweep.
-        folder: the sweep's folder; ``tune/`` below it is Tune's.
-        actors: workers of one trial.
-        at_once: most trials at a time; None: as many as fit. Fixed when a sweep starts first.
-        show: receives events of the kind ``trial``.
-    """
-    os.environ.update(_ENVIRONMENT)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    group = tune.PlacementGroupFactory(bundles(actors, plan.config["engine"]["backend"] == "serial"))
-    place = {"environment": forwarded_environment(), "folder": os.getcwd()}
-    trainable = tune.with_resources(tune.with_parameters(play, plan=plan, place=place), group)
-    with _listening(_TrialNotes(plan, show)):
-        results = _tuner(plan, folder, trainable, at_once).fit()
-    return _found(plan, results)
-
-
 def _tuner(plan: SweepPlan, folder: Path, trainable: Any, at_once: int | None) -> Any:
     own = folder / TUNE
     if tune.Tuner.can_restore(str(own)) and any(own.glob("experiment_state-*.json")):
         return tune.Tuner.restore(str(own), trainable, resume_unfinished=True, restart_errored=True)
     if own.exists():  # killed before Tune had written its first state: no trial has a run that it could lose
         shutil.rmtree(own)
+    # Larger than any share: a trial that has done all of its steps is not stopped but done.
+    asha = ASHAScheduler(
+        time_attr="share", metric="progress", mode="max", max_t=2, grace_period=REDUCTION**-2,
+        reduction_factor=REDUCTION,
+    )  # fmt: skip
     return tune.Tuner(
         trainable,
         param_space={key: tune.grid_search(list(values)) for key, values in plan.grid.space.items()},
         # A process that has played one trial plays the next: starting one costs as much as a small trial.
-        tune_config=tune.TuneConfig(max_concurrent_trials=at_once, scheduler=_scheduler(plan), reuse_actors=True),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_once, scheduler=asha if plan.asha else None, reuse_actors=True
+        ),
         run_config=tune.RunConfig(
             name=TUNE,
             storage_path=str(folder),
@@ -124,154 +136,148 @@ def _tuner(plan: SweepPlan, folder: Path, trainable: Any, at_once: int | None) -
     )
 
 
-def _scheduler(plan: SweepPlan) -> ASHAScheduler | None:
-    if not plan.asha:
-        return None
-    total = steps_total(plan)
-    grace = max(1, total // REDUCTION**2)
-    # One more than there are steps: a trial that has done them all is not stopped but done.
-    return ASHAScheduler(
-        time_attr="step", metric="progress", mode="max", max_t=total + 1, grace_period=grace,
-        reduction_factor=REDUCTION,
-    )  # fmt: skip
-
-
-def steps_total(plan: SweepPlan) -> int:
-    """Steps of one trial, before any of its stages is planned: as `trial.Watch` counts them, at the most."""
-    from fedtailor.experiment.config import method_section, scaled
-    from fedtailor.methods import build_method
-
-    exp = plan.experiment(0)
-    method = build_method(plan.grid.method, method_section(exp, plan.grid.method), exp.r_max)
-    rounds = scaled(exp.strategy.rounds, exp.scale) if method.local_update is not None else 0
-    stages: list[dict[str, Any]] = []
-    for part in range(len(exp.seeds) * (len(exp.budgets) if method.per_budget and rounds else 1)):
-        stages += [{"key": f"strategy/{part}", "kind": "strategy", "rounds": rounds}] if rounds else []
-        stages += [{"key": f"personalise/{part}", "kind": "personalise", "rounds": 0}]
-    return sum(count for _, count in steps_of(stages, plan.chunks()).values())
-
-
-def _found(plan: SweepPlan, results: Any) -> Found:
-    stopped, errors = [], {}
-    for result in results:
-        if result.config is None:  # asked to end before it had started
-            continue
-        number = plan.number(result.config)
-        if result.error is not None:
-            errors[number] = str(result.error).strip().split("\n")[-1]
-        elif not (result.metrics or {}).get("finished"):
-            stopped.append(number)
-    if len(results) > len(plan.trials):
-        raise StorageError(f"Tune knows {len(results)} trials of {plan.sweep_id}, the grid has {len(plan.trials)}")
-    return Found(tuple(stopped), errors)
-
-
-class _TrialNotes:
-    """Turns what happens to trials into events of the kind ``trial``."""
-
-    def __init__(self, plan: SweepPlan, show: Callable[[dict[str, Any]], None]) -> None:
-        self._plan, self._show = plan, show
-        self._said: dict[int, float] = {}
-
-    def __call__(self, what: str, trial: Any, last: Mapping[str, Any]) -> None:
-        number = self._plan.number(trial.config)
-        if what == "step":
-            if last.get("finished") or time.monotonic() - self._said.get(number, 0.0) < LINE_EVERY_S:
-                return
-            state = f"step {last.get('step')}"
-        elif what == "over" and last.get("finished"):
-            judged = self._plan.judged
-            state = f"done, {self._plan.objective} {judged.shown(last['value'])}{' %' if judged.share else ''}"
-        elif what == "over":
-            state = f"stopped early by ASHA at step {last.get('step')}"
-        else:
-            state = what
-        self._said[number] = time.monotonic()
-        values = ", ".join(f"{key}={value:g}" for key, value in self._plan.trials[number].items())
-        text = f"trial {self._plan.run_id(number)} ({values})  {state}"
-        self._show({"kind": "trial", "run": self._plan.run_id(number), "what": what, "text": text})
-
-
-@contextmanager
-def _listening(listener: Listener) -> Iterator[None]:
-    global _listener
-    _listener = listener
-    try:
-        yield
-    finally:
-        _listener = None
+_watched: tuple[SweepPlan, OnEvent, dict[int, float]]
+"""The sweep of this process, who shows its events, and when a trial was last shown."""
 
 
 class _Callback(tune.Callback):
-    """Hands what happens to trials to the listener of this process."""
+    """Shows what happens to trials. Tune pickles it and reads it back when it restores, so it can hold no console."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _say("started", trial)
+        _show("started", trial)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        _say("step", trial, result)  # not yet the trial's last result
+        # Not yet the trial's last result.
+        if not result.get("finished"):
+            _show("step", trial, f"step {result.get('step')}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _say("over", trial)
+        plan, last = _watched[0], trial.last_result or {}
+        if last.get("finished"):
+            _show("over", trial, f"done, {plan.objective} {plan.judged.shown(last['value'], unit=True)}")
+        else:
+            _show("over", trial, f"stopped early by ASHA at step {last.get('step')}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _say("failed", trial)
+        _show("failed", trial)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        _say("was lost and starts again at its last commit", trial)
+        _show("was lost and starts again at its last commit", trial)
 
 
-def _say(what: str, trial: Any, result: Mapping[str, Any] | None = None) -> None:
-    if _listener is not None:
-        _listener(what, trial, result or trial.last_result or {})
+def _show(what: str, trial: Any, state: str = "") -> None:
+    """Shows an event of the kind ``trial``; steps only now and then."""
+    plan, show, shown = _watched
+    number, now = plan.number(trial.config), time.monotonic()
+    if what == "step" and now - shown.get(number, 0.0) < LINE_EVERY_S:
+        return
+    shown[number] = now
+    text = f"trial {plan.run_id(number)} ({assignments(plan.trials[number])})  {state or what}"
+    show({"kind": "trial", "run": plan.run_id(number), "what": what, "text": text})
 
 
-@dataclass
-class TuneSignals:
-    """``with TuneSignals(tell) as signals: tuner.fit(); signals.number``.
+def play(config: Mapping[str, Any], plan: SweepPlan, place: Mapping[str, Any]) -> None:
+    """Tune's trainable: makes or resumes the trial's run and reports after every commit.
 
-    Tune's own handler knows SIGINT only and hides which signal came, so it is turned off.
+    Reports ``step`` (commits of the trial's own stages), ``share`` (of all its steps), ``progress`` (larger is better;
+    see `Watch`) and at the end ``value`` (the objective) with ``finished``.
 
     Args:
-        tell: shows a sentence when the first signal comes.
-        number: the first signal that came.
+        config: values of the searched keys.
+        plan: the sweep.
+        place: arguments of `adopt_environment`: relative paths of the configuration mean the folder of whoever
+            started the sweep, and Tune has moved the process to a folder of its own.
+
+    Raises:
+        TailorError: what ended the run; what is committed stays.
+    """
+    adopt_environment(**place)
+    number = plan.number(config)
+    exp = plan.experiment(number)
+    run = RunFolder.create(Storage(exp.storage), plan.run_id(number), to_json(exp), overrides_of(exp), ignore=_FREE)
+    watch = Watch(plan, run)
+    if not is_complete(run):
+        try:
+            _launch(run, exp, watch.emit)
+        except Interrupted:
+            sys.exit(0)  # as `tune.report` asked for
+    value = value_of(plan, run)
+    progress = plan.judged.better(value)
+    tune.report({"step": watch.last, "share": 1.0, "progress": progress, "value": value, "finished": True})
+
+
+def _launch(run: RunFolder, exp: ExperimentBase, emit: OnEvent) -> None:
+    """Waits a while for the process that had this trial before: killed with its sweep, it may still be dying."""
+    deadline = time.monotonic() + _DYING_S
+    while True:
+        try:
+            return launch(_backend(exp), run, exp, emit, lambda: False)
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+
+
+class Watch:
+    """Turns the progress of a run into reports.
+
+    A round is judged by the loss of its cohort, a chunk of personalised clients by the objective over those so far:
+    all trials meet the same cohorts and clients at the same step, so values of one step compare.
+
+    Args:
+        plan: the sweep.
+        run: the trial's run.
     """
 
-    tell: Callable[[str], None]
-    number: int | None = None
-    _before: dict[int, Any] = field(default_factory=dict)
+    def __init__(self, plan: SweepPlan, run: RunFolder) -> None:
+        self._plan, self._run = plan, run
 
-    def __enter__(self) -> TuneSignals:
-        """Takes over the signals."""
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        self._before = {number: signal.getsignal(number) for number in (*_OURS, _TUNES)}
-        for number in _OURS:
-            signal.signal(number, self._received)
-        return self
+    @cached_property
+    def _steps(self) -> dict[str, tuple[int, int]]:
+        return steps_of(self._run.stages(), self._plan.chunks())
 
-    def __exit__(self, *_: object) -> None:
-        """Gives them back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    @property
+    def last(self) -> int:
+        """Number of steps of the trial, once its stages are known."""
+        return max(start + count for start, count in self._steps.values())
 
-    def check(self) -> None:
-        """Ends with the signal's exit code if one came.
-
-        Raises:
-            Interrupted: 130 for Ctrl-C, 143 for SIGTERM.
-        """
-        if self.number is not None:
-            raise self._ended("stopped: what is committed is kept")
-
-    def _received(self, number: int, _: FrameType | None) -> None:
-        first, self.number = self.number is None, self.number or number
-        if first and signal.getsignal(_TUNES) != self._before[_TUNES]:
-            self.tell("stopping: the trials end at their last commit; once more (Ctrl-C) stops at once")
-            signal.raise_signal(_TUNES)
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Takes an event of the run; commits of the trial's own stages are reported, but for the last."""
+        if event["kind"] != "progress" or event["stage"] not in self._steps:
             return
-        raise self._ended("stopped at once: what is committed is kept")
+        step = self._steps[event["stage"]][0] + int(event["done"])
+        if step >= self.last:
+            return
+        progress = self._progress(str(event["stage"]), int(event["done"]) - 1)
+        try:
+            tune.report({"step": step, "share": step / self.last, "progress": progress})
+        except SystemExit:  # how Tune ends a trial that it gives up
+            raise Interrupted(f"the sweep stopped this trial at step {step}: its commits are kept") from None
 
-    def _ended(self, text: str) -> Interrupted:
-        error = Interrupted(text)
-        error.exit_code = 128 + (self.number or signal.SIGINT)
-        return error
+    def _progress(self, key: str, index: int) -> float:
+        """Raises `DataError` if the method reports none of `_ROUND_LOSSES`."""
+        if key.startswith("personalise"):
+            return self._plan.judged.better(value_of(self._plan, self._run))
+        stage = next(stage for stage in self._run.stages() if stage["key"] == key)
+        rows = self._run.log(stage).read(index).table(METRICS).to_pandas()
+        for name in _ROUND_LOSSES:
+            losses = rows[rows["metric"] == name]
+            if len(losses):  # each client by its examples
+                return -float((losses["value"] * losses["weight"]).sum() / losses["weight"].sum())
+        raise DataError(f"no client reports one of {', '.join(_ROUND_LOSSES)}")
+
+
+def _backend(exp: ExperimentBase) -> Backend:
+    """Drives a run in this process; its client actors, if any, take the bundles of this trial."""
+    if exp.engine.backend == "serial":
+        return run_serial
+    from actors.metrics import CommitMetrics
+    from actors.ray_pool import RayPool
+
+    def drive(
+        entry: str, payload: Mapping[str, Any], _: EngineConfig, on_event: OnEvent, should_stop: Callable[[], bool]
+    ) -> None:
+        here, run = InProcess(on_event, should_stop), str(payload["run_id"])
+        resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(here, run), here)
+
+    return drive

@@ -24,9 +24,9 @@ from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from tune_spaces.figure import draw
 from tune_spaces.grid import OBJECTIVES, Grid, score
+from tune_spaces.launch import TuneSignals
 from tune_spaces.plan import SweepPlan, make_plan, steps_of
 from tune_spaces.results import Outcome, Trial, begin_record, best_preset, examine, refuse_other, settled
-from tune_spaces.search import TuneSignals
 
 WORDS = [word for word in TINY if not word.startswith(("methods=", "budgets=", "r_max=", "lora."))]
 LAMBDA = "fedp2eft.stage1.lambda_lr"
@@ -153,7 +153,7 @@ def test_of_equal_trials_the_papers_choice_is_the_best_and_a_flat_grid_is_told()
 
 def test_the_best_values_are_a_preset_that_any_configuration_can_take(tmp_path: Path) -> None:
     plan = planned("fedp2eft/lora")
-    text = best_preset(finished(plan, 0.1, 0.2, 0.3, 0.4))
+    text = best_preset(plan, plan.trials[3], 0.4)
     (tmp_path / "best.yaml").write_text(text)
     assert yaml.safe_load(text) == {"lora": {"lr": 1e-4, "epochs": 1}}
     exp = compose(["demo", str(tmp_path / "best.yaml")], ["methods=[lora]"])
@@ -165,7 +165,7 @@ def test_the_best_values_are_a_preset_that_any_configuration_can_take(tmp_path: 
 def test_a_rate_survives_the_preset_file_whatever_its_size(value: float) -> None:
     plan = planned("fedp2eft/lambda_lr")
     one = SweepPlan("s", plan.address, Grid("fedp2eft", {LAMBDA: (value,)}, plan.objective, ""), *_rest(plan))
-    read = yaml.safe_load(best_preset(finished(one, 0.5)))
+    read = yaml.safe_load(best_preset(one, one.trials[0], 0.5))
     assert read == {"fedp2eft": {"stage1": {"lambda_lr": value}}}
 
 
