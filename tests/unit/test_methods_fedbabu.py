@@ -8,7 +8,9 @@ import pytest
 import torch
 from toy import toy_context, toy_lanes, toy_llama, toy_net, with_prompts
 
+from fedtailor.core.errors import ConfigError
 from fedtailor.core.scope import Scope
+from fedtailor.experiment.compose import compose
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Capability
 from fedtailor.methods import build_method
@@ -64,3 +66,5 @@ def test_a_language_model_is_tuned_as_a_whole_and_its_head_cannot_be_asked_for()
     assert all(bool(layer.b.any()) for layer in ctx.net.layers)
     assert len(made.lanes) == 2
     assert Capability.CLASSES in build_method("fedbabu", {"tune": "head"}, 3).requires
+    with pytest.raises(ConfigError, match=r"^'fedbabu.tune': head needs a classifier.*leave the key out$"):
+        compose(["demo_generation"], ["methods=[fedbabu]", "fedbabu.tune=head"])

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from fedtailor.core.errors import ConfigError, PlacementError
-from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of
+from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of, method_section
 from fedtailor.federated.method import Capability, Method
-from fedtailor.methods import METHODS
+from fedtailor.methods import METHODS, build_method
 
 _QUANTISED = ("8bit", "4bit")
 
@@ -26,10 +26,21 @@ def task_problems(exp: ExperimentBase) -> Iterator[str]:
     able = [name for name in METHODS if Capability.CLASSES not in method_of(exp, name).requires]
     for name in exp.methods:
         if name not in able:
-            yield (
+            yield _asks_for_classes(exp, name) or (
                 f"'methods': {name} answers with classes, and task '{exp.task.name}' asks for text "
                 f"(allowed: {', '.join(able)})"
             )
+
+
+def _asks_for_classes(exp: ExperimentBase, method: str) -> str | None:
+    """What is wrong with the key without which a method would need no classes; None: there is no such key."""
+    section = method_section(exp, method)
+    for key, value in section:
+        without = section.model_copy(update={key: getattr(type(section)(), key)})
+        if Capability.CLASSES not in build_method(method, without, exp.r_max).requires:
+            asks = f"and task '{exp.task.name}' asks for text; leave the key out"
+            return f"'{method}.{key}': {value} needs a classifier, {asks}"
+    return None
 
 
 def model_problems(exp: ExperimentBase) -> Iterator[str]:

@@ -42,8 +42,8 @@ class DittoConfig(FinetuneConfig):
     """Rate, epochs and batch size, for w and v_k alike, are those of LoRA in FedP2EFT (A.4)."""
 
     lam: Annotated[float, Field(ge=0)] = 1.0
-    """lambda. The paper's fixed value (section 4); with validation data it lets each device pick one of 0.1, 1, 2.
-    Under strong attacks 0.1 (0.05, 0.1, 0.2)."""
+    """lambda. The paper's value for devices with hardly any validation data; the others pick one of 0.1, 1, 2 by theirs.
+    Under strong attacks it is 0.1, or one of 0.05, 0.1, 0.2."""
 
 
 @dataclass(frozen=True)

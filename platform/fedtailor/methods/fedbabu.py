@@ -36,7 +36,7 @@ class FedBabuConfig(FinetuneConfig):
     """What clients tune in the end; the paper compares all three. None: the head, as in its Algorithm 1, and all layers
     where the head carries no adapter, which is so for language models."""
     tune_epochs: Positive = 5
-    """The paper's number of epochs of fine-tuning."""
+    """tau_f: as in Flower's reproduction of the paper's Table 13."""
 
 
 @dataclass(frozen=True)
