@@ -42,7 +42,7 @@ class DittoConfig(FinetuneConfig):
     """Rate, epochs and batch size, for w and v_k alike, are those of LoRA in FedP2EFT (A.4)."""
 
     lam: Annotated[float, Field(ge=0)] = 1.0
-    """lambda. The paper's value for devices with hardly any validation data; the others pick one of 0.1, 1, 2 by theirs.
+    """lambda. The paper's value for devices with hardly any validation data; others pick one of 0.1, 1, 2 by theirs.
     Under strong attacks it is 0.1, or one of 0.05, 0.1, 0.2."""
 
 
