@@ -95,4 +95,4 @@ def test_a_task_that_asks_for_text_has_its_own_default_model_and_methods() -> No
 
 def test_a_new_client_with_classes_is_refused_by_a_run_that_answers(clean: RunFolder) -> None:
     with pytest.raises(ConfigError, match=r"task 'cldr_instruct'.*only runs of classification tasks"):
-        open_generator(clean.storage, clean.run_id, None, 2, None)
+        open_generator(clean, None, 2)

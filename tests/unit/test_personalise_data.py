@@ -13,6 +13,7 @@ import pytest
 from fedtailor.core.errors import DataError
 from fedtailor.personalise.data import Columns, Labelled, hold_out, labelled, limited, refuse_single_class, shared_texts
 from fedtailor.personalise.files import Table, read_table
+from fedtailor.tasks.source import Example
 
 CLASSES = ("business", "sports", "health")
 ROWS = [("Bei ya mafuta", "business"), ("Timu, imeshinda", "sports"), ('Alisema "ndiyo"', "sports")]
@@ -34,13 +35,22 @@ def read(source: str) -> Labelled:
 
 
 def table(**columns: list[Any]) -> Table:
-    return Table("mine.csv", columns, "0" * 64, {})
+    return Table("mine.csv", columns, "0" * 64)
 
 
 def made(labels: list[int], texts: list[str] | None = None) -> Labelled:
     words = texts or [f"text {i}" for i in range(len(labels))]
     names = Columns("text", None, "label")
-    return Labelled("mine.csv", "0" * 64, names, tuple(words), None, tuple(labels), len(labels), 0)
+    rows = tuple(map(Example, words, labels))
+    return Labelled("mine.csv", "0" * 64, names, rows, len(labels), 0)
+
+
+def texts(data: Labelled) -> list[str]:
+    return [row.text for row in data.examples]
+
+
+def pairs(data: Labelled) -> list[str | None]:
+    return [row.pair for row in data.examples]
 
 
 # ---- what can be read ------------------------------------------------------------------------------------
@@ -55,7 +65,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     sources += [str(tmp_path / name) for name in ("d.parquet", "e.jsonl", "f.json")]
     for source in sources:
         found = read(source)
-        assert list(zip(found.texts, found.labels, strict=True)) == [(t, CLASSES.index(c)) for t, c in ROWS], source
+        assert list(zip(texts(found), found.labels, strict=True)) == [(t, CLASSES.index(c)) for t, c in ROWS], source
 
 
 def test_a_folder_of_the_datasets_library_is_read_with_its_own_class_names(tmp_path: Path) -> None:
@@ -68,7 +78,7 @@ def test_a_folder_of_the_datasets_library_is_read_with_its_own_class_names(tmp_p
     }
     DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     found = read(str(tmp_path / "saved"))
-    assert (found.texts, [CLASSES[i] for i in found.labels]) == (("a", "b"), ["sports", "health"])
+    assert (texts(found), [CLASSES[i] for i in found.labels]) == (["a", "b"], ["sports", "health"])
     assert read_table(str(tmp_path / "saved"), "test").columns["text"] == ["c"]
     (tmp_path / "plain").mkdir()
     csv(tmp_path / "plain/train.csv")
@@ -78,12 +88,12 @@ def test_a_folder_of_the_datasets_library_is_read_with_its_own_class_names(tmp_p
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_utf8_with_or_without_mark_and_marked_utf16_are_read(tmp_path: Path, encoding: str) -> None:
     source = write(tmp_path / "a.csv", f"text,label\n{SWAHILI},sports\n".encode(encoding))
-    assert read(source).texts == (SWAHILI,)
+    assert texts(read(source)) == [SWAHILI]
 
 
 def test_the_words_na_null_and_nan_are_texts_and_line_breaks_in_quotes_stay(tmp_path: Path) -> None:
     rows = [("NA", "sports"), ("null", "sports"), ("nan", "health"), ("a\nb", "sports")]
-    assert read(csv(tmp_path / "a.csv", rows)).texts == ("NA", "null", "nan", "a\nb")
+    assert texts(read(csv(tmp_path / "a.csv", rows))) == ["NA", "null", "nan", "a\nb"]
 
 
 # ---- what cannot -----------------------------------------------------------------------------------------
@@ -139,11 +149,11 @@ def test_a_hub_data_set_out_of_reach_is_neither_file_nor_folder() -> None:
 def test_columns_are_found_by_usual_names_or_taken_as_named() -> None:
     found = labelled(table(Title=["x"], Sentence=["a"], Category=["sports"]), Columns(), CLASSES)
     assert found.columns == Columns("Sentence", None, "Category")
-    pairs = labelled(table(premise=["a"], hypothesis=["b"], label=["sports"]), Columns(), CLASSES)
-    assert pairs.columns == Columns("premise", "hypothesis", "label")
-    assert pairs.pairs == ("b",)
+    paired = labelled(table(premise=["a"], hypothesis=["b"], label=["sports"]), Columns(), CLASSES)
+    assert paired.columns == Columns("premise", "hypothesis", "label")
+    assert pairs(paired) == ["b"]
     named = labelled(table(text=["x"], body=["a"], kind=["sports"]), Columns("body", "text", "kind"), CLASSES)
-    assert (named.texts, named.pairs) == (("a",), ("x",))
+    assert (texts(named), pairs(named)) == (["a"], ["x"])
 
 
 def test_missing_columns_are_told_all_at_once_with_those_present() -> None:
@@ -161,9 +171,9 @@ def test_missing_columns_are_told_all_at_once_with_those_present() -> None:
 
 def test_rows_with_an_empty_text_are_left_out_and_counted() -> None:
     found = labelled(table(text=["a", "", None, "  ", "b"], label=["sports"] * 5), Columns(), CLASSES)
-    assert (found.texts, found.rows, found.empty) == (("a", "b"), 5, 3)
-    pairs = labelled(table(premise=["a", "b"], hypothesis=["", "d"], label=[0, 1]), Columns(), CLASSES)
-    assert (pairs.texts, pairs.pairs, pairs.empty) == (("b",), ("d",), 1)
+    assert (texts(found), found.rows, found.empty) == (["a", "b"], 5, 3)
+    paired = labelled(table(premise=["a", "b"], hypothesis=["", "d"], label=[0, 1]), Columns(), CLASSES)
+    assert (texts(paired), pairs(paired), paired.empty) == (["b"], ["d"], 1)
     with pytest.raises(DataError, match=r"all 2 rows have an empty text \(column 'text'\)"):
         labelled(table(text=["", " "], label=["sports"] * 2), Columns(), CLASSES)
 
@@ -181,11 +191,11 @@ def test_a_text_that_is_no_text_is_refused_with_its_row() -> None:
 
 def test_labels_are_names_in_any_case_or_numbers() -> None:
     given = ["sports", " Sports ", "SPORTS", 1, "1", 1.0, "1.0"]
-    assert labelled(table(text=["t"] * 7, label=given), Columns(), CLASSES).labels == (1,) * 7
+    assert labelled(table(text=["t"] * 7, label=given), Columns(), CLASSES).labels == [1] * 7
 
 
 def test_a_class_named_like_a_number_wins_over_the_number() -> None:
-    assert labelled(table(text=["a", "b"], label=["1", "0"]), Columns(), ("1", "0")).labels == (0, 1)
+    assert labelled(table(text=["a", "b"], label=["1", "0"]), Columns(), ("1", "0")).labels == [0, 1]
 
 
 @pytest.mark.parametrize("label", ["sport", 3, -1, "1.5", True, [1], "9" * 5000, "²"])
@@ -213,7 +223,7 @@ def test_held_out_rows_are_a_share_of_each_class_and_a_function_of_the_seed() ->
     data = made([0] * 50 + [1] * 30 + [2] * 20)
     train, test = hold_out(data, 0.2, 42)
     assert (test.counts(3), train.counts(3)) == ([10, 6, 4], [40, 24, 16])
-    assert not set(train.texts) & set(test.texts)
+    assert not set(texts(train)) & set(texts(test))
     assert hold_out(data, 0.2, 42) == (train, test)
     assert hold_out(data, 0.2, 43) != (train, test)
 
@@ -243,7 +253,7 @@ def test_too_few_rows_to_hold_any_out_ask_for_a_test_file() -> None:
 def test_a_limit_draws_rows_over_the_whole_file_in_its_order() -> None:
     data = made([0] * 50 + [1] * 50)
     some = limited(data, 20, 42)
-    at = [data.texts.index(text) for text in some.texts]
+    at = [texts(data).index(text) for text in texts(some)]
     assert at == sorted(at)
     assert (len(some), all(some.counts(2))) == (20, True)
     assert limited(data, 100, 42) is data

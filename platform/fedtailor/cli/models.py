@@ -38,7 +38,7 @@ def personalise(
     """Give a client of your own the adapter that a trained strategy generator chooses for it."""
     from fedtailor.cli.personalise_view import show_ready, show_result
     from fedtailor.personalise.data import Columns
-    from fedtailor.personalise.job import Request, carry_out, check
+    from fedtailor.personalise.new_client import Request, carry_out, check
 
     asked = Request(
         run_id=psg, data=data, budget=budget, out=out, storage=storage, seed=seed, test=test,

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from fedtailor.core.errors import StorageError
+
 T = TypeVar("T")
 
 PAUSES = (0.05, 0.2, 0.8)
@@ -30,6 +32,16 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refuse_used(out: Path) -> None:
+    """Keeps ``--out`` from mixing with what is there.
+
+    Raises:
+        StorageError: the folder is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StorageError(f"--out {out} is there already and not an empty folder")
 
 
 @contextmanager

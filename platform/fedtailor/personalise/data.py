@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -27,6 +29,8 @@ PAIR_NAMES: Final[Mapping[str, str]] = {
 LABEL_NAMES: Final = ("label", "labels", "category", "class", "target")
 """Columns that are taken for the label."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -39,15 +43,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts with a class each.
+    """Texts, or pairs of texts, with a class each.
 
     Args:
         name: of the table that they come from.
         sha256: of that table.
         columns: the names that were used.
-        texts: first or only texts.
-        pairs: second texts; None where there are none.
-        labels: class ids.
+        examples: the rows that have a text.
         rows: rows found in the table.
         empty: rows left out because a text was missing or blank.
     """
@@ -55,33 +57,43 @@ class Labelled:
     name: str
     sha256: str
     columns: Columns
-    texts: tuple[str, ...]
-    pairs: tuple[str, ...] | None
-    labels: tuple[int, ...]
+    examples: tuple[Example, ...]
     rows: int
     empty: int
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.examples)
+
+    @property
+    def labels(self) -> list[int]:
+        """Class id of each row."""
+        return [row.label for row in self.examples]
 
     def take(self, index: Iterable[int]) -> Labelled:
         """Some of the rows, in the order of ``index``."""
-        chosen = list(index)
-        return replace(
-            self,
-            texts=tuple(self.texts[i] for i in chosen),
-            pairs=None if self.pairs is None else tuple(self.pairs[i] for i in chosen),
-            labels=tuple(self.labels[i] for i in chosen),
-        )
+        return replace(self, examples=tuple(self.examples[i] for i in index))
 
     def counts(self, classes: int) -> list[int]:
         """Rows of each class."""
         return [int(n) for n in np.bincount(self.labels, minlength=classes)]
 
-    def normalised(self) -> list[str]:
-        """Each row's texts in the form in which two of them count as the same."""
-        pairs = self.pairs or (None,) * len(self)
-        return [Example(text, 0, pair).normal for text, pair in zip(self.texts, pairs, strict=True)]
+    def described(self, classes: Sequence[str], truncated: int) -> dict[str, Any]:
+        """What a record says of the rows.
+
+        Args:
+            classes: class names in the order of their ids.
+            truncated: rows whose text was cut.
+        """
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "columns": asdict(self.columns),
+            "rows": self.rows,
+            "empty": self.empty,
+            "used": len(self),
+            "truncated": truncated,
+            "classes": dict(zip(classes, self.counts(len(classes)), strict=True)),
+        }
 
 
 def labelled(table: Table, wanted: Columns, allowed: Sequence[str]) -> Labelled:
@@ -99,23 +111,15 @@ def labelled(table: Table, wanted: Columns, allowed: Sequence[str]) -> Labelled:
             (names it, the row from 1 and the allowed ones), or nothing is left.
     """
     columns = _find(table, wanted)
-    assert columns.text is not None
-    assert columns.label is not None
-    texts = _texts(table, columns.text)
-    pairs = None if columns.pair is None else _texts(table, columns.pair)
-    full = [i for i, text in enumerate(texts) if text.strip() and (pairs is None or pairs[i].strip())]
+    texts = _texts(table, str(columns.text))
+    pairs = [None] * len(table) if columns.pair is None else _texts(table, columns.pair)
+    rows = list(zip(texts, pairs, strict=True))
+    full = [i for i, (text, pair) in enumerate(rows) if text.strip() and (pair is None or pair.strip())]
     if not full:
         raise DataError(f"{table.name}: all {len(table)} rows have an empty text (column '{columns.text}')")
-    return Labelled(
-        name=table.name,
-        sha256=table.sha256,
-        columns=columns,
-        texts=tuple(texts[i] for i in full),
-        pairs=None if pairs is None else tuple(pairs[i] for i in full),
-        labels=_labels(table, columns.label, full, allowed),
-        rows=len(table),
-        empty=len(table) - len(full),
-    )
+    labels = _labels(table, str(columns.label), full, allowed)
+    examples = tuple(Example(rows[i][0], label, rows[i][1]) for i, label in zip(full, labels, strict=True))
+    return Labelled(table.name, table.sha256, columns, examples, len(table), len(table) - len(full))
 
 
 def _find(table: Table, wanted: Columns) -> Columns:
@@ -143,76 +147,44 @@ def _find(table: Table, wanted: Columns) -> Columns:
 def _texts(table: Table, name: str) -> list[str]:
     values = table.columns[name]
     for row, value in enumerate(values, start=1):
+        what = ""
         if value is not None and not isinstance(value, str):
-            raise DataError(
-                f"{table.name}, row {row}: column '{name}' holds {value!r:.60} ({type(value).__name__}), not a text"
-            )
-        if value is not None and not _is_unicode(value):
-            raise DataError(f"{table.name}, row {row}: column '{name}' holds half a surrogate pair, which is no text")
+            what = f"{value!r:.60} ({type(value).__name__}), not a text"
+        elif value is not None and _SURROGATE.search(value):
+            what = "half a surrogate pair, which is no text"
+        if what:
+            raise DataError(f"{table.name}, row {row}: column '{name}' holds {what}")
     return [value or "" for value in values]
 
 
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _labels(table: Table, name: str, rows: Sequence[int], allowed: Sequence[str]) -> tuple[int, ...]:
-    read = _reader(allowed, table.classes.get(name))
-    values = table.columns[name]
-    missing = [i + 1 for i in rows if _is_missing(values[i], name in table.classes)]
+def _labels(table: Table, name: str, rows: Sequence[int], allowed: Sequence[str]) -> list[int]:
+    """Class id of each of ``rows``. Names win over numbers, exact spelling over other cases, the first of equals."""
+    exact = {name: i for i, name in enumerate(allowed)}
+    any_case = {name.casefold(): i for i, name in reversed(list(enumerate(allowed)))}
+    numbers = {str(i): i for i in range(len(allowed))}
+    known, values = ", ".join(f"{name} ({i})" for i, name in enumerate(allowed)), table.columns[name]
+    missing, unknown, ids = list[int](), dict[str, int](), list[int]()
+    for i in rows:
+        word = "" if values[i] is None else str(values[i]).strip()
+        # Tables with a missing value elsewhere often turn whole numbers into 3.0.
+        found = exact.get(word, any_case.get(word.casefold(), numbers.get(word.removesuffix(".0"))))
+        if found is not None:
+            ids.append(found)
+        elif word:
+            unknown.setdefault(f"{values[i]!r:.60}", i + 1)
+        else:
+            missing.append(i + 1)
     if missing:
         raise DataError(
             f"{table.name}: {len(missing)} of {len(rows)} rows have no label in column '{name}' (row "
-            f"{listed(missing)}); give each one of: {_allowed(allowed)}"
+            f"{listed(missing)}); give each one of: {known}"
         )
-    ids = {i: read(values[i]) for i in rows}
-    strange: dict[str, int] = {}
-    for i, label in ids.items():
-        if label is None:
-            strange.setdefault(f"{values[i]!r:.60}", i + 1)
-    if strange:
-        unknown = listed([f"{value} (row {row})" for value, row in strange.items()])
+    if unknown:
+        strange = listed([f"{value} (row {row})" for value, row in unknown.items()])
         raise DataError(
-            f"{table.name}: column '{name}' has labels that the base model does not know: {unknown}; "
-            f"allowed: {_allowed(allowed)}"
+            f"{table.name}: column '{name}' has labels that the base model does not know: {strange}; allowed: {known}"
         )
-    return tuple(label for label in ids.values() if label is not None)
-
-
-def _reader(allowed: Sequence[str], classes: Sequence[str] | None) -> Callable[[Any], int | None]:
-    """Label to class id, None where unknown. Names win over numbers, exact spelling over other cases."""
-    names = {name.casefold(): i for i, name in reversed(list(enumerate(allowed)))}
-    exact = {name: i for i, name in enumerate(allowed)}
-    numbers = {str(i): i for i in range(len(allowed))}
-
-    def read(value: Any) -> int | None:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            return None
-        if classes is not None and isinstance(value, int):
-            value = classes[value]
-        word = str(value).strip()
-        if word in exact:
-            return exact[word]
-        if word.casefold() in names:
-            return names[word.casefold()]
-        # Tables with a missing value elsewhere often turn whole numbers into 3.0.
-        whole = word.removesuffix(".0")
-        return numbers.get(whole)
-
-    return read
-
-
-def _is_missing(value: Any, from_classes: bool) -> bool:
-    # -1 stands for "no label" in data sets of the Hugging Face library.
-    return value is None or (isinstance(value, str) and not value.strip()) or (from_classes and value == -1)
-
-
-def _allowed(names: Sequence[str]) -> str:
-    return ", ".join(f"{name} ({i})" for i, name in enumerate(names))
+    return ids
 
 
 def limited(data: Labelled, limit: int, seed: int) -> Labelled:
@@ -235,22 +207,19 @@ def hold_out(data: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labe
     Raises:
         DataError: so few rows that none can be held out.
     """
-    groups: dict[str, list[int]] = {}
-    for i, key in enumerate(data.normalised()):
-        groups.setdefault(key, []).append(i)
+    groups, labels = dict[str, list[int]](), data.labels
+    for i, row in enumerate(data.examples):
+        groups.setdefault(row.normal, []).append(i)
     draws = numpy_rng(seed, "newcomer", "held-out").random(len(groups))
-    members = list(groups.values())
-    order = sorted(range(len(members)), key=lambda g: (data.labels[members[g][0]], draws[g]))
-    left, owed, out = data.counts(max(data.labels) + 1), 0.0, set[int]()
-    for group in order:
-        rows = members[group]
+    drawn = sorted(zip(groups.values(), draws, strict=True), key=lambda group: (labels[group[0][0]], group[1]))
+    left, owed, out = Counter(labels), 0.0, set[int]()
+    for rows, _ in drawn:
         owed += fraction * len(rows)
-        used = {label: sum(data.labels[i] == label for i in rows) for label in {data.labels[i] for i in rows}}
+        used = Counter(labels[i] for i in rows)
         if owed >= len(rows) / 2 and all(left[label] > count for label, count in used.items()):
             out.update(rows)
             owed -= len(rows)
-            for label, count in used.items():
-                left[label] -= count
+            left -= used
     if not out:
         raise DataError(
             f"{data.name}: {len(data)} usable rows are too few to hold out {fraction:g} of them; give more rows, a "
@@ -273,7 +242,21 @@ def refuse_single_class(data: Labelled, allowed: Sequence[str]) -> None:
         )
 
 
+def refuse_mixture(train: Labelled, test: Labelled) -> None:
+    """Both sides have single texts, or both have pairs.
+
+    Raises:
+        DataError: one of each; names both.
+    """
+    if (train.columns.pair is None) != (test.columns.pair is None):
+        with_pairs, without = (train, test) if test.columns.pair is None else (test, train)
+        raise DataError(
+            f"{with_pairs.name} has pairs of texts ({with_pairs.columns.text}, {with_pairs.columns.pair}), "
+            f"{without.name} has single texts; name both columns with --text and --pair"
+        )
+
+
 def shared_texts(train: Labelled, test: Labelled) -> int:
     """Held-out rows whose text is trained on too: their score flatters."""
-    trained = set(train.normalised())
-    return sum(key in trained for key in test.normalised())
+    trained = {row.normal for row in train.examples}
+    return sum(row.normal in trained for row in test.examples)

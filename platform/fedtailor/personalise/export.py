@@ -1,33 +1,36 @@
-"""What a user takes out of a finished run: the base model, or one client's adapter as committed."""
+"""What a user takes out of a finished run: the base model, or a client's adapter, and how an adapter is loaded."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft import PeftModel
 
 from fedtailor.adapters.peft_export import CONFIG_FILE
 from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
-from fedtailor.core.files import staged_folder
+from fedtailor.core.files import refuse_used, staged_folder
 from fedtailor.core.messages import Row
 from fedtailor.experiment.base_model import write_merged
-from fedtailor.experiment.config import base_seed, method_section
+from fedtailor.experiment.config import ExperimentBase, method_section
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.federated.method import Overlay
-from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
-from fedtailor.models.families import adapted_linears
-from fedtailor.models.load import load_base, load_config
-from fedtailor.report import refuse_used
-from fedtailor.storage.artifacts import fetch, model_path, published
+from fedtailor.models.load import load_classifier, load_tokenizer, quiet, save_folder
+from fedtailor.personalise.generator import labels_of, model_of
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.round_store import CommittedRounds, named
 from fedtailor.storage.run_folder import RunFolder
+from fedtailor.worker.resident_net import load_net
+
+RECORD = "personalise.json"
+"""Everything that a new client's numbers follow from, and the numbers."""
 
 
 def base_folder(run: RunFolder, seed: int) -> Path:
@@ -36,13 +39,14 @@ def base_folder(run: RunFolder, seed: int) -> Path:
     Raises:
         StorageError: the run has none, or has not got that far.
     """
-    own = run.info()["config"]["base"].get("seed")
-    key = f"base/seed{seed if own is None else own}"
-    stage = _stage(run, key, "the base model is the one that was configured (base=none)")
-    path = model_path(str(stage["artifact"]))
-    if not published(run.storage, path):
-        raise StorageError(f"run '{run.run_id}' has not finished its base model; resume it first")
-    return fetch(run.storage, path)
+    base = run.info()["config"]["base"]
+    key = f"base/seed{seed if base.get('seed') is None else base['seed']}"
+    stage = next((stage for stage in run.stages("base") if stage["key"] == key), None)
+    if stage is None:
+        configured = base["name"] == "none"
+        why = "the base model is the one that was configured (base=none)" if configured else "resume it first"
+        raise StorageError(f"run '{run.run_id}' has no stage {key}: {why}")
+    return model_of(run, str(stage["artifact"]))
 
 
 def export_base(run: RunFolder, seed: int, out: Path) -> None:
@@ -75,23 +79,25 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
         ConfigError: no such method, budget or seed in the run.
         StorageError: no such client, adapters were not saved, or ``out`` is not empty.
     """
-    _refuse_unknown(run, method, budget, seed)
+    exp = load_experiment(run)
+    _refuse_unknown(run, exp, method, budget, seed)
     stage = _personalised(run, method, budget, seed)
-    log = CommitLog(run.storage, f"artifacts/{stage['artifact']}")
-    prefix = f"adapters/r{budget}/{client}/"
-    chunk = next((commit for commit in log.all(objects=False) if client in commit.record["cohort"]), None)
+    commits = run.log(stage).all(objects=False)
+    chunk = next((commit for commit in commits if client in commit.record["cohort"]), None)
     if chunk is None:
         raise StorageError(f"run '{run.run_id}' has no committed client '{client}' (ids: seen/amh/00)")
-    names = [name for name in chunk.objects if name.startswith(prefix)]
-    files = {name.removeprefix(prefix): chunk.bytes(name) for name in names}
+    prefix = f"adapters/r{budget}/{client}/"
+    files = {name.removeprefix(prefix): chunk.bytes(name) for name in chunk.objects if name.startswith(prefix)}
     if not files:
         raise StorageError(f"method '{method}' has no adapter for client '{client}' at budget {budget}")
     refuse_used(out)
-    base, own = base_of(run, seed), _own_part(run, client, seed)
+    base = model_of(run, str(stage["parent"]))
+    own = _own_part(run, exp, str(stage["parent"]), client, base)
     belongs = base if own is None else out / "base"
     config = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": os.fspath(belongs.resolve())}
+    files[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     with staged_folder(out) as folder:
-        for name, content in {**files, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()}.items():
+        for name, content in files.items():
             (folder / name).write_bytes(content)
         if own is not None:
             part, tensors, labels = own
@@ -99,68 +105,84 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
     return belongs
 
 
-def base_of(run: RunFolder, seed: int) -> Path:
-    """Folder of the frozen model that the later stages of a seed build on.
-
-    Raises:
-        StorageError: see `base_folder`.
-    """
-    if run.info()["config"]["base"]["name"] != "none":
-        return base_folder(run, seed)
-    stage = next(s for s in run.stages() if s["seed"] == seed)
-    return fetch(run.storage, model_path(str(stage["parent"])))
-
-
-def _own_part(run: RunFolder, client: str, seed: int) -> tuple[Overlay, Mapping[str, Row], Sequence[str]] | None:
+def _own_part(
+    run: RunFolder, exp: ExperimentBase, artifact: str, client: str, base: Path
+) -> tuple[Overlay, Mapping[str, Row], Sequence[str]] | None:
     """What a client keeps of its base: how to merge it, its tensors, the labels; None if there is nothing."""
-    exp = load_experiment(run)
     if exp.base.name == "none":
         return None
     overlay = build_method(exp.base.name, method_section(exp, exp.base.name), exp.r_max).overlay
     if overlay is None:
         return None
-    stage = _stage(run, f"base/seed{base_seed(exp, seed)}", "there is no base")
-    rounds = CommittedRounds(CommitLog(run.storage, f"artifacts/{stage['artifact']}"), (), 1)
+    rounds = CommittedRounds(CommitLog(run.storage, f"artifacts/{artifact}"), (), 1)
     at = rounds.private_at()
     if client not in at:
         return None
-    named_labels = dict(load_config(base_folder(run, seed)).id2label or {})
-    labels = [str(name) for _, name in sorted(named_labels.items())]
-    model = load_base(base_folder(run, seed), exp.task_entry.kind, labels)
-    specs = overlay.specs(LaneNet(model, adapted_linears(model)))
+    labels = labels_of(base)
+    specs = overlay.specs(load_net(base, "all-linear", labels, exp.task_entry.kind))
     return overlay, named(specs, np.asarray(rounds.private(client, at[client]), np.float32)), labels
 
 
 def _personalised(run: RunFolder, method: str, budget: int, seed: int) -> Mapping[str, Any]:
     """The personalising stage of a method that served ``budget``."""
     for stage in run.stages("personalise"):
-        if stage["method"] == method and stage["seed"] == seed and budget in stage.get("budgets", ()):
+        # A run folder that says no budgets is from before stages could have some of them only.
+        if (stage["method"], stage["seed"]) == (method, seed) and budget in stage.get("budgets", [budget]):
             return stage
-    return _stage(run, f"personalise/{method}/seed{seed}", f"method '{method}' was not part of it")
+    raise StorageError(f"run '{run.run_id}' has not got that far; resume it first")
 
 
-def _refuse_unknown(run: RunFolder, method: str, budget: int, seed: int) -> None:
-    config, problems = run.info()["config"], []
-    if method not in config["methods"]:
-        known = list(config["methods"])
-        problems.append(f"--method {method}: not in this run{did_you_mean(method, known)} (it has: {', '.join(known)})")
-    for option, value, allowed in (("budget", budget, config["budgets"]), ("seed", seed, config["seeds"])):
+def _refuse_unknown(run: RunFolder, exp: ExperimentBase, method: str, budget: int, seed: int) -> None:
+    problems = []
+    if method not in exp.methods:
+        known = ", ".join(exp.methods)
+        problems.append(f"--method {method}: not in this run{did_you_mean(method, exp.methods)} (it has: {known})")
+    for option, value, allowed in (("budget", budget, exp.budgets), ("seed", seed, exp.seeds)):
         if value not in allowed:
             problems.append(f"--{option} {value}: not in this run (it has: {', '.join(map(str, allowed))})")
     if problems:
         raise ConfigError(problems)
-    if not config["save_adapters"]:
+    if not exp.save_adapters:
         raise StorageError(
             f"run '{run.run_id}' kept no adapters: save_adapters was off. Run it with save_adapters=true; "
             "all stages but the personalising ones are reused"
         )
 
 
-def _stage(run: RunFolder, key: str, absent: str) -> Mapping[str, Any]:
-    stages = run.stages()
-    for stage in stages:
-        if stage["key"] == key:
-            return stage
-    if not stages:
-        raise StorageError(f"run '{run.run_id}' has not got that far; resume it first")
-    raise StorageError(f"run '{run.run_id}' has no stage {key}: {absent}")
+def loading(base: Path, folder: str) -> list[str]:
+    """The lines of Python that load the adapter in ``folder`` onto its base model, a classifier."""
+    kinds = "(AutoModelForSequenceClassification, AutoTokenizer)"
+    return [
+        "from peft import PeftModel; from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        f"base, tokenizer = (kind.from_pretrained({json.dumps(str(base))}) for kind in {kinds})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(folder)}).eval()",
+    ]
+
+
+def readme(record: Mapping[str, Any], base: Path) -> str:
+    """What a new client's adapter is, and how to load it.
+
+    Args:
+        record: content of `RECORD`.
+        base: the base model that it belongs to.
+    """
+    without, personalised = record["scores"]["base"], record["scores"]["personalised"]
+    lines = "\n".join(loading(base, "."))
+    return (
+        f"LoRA adapter for {record['data']['name']} (budget r = {record['budget']}) by the strategy generator of "
+        f"fedtailor run {record['run']}, seed {record['seed']}.\n"
+        f"Held-out accuracy {personalised['correct']}/{personalised['count']}, base model {without['correct']}/"
+        f"{without['count']}, texts cut to {record['max_length']} tokens; all numbers are in {RECORD}. "
+        f"To load it, in this folder:\n\n```python\n{lines}\n```\n"
+    )
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
+    """Writes a classifier with its peft adapter merged, as a whole."""
+    labels = labels_of(base)
+    model = load_classifier(base, len(labels), labels)
+    with quiet(), warnings.catch_warnings():
+        # peft asks transformers for a name that transformers is about to change; nothing for the user to do.
+        warnings.simplefilter("ignore", FutureWarning)
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    save_folder(merged, load_tokenizer(base), out)

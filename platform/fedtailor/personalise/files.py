@@ -41,13 +41,11 @@ class Table:
         name: file name or data set id, for messages and the record.
         columns: name to values, all of one length; None where a value is missing.
         sha256: hex hash of the file's bytes; of the rows as JSON for a Hugging Face data set.
-        classes: names of the classes of integer columns, where the data says so (`datasets.ClassLabel`).
     """
 
     name: str
     columns: Mapping[str, list[Any]]
     sha256: str
-    classes: Mapping[str, tuple[str, ...]]
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -92,7 +90,7 @@ def _file(path: Path) -> Table:
         columns = _separated(path, _decoded(path, raw), "\t" if kind == ".tsv" else None)
     else:
         columns = _json(path, _decoded(path, raw))
-    return Table(path.name, columns, hashlib.sha256(raw).hexdigest(), {})
+    return Table(path.name, columns, hashlib.sha256(raw).hexdigest())
 
 
 def _decoded(path: Path, raw: bytes) -> str:
@@ -200,9 +198,12 @@ def _dataset(source: str, path: Path, use: Use) -> Table:
     rows = _split(source, found, use)
     columns = {name: [_plain(value) for value in rows[name]] for name in rows.column_names}
     text = json.dumps(columns, sort_keys=True, ensure_ascii=True, default=str)
-    classes = {n: tuple(f.names) for n, f in rows.features.items() if isinstance(f, datasets.ClassLabel)}
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.ClassLabel):  # its integers mean names; -1 means none
+            named = dict(enumerate(feature.names))
+            columns[column] = [named.get(value) for value in columns[column]]
     name = path.name if path.is_dir() else source
-    return Table(name, columns, hashlib.sha256(text.encode()).hexdigest(), classes)
+    return Table(name, columns, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _split(source: str, found: Any, use: Use) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from fedtailor.core.errors import StorageError
+from fedtailor.core.files import refuse_used
 from fedtailor.methods.external import add_stored
 from fedtailor.report import significance
 from fedtailor.report.cost import cost_table
@@ -33,7 +34,7 @@ from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import join
 from fedtailor.storage.run_folder import RunFolder
 
-__all__ = ["RunData", "gather", "refuse_used", "report_of", "write_report"]
+__all__ = ["RunData", "gather", "report_of", "write_report"]
 
 PAGE = "report.html"
 
@@ -181,16 +182,6 @@ def report_of(run: RunFolder, out: Path | None = None) -> Path | str:
             if file.is_file():
                 run.storage.upload(file, join(path, file.relative_to(folder).as_posix()))
     return f"{run.storage.url.rstrip('/')}/{path}/{PAGE}"
-
-
-def refuse_used(out: Path) -> None:
-    """Keeps ``--out`` from mixing with what is there.
-
-    Raises:
-        StorageError: the folder is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"--out {out} is there already and not an empty folder")
 
 
 def _write_all(run: RunFolder, out: Path) -> Path:
