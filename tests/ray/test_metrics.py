@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from event_schema import problems
 from fake_worker import stage
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -21,7 +22,7 @@ from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.core.settings import EngineConfig
 from fedtailor.experiment.execute import Execution
 from fedtailor.storage.journal import stamp
-from fedtailor.tracking.events import name_of, problems
+from fedtailor.tracking.events import name_of
 
 pytestmark = pytest.mark.ray
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from event_schema import problems
 from rich.console import Console
 from tiny import open_run, tiny
 
@@ -20,7 +21,7 @@ from fedtailor.federated.pool import OnEvent, Pool
 from fedtailor.storage import journal
 from fedtailor.storage.files import Storage
 from fedtailor.storage.journal import Journal
-from fedtailor.tracking.events import KINDS, QUIET, describe, name_of, problems
+from fedtailor.tracking.events import KINDS, QUIET, describe, name_of
 from fedtailor.tracking.progress import reporter
 from fedtailor.worker.worker import SerialPool, Worker
 
@@ -200,7 +201,7 @@ def test_lines_and_bar_tell_of_retries_in_words() -> None:
 def test_each_sentence_of_the_table_uses_keys_that_its_events_have() -> None:
     for name, kind in KINDS.items():
         event, _, form = name.partition("/")
-        keys = dict.fromkeys((*kind.keys, *kind.optional), "@")
+        keys = dict.fromkeys((key.rstrip("?") for key in kind.keys.split()), "@")
         said = describe({"time": "t", "seq": 1, "run": "r", "kind": event, **({"event": form} if form else {}), **keys})
         assert said.count("@") == (kind.text.count("{") or said.count("@")), name
 
@@ -208,4 +209,5 @@ def test_each_sentence_of_the_table_uses_keys_that_its_events_have() -> None:
 def test_an_event_that_is_not_in_the_table_is_noticed() -> None:
     stamp = {"time": "t", "seq": 1, "run": "r"}
     assert problems({**stamp, "kind": "pool", "event": "actor_lots"}) == ["pool/actor_lots: not in the table of events"]
+    assert problems({**stamp, "kind": "wandb", "pace": 2}) == ["wandb: no 'state'", "wandb: 'pace' is not documented"]
     assert problems({"kind": "note", "text": "x"}) == [f"event without '{key}'" for key in ("time", "seq", "run")]

@@ -157,7 +157,7 @@ def test_machines_get_json(run: RunFolder) -> None:
     run.set_status("complete")
     code, text = cli("r1", "--storage", run.storage.url, "--json")
     assert code == 0
-    assert json.loads(text) == json.loads(json.dumps(status_of(run).to_json()))
+    assert json.loads(text) == json.loads(json.dumps(asdict(status_of(run))))
     code, text = cli("--storage", run.storage.url, "--json")
     assert [(entry["run"], entry["state"]) for entry in json.loads(text)] == [("r1", "complete")]
 

@@ -27,8 +27,8 @@ from fedtailor.report.names import in_pool_order, pool_name, shortened
 from fedtailor.report.significance import LEVEL
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tracking.progress import eta_text
 from fedtailor.tracking.status import EXIT_CODES, State, Status, all_states, status_of
-from fedtailor.tracking.throughput import eta_text
 
 Show = Callable[[Status], None]
 
@@ -59,7 +59,7 @@ def show_run(console: Console, run: RunFolder, as_json: bool) -> None:
     """One run, now."""
     status = status_of(run)
     if as_json:
-        _print_json(console, status.to_json())
+        _print_json(console, asdict(status))
     else:
         console.print(rendered(status))
 
@@ -67,7 +67,7 @@ def show_run(console: Console, run: RunFolder, as_json: bool) -> None:
 def watch_run(console: Console, run: RunFolder, as_json: bool) -> int:
     """Shows a run until it ends, as JSON one line per look; returns the exit code of its state, see `EXIT_CODES`."""
     if as_json:
-        return _until_the_end(run, lambda status: _print_json(console, status.to_json(), indent=None))
+        return _until_the_end(run, lambda status: _print_json(console, asdict(status), indent=None))
     with Live(console=console, auto_refresh=False) as live:
         return _until_the_end(run, lambda status: live.update(rendered(status), refresh=True))
 

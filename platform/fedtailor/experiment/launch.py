@@ -21,7 +21,7 @@ from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import LockHolder
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.events import QUIET
-from fedtailor.tracking.throughput import ProgressFile
+from fedtailor.tracking.progress import ProgressFile
 from fedtailor.worker.worker import SerialPool
 
 MakePool = Callable[[EngineConfig, OnEvent], Pool]

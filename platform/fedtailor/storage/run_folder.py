@@ -174,7 +174,7 @@ class RunFolder:
         return timings_frame([read_table(name, self.storage.read_bytes(join(folder, name))) for name in names])
 
     def set_progress(self, progress: Mapping[str, Any]) -> None:
-        """Replaces ``progress.json``, how fast the running stage goes, see `tracking.throughput`; never relied on."""
+        """Replaces ``progress.json``, how fast the running stage goes, see `tracking.progress`; never relied on."""
         data = json.dumps(progress, indent=2, allow_nan=False).encode()
         self.storage.write_bytes(join(self.run_id, "progress.json"), data, durable=False)
 

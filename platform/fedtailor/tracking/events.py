@@ -1,4 +1,4 @@
-"""Every kind of event of a run: its keys, its meaning, and how it reads as a sentence.
+"""Every kind of event of a run: its keys, and how it reads as a sentence.
 
 ``events.jsonl`` and ``--json-log`` hold the same objects. All have `COMMON`: ``time`` (UTC), ``seq`` (number of kept
 events up to this one: the order, whatever clocks did; an event that is shown but not kept repeats the number of the
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedtailor.federated.rounds import RoundOutcome
 
@@ -19,99 +18,63 @@ Event = Mapping[str, Any]
 
 COMMON = ("time", "seq", "run", "kind")
 
-_JOB = ("stage", "round", "segment", "clients", "attempt", "actor", "host", "reason")
+QUIET = frozenset({"segment", "progress", "note"})
+"""Events that are shown but not kept: timings and commits say the same."""
 
-_LOG = ("log", "round", "reason")
+_JOB = "stage round segment clients attempt actor host reason how"
 
 
-@dataclass(frozen=True)
-class EventKind:
+class EventKind(NamedTuple):
     """One row of `KINDS`.
 
     Args:
-        meaning: when a run has such an event.
-        keys: always there, beside `COMMON` and ``event``.
-        optional: sometimes there.
-        kept: whether ``events.jsonl`` has it; the others are only shown, timings and commits say the same.
-        text: the sentence, with keys in braces.
+        keys: keys beside `COMMON` and ``event``; one with a question mark is there sometimes.
+        text: the sentence, with keys in braces; by default the event's own ``text``, or its fields.
     """
 
-    meaning: str
-    keys: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    kept: bool = True
+    keys: str
     text: str = ""
 
 
 KINDS: Mapping[str, EventKind] = {
-    "stage": EventKind(
-        "a stage is checking, preparing, running, done, or reused", ("stage", "state"), ("artifact", "number", "of"),
-        text="{stage} {state}",
-    ),
-    "segment": EventKind(
-        "a segment's result was taken", ("stage", "clients"), ("pid", "node", "hostname", "peak_rss_mb"), kept=False
-    ),
-    "progress": EventKind(
-        "a round or chunk was committed: done of total", ("stage", "done", "total", "clients"), kept=False
-    ),
-    "failure": EventKind(
-        "a client has no valid result; failure: exception or rejected",
-        ("client", "stage", "round", "failure", "reason"),
-        text="{client} ({stage}, round {round}) {failure}: {reason}",
-    ),
-    "warning": EventKind(
-        "something to look at; what: its kind, client(s) and reason", ("stage", "round", "what"),
-        text="{stage}, round {round}: {what}",
-    ),
-    "privacy": EventKind(
-        "a round was released under a ledger; epsilon: spent so far, null without a guarantee",
-        ("stage", "round", "epsilon", "delta", "text"), text="{text}",
-    ),
-    "waiting": EventKind("another run has what this one needs", ("text",)),
-    "note": EventKind("a word to whoever watches, e.g. about Ctrl-C", ("text",), kept=False),
-    "wandb": EventKind(
-        "W&B was fed (synced) or could not be (failed)", ("state",), ("text", "place"),
-        text="W&B: {state} {text} {place}",
-    ),
+    # state: checking, preparing, running, done or reused.
+    "stage": EventKind("stage state artifact? number? of?", "{stage} {state}"),
+    # The result of a segment was taken; clients: how many of it are valid.
+    "segment": EventKind("stage clients pid? node? hostname? peak_rss_mb?"),
+    # A round or chunk was committed, done of total.
+    "progress": EventKind("stage done total clients"),
+    # A client has no valid result; failure: exception or rejected.
+    "failure": EventKind("client stage round failure reason", "{client} ({stage}, round {round}) {failure}: {reason}"),
+    # what: the kind of the warning, its client(s) and reason.
+    "warning": EventKind("stage round what", "{stage}, round {round}: {what}"),
+    # A round was released under a ledger; epsilon: spent so far, null without a guarantee.
+    "privacy": EventKind("stage round epsilon delta text"),
+    # Another run has what this one needs.
+    "waiting": EventKind("text"),
+    # For whoever watches, e.g. about Ctrl-C.
+    "note": EventKind("text"),
+    # state: synced or failed.
+    "wandb": EventKind("state text? place?", "W&B: {state} {text} {place}"),
+    # how: death, oom, node, hang or unreachable; here and in the other forms.
     "pool/actor_lost": EventKind(
-        "an actor will not answer; how: death, oom, node, hang or unreachable",
-        ("actor", "how", "cause", "host", "node", "during", "stack"),
-        text="actor {actor} ({host}) lost in {during}: {how}: {cause}",
+        "actor how cause host node during stack", "actor {actor} ({host}) lost in {during}: {how}: {cause}"
     ),
-    "pool/actor_replaced": EventKind(
-        "a new actor takes its place", ("actor", "how"), text="actor {actor} is replaced after: {how}"
-    ),
-    "pool/actor_waiting": EventKind(
-        "Ray has not started it yet", ("actor", "how", "free"),
-        text="Ray has no place for actor {actor} yet; free: {free}",
-    ),
+    "pool/actor_replaced": EventKind("actor how", "actor {actor} is replaced after: {how}"),
+    "pool/actor_waiting": EventKind("actor how free", "Ray has no place for actor {actor} yet; free: {free}"),
     "pool/pool_shrunk": EventKind(
-        "the run does without an actor that ran out of memory", ("actor", "how", "actors"),
-        text="actor {actor} ran out of memory and is done without; {actors} left",
+        "actor how actors", "actor {actor} ran out of memory and is done without; {actors} left"
     ),
     "pool/job_retried": EventKind(
-        "a lost segment goes out again", (*_JOB, "how"),
-        text="{stage}, round {round}: segment {segment} goes out again (attempt {attempt}) after: {reason}",
+        _JOB, "{stage}, round {round}: segment {segment} goes out again (attempt {attempt}) after: {reason}"
     ),
-    "pool/result_dropped": EventKind(
-        "a result came twice and counts once", (*_JOB, "how"),
-        text="{stage}, round {round}: segment {segment}: {reason} is dropped",
-    ),
-    "storage/lock-taken-over": EventKind(
-        "a lock was abandoned", ("lock", "from", "by", "reason"), text="took over {lock} of {from}: {reason}"
-    ),
-    "storage/quarantined": EventKind(
-        "a damaged round was moved aside", (*_LOG, "place"), text="{log}, round {round} moved to {place}: {reason}"
-    ),
-    "storage/lost": EventKind("a round that was committed is gone", _LOG, text="{log}, round {round} lost: {reason}"),
-    "storage/leftover-removed": EventKind(
-        "an attempt that never committed was deleted", _LOG, text="{log}, round {round} removed: {reason}"
-    ),
-}  # fmt: skip
+    "pool/result_dropped": EventKind(_JOB, "{stage}, round {round}: segment {segment}: {reason} is dropped"),
+    "storage/lock-taken-over": EventKind("lock from by reason", "took over {lock} of {from}: {reason}"),
+    "storage/quarantined": EventKind("log round reason place", "{log}, round {round} moved to {place}: {reason}"),
+    "storage/lost": EventKind("log round reason", "{log}, round {round} lost: {reason}"),
+    # An attempt that never committed.
+    "storage/leftover-removed": EventKind("log round reason", "{log}, round {round} removed: {reason}"),
+}
 """Name (``kind`` or ``kind/event``) to what such an event says."""
-
-QUIET = frozenset(name for name, kind in KINDS.items() if not kind.kept)
-"""Events that are shown but not kept."""
 
 
 def name_of(event: Event) -> str:
@@ -123,33 +86,14 @@ def name_of(event: Event) -> str:
     return f"{event['kind']}/{event['event']}" if "event" in event else str(event["kind"])
 
 
-def problems(event: Event) -> list[str]:
-    """What keeps an event from being as `KINDS` says; empty if nothing does.
-
-    >>> problems({"time": "2026-01-01", "seq": 1, "run": "r", "kind": "wandb", "pace": 2})
-    ["wandb: no 'state'", "wandb: 'pace' is not documented"]
-    """
-    missing = [f"event without '{key}'" for key in COMMON if key not in event]
-    if missing:
-        return missing
-    name = name_of(event)
-    if name not in KINDS:
-        return [f"{name}: not in the table of events"]
-    kind = KINDS[name]
-    allowed = {*COMMON, "event", *kind.keys, *kind.optional}
-    absent = [f"{name}: no '{key}'" for key in kind.keys if key not in event]
-    return absent + [f"{name}: '{key}' is not documented" for key in event if key not in allowed]
-
-
 def describe(event: Event) -> str:
-    """An event in one line: its text, its sentence, or its fields."""
+    """An event in one line: its sentence, its text, or its fields."""
     kind = KINDS.get(name_of(event))
     if kind is not None and kind.text:
         return " ".join(kind.text.format_map(defaultdict(str, event)).split())
     if "text" in event:
         return str(event["text"])
-    rest = "  ".join(f"{key}={value}" for key, value in event.items() if key not in COMMON)
-    return f"{event['kind']}  {rest}"
+    return "  ".join([str(event["kind"]), *(f"{key}={value}" for key, value in event.items() if key not in COMMON)])
 
 
 def spent_event(stage: str, outcome: RoundOutcome) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -73,10 +73,6 @@ class Status(State):
     last_event: Mapping[str, str] | None
     disk_bytes: int
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
-
 
 def state_of(run: RunFolder) -> State:
     """State, and who drives the run."""
@@ -85,10 +81,15 @@ def state_of(run: RunFolder) -> State:
     except MissingFileError:
         stored = {"state": "created", "message": "", "updated": "", "progress": {}}
     held = lock_holder(run.storage, run.run_id)
-    state, message = str(stored["state"]), str(stored["message"])
+    state, message, holder = str(stored["state"]), str(stored["message"]), None
     if state == "running" and (gone := _gone(stored, held)):
         state, message = DEAD, f"stopped without a word: {gone}; go on with: fedtailor resume {run.run_id}"
-    return State(run.run_id, state, message, str(stored["updated"]), _holder(held))
+    if held is not None:
+        process, silent_s = held
+        holder = {
+            "host": process.host, "pid": process.pid, "present": process.present, "silent_s": round(silent_s, 1),
+        }  # fmt: skip
+    return State(run.run_id, state, message, str(stored["updated"]), holder)
 
 
 def all_states(storage: Storage) -> list[State]:
@@ -100,22 +101,24 @@ def status_of(run: RunFolder) -> Status:
     """Everything about a run; reads its event lines, so it is for people and not for every second."""
     state, stages = state_of(run), committed_stages(run)
     events, progress = run.events(), run.progress()
-    names = Counter(name_of(event) for event in events if "kind" in event)
-    losses = Counter(str(event["how"]) for event in events if _is(event, "pool/actor_lost"))
+    readable = [(name_of(event), event) for event in events if "kind" in event]
     done = {stage["key"] for stage in stages if stage["done"]}
     here = state.state == "running" and progress.get("stage") not in {None, *done}
+    last = events[-1] if events else {}
+    text = describe(last) if "kind" in last else str(last.get("unreadable", ""))
+    folders = [run.run_id, *dict.fromkeys(f"artifacts/{stage['artifact']}" for stage in stages)]
     return Status(
         **vars(state),
         stages=tuple({key: s[key] for key in ("key", "committed", "total", "done", "artifact")} for s in stages),
         stage=str(progress["stage"]) if here else None,
         clients_per_second=progress["clients_per_second"] if here else None,
         seconds_left=progress["seconds_left"] if here else None,
-        retries=names["pool/job_retried"],
-        losses=dict(losses),
+        retries=sum(name == "pool/job_retried" for name, _ in readable),
+        losses=dict(Counter(str(event["how"]) for name, event in readable if name == "pool/actor_lost")),
         rejected=dict(Counter(str(entry.get("kind")) for entry in run.failures())),
-        events_given_up=_given_up(events),
-        last_event={"time": str(events[-1].get("time", "")), "text": _text(events[-1])} if events else None,
-        disk_bytes=_disk(run, [stage["artifact"] for stage in stages]),
+        events_given_up=max(0, int(events[0].get("seq", 1)) - 1) if events else 0,
+        last_event={"time": str(last.get("time", "")), "text": text} if events else None,
+        disk_bytes=sum(run.storage.size(folder) for folder in folders),
     )
 
 
@@ -133,29 +136,3 @@ def _gone(stored: Mapping[str, Any], held: tuple[LockHolder, float] | None) -> s
         return None if starter.present else f"process {starter.pid} on {starter.host} is gone"
     age = time.time() - datetime.fromisoformat(stored["updated"]).astimezone(UTC).timestamp()
     return f"nobody has its lock, and its state is {age / 60:.0f} minutes old" if age > SILENT_S else None
-
-
-def _holder(held: tuple[LockHolder, float] | None) -> dict[str, Any] | None:
-    if held is None:
-        return None
-    holder, silent_s = held
-    return {"host": holder.host, "pid": holder.pid, "present": holder.present, "silent_s": round(silent_s, 1)}
-
-
-def _is(event: Mapping[str, Any], name: str) -> bool:
-    return "kind" in event and name_of(event) == name
-
-
-def _given_up(events: list[dict[str, Any]]) -> int:
-    return max(0, int(events[0].get("seq", 1)) - 1) if events else 0
-
-
-def _text(event: Mapping[str, Any]) -> str:
-    if "kind" not in event:
-        return str(event.get("unreadable", ""))
-    return describe(event)
-
-
-def _disk(run: RunFolder, artifacts: list[str]) -> int:
-    folders = [run.run_id, *(f"artifacts/{name}" for name in dict.fromkeys(artifacts))]
-    return sum(run.storage.size(folder) for folder in folders)
