@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from fedtailor.cli import doctor, doctor_ray
-from fedtailor.cli.doctor_ray import Finding, examine_ray
+from fedtailor.cli import doctor
+from fedtailor.cli.doctor import Finding, examine_ray
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(psutil, "net_connections", lambda kind: [])
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": [SimpleNamespace(address="10.0.0.7")]})
-    monkeypatch.setattr(doctor_ray, "DASHBOARD", 1)  # nobody listens there
+    monkeypatch.setattr(doctor, "DASHBOARD", 1)  # nobody listens there
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def dashboard() -> Iterator[Callable[[int], int]]:
         server.server_close()
 
 
-def of(what: str, findings: list[Finding]) -> Finding:
+def of(what: str, findings: Iterable[Finding]) -> Finding:
     (found,) = [finding for finding in findings if finding.what == what]
     return found
 
@@ -103,7 +103,7 @@ def test_with_tokens_such_a_port_is_noted_and_fails_at_a_public_address(
 def test_the_dashboard_is_asked_without_a_token(
     dashboard: Callable[[int], int], monkeypatch: pytest.MonkeyPatch, form: str | None, status: int, level: str
 ) -> None:
-    monkeypatch.setattr(doctor_ray, "DASHBOARD", port := dashboard(status))
+    monkeypatch.setattr(doctor, "DASHBOARD", port := dashboard(status))
     found = of("ray dashboard", examine_ray(form and form.format(port=port)))
     assert (found.level, str(port) in found.text) == (level, True)
 
@@ -124,8 +124,8 @@ def test_what_this_process_believes_does_not_count_against_an_open_dashboard(
     dashboard: Callable[[int], int], listen: Callable[[str, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = dashboard(200)
-    monkeypatch.setattr(doctor_ray, "DASHBOARD", port)
-    monkeypatch.setattr(doctor_ray, "PORTS", {port: "dashboard and jobs"})
+    monkeypatch.setattr(doctor, "DASHBOARD", port)
+    monkeypatch.setattr(doctor, "PORTS", {port: "dashboard and jobs"})
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     listen("0.0.0.0", port)
     assert "without tokens" in of("ray exposure", examine_ray(None)).text
@@ -144,7 +144,7 @@ def test_what_this_process_believes_does_not_count_against_an_open_dashboard(
 def test_an_address_to_join_must_be_private_and_ask_for_a_token(
     monkeypatch: pytest.MonkeyPatch, address: str, level: str, told: str
 ) -> None:
-    monkeypatch.setattr(doctor_ray, "_status", lambda url: None)
+    monkeypatch.setattr(doctor, "_status", lambda url: None)
     found = of("ray address", examine_ray(address))
     assert (found.level, told in found.text) == (level, True), found.text
 
@@ -195,4 +195,4 @@ def test_a_misspelt_mode_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("version", "level"), [("2.53.9", "fail"), ("2.54.0", "ok"), ("2.60.0", "ok")])
 def test_a_ray_with_open_delete_endpoints_fails(monkeypatch: pytest.MonkeyPatch, version: str, level: str) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: version if name == "ray" else "99")
-    assert of("ray", doctor._packages()).level == level
+    assert of("ray", doctor._versions()).level == level

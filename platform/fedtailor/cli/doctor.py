@@ -1,14 +1,25 @@
-"""Is this machine fit for a run? Versions, memory, storage, data, Ray's exposure, W&B, with what to do."""
+"""Is this machine fit for a run? Versions, memory, storage, data, Ray's exposure, W&B, with what to do.
+
+Whoever reaches Ray's ports runs code, so they need loopback or a token.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
+import socket
+import stat
 import sys
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from secrets import token_hex
+from typing import Literal
+from urllib.parse import urlsplit
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 from packaging.version import Version
@@ -16,9 +27,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedtailor.cli.doctor_ray import Finding, Level, examine_ray
 from fedtailor.core.errors import StorageError
 from fedtailor.storage.files import Storage
+from fedtailor.tracking.wandb_key import KEY, KEY_FILE
 
 PACKAGES = {
     "ray": "2.54", "torch": "2.10", "deepspeed": "", "transformers": "", "peft": "", "datasets": "",
@@ -32,6 +43,27 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 LEAST_DISK_GB, LEAST_MEMORY_GB = 2.0, 2.0
 
+PORTS = {8265: "dashboard and jobs", 10001: "client", 6379: "head"}
+
+DASHBOARD = 8265
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+MODES = ("token", "disabled")
+
+ASK_S = 3.0
+
+_ADVICE = f"Start Ray with --dashboard-host=127.0.0.1 and {MODE}=token"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; ``fail`` makes `doctor` exit with 1."""
+
+    what: str
+    level: Literal["ok", "note", "fail"]
+    text: str
+
 
 def examine(storage: str, address: str | None = None) -> list[Finding]:
     """Looks at everything; changes nothing but a small file in ``storage`` that is deleted again.
@@ -40,11 +72,8 @@ def examine(storage: str, address: str | None = None) -> list[Finding]:
         storage: where runs would be kept.
         address: Ray cluster that would be joined; default: $RAY_ADDRESS.
     """
-    checks: list[Callable[[], list[Finding]]] = [
-        _python, _packages, _machine, _gpus, lambda: _storage(storage), _data, _threads,
-        lambda: examine_ray(address or os.environ.get("RAY_ADDRESS")), _wandb,
-    ]  # fmt: skip
-    return [finding for check in checks for finding in check()]
+    ray = examine_ray(address or os.environ.get("RAY_ADDRESS"))
+    return [*_versions(), *_machine(), *_storage(storage), *_environment(), *ray, _wandb()]
 
 
 def show_findings(console: Console, findings: list[Finding]) -> bool:
@@ -59,95 +88,209 @@ def show_findings(console: Console, findings: list[Finding]) -> bool:
     return not failed
 
 
-def _python() -> list[Finding]:
-    found = ".".join(map(str, sys.version_info[:3]))
-    return [Finding("python", "ok" if sys.version_info >= (3, 11) else "fail", f"{found} (3.11 or newer)")]
+def _versions() -> Iterator[Finding]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("python", "ok" if sys.version_info >= (3, 11) else "fail", f"{python} (3.11 or newer)")
+    for name, least in PACKAGES.items():
+        try:
+            there = version(name)
+        except PackageNotFoundError:
+            yield Finding(name, "note" if name in OPTIONAL else "fail", "not installed")
+            continue
+        if least and Version(there) < Version(least):
+            yield Finding(name, "fail", f"{there}: {least} or newer is needed; pip install -U {name}")
+        else:
+            yield Finding(name, "ok", there)
 
 
-def _packages() -> list[Finding]:
-    return [_package(name, least) for name, least in PACKAGES.items()]
-
-
-def _package(name: str, least: str) -> Finding:
-    try:
-        found = version(name)
-    except PackageNotFoundError:
-        return Finding(name, "note" if name in OPTIONAL else "fail", "not installed")
-    if least and Version(found) < Version(least):
-        return Finding(name, "fail", f"{found}: {least} or newer is needed; pip install -U {name}")
-    return Finding(name, "ok", found)
-
-
-def _machine() -> list[Finding]:
-    memory = psutil.virtual_memory()
-    free, total = memory.available / 1e9, memory.total / 1e9
-    level: Level = "ok" if free >= LEAST_MEMORY_GB else "fail"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [
-        Finding("cpu", "ok", f"{usable} of {os.cpu_count()} usable"),
-        Finding("memory", level, f"{free:.1f} of {total:.1f} GB free (at least {LEAST_MEMORY_GB:g})"),
-    ]
-
-
-def _gpus() -> list[Finding]:
+def _machine() -> Iterator[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
-        return [Finding("gpu", "note", "none that torch can use; runs go on the CPU")]
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [Finding("gpu", "ok", ", ".join(f"{gpu.name} {gpu.total_memory / 1e9:.1f} GB" for gpu in found))]
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("cpu", "ok", f"{usable} of {os.cpu_count()} usable")
+    memory = psutil.virtual_memory()
+    yield _enough("memory", memory.available / 1e9, f" of {memory.total / 1e9:.1f}", LEAST_MEMORY_GB)
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        yield Finding("gpu", "ok", ", ".join(f"{gpu.name} {gpu.total_memory / 1e9:.1f} GB" for gpu in gpus))
+    else:
+        yield Finding("gpu", "note", "none that torch can use; runs go on the CPU")
 
 
-def _storage(url: str) -> list[Finding]:
+def _enough(what: str, free_gb: float, total: str, least_gb: float) -> Finding:
+    level: Literal["ok", "fail"] = "ok" if free_gb >= least_gb else "fail"
+    return Finding(what, level, f"{free_gb:.1f}{total} GB free (at least {least_gb:g})")
+
+
+def _storage(url: str) -> Iterator[Finding]:
+    name, content = f".doctor-{token_hex(4)}", b"written and flushed"
     try:
         storage = Storage(url)
         existed = not storage.is_local or storage.local_path().exists()
-        name = f".doctor-{token_hex(4)}"
         try:
-            storage.write_bytes(f"{name}/a", b"written and flushed")
+            storage.write_bytes(f"{name}/a", content)
             storage.move(f"{name}/a", f"{name}/b")
-            if storage.read_bytes(f"{name}/b") != b"written and flushed":
-                return [Finding("storage", "fail", f"{url}: a file reads back differently")]
+            same = storage.read_bytes(f"{name}/b") == content
         finally:
             storage.delete(name)
             if not existed and storage.local_path().exists():
                 storage.local_path().rmdir()
     except (StorageError, OSError) as error:
-        return [Finding("storage", "fail", str(error))]
-    findings = [Finding("storage", "ok", f"{url}: write, flush, rename and read work")]
+        yield Finding("storage", "fail", str(error))
+        return
+    if not same:
+        yield Finding("storage", "fail", f"{url}: a file reads back differently")
+        return
+    yield Finding("storage", "ok", f"{url}: write, flush, rename and read work")
     if storage.is_local:
-        free = shutil.disk_usage(_nearest(storage.local_path())).free / 1e9
-        level: Level = "ok" if free >= LEAST_DISK_GB else "fail"
-        findings.append(Finding("disk", level, f"{free:.1f} GB free (at least {LEAST_DISK_GB:g})"))
-    return findings
+        path = storage.local_path().absolute()
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        yield _enough("disk", shutil.disk_usage(nearest).free / 1e9, "", LEAST_DISK_GB)
 
 
-def _nearest(path: Path) -> Path:
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
-def _data() -> list[Finding]:
-    folder = os.environ.get("FEDTAILOR_DATA")
-    if not folder:
-        return [Finding("data", "note", "FEDTAILOR_DATA is not set: all tasks but cldr need task.path or the hub")]
-    if not Path(folder).is_dir():
-        return [Finding("data", "fail", f"FEDTAILOR_DATA={folder} is not a folder")]
-    held = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-    return [Finding("data", "ok", f"FEDTAILOR_DATA={folder}: {', '.join(held) or 'empty'}")]
-
-
-def _threads() -> list[Finding]:
+def _environment() -> Iterator[Finding]:
     import torch
 
-    pinned = {name: os.environ[name] for name in THREADS if name in os.environ}
-    told = ", ".join(f"{name}={value}" for name, value in pinned.items()) or "not pinned"
-    text = f"{told}; torch would use {torch.get_num_threads()}. Workers are pinned to engine.threads"
-    return [Finding("threads", "ok" if pinned else "note", text)]
+    folder = os.environ.get("FEDTAILOR_DATA")
+    if not folder:
+        yield Finding("data", "note", "FEDTAILOR_DATA is not set: all tasks but cldr need task.path or the hub")
+    elif not Path(folder).is_dir():
+        yield Finding("data", "fail", f"FEDTAILOR_DATA={folder} is not a folder")
+    else:
+        held = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+        yield Finding("data", "ok", f"FEDTAILOR_DATA={folder}: {', '.join(held) or 'empty'}")
+    pinned = ", ".join(f"{name}={os.environ[name]}" for name in THREADS if name in os.environ)
+    text = f"{pinned or 'not pinned'}; torch would use {torch.get_num_threads()}. Workers are pinned to engine.threads"
+    yield Finding("threads", "ok" if pinned else "note", text)
 
 
-def _wandb() -> list[Finding]:
-    from fedtailor.tracking.wandb_key import KEY, KEY_FILE
-
+def _wandb() -> Finding:
     held = next((name for name in (KEY, KEY_FILE) if os.environ.get(name)), None)
     text = f"a key is given by {held}" if held else f"no {KEY} or {KEY_FILE}: wandb.mode offline and disabled work"
-    return [Finding("W&B", "ok" if held else "note", text)]
+    return Finding("W&B", "ok" if held else "note", text)
+
+
+def examine_ray(address: str | None) -> Iterator[Finding]:
+    """Looks at the ports of this machine, at the token, and at the cluster that would be joined.
+
+    Args:
+        address: as ``engine.address``, or a dashboard's ``http://host:port``; None or ``auto``: of this machine.
+    """
+    mode = os.environ.get(MODE)
+    # Ray asks for tokens where it is told to, and by itself where there is one.
+    tokens = mode.lower() == "token" if mode else bool(os.environ.get(TOKEN)) or os.path.isfile(_token_path())
+    if address in (None, "", "auto", "local"):
+        yield from _dashboard(f"http://127.0.0.1:{DASHBOARD}", loopback=True)
+    else:
+        assert address
+        yield from _joined(address, tokens)
+    yield from _token(mode or "")
+    exposed = [_exposure(port, tokens) for port in PORTS if port in _beyond_loopback()]
+    text = "no Ray port listens beyond loopback; local runs bind to 127.0.0.1"
+    yield from exposed or [Finding("ray exposure", "ok", text)]
+
+
+def _token_path() -> Path:
+    return Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
+
+
+def _beyond_loopback() -> set[int]:
+    """Ports of this machine at which something listens at an address that is not loopback."""
+    listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr]
+    addresses = [(place.port, ipaddress.ip_address(place.ip)) for place in listening]
+    return {port for port, ip in addresses if not (getattr(ip, "ipv4_mapped", None) or ip).is_loopback}
+
+
+def _exposure(port: int, tokens: bool) -> Finding:
+    name = f"{PORTS[port]} port {port}"
+    if port == DASHBOARD and (status := _status(f"http://127.0.0.1:{port}")) is not None:
+        tokens = tokens and status in (401, 403)
+    if not tokens:
+        text = f"{name} listens beyond loopback without tokens: whoever reaches it runs code here. {_ADVICE}"
+        return Finding("ray exposure", "fail", text)
+    own = [entry.address for entries in psutil.net_if_addrs().values() for entry in entries]
+    if public := [text for text in own if _is_public(text.partition("%")[0])]:
+        text = f"{name} listens at a public address ({', '.join(public)}), with unencrypted tokens. {_ADVICE}"
+        return Finding("ray exposure", "fail", text)
+    return Finding("ray exposure", "note", f"{name} listens beyond loopback, with unencrypted tokens")
+
+
+def _is_public(text: str) -> bool:
+    """Whether the whole internet can route to an address."""
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:
+        return False  # a hardware address
+
+
+def _joined(address: str, tokens: bool) -> Iterator[Finding]:
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        ip = ipaddress.ip_address(socket.gethostbyname(parts.hostname or ""))
+    except OSError as error:
+        yield Finding("ray address", "fail", f"{address}: the host cannot be resolved ({error})")
+        return
+    if ip.is_global:
+        yield Finding("ray address", "fail", f"{address} is a public address ({ip}); use a private network")
+        return
+    if not ip.is_loopback and not tokens:
+        yield Finding("ray address", "fail", f"{address} is joined without tokens; set {MODE}=token")
+    else:
+        yield Finding("ray address", "ok", f"{address} ({'token' if tokens else 'loopback'})")
+    web = parts.scheme.startswith("http")
+    port = parts.port if web and parts.port else DASHBOARD
+    yield from _dashboard(f"{parts.scheme if web else 'http'}://{parts.hostname}:{port}", ip.is_loopback)
+
+
+def _dashboard(url: str, loopback: bool) -> Iterator[Finding]:
+    """Whether a dashboard answers somebody who shows no token; nothing if there is no dashboard."""
+    status = _status(url)
+    if status in (401, 403):
+        yield Finding("ray dashboard", "ok", f"{url} wants a token")
+    elif status == 200 and loopback:
+        text = f"{url} answers without a token: all users of this machine can run code. Set {MODE}=token"
+        yield Finding("ray dashboard", "note", text)
+    elif status == 200:
+        text = f"{url} answers without a token: whoever reaches it runs code there. {_ADVICE}"
+        yield Finding("ray dashboard", "fail", text)
+    elif status is not None:
+        yield Finding("ray dashboard", "note", f"{url} answers with HTTP {status}: is this a Ray dashboard?")
+
+
+def _status(url: str) -> int | None:
+    """HTTP status of the dashboard's version page, asked without a token; None if nobody answers."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url}/api/version", timeout=ASK_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError):
+        return None
+
+
+def _token(mode: str) -> Iterator[Finding]:
+    """A token that others can read, or that is not there, protects nothing."""
+    path = _token_path()
+    if mode and mode.lower() not in MODES:
+        yield Finding("ray token", "fail", f"{MODE}={mode} is none of {', '.join(MODES)}: Ray uses no tokens then")
+    elif mode.lower() == "disabled":
+        return
+    elif os.environ.get(TOKEN):
+        text = f"the token is in the environment ({TOKEN}), which child processes inherit; prefer {TOKEN_PATH}"
+        yield Finding("ray token", "note", text)
+    elif not os.path.isfile(path) or not os.path.getsize(path):
+        if mode or os.environ.get(TOKEN_PATH):
+            yield Finding("ray token", "fail", f"{path}: no token there; ray get-auth-token --generate")
+    elif _others_can_read(path):
+        yield Finding("ray token", "fail", f"{path} can be read by other users: chmod 600 {path}")
+    else:
+        yield Finding("ray token", "ok", f"{path}: other users cannot read it")
+
+
+def _others_can_read(path: Path) -> bool:
+    """Whether the modes let somebody else reach and read a file."""
+    return any(
+        path.stat().st_mode & read and all(folder.stat().st_mode & enter for folder in path.resolve().parents)
+        for read, enter in ((stat.S_IROTH, stat.S_IXOTH), (stat.S_IRGRP, stat.S_IXGRP))
+    )
