@@ -36,8 +36,6 @@ VARIABLE = "FEDTAILOR_CACHE"
 Files = Mapping[str, str]
 """Path below the folder, with ``/``, to the sha256 of the content."""
 
-Stamp = tuple[tuple[str, int, int, int], ...]
-
 Make = Callable[[Path], None]
 """Fills the empty folder that it is given."""
 
@@ -45,27 +43,36 @@ _AT_ONCE, _TRIES = 4, 2
 
 _log = logging.getLogger(__name__)
 
-_verified: dict[Path, tuple[Files, Stamp]] = {}
-"""What this process has hashed: not again while sizes, times and inodes stay."""
+_hashed: dict[tuple[int, ...], str] = {}
+"""What this process has hashed, by device, inode, size and time: not again while these stay."""
 
 
-def describe(folder: Path) -> dict[str, str]:
+class _WrongCopyError(Exception):
+    """A copy is not what its manifest says: a clause that names the file."""
+
+
+def _hashes(folder: Path) -> dict[str, str]:
     """All files of a local folder, sorted."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        status = path.stat()
+        key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if key not in _hashed:
+            with path.open("rb") as stream:
+                _hashed[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = _hashed[key]
+    return files
 
 
-def difference(folder: Path, files: Files) -> str | None:
-    """What is wrong with a local copy, as a clause that names the file; None if it is whole."""
-    present = describe(folder) if folder.is_dir() else {}
+def _check(folder: Path, files: Files) -> None:
+    present = _hashes(folder)
     for name in sorted({*files, *present}):
         if name not in present:
-            return f"{name} is missing"
+            raise _WrongCopyError(f"{name} is missing")
         if name not in files:
-            return f"{name} does not belong there"
+            raise _WrongCopyError(f"{name} does not belong there")
         if present[name] != files[name]:
-            return f"{name} has sha256 {present[name][:12]}..., its manifest says {files[name][:12]}..."
-    return None
+            raise _WrongCopyError(f"{name} has sha256 {present[name][:12]}..., its manifest says {files[name][:12]}...")
 
 
 def published(storage: Storage, path: str) -> bool:
@@ -81,7 +88,7 @@ def publish(storage: Storage, path: str, folder: Path) -> None:
     Raises:
         StorageError: the store failed; without its manifest, what was copied does not count.
     """
-    files = describe(folder)
+    files = _hashes(folder)
     storage.delete(join(path, MANIFEST))
     for name in files:
         storage.upload(folder / name, join(path, name))
@@ -100,11 +107,6 @@ def read_manifest(storage: Storage, path: str) -> dict[str, str]:
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise StorageError(f"{storage.full(join(path, MANIFEST))} is not a list of files")
     return {safe_path(name): value for name, value in files.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cache_folder(storage: Storage) -> Path:
@@ -129,20 +131,27 @@ def fetch(storage: Storage, path: str) -> Path:
         StorageError: the store fails, the copy cannot be written, or a file is damaged at its source (names it).
     """
     if storage.is_local:
-        return _local(storage, path)
+        folder = storage.local_path(path)
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"{folder} is not on {platform.node()}: on several nodes 'storage' must be a folder that they share, "
+                "or an object store (s3://..., gs://...)"
+            )
+        return folder
     files, target = read_manifest(storage, path), cache_folder(storage) / path
     if _intact(target, files):
         return target
     with storage_errors(f"filling the node's cache {target} (below ${VARIABLE})"), one_process(target):
-        if _intact(target, files):
-            return target
-        for _ in range(_TRIES):
+        tries = 0
+        while not _intact(target, files):
             try:
                 _download(storage, path, files, target)
-                return target
-            except _WrongCopyError as error:
-                wrong = error
-    raise StorageError(f"{storage.full(path)} is damaged in {storage.url}: {wrong}; delete the folder to make it anew")
+            except _WrongCopyError as wrong:
+                tries += 1
+                if tries == _TRIES:
+                    damaged = f"{storage.full(path)} is damaged in {storage.url}: {wrong}"
+                    raise StorageError(f"{damaged}; delete the folder to make it anew") from wrong
+    return target
 
 
 def on_this_node(spec: StageSpec) -> StageSpec:
@@ -173,16 +182,6 @@ def one_process(target: Path) -> Iterator[None]:
         yield
 
 
-def _local(storage: Storage, path: str) -> Path:
-    folder = storage.local_path(path)
-    if not folder.is_dir():
-        raise MissingFileError(
-            f"{folder} is not on {platform.node()}: on several nodes 'storage' must be a folder that they share, "
-            "or an object store (s3://..., gs://...)"
-        )
-    return folder
-
-
 def _features(storage: Storage, spec: StageSpec) -> Path:
     """Features stay on the node; they belong to the very bytes of the model."""
     assert spec.cache_dir is not None
@@ -193,43 +192,24 @@ def _features(storage: Storage, spec: StageSpec) -> Path:
 
 
 def _download(storage: Storage, path: str, files: Files, target: Path) -> None:
-    """Replaces the copy as a whole.
+    """Replaces the copy as a whole; a file that is not the one of the manifest changes nothing."""
 
-    Raises:
-        _WrongCopyError: a file that came is not the one of the manifest; then nothing has changed.
-    """
+    def one(name: str) -> None:
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(join(path, name), stage / name)
+
     with staged_folder(target) as stage:
-
-        def one(name: str) -> None:
-            (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            storage.download(join(path, name), stage / name)
-
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(one, files))
-        if wrong := difference(stage, files):
-            raise _WrongCopyError(wrong)
-    _verified[target] = files, _stamp(target)
+        _check(stage, files)
 
 
 def _intact(target: Path, files: Files) -> bool:
-    if not target.is_dir():
+    try:
+        _check(target, files)
+    except _WrongCopyError:
         return False
-    stamp = _stamp(target)
-    if _verified.get(target) == (files, stamp):
-        return True
-    if difference(target, files) is not None:
-        return False
-    _verified[target] = files, stamp
-    return True
-
-
-def _stamp(folder: Path) -> Stamp:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple((str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in paths for s in [p.stat()])
-
-
-class _WrongCopyError(Exception):
-    """What came is not what the manifest says."""
+    return target.is_dir()
 
 
 class Artifacts:
