@@ -20,7 +20,7 @@ from fedtailor.report.facts import (
     strategy_line,
 )
 from fedtailor.report.scores import checked
-from fedtailor.storage.round_store import timings_frame, timings_table
+from fedtailor.storage.round_store import TIMING_SCHEMA, frame_of, timings_table
 
 
 def frame(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -134,7 +134,7 @@ def test_cost_tells_tokens_bytes_memory_and_repeats_and_blanks_where_a_run_did_n
         for stage in stages
         for state, second in (("running", 0), ("done", 4))
     ]
-    first, second = cost.cost_table(stages, timings_frame([new, old]), events).to_dict("records")
+    first, second = cost.cost_table(stages, frame_of([new, old], TIMING_SCHEMA), events).to_dict("records")
     assert (first["tokens_per_second"], first["mb_down"], first["mb_up"]) == (25.0, 4.0, 1.0)
     assert (first["peak_rss_mb"], first["peak_gpu_mb"], first["repeated"]) == (2000.0, 0.0, 1.0)
     assert all(pd.isna(second[name]) for name in cost.COLUMNS[-6:])

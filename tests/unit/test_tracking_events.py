@@ -111,11 +111,11 @@ def test_what_a_client_cost_is_kept_beside_its_seconds(tmp_path: Path) -> None:
 def test_a_reader_of_times_that_an_earlier_version_kept_finds_blanks(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    from fedtailor.storage.round_store import TIMING_COLUMNS, timings_frame, timings_table
+    from fedtailor.storage.round_store import TIMING_COLUMNS, TIMING_SCHEMA, frame_of, timings_table
 
     old = pa.table({"stage": ["s"], "round": [0], "client": ["a"], "seconds": [1.5]})
     new = timings_table("s", 1, {"a": 2.5}, {})
-    frame = timings_frame([old, new])
+    frame = frame_of([old, new], TIMING_SCHEMA)
     assert tuple(frame.columns) == TIMING_COLUMNS
     assert frame["seconds"].tolist() == [1.5, 2.5]
     assert frame["tokens"].isna().all()

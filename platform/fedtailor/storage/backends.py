@@ -95,12 +95,6 @@ class LocalFiles:
 
         write_whole(full, data, appear)
 
-    def write_new(self, full: str, data: bytes) -> None:
-        """Writes under the name itself."""
-        os.makedirs(os.path.dirname(full), exist_ok=True)
-        with open(full, "xb") as file:
-            file.write(data)
-
     def flush(self, files: Iterable[str], root: str) -> None:
         """Files first, then their folders, the deepest first."""
         files, top = list(files), Path(root)
@@ -169,10 +163,6 @@ class RemoteFiles:
                 retry_remote(lambda: self._put(full, data, mode="create"))
                 raise StorageError(f"{self._url}: the store ignores exclusive writes, so no run can be locked on it")
             self._exclusive = True
-
-    def write_new(self, full: str, data: bytes) -> None:
-        """One request."""
-        self.write(full, data)
 
     def flush(self, files: Iterable[str], root: str) -> None:
         """Nothing: what is written is durable."""

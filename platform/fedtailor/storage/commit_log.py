@@ -181,7 +181,7 @@ class CommitLog:
             if name in written:
                 raise StorageError(f"two objects of one commit are named '{name}'")
             written[name] = join(attempt, name), data, payload
-            self.storage.write_new(written[name][0], data)
+            self.storage.write_bytes(written[name][0], data, durable=False)
             point("commit:object-written")
         self.storage.flush(path for path, _, _ in written.values())
         refs = {}

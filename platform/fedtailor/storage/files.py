@@ -132,7 +132,7 @@ class Storage:
         return self._look("reading", path, lambda fs, full: bytes(fs.cat_file(full)))
 
     def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
-        """Replaces a file as a whole; afterwards it survives a power cut, unless ``durable`` is False."""
+        """Replaces a file as a whole; it survives a power cut when this returns, without ``durable`` after `flush`."""
         with self._doing("writing", path) as full:
             self._files.write(full, data, durable)
 
@@ -154,13 +154,8 @@ class Storage:
                 return False
         return True
 
-    def write_new(self, path: str, data: bytes) -> None:
-        """Writes a file under a name that nobody else uses; not durable before `flush`."""
-        with self._doing("writing", path) as full:
-            self._files.write_new(full, data)
-
     def flush(self, paths: Iterable[str]) -> None:
-        """Makes files that were written with `write_new` survive a power cut, and the folders they are in."""
+        """Makes files that were written without ``durable`` survive a power cut, and the folders they are in."""
         with self._doing("writing") as root:
             self._files.flush([self.full(path) for path in paths], root)
 

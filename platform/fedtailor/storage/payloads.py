@@ -73,9 +73,11 @@ def encode(name: str, payload: Payload) -> tuple[str, bytes]:
     if isinstance(payload, pa.Table):
         buffer = io.BytesIO()
         pq.write_table(payload.combine_chunks(), buffer, compression="zstd")
-        return _with_suffix(name, TABLE), buffer.getvalue()
+        return name.removesuffix(TABLE) + TABLE, buffer.getvalue()
     if isinstance(payload, Mapping):
-        return _with_suffix(name, TENSORS), save({key: _dense(name, key, payload[key]) for key in sorted(payload)})
+        return name.removesuffix(TENSORS) + TENSORS, save(
+            {key: _dense(name, key, payload[key]) for key in sorted(payload)}
+        )
     raise StorageError(f"{name}: a commit holds bytes, arrays or tables, not {type(payload).__name__}")
 
 
@@ -149,19 +151,17 @@ def _entries(name: str, data: bytes) -> Entries:
 def _tensor_content(name: str, entries: Entries) -> str:
     total = hashlib.sha256()
     for key, entry in entries:
-        if not _finite(entry):
+        code = _DTYPES.get(entry["dtype"], "")
+        if entry["dtype"] == "BF16":
+            # All eight exponent bits set is Inf or NaN.
+            finite = not ((np.frombuffer(entry["data"], "<u2") & 0x7F80) == 0x7F80).any()
+        else:
+            finite = "f" not in code or np.isfinite(np.frombuffer(entry["data"], code)).all()
+        if not finite:
             raise StorageError(f"{name}: tensor '{key}' has values that are not finite (NaN or Inf)")
         total.update(canonical_json([key, entry["dtype"], list(entry["shape"])]))
         total.update(entry["data"])
     return total.hexdigest()
-
-
-def _finite(entry: Mapping[str, Any]) -> bool:
-    if entry["dtype"] == "BF16":
-        # All eight exponent bits set is Inf or NaN.
-        return not bool(((np.frombuffer(entry["data"], "<u2") & 0x7F80) == 0x7F80).any())
-    code = _DTYPES.get(entry["dtype"], "")
-    return "f" not in code or bool(np.isfinite(np.frombuffer(entry["data"], code)).all())
 
 
 def _table_content(table: pa.Table) -> str:
@@ -186,7 +186,3 @@ def _dense(name: str, key: str, array: Array) -> Array:
         raise StorageError(f"{name}: tensor '{key}' has dtype {array.dtype} (allowed: {', '.join(_DTYPES)})")
     # ascontiguousarray would make a scalar one-dimensional; a scalar is contiguous anyway.
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-
-
-def _with_suffix(name: str, suffix: str) -> str:
-    return name if name.endswith(suffix) else name + suffix

@@ -70,10 +70,10 @@ def timings_table(stage: str, index: int, seconds: Mapping[str, float], costs: M
     return pa.Table.from_pylist(rows, TIMING_SCHEMA)
 
 
-def timings_frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
-    """All rows with `TIMING_COLUMNS`; NaN in columns that a table does not have."""
-    whole = pa.concat_tables([TIMING_SCHEMA.empty_table(), *tables], promote_options="permissive")
-    frame: pd.DataFrame = whole.select(list(TIMING_COLUMNS)).to_pandas()
+def frame_of(tables: Sequence[pa.Table], schema: pa.Schema) -> pd.DataFrame:
+    """All rows with the schema's columns; NaN in columns that a table of an earlier version does not have."""
+    whole = pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive")
+    frame: pd.DataFrame = whole.select(schema.names).to_pandas()
     return frame
 
 

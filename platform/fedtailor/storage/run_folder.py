@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray
+from fedtailor.core.messages import ClientCost, FloatArray
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.journal import Journal, utc_now
 from fedtailor.storage.payloads import TABLE, canonical_json, encode, read_table, sha256
 from fedtailor.storage.provenance import hardware, redact, source, versions
-from fedtailor.storage.round_store import METRICS, timings_frame, timings_table
+from fedtailor.storage.round_store import METRIC_SCHEMA, METRICS, TIMING_SCHEMA, frame_of, timings_table
 
 SCHEMA = 1
 
-STATES = ("running", "complete", "failed", "interrupted")
-
 State = Literal["running", "complete", "failed", "interrupted"]
+
+STATES = get_args(State)
 
 STRATEGIES, LAMBDA = "strategies.safetensors", "lambda/"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 Entries = list[dict[str, Any]]
-
-_ABSENT = "not set"
 
 
 class RunFolder:
@@ -56,7 +52,6 @@ class RunFolder:
         run_id: str,
         config: Mapping[str, Any],
         overrides: Sequence[Any] = (),
-        data: Mapping[str, str] | None = None,
         ignore: tuple[str, ...] = (),
     ) -> RunFolder:
         """Makes the folder as a whole, or opens it if it is there with the same configuration.
@@ -66,7 +61,6 @@ class RunFolder:
             run_id: letters, digits, ``.``, ``_`` and ``-``, at most 128, no leading dot.
             config: resolved configuration, JSON-like; secrets are hidden before anything is written.
             overrides: choices that depart from the defaults, as `experiment.overrides_of` lists them.
-            data: hashes of the data, by name.
             ignore: dotted prefixes of keys that may differ when a run is taken up again.
 
         Raises:
@@ -76,11 +70,10 @@ class RunFolder:
         tree = json.loads(canonical_json(redact(dict(config))))
         content = {
             "schema": SCHEMA, "run_id": run_id, "created": utc_now(), "config_hash": _hash(tree), "config": tree,
-            "overrides": redact(list(overrides)), "stages": [], "data": dict(data or {}),
+            "overrides": redact(list(overrides)), "stages": [], "data": {},
             "versions": versions(), "git": source(), "hardware": hardware(),
         }  # fmt: skip
-        mark = run_id if storage.is_local else join(run_id, "run.json")
-        if storage.exists(mark) or not run._publish(content):
+        if storage.exists(join(run_id, "run.json")) or not run._publish(content):
             run._compare(tree, ignore)
         return run
 
@@ -106,7 +99,8 @@ class RunFolder:
 
     def set_stages(self, stages: Sequence[Mapping[str, Any]]) -> None:
         """Records the stages, each with key, kind, method, seed and artifact (folder in ``artifacts/``)."""
-        self._update(stages=[dict(stage) for stage in stages])
+        content = {**self.info(), "stages": [dict(stage) for stage in stages]}
+        self.storage.write_json(join(self.run_id, "run.json"), content)
 
     def manifest(self, seed: int) -> dict[str, Any] | None:
         """The manifest of the data that a seed's clients were made of; None while not known or once it is gone."""
@@ -171,7 +165,9 @@ class RunFolder:
         """What every client cost, `round_store.TIMING_COLUMNS`; NaN where an earlier version did not note it."""
         folder = join(self.run_id, "timings")
         names = [name for name in self.storage.list(folder) if name.endswith(TABLE)]
-        return timings_frame([read_table(name, self.storage.read_bytes(join(folder, name))) for name in names])
+        return frame_of(
+            [read_table(name, self.storage.read_bytes(join(folder, name))) for name in names], TIMING_SCHEMA
+        )
 
     def set_progress(self, progress: Mapping[str, Any]) -> None:
         """Replaces ``progress.json``, how fast the running stage goes, see `tracking.progress`; never relied on."""
@@ -192,9 +188,9 @@ class RunFolder:
         Raises:
             StorageError: a committed file is damaged; names it.
         """
-        commits = (commit for stage in self.stages(kind) for commit in self.log(stage).all(objects=False))
+        commits = [commit for stage in self.stages(kind) for commit in self.log(stage).all(objects=False)]
         tables = [commit.table(METRICS) for commit in commits if METRICS in commit.objects]
-        return _frame(tables, METRIC_COLUMNS)
+        return frame_of(tables, METRIC_SCHEMA)
 
     def strategies(self) -> dict[tuple[str, int], dict[str, FloatArray]]:
         """Personalisation strategies: (method, seed) to client to lambda, (L, r_init) float32.
@@ -212,27 +208,11 @@ class RunFolder:
         return strategies
 
     def _publish(self, content: Mapping[str, Any]) -> bool:
-        status = {"state": "running", "message": "", "progress": {}, "updated": utc_now()}
-        if not self.storage.is_local:
-            return self._publish_remote(content, status)
-        new = f".{self.run_id}.{secrets.token_hex(6)}.new"
-        try:
-            self.storage.write_json(join(new, "run.json"), content)
-            self.storage.write_json(join(new, "status.json"), status)
-            self.storage.move(new, self.run_id)
-        except BaseException:
-            self.storage.delete(new)
-            if self.storage.exists(join(self.run_id, "run.json")):
-                return False
-            raise
-        return True
-
-    def _publish_remote(self, content: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
-        """Without a rename the run exists with its run.json, which comes last and is written once."""
+        """A run exists with its run.json, which comes last and is written once; False: something else is there."""
         if set(self.storage.list(self.run_id)) - {"status.json"}:
             return False
         try:
-            self.storage.write_json(join(self.run_id, "status.json"), status)
+            self.set_status("running")
             return self.storage.create(join(self.run_id, "run.json"), json.dumps(content, indent=2).encode())
         except BaseException:
             if not self.storage.exists(join(self.run_id, "run.json")):
@@ -249,16 +229,16 @@ class RunFolder:
         if info["config_hash"] == _hash(tree):
             return
         old, new = _leaves(info["config"]), _leaves(tree)
-        keys = [k for k in sorted({*old, *new}) if old.get(k, _ABSENT) != new.get(k, _ABSENT)]
-        differing = [k for k in keys if not any(f"{k}.".startswith(f"{p.rstrip('.')}.") for p in ignore)]
-        if differing:
-            pairs = "; ".join(f"{k}: {old.get(k, _ABSENT)} there, {new.get(k, _ABSENT)} now" for k in differing)
+        free = tuple(f"{prefix.rstrip('.')}." for prefix in ignore)
+        pairs = "; ".join(
+            f"{key}: {old.get(key, 'not set')} there, {new.get(key, 'not set')} now"
+            for key in sorted({*old, *new})
+            if old.get(key, "not set") != new.get(key, "not set") and not f"{key}.".startswith(free)
+        )
+        if pairs:
             raise StorageError(
                 f"run '{self.run_id}' belongs to another configuration ({pairs}); choose another --run-id"
             )
-
-    def _update(self, **fields: Any) -> None:
-        self.storage.write_json(join(self.run_id, "run.json"), {**self.info(), **fields})
 
 
 def run_ids(storage: Storage) -> list[str]:
@@ -286,10 +266,3 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
         for name, value in tree.items()
         for key, leaf in _leaves(value, f"{prefix}.{name}" if prefix else str(name)).items()
     }
-
-
-def _frame(tables: Sequence[pa.Table], columns: Sequence[str]) -> pd.DataFrame:
-    if not tables:
-        return pd.DataFrame({name: [] for name in columns})
-    frame: pd.DataFrame = pa.concat_tables(tables).select(list(columns)).to_pandas()
-    return frame
