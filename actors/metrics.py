@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from fedtailor.core.messages import SegmentResult
-from fedtailor.worker.costs import peak_rss
+from fedtailor.worker.segment import peak_rss
 
 PREFIX = "fedtailor_"
 

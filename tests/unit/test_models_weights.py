@@ -26,7 +26,7 @@ from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.methods import build_method
 from fedtailor.models import embedded, hub
 from fedtailor.training.local import Training, train
-from fedtailor.worker.resident_net import load_net_of
+from fedtailor.worker.open_stage import load_net_of
 
 CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermediate_size=24, vocab_size=300)
 

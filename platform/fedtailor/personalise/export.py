@@ -27,7 +27,7 @@ from fedtailor.personalise.generator import labels_of, model_of
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.round_store import CommittedRounds, named
 from fedtailor.storage.run_folder import RunFolder
-from fedtailor.worker.resident_net import load_net
+from fedtailor.worker.open_stage import load_net
 
 RECORD = "personalise.json"
 """Everything that a new client's numbers follow from, and the numbers."""

@@ -51,7 +51,7 @@ from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import flatten
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.tokens import examples_of
-from fedtailor.worker.resident_net import load_net
+from fedtailor.worker.open_stage import load_net
 
 CLIENT = "newcomer"
 """Client id of every new client, a coordinate of its random streams."""

@@ -1,4 +1,7 @@
-"""A stage opened on a worker: resident model, method, data and parameters."""
+"""A stage opened on a worker: resident model, method, data and parameters.
+
+The frozen model is in one process, or on the ranks of a group together.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,9 +31,11 @@ from fedtailor.lanes.params import LaneParams, Parameters
 from fedtailor.methods import build_method
 from fedtailor.methods.build import build_server_side
 from fedtailor.methods.external import add_method
-from fedtailor.models.load import load_tokenizer
+from fedtailor.models.families import adapted_linears
+from fedtailor.models.load import load_base, load_tokenizer
+from fedtailor.models.zero import load_partitioned
+from fedtailor.tasks.source import TaskKind
 from fedtailor.tasks.tokens import TokenData
-from fedtailor.worker.resident_net import load_net_of, load_together
 
 
 @dataclass
@@ -116,13 +121,8 @@ class OpenStage:
         each = len(self.spec.budgets) if personalising and self.method.personaliser.budgeted else 1
         alone = not self.method.lanes or self.net.base_dropout > 0
         loads = [Load(self.data.client(c).n_train, self.data.longest(c)) for c in clients]
-        return lane_groups(
-            loads,
-            self.method.batch_size,
-            each,
-            self.spec.token_budget,
-            each if alone else self.spec.max_lanes,
-        )
+        most = each if alone else self.spec.max_lanes
+        return lane_groups(loads, self.method.batch_size, each, self.spec.token_budget, most)
 
     def context(
         self,
@@ -150,23 +150,13 @@ class OpenStage:
         sent = self._sent(params, shared, clients)
         self._reset(params, sent, [private.get(c) for c in clients])
         return ClientContext(
-            net=self.net,
-            lanes=lanes,
-            params=params,
-            seed=spec.seed,
-            stage=spec.key.split("/")[0],
-            round=0 if spec.kind == "personalise" else job_round,
-            num_labels=self.data.num_labels,
-            pad_id=self.data.pad_id,
-            feature_source=self._features,
-            warn=warn,
-            budgets=spec.budgets,
-            r_max=spec.r_max,
-            rounds=spec.rounds,
-            received=self._received(params, sent),
+            net=self.net, lanes=lanes, params=params, seed=spec.seed, stage=spec.key.split("/")[0],
+            round=0 if spec.kind == "personalise" else job_round, num_labels=self.data.num_labels,
+            pad_id=self.data.pad_id, feature_source=self._features, warn=warn, budgets=spec.budgets, r_max=spec.r_max,
+            rounds=spec.rounds, received=self._received(params, sent),
             fresh=torch.tensor([c not in private for c in clients], device=self.net.device),
             micro_batch=spec.micro_batch,
-        )
+        )  # fmt: skip
 
     def _lay_over(self, clients: Sequence[str], rows: Mapping[str, FloatArray]) -> None:
         """Binds each client's part of the base; clients without a row get the initial one."""
@@ -205,12 +195,7 @@ class OpenStage:
         return params
 
     @torch.no_grad()
-    def _reset(
-        self,
-        params: LaneParams,
-        sent: Tensor | None,
-        private: Sequence[FloatArray | None],
-    ) -> None:
+    def _reset(self, params: LaneParams, sent: Tensor | None, private: Sequence[FloatArray | None]) -> None:
         """Received SHARED, stored PRIVATE, initial EPHEMERAL values; copies, never references."""
         for scope in (Scope.SHARED, Scope.PRIVATE, Scope.EPHEMERAL):
             if scope is not Scope.SHARED or sent is None:
@@ -241,3 +226,69 @@ class OpenStage:
             return Received((), torch.empty(1, 0), range(params.lanes))
         rows = range(params.lanes) if len(sent) > 1 else [0] * params.lanes
         return Received(params.of_scope(Scope.SHARED), sent.to(params.flat(Scope.SHARED).dtype), rows)
+
+
+def load_net(
+    folder: Path,
+    targets: Literal["all-linear"] | tuple[str, ...],
+    labels: Sequence[str],
+    kind: TaskKind = "classification",
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    weights: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32",
+    attention: str | None = None,
+    base_dropout: float = 0.0,
+    checkpointing: bool = False,
+) -> LaneNet:
+    """A frozen model with its adapted layers wrapped.
+
+    Args:
+        folder: Hugging Face folder of the model.
+        targets: linear layers to adapt.
+        labels: class names in the order of their ids; unused for generation.
+        kind: what the model's head is for.
+        device: where to compute.
+        dtype: what is computed in.
+        weights: how the base is kept: ``float32``, ``bfloat16``, ``8bit`` or ``4bit``.
+        attention: implementation of transformers; None: its choice.
+        base_dropout: dropout of the base's own layers while training.
+        checkpointing: whether blocks are computed again in the backward pass.
+
+    Raises:
+        ModelError: the folder cannot be loaded.
+    """
+    bits = weights if weights in ("8bit", "4bit") else None
+    kept = torch.float32 if weights == "float32" else torch.bfloat16
+    model = load_base(folder, kind, labels, kept, attn_implementation=attention, quantisation=bits)
+    if bits is None:  # quantised weights are made on the GPU and stay there
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return LaneNet(model, adapted_linears(model, targets), dtype, base_dropout, checkpointing=checkpointing)
+
+
+def load_net_of(spec: StageSpec, labels: Sequence[str], kind: TaskKind) -> LaneNet:
+    """The frozen model of a stage in one process."""
+    return load_net(
+        Path(spec.model_dir), spec.targets, labels, kind, device=spec.device, dtype=spec.dtype, weights=spec.weights,
+        attention=spec.attention, base_dropout=spec.base_dropout, checkpointing=spec.checkpointing,
+    )  # fmt: skip
+
+
+def load_together(spec: StageSpec, data: TokenData, ranks: Ranks) -> LaneNet:
+    """The frozen model of a stage on the ranks of a group: spread over them, or (ZeRO stage 1) whole on each."""
+    if spec.zero["stage"] != 3:  # only ZeRO stage 3 partitions what is not trained
+        net = load_net_of(spec, data.labels, data.kind)
+        net.ranks, net.shares_optimizer = ranks, True
+        return net
+    model, probe = load_partitioned(
+        Path(spec.model_dir),
+        None if data.kind == "generation" else data.labels,
+        torch.bfloat16 if spec.weights == "bfloat16" else torch.float32,
+        ranks.size,
+        offload=bool(spec.zero.get("offload")),
+        attention=spec.attention,
+        device=spec.device,
+    )
+    probe.check()
+    linears = adapted_linears(model, spec.targets)
+    return LaneNet(model, linears, spec.dtype, spec.base_dropout, spec.checkpointing, ranks, probe.check)

@@ -12,6 +12,7 @@ from fedtailor.core.settings import DecodingConfig
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.evaluation.decoding import Decoding, positions_of
 from fedtailor.federated.method import Personalised
+from fedtailor.tasks.tokens import Split
 from fedtailor.worker.open_stage import OpenStage
 
 if TYPE_CHECKING:
@@ -38,37 +39,34 @@ def scores_on_test(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     """Scores every lane on its client's test examples. The net is in evaluation mode, with the lanes bound."""
     if stage.data.kind == "generation":
         return _answered(stage, made)
-    data = stage.data
-    tests = [data.examples(lane.client.id, "test") for lane in made.lanes]
-    scores = evaluate(made.logits, tests, data.pad_id, stage.spec.token_budget, stage.net.device)
-    return [
-        LaneScore(
-            (
-                {"metric": "accuracy", "value": score.correct / score.count, "weight": float(score.count)},
-                {"metric": "loss", "value": score.loss_sum / score.count, "weight": float(score.count)},
-            ),
-            score.loss_sum,
-        )
-        for score in scores
-    ]
+    return _classified(stage, made, "test", ("accuracy", "loss"))
 
 
 def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[str, Any], ...]]:
     """Rows of each lane about the texts that it was trained on; of a generation task the loss alone."""
-    data, spec = stage.data, stage.spec
-    texts = [data.examples(lane.client.id, "train") for lane in made.lanes]
-    if data.kind == "generation":
-        from fedtailor.evaluation.generation import loss_tallies
+    data = stage.data
+    if data.kind != "generation":
+        return [score.rows for score in _classified(stage, made, "train", ("train_accuracy", "train_loss_after"))]
+    from fedtailor.evaluation.generation import loss_tallies
 
-        tallies = loss_tallies(made.logits, texts, data.labels, data.pad_id, spec.token_budget, stage.net.device)
-        return [_rows(tally, {"loss": "train_loss_after"}) for tally in tallies]
-    scores = evaluate(made.logits, texts, data.pad_id, spec.token_budget, stage.net.device)
+    texts, budget = [data.examples(lane.client.id, "train") for lane in made.lanes], stage.spec.token_budget
+    tallies = loss_tallies(made.logits, texts, data.labels, data.pad_id, budget, stage.net.device)
+    return [_rows(tally, {"loss": "train_loss_after"}) for tally in tallies]
+
+
+def _classified(stage: OpenStage, made: Personalised, split: Split, names: tuple[str, str]) -> list[LaneScore]:
+    """Accuracy and loss under these names."""
+    data = stage.data
+    texts = [data.examples(lane.client.id, split) for lane in made.lanes]
     return [
-        (
-            {"metric": "train_accuracy", "value": score.correct / score.count, "weight": float(score.count)},
-            {"metric": "train_loss_after", "value": score.loss_sum / score.count, "weight": float(score.count)},
+        LaneScore(
+            (
+                {"metric": names[0], "value": score.correct / score.count, "weight": float(score.count)},
+                {"metric": names[1], "value": score.loss_sum / score.count, "weight": float(score.count)},
+            ),
+            score.loss_sum,
         )
-        for score in scores
+        for score in evaluate(made.logits, texts, data.pad_id, stage.spec.token_budget, stage.net.device)
     ]
 
 

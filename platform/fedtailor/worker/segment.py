@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,23 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedtailor.core.errors import MethodError, TailorError
 from fedtailor.core.faults import Sabotage
-from fedtailor.core.messages import Failure, FloatArray, SegmentJob, SegmentResult, metric_row
+from fedtailor.core.messages import ClientCost, Failure, FloatArray, SegmentJob, SegmentResult, metric_row
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.federated.checks import clip_update
 from fedtailor.federated.context import ClientContext, Lane
-from fedtailor.federated.method import Personalised, Report
+from fedtailor.federated.method import Personalised
 from fedtailor.federated.release import RoundId
 from fedtailor.federated.returned import bad_metrics, check_personalised, check_report
-from fedtailor.worker.costs import costs_of, start_gpu_peak
 from fedtailor.worker.open_stage import OpenStage
 from fedtailor.worker.scoring import scores_on_test, scores_on_train
 
 BASE_REF = "base"
 """What an exported adapter calls its base model; a path of this machine would enter committed bytes."""
+
+_FLOAT = 4
+
+
+def peak_rss() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Segment:
@@ -56,7 +64,8 @@ class Segment:
         self.partial = [] if not job.presum else None
         for group in stage.groups(job.clients):
             clients = [job.clients[i] for i in group]
-            start_gpu_peak(stage.net.device)
+            if stage.net.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(stage.net.device)
             started = time.perf_counter()
             try:
                 self._group(clients)
@@ -68,8 +77,7 @@ class Segment:
                 self._one_by_one(clients, error)
             share = (time.perf_counter() - started) / len(clients)
             self.result.seconds |= dict.fromkeys(clients, share)
-            received = 0 if self.shared is None else self.shared.numel()
-            self.result.costs |= costs_of(stage, job, clients, self.tokens, received, self.rows, self.result.private)
+            self.result.costs |= self._costs(clients)
             self._add_in_order()
         stage.net.unbind()
         result = self.result
@@ -78,11 +86,7 @@ class Segment:
         result.failures = [self.failed[c] for c in job.clients if c in self.failed]
         result.metrics = [row for c in job.clients for row in self.metrics.get(c, [])]
         result.predictions = [dict(row) for c in job.clients for row in self.answers.get(c, [])]
-        result.host = {
-            "pid": os.getpid(),
-            "node": platform.node(),
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
+        result.host = {"pid": os.getpid(), "node": platform.node(), "peak_rss_mb": peak_rss() / 2**20}
         return self.sabotage.reply(result) if self.sabotage else result
 
     def _one_by_one(self, clients: Sequence[str], error: Exception) -> None:
@@ -90,11 +94,8 @@ class Segment:
         if len(clients) > 1:
             self.result.warnings.append({"kind": "group-rerun", "clients": list(clients), "reason": _reason(error)})
         for client in clients:
-            for record in (
-                self.rows, self.metrics, self.answers, self.failed, self.result.private, self.result.tensors,
-                self.result.norms,
-            ):  # fmt: skip
-                record.pop(client, None)
+            self._forget(client)
+            self.failed.pop(client, None)
             try:
                 if len(clients) == 1:
                     raise error
@@ -108,7 +109,8 @@ class Segment:
         job = self.job
         ctx = self.stage.context(clients, job.round, self.shared, job.private, self._warn, job.overlay)
         self.tokens |= {lane.client.id: int(lane.train.lengths.sum()) for lane in ctx.lanes}
-        torch.manual_seed(_group_seed(ctx))
+        # Of torch's global stream, which only a base's own dropout draws from (one client at a time).
+        torch.manual_seed(seed_for(ctx.seed, ctx.stage, ctx.round, ctx.lanes[0].client.id, "base-dropout"))
         with self.sabotage.during(clients, self.stage.net.model) if self.sabotage else nullcontext():
             try:
                 self._personalise(ctx) if self.stage.spec.kind == "personalise" else self._update(ctx)
@@ -130,32 +132,30 @@ class Segment:
                 row = self.stage.attack.sent(client, row, self.received, ctx.seed, ctx.stage, ctx.round)
             if self.sabotage:
                 changed = self.sabotage.update(client, row)
-                if changed is None:
-                    self._set_aside(client)
+                if changed is None:  # what a rejection must be equal to
+                    self._leave_out(client, "absent", "left out by a fault plan")
                     continue
                 row = changed
             if not (np.isfinite(row).all() and np.isfinite(own).all()):
-                self._reject(client, self._not_finite("NaN or Inf in the update"))
+                self._reject(client, "NaN or Inf in the update")
                 continue
             if bad := bad_metrics(report.metrics, k):
-                self._reject(client, self._not_finite(f"NaN or Inf in the metrics {bad}"))
+                self._reject(client, f"NaN or Inf in the metrics {bad}")
                 continue
-            self.rows[client], norm = self._bounded(row)
+            norm = 0.0
+            if self.received is not None:
+                row, norm = clip_update(row, self.received, self.stage.method.bound)
+            self.rows[client] = row
             if self.stage.method.masking is None:
                 self.result.norms[client] = norm
             if own.size:
                 self.result.private[client] = own
-            self.metrics[client] = self._report_rows(report, k, lane)
+            self.metrics[client] = self._metric_rows(report.metrics, k, lane)
 
-    def _bounded(self, row: FloatArray) -> tuple[FloatArray, float]:
-        if self.received is None:
-            return row, 0.0
-        return clip_update(row, self.received, self.stage.method.bound)
-
-    def _report_rows(self, report: Report, k: int, lane: Lane) -> list[dict[str, Any]]:
+    def _metric_rows(self, metrics: Mapping[str, Tensor], k: int, lane: Lane) -> list[dict[str, Any]]:
         return [
             self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
-            for name, values in report.metrics.items()
+            for name, values in metrics.items()
         ]
 
     def _row(self, lane: Lane, **values: Any) -> dict[str, Any]:
@@ -181,18 +181,15 @@ class Segment:
             if client in self.failed:
                 continue  # one bad budget rejects the client whole
             if not np.isfinite(score.loss):
-                self._reject(client, self._not_finite(f"test loss is {score.loss}, by Personalised.logits"))
+                self._reject(client, f"test loss is {score.loss}, by Personalised.logits")
                 continue
             if bad := bad_metrics(made.metrics, k):
-                self._reject(client, self._not_finite(f"NaN or Inf in the metrics {bad}"))
+                self._reject(client, f"NaN or Inf in the metrics {bad}")
                 continue
             rows = self.metrics.setdefault(client, [])
             rows += [self._row(lane, **values) for values in (*score.rows, *fitted[k])]
             self.answers.setdefault(client, []).extend(score.answers)
-            rows += [
-                self._row(lane, metric=name, value=float(values[k]), weight=float(lane.size))
-                for name, values in made.metrics.items()
-            ]
+            rows += self._metric_rows(made.metrics, k, lane)
             rows += self._rank_rows(made, k, lane)
             if self.stage.overlay is not None and client not in self.job.overlay:
                 rows.append(self._row(lane, metric="initial_overlay", value=1.0, weight=float(lane.size)))
@@ -209,22 +206,19 @@ class Segment:
             for name, rank in zip(self.stage.net.modules, ranks, strict=True)
         ]
 
-    def _reject(self, client: str, reason: str, kind: str = "rejected") -> None:
+    def _reject(self, client: str, found: str) -> None:
+        reason = f"{found}; updates, metrics and logits of {self.stage.who} must be finite"
+        self._leave_out(client, "rejected", reason)
+
+    def _leave_out(self, client: str, kind: str, reason: str) -> None:
+        self._forget(client)
         self.failed[client] = Failure(client, self.job.stage, self.job.round, kind, reason)
-        for record in (
-            self.rows, self.metrics, self.answers, self.result.private, self.result.tensors, self.result.norms,
-        ):  # fmt: skip
+
+    def _forget(self, client: str) -> None:
+        result = self.result
+        for record in (self.rows, self.metrics, self.answers, result.private, result.tensors, result.norms):
             record.pop(client, None)
-        adapters = self.result.adapters
-        self.result.adapters = {lane: files for lane, files in adapters.items() if lane.partition("/")[2] != client}
-
-    def _not_finite(self, found: str) -> str:
-        """The rule beside what was found."""
-        return f"{found}; updates, metrics and logits of {self.stage.who} must be finite"
-
-    def _set_aside(self, client: str) -> None:
-        """Leaves a client out before its update is looked at: what a rejection must be equal to."""
-        self.failed[client] = Failure(client, self.job.stage, self.job.round, "absent", "left out by a fault plan")
+        result.adapters = {lane: files for lane, files in result.adapters.items() if lane.partition("/")[2] != client}
 
     def _warn(self, lane: Lane, sentence: str) -> None:
         self.result.warnings.append({"kind": "client-warning", "client": lane.client.id, "reason": sentence})
@@ -263,13 +257,24 @@ class Segment:
                 {"kind": "clamped", "client": client, "numbers": sent.clamped, "reason": reason}
             )
         if sent.vector is None:
-            self._reject(client, "vanished after masking ('privacy.secagg.dropout')", kind="absent")
+            self._leave_out(client, "absent", "vanished after masking ('privacy.secagg.dropout')")
         return sent.vector
 
-
-def _group_seed(ctx: ClientContext) -> int:
-    """Seed of torch's global stream, which only a base's own dropout draws from (one client at a time)."""
-    return seed_for(ctx.seed, ctx.stage, ctx.round, ctx.lanes[0].client.id, "base-dropout")
+    def _costs(self, clients: Sequence[str]) -> dict[str, ClientCost]:
+        """Costs of a group that has just been played; its clients share its memory peaks."""
+        job, device = self.job, self.stage.net.device
+        gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        down = 0 if self.shared is None else self.shared.numel()
+        costs = {}
+        for client in clients:
+            up = self.rows[client].size if client in self.rows else 0
+            kept = sum(rows[client].size for rows in (self.result.private, job.overlay) if client in rows)
+            costs[client] = ClientCost(
+                examples=self.stage.data.client(client).n_train, tokens=self.tokens.get(client, 0),
+                bytes_down=_FLOAT * down, bytes_up=_FLOAT * up, bytes_kept=_FLOAT * kept, peak_rss=peak_rss(),
+                peak_gpu=gpu, attempt=job.attempt, host=platform.node(), pid=os.getpid(),
+            )  # fmt: skip
+        return costs
 
 
 def _reason(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load
@@ -21,15 +21,12 @@ from fedtailor.core.errors import MethodError, TailorError, WorkerError
 from fedtailor.core.faults import FaultPlan, Sabotage, planned
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.scope import Ranks
+from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.pool import Meanwhile, OnEvent, OnResult, nothing
 from fedtailor.lanes.net import LaneNet, keep_freed_memory
 from fedtailor.storage.artifacts import on_this_node
 from fedtailor.worker.open_stage import OpenStage
 from fedtailor.worker.segment import Segment
-
-if TYPE_CHECKING:
-    from fedtailor.core.settings import EngineConfig
-
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -96,15 +93,10 @@ def _pieces(value: Any) -> Iterator[bytes]:
         yield value
     elif is_dataclass(value) and not isinstance(value, type):
         yield type(value).__name__.encode()
-        for part in fields(value):
-            yield from _pieces(getattr(value, part.name))
-    elif isinstance(value, Mapping):
+        yield from _pieces({part.name: getattr(value, part.name) for part in fields(value)})
+    elif isinstance(value, (Mapping, list, tuple)):
         yield f"{len(value)}".encode()
-        for key, item in value.items():
-            yield from (repr(key).encode(), *_pieces(item))
-    elif isinstance(value, (list, tuple)):
-        yield f"{len(value)}".encode()
-        for item in value:
+        for item in value.items() if isinstance(value, Mapping) else value:
             yield from _pieces(item)
     else:
         yield repr(value).encode()
@@ -211,21 +203,16 @@ def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:
     """One result from those of a segment's single clients, in client order."""
     whole = replace(parts[0])
     for part in parts[1:]:
-        if whole.partial is None:
-            whole.partial = part.partial
-        elif part.partial is not None:
-            joined = isinstance(whole.partial, list)
-            whole.partial = whole.partial + part.partial if joined else whole.partial.merged(part.partial)
-        whole.metrics = whole.metrics + part.metrics
-        whole.private = whole.private | part.private
-        whole.tensors = whole.tensors | part.tensors
-        whole.adapters = whole.adapters | part.adapters
-        whole.failures = whole.failures + part.failures
-        whole.warnings = whole.warnings + part.warnings
-        whole.valid = whole.valid + part.valid
-        whole.norms = whole.norms | part.norms
-        whole.seconds = whole.seconds | part.seconds
-        whole.costs = whole.costs | part.costs
+        for name, more in vars(part).items():
+            mine = getattr(whole, name)
+            if mine is None or more is None:
+                setattr(whole, name, more if mine is None else mine)
+            elif isinstance(mine, (list, tuple)):
+                setattr(whole, name, mine + more)
+            elif isinstance(mine, dict) and name != "host":
+                setattr(whole, name, mine | more)
+            elif name == "partial":
+                whole.partial = mine.merged(more)
     return whole
 
 
@@ -233,9 +220,7 @@ class SerialPool:
     """Runs everything in this process; for debugging, notebooks and most tests."""
 
     def __init__(self, config: EngineConfig, on_event: OnEvent) -> None:
-
         self._worker = Worker()
-        self._on_event = on_event
 
     @property
     def size(self) -> int:
@@ -257,9 +242,8 @@ class SerialPool:
         meanwhile()
         results = []
         for job in jobs:
-            result = self._worker.run(job, shared)
-            on_result(result)
-            results.append(result)
+            results.append(self._worker.run(job, shared))
+            on_result(results[-1])
         return results
 
     def close(self) -> None:
