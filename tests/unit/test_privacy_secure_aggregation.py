@@ -7,22 +7,22 @@ import math
 import numpy as np
 import pytest
 
-from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.aggregation.weighted_mean import WeightedMean, WeightedSum
 from fedtailor.core.errors import ConfigError, RoundError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.privacy import privacy_lines
 from fedtailor.federated.release import RoundId
+from fedtailor.privacy.config import PrivacyConfig, SecAggConfig
 from fedtailor.privacy.secure_aggregation import (
     KEY,
     SHARE,
     Bits,
-    FixedPoint,
     PairwiseMasking,
     RingSum,
-    Wrapped,
     degree,
     from_ring,
     graph,
+    to_fixed_point,
     traffic,
 )
 
@@ -35,8 +35,14 @@ SIZE = 60
 def masking(
     bits: Bits = 64, complete: bool = True, dropout: float = 0.0, uniform: bool = False, **how: float
 ) -> PairwiseMasking:
-    fixed = FixedPoint(STEP, how.get("limit", 8.0), toward_zero=bool(how.get("toward_zero", 0)))
-    return PairwiseMasking(fixed, bits, complete, None, how.get("threshold", 0.5), dropout, uniform)
+    limit, threshold = how.get("limit", 8.0), how.get("threshold", 0.5)
+    secagg = SecAggConfig(step=STEP, range=limit, modulus_bits=bits, threshold=threshold, dropout=dropout)
+    cfg = PrivacyConfig(secure_aggregation="secagg" if complete else "secagg+", secagg=secagg)
+    return PairwiseMasking(cfg, uniform)
+
+
+def encode(update: np.ndarray) -> np.ndarray:
+    return to_fixed_point(update, STEP, 8.0)[0]
 
 
 def population(seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
@@ -46,10 +52,10 @@ def population(seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray], dict[s
     return received, rows, {c: float(rng.integers(5, 200)) for c in COHORT}
 
 
-def round_of(protocol: PairwiseMasking, lost: tuple[str, ...] = ()) -> tuple[Wrapped, list[str]]:
+def round_of(protocol: PairwiseMasking, lost: tuple[str, ...] = ()) -> tuple[WeightedSum, list[str]]:
     """A whole round, in two segments; ``lost`` are clients that break after they agreed on masks."""
     received, rows, weights = population()
-    aggregator, total, valid = RingSum(protocol.bits), None, []
+    aggregator, total, valid = RingSum(bits=protocol.cfg.secagg.modulus_bits), None, []
     for segment in (COHORT[:4], COHORT[4:]):
         part = aggregator.zero(SIZE)
         for client in segment:
@@ -77,7 +83,7 @@ def test_masks_cancel_exactly_in_the_ring(bits: Bits, complete: bool) -> None:
     received, rows, weights = population()
     total, valid = round_of(protocol)
     opened = protocol.open(total, received, valid, ROUND_ID)
-    whole = sum(protocol.fixed_point.encode(rows[c].astype(np.float64) - received)[0] * int(weights[c]) for c in COHORT)
+    whole = sum(encode(rows[c].astype(np.float64) - received) * int(weights[c]) for c in COHORT)
     np.testing.assert_array_equal(np.rint((opened.total.total - opened.total.weight * received) / STEP), whole)
     assert opened.total.weight == sum(weights.values())
 
@@ -97,22 +103,21 @@ def test_a_finer_step_is_nearer_by_as_much() -> None:
     received, rows, _ = population()
     errors = []
     for step in (2.0**-8, 2.0**-16):
-        fixed = FixedPoint(step, 8.0)
         update = rows[COHORT[0]].astype(np.float64) - received
-        errors.append(np.abs(fixed.encode(update)[0] * step - update).max())
+        errors.append(np.abs(to_fixed_point(update, step, 8.0)[0] * step - update).max())
     assert errors[0] / errors[1] == pytest.approx(256, rel=0.2)
 
 
 def test_rounding_toward_zero_never_makes_an_update_longer() -> None:
     update = np.random.default_rng(1).standard_normal(500)
-    cut = FixedPoint(0.01, 8.0, toward_zero=True).encode(update)[0] * 0.01
-    nearest = FixedPoint(0.01, 8.0).encode(update)[0] * 0.01
+    cut = to_fixed_point(update, 0.01, 8.0, toward_zero=True)[0] * 0.01
+    nearest = to_fixed_point(update, 0.01, 8.0)[0] * 0.01
     assert (np.abs(cut) <= np.abs(update) + 1e-12).all()
     assert (np.abs(nearest) > np.abs(update)).any()
 
 
 def test_numbers_beyond_the_range_are_cut_and_counted() -> None:
-    whole, cut = FixedPoint(0.5, 2.0).encode(np.array([-9.0, 1.9, 2.0, 3.0]))
+    whole, cut = to_fixed_point(np.array([-9.0, 1.9, 2.0, 3.0]), 0.5, 2.0)
     assert [int(x) for x in whole] == [-4, 4, 4, 4]
     assert cut == 2
 
@@ -161,7 +166,7 @@ def test_a_round_stands_while_every_client_has_more_than_half_of_its_neighbours(
 def test_a_sum_that_may_wrap_is_refused() -> None:
     received, rows, weights = population()
     protocol = masking(32, limit=2.0**11)  # 2^23 steps times a weight in the hundreds
-    aggregator = RingSum(32)
+    aggregator = RingSum(bits=32)
     total = aggregator.zero(SIZE)
     for client in COHORT:
         vector = protocol.mask(rows[client], received, weights[client], client, ROUND_ID).vector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,9 @@ from fedtailor.core.messages import Row
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """Sum of weight * row in float64, and the sum of weights."""
+    """Sum of weight * row, and the sum of weights. In float64, but for the masked sums of secure aggregation."""
 
-    total: npt.NDArray[np.float64]
+    total: npt.NDArray[Any]
     weight: float
 
     def merged(self, other: WeightedSum) -> WeightedSum:

@@ -16,7 +16,7 @@ from fedtailor.federated.method import Aggregator, Method
 from fedtailor.methods import build_method
 from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.privacy.config import PrivacyConfig
-from fedtailor.privacy.secure_aggregation import FixedPoint, PairwiseMasking, RingSum
+from fedtailor.privacy.secure_aggregation import PairwiseMasking, RingSum
 
 
 def build_server_side(
@@ -60,14 +60,11 @@ def with_secure_aggregation(method: Method, cfg: PrivacyConfig) -> Method:
     """The method under simulated secure aggregation; the server sees no single norm, so none is watched."""
     if cfg.secure_aggregation == "none" or method.local_update is None:
         return method
-    mean, ring = method.aggregator, cfg.secagg
+    mean = method.aggregator
     if not isinstance(mean, WeightedMean):
         raise ConfigError(f"method {method.name} does not use a mean: secure aggregation can only add")
-    masking = PairwiseMasking(
-        FixedPoint(ring.step, ring.range, toward_zero=cfg.name == "central_dp"), ring.modulus_bits,
-        cfg.secure_aggregation == "secagg", ring.neighbours, ring.threshold, ring.dropout, mean.uniform,
-    )  # fmt: skip
-    return replace(method, aggregator=RingSum(ring.modulus_bits), masking=masking, norm_alarm=0.0)
+    ring = RingSum(bits=cfg.secagg.modulus_bits)
+    return replace(method, aggregator=ring, masking=PairwiseMasking(cfg, mean.uniform), norm_alarm=0.0)
 
 
 def _aggregator(cfg: AggregationConfig) -> Aggregator:

@@ -2,9 +2,9 @@
 
 Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017 (all pairs), and Bell
 et al., "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", CCS 2020 (SecAgg+: k neighbours):
-    x_u  -> `FixedPoint.encode(row - received)` times the client's weight, and the weight itself
-    PRG(s_uv) -> `stream(..., "secagg-pair")`, added by the smaller id, subtracted by the larger
-    PRG(b_u)  -> `stream(..., "secagg-self")`
+    x_u  -> `to_fixed_point(row - received)` times the client's weight, and the weight itself
+    PRG(s_uv) -> the stream "secagg-pair", added by the smaller id, subtracted by the larger
+    PRG(b_u)  -> the stream "secagg-self"
     R    -> 2^bits
 Bytes (CCS 2017, section 7.1): of n clients with m numbers each, one sends and receives 2n a_K + (5n - 4) a_S +
 m ceil(log2 R) bits; with k neighbours in the place of n - 1 others it is the count of SecAgg+. Framing, authentication
@@ -20,66 +20,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, log2
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtailor.aggregation.weighted_mean import WeightedSum
+from fedtailor.aggregation.weighted_mean import WeightedMean, WeightedSum
 from fedtailor.core.errors import RoundError
 from fedtailor.core.messages import Row
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.release import Masked, Opened, RoundId
+from fedtailor.privacy.config import PrivacyConfig
 
 Vector = npt.NDArray[np.unsignedinteger[Any]]
+"""Numbers modulo 2^bits: the type's own overflow is the modulus."""
 
 Bits = Literal[32, 64]
-
 
 KEY, SHARE = 32, 32
 """Bytes of a public key (X25519) and of a share of a 256-bit secret: a_K = a_S = 256 bits, as in the paper."""
 
 
-def kind_of(bits: Bits) -> Any:
-    """The unsigned type whose own overflow is the modulus."""
-    return np.uint32 if bits == 32 else np.uint64
-
-
-@dataclass(frozen=True)
-class FixedPoint:
-    """Real numbers as whole multiples of a step.
+def to_fixed_point(
+    update: npt.NDArray[np.float64], step: float, limit: float, toward_zero: bool = False
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Real numbers as whole multiples of a step, (P,), and how many were cut to the limit.
 
     Args:
+        update: (P,).
         step: distance of two neighbouring values.
         limit: largest absolute value; larger ones are cut.
         toward_zero: cut the remainder, so that no vector gets longer (a clip stays one); else round to nearest.
     """
-
-    step: float
-    limit: float
-    toward_zero: bool = False
-
-    def encode(self, update: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], int]:
-        """Whole numbers (P,), and how many were cut to the limit."""
-        scaled = update / self.step
-        whole = np.trunc(scaled) if self.toward_zero else np.rint(scaled)
-        most = self.most
-        return np.clip(whole, -most, most).astype(np.int64), int(np.count_nonzero(np.abs(whole) > most))
-
-    @property
-    def most(self) -> int:
-        """Largest whole number."""
-        return int(self.limit / self.step)
-
-
-def to_ring(numbers: npt.NDArray[np.int64], bits: Bits) -> Vector:
-    """Signed whole numbers modulo 2^bits.
-
-    >>> [int(x) for x in to_ring(np.array([-1, 2]), 32)]
-    [4294967295, 2]
-    """
-    return np.asarray(numbers.astype(kind_of(bits)))
+    scaled = update / step
+    whole, most = np.trunc(scaled) if toward_zero else np.rint(scaled), int(limit / step)
+    return np.clip(whole, -most, most).astype(np.int64), int(np.count_nonzero(np.abs(whole) > most))
 
 
 def from_ring(vector: Vector) -> npt.NDArray[np.int64]:
@@ -88,53 +63,23 @@ def from_ring(vector: Vector) -> npt.NDArray[np.int64]:
     >>> [int(x) for x in from_ring(np.array([4294967295, 2], np.uint32))]
     [-1, 2]
     """
-    return vector.view(np.int32 if vector.dtype == np.uint32 else np.int64).astype(np.int64)
-
-
-def stream(size: int, bits: Bits, *coordinates: int | str) -> Vector:
-    """A mask: uniform numbers of the ring, from coordinates that two clients (or client and server) share."""
-    kind = kind_of(bits)
-    return numpy_rng(*coordinates).integers(0, np.iinfo(kind).max, size, dtype=kind, endpoint=True)
+    return vector.view(f"int{8 * vector.itemsize}").astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Wrapped:
-    """A sum of masked vectors (P + 1,) and how many there are."""
+class RingSum(WeightedMean):
+    """Aggregator of masked vectors: P update numbers and the weight. Only `PairwiseMasking.open` can read its sums,
+    whose own weight is the number of vectors."""
 
-    total: Vector
-    count: float
+    bits: Bits = 64
 
-    def merged(self, other: Wrapped) -> Wrapped:
-        """Both sums."""
-        return Wrapped(self.total + other.total, self.count + other.count)
-
-
-@dataclass(frozen=True)
-class RingSum:
-    """Aggregator of masked vectors: P update numbers and the weight. Only `Masking.open` can read its sums."""
-
-    bits: Bits
-    presum: bool = True
-
-    def zero(self, size: int) -> Wrapped:
+    def zero(self, size: int) -> WeightedSum:
         """The empty sum for ``size`` parameters, or for a masked vector of ``size`` - 1."""
-        return Wrapped(np.zeros(size + 1, kind_of(self.bits)), 0.0)
+        return WeightedSum(np.zeros(size + 1, f"uint{self.bits}"), 0.0)
 
-    def add(self, state: Wrapped, row: Any, weight: float) -> Wrapped:
+    def add(self, state: WeightedSum, row: Any, weight: float) -> WeightedSum:
         """One client's masked vector more."""
-        return Wrapped(state.total + row, state.count + 1.0)
-
-    def merge(self, left: Wrapped, right: Wrapped) -> Wrapped:
-        """Left, then right."""
-        return left.merged(right)
-
-    def result(self, state: Any) -> Row:
-        """The mean of an *opened* sum: a `WeightedSum`."""
-        return np.asarray(state.total / state.weight, np.float32)
-
-    def weight(self, state: Wrapped) -> float:
-        """Vectors in the sum: their weights are masked."""
-        return state.count
+        return WeightedSum(state.total + row, state.weight + 1.0)
 
 
 def degree(clients: int, neighbours: int | None, complete: bool) -> int:
@@ -156,14 +101,13 @@ def graph(cohort: tuple[str, ...], degree: int, seed: int, kind: str, round: int
     """Every client's neighbours, symmetric: a ring in random order, each tied to the nearest ones on both sides."""
     count = len(cohort)
     if degree >= count - 1:
-        return MappingProxyType({me: tuple(other for other in cohort if other != me) for me in cohort})
+        return {me: tuple(other for other in cohort if other != me) for me in cohort}
     ring = [cohort[i] for i in numpy_rng(seed, kind, round, "secagg-graph").permutation(count)]
     steps = [*range(-degree // 2, 0), *range(1, degree // 2 + 1)]
-    return MappingProxyType({me: tuple(ring[(at + s) % count] for s in steps) for at, me in enumerate(ring)})
+    return {me: tuple(ring[(at + s) % count] for s in steps) for at, me in enumerate(ring)}
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Bytes of one client in one round."""
 
     up: int
@@ -184,111 +128,97 @@ def traffic(numbers: int, neighbours: int, bits: int, vanished: bool = False) ->
     >>> one.up + one.down == 2 * n * KEY + (5 * n - 4) * SHARE + m * 4
     True
     """
-    keys = Traffic(2 * KEY, 2 * neighbours * KEY)
-    shares = 2 * neighbours * SHARE
-    vector = 0 if vanished else numbers * bits // 8
-    unmasking = 0 if vanished else (neighbours + 1) * SHARE
-    return Traffic(keys.up + shares + vector + unmasking, keys.down + shares)
+    keys, shares = neighbours * KEY, 2 * neighbours * SHARE
+    up, down = 2 * KEY + shares, 2 * keys + shares
+    return Traffic(up if vanished else up + numbers * bits // 8 + (neighbours + 1) * SHARE, down)
 
 
 @dataclass(frozen=True)
 class PairwiseMasking:
-    """Masks that cancel in the sum of a cohort.
+    """Masks that cancel in the sum of a cohort. With ``secagg`` every pair shares one, with ``secagg+`` neighbours do.
 
     Args:
-        fixed_point: how updates become whole numbers.
-        bits: of the modulus.
-        complete: every pair shares a mask (SecAgg), not only neighbours (SecAgg+).
-        neighbours: of each client; None: see `degree`.
-        threshold: share of a client's neighbours that must answer for its secrets to be recovered: more than this.
-        dropout: share of the cohort that vanishes after masking.
+        cfg: the section ``privacy``.
         uniform: weigh every client 1.
     """
 
-    fixed_point: FixedPoint
-    bits: Bits
-    complete: bool
-    neighbours: int | None
-    threshold: float
-    dropout: float
-    uniform: bool
+    cfg: PrivacyConfig
+    uniform: bool = False
 
     def vanishing(self, round_id: RoundId) -> frozenset[str]:
         """Clients that exchange keys and shares and are never heard of again; methods of a kind lose the same ones."""
-        count = round(self.dropout * len(round_id.cohort))
-        indices = numpy_rng(round_id.seed, round_id.kind, round_id.round, "secagg-dropout").permutation(
-            len(round_id.cohort)
-        )[:count]
-        return frozenset(round_id.cohort[i] for i in indices)
+        cohort = round_id.cohort
+        rng = numpy_rng(round_id.seed, round_id.kind, round_id.round, "secagg-dropout")
+        gone = rng.permutation(len(cohort))[: round(self.cfg.secagg.dropout * len(cohort))]
+        return frozenset(cohort[i] for i in gone)
 
     def mask(self, row: Row, received: Row, weight: float, client: str, round_id: RoundId) -> Masked:
         """A client's weighted update and its weight, in the ring, under its own mask and one per neighbour."""
         if client in self.vanishing(round_id):
             return Masked(None)
-        whole, clamped = self.fixed_point.encode(np.subtract(row, received, dtype=np.float64))
+        # Rounding to nearest could make a clipped update longer than its clip.
+        clipped, secagg = self.cfg.name == "central_dp", self.cfg.secagg
+        update = np.subtract(row, received, dtype=np.float64)
+        whole, clamped = to_fixed_point(update, secagg.step, secagg.range, toward_zero=clipped)
         times = 1 if self.uniform else int(weight)
-        vector = to_ring(np.append(whole * times, times), self.bits)
-        vector += self._own(client, vector.size, round_id)
-        for other in self._graph(round_id)[client]:
-            vector += self._towards(client, other, vector.size, round_id)
-        return Masked(vector, clamped)
+        vector = np.append(whole * times, times).astype(f"uint{secagg.modulus_bits}")
+        return Masked(vector + self._masks(client, self._graph(round_id)[client], vector.size, round_id), clamped)
 
-    def open(self, total: Wrapped | None, received: Row, valid: Sequence[str], round_id: RoundId) -> Opened:
+    def open(self, total: WeightedSum | None, received: Row, valid: Sequence[str], round_id: RoundId) -> Opened:
         """Removes the survivors' own masks, and the pair masks that the others' absence leaves over.
 
         Raises:
             RoundError: too few neighbours of a client survive, or the sum may have wrapped.
         """
-        self._recoverable(valid, round_id)
-        size, alive = received.size + 1, set(valid)
-        summed: Vector = np.zeros(size, kind_of(self.bits)) if total is None else total.total.copy()
+        secagg, links, alive = self.cfg.secagg, self._graph(round_id), set(valid)
+        where, size, bits = f"{round_id.stage}, round {round_id.round}", received.size + 1, secagg.modulus_bits
+        self._refuse_unrecoverable(links, alive, where)
+        summed: Vector = np.zeros(size, f"uint{bits}") if total is None else total.total.copy()
         for client in valid:
-            summed -= self._own(client, size, round_id)
-            for other in self._graph(round_id)[client]:
-                if other not in alive:
-                    summed -= self._towards(client, other, size, round_id)
+            summed -= self._masks(client, [other for other in links[client] if other not in alive], size, round_id)
         numbers = from_ring(summed)
         weight = float(numbers[-1])
-        if weight * self.fixed_point.most >= 2.0 ** (self.bits - 1):
+        if weight * int(secagg.range / secagg.step) >= 2.0 ** (bits - 1):
             raise RoundError(
-                f"{round_id.stage}, round {round_id.round}: "
-                f"a sum over the weight {weight:g} may wrap at 2^{self.bits}; set "
-                "'privacy.secagg.modulus_bits=64', a larger 'privacy.secagg.step' "
-                "or a smaller 'privacy.secagg.range'"
+                f"{where}: a sum over the weight {weight:g} may wrap at 2^{bits}; set 'privacy.secagg.modulus_bits=64',"
+                " a larger 'privacy.secagg.step' or a smaller 'privacy.secagg.range'"
             )
-        rows = weight * received.astype(np.float64) + numbers[:-1] * self.fixed_point.step
-        return Opened(WeightedSum(rows, weight), self._told(len(valid), size, round_id))
+        rows = weight * received.astype(np.float64) + numbers[:-1] * secagg.step
+        cohort, k = len(links), len(next(iter(links.values())))
+        stayed, gone = (traffic(size, k, bits, vanished) for vanished in (False, True))
+        metrics = {
+            "secagg_up_bytes": (stayed.up * len(valid) + gone.up * (cohort - len(valid))) / cohort,
+            "secagg_down_bytes": float(stayed.down),
+            "secagg_vanished": float(cohort - len(valid)),
+        }
+        return Opened(WeightedSum(rows, weight), metrics)
 
-    def _recoverable(self, valid: Sequence[str], round_id: RoundId) -> None:
-        alive, links = set(valid), self._graph(round_id)
-        for client in round_id.cohort:
-            left = sum(other in alive for other in links[client])
-            needed = floor(self.threshold * len(links[client])) + 1
+    def _refuse_unrecoverable(self, links: Mapping[str, Sequence[str]], alive: set[str], where: str) -> None:
+        for client, others in links.items():
+            left, needed = sum(other in alive for other in others), floor(self.cfg.secagg.threshold * len(others)) + 1
             if left < needed:
                 raise RoundError(
-                    f"{round_id.stage}, round {round_id.round}: "
-                    f"the secrets of client {client} cannot be recovered, {left} of "
-                    f"its {len(links[client])} neighbours are left and {needed} are needed "
-                    f"('privacy.secagg.threshold' = {self.threshold:g}; {len(alive)} of {len(round_id.cohort)} clients)"
+                    f"{where}: the secrets of client {client} cannot be recovered, {left} of its {len(others)} "
+                    f"neighbours are left and {needed} are needed ('privacy.secagg.threshold' = "
+                    f"{self.cfg.secagg.threshold:g}; {len(alive)} of {len(links)} clients)"
                 )
 
-    def _told(self, alive: int, numbers: int, round_id: RoundId) -> dict[str, float]:
-        total, k = len(round_id.cohort), degree(len(round_id.cohort), self.neighbours, self.complete)
-        stayed, gone = traffic(numbers, k, self.bits), traffic(numbers, k, self.bits, vanished=True)
-        return {
-            "secagg_up_bytes": (stayed.up * alive + gone.up * (total - alive)) / total,
-            "secagg_down_bytes": float(stayed.down),
-            "secagg_vanished": float(total - alive),
-        }
-
     def _graph(self, round_id: RoundId) -> Mapping[str, tuple[str, ...]]:
-        k = degree(len(round_id.cohort), self.neighbours, self.complete)
+        complete = self.cfg.secure_aggregation == "secagg"
+        k = degree(len(round_id.cohort), self.cfg.secagg.neighbours, complete)
         return graph(round_id.cohort, k, round_id.seed, round_id.kind, round_id.round)
 
-    def _own(self, client: str, size: int, round_id: RoundId) -> Vector:
-        return stream(size, self.bits, round_id.seed, round_id.path, round_id.round, client, "secagg-self")
+    def _masks(self, client: str, others: Sequence[str], size: int, round_id: RoundId) -> Vector:
+        """A client's own mask and those that it shares with ``others``, of which one adds what the other subtracts."""
+        kind = np.dtype(f"uint{self.cfg.secagg.modulus_bits}")
 
-    def _towards(self, client: str, other: str, size: int, round_id: RoundId) -> Vector:
-        low, high = sorted((client, other))
-        mask = stream(size, self.bits, round_id.seed, round_id.path, round_id.round, low, high, "secagg-pair")
-        return mask if client == low else np.negative(mask)
+        def stream(*names: str) -> Vector:
+            rng = numpy_rng(round_id.seed, round_id.path, round_id.round, *names)
+            return rng.integers(0, np.iinfo(kind).max, size, dtype=kind, endpoint=True)
+
+        total = stream(client, "secagg-self")
+        for other in others:
+            low, high = sorted((client, other))
+            mask = stream(low, high, "secagg-pair")
+            total += mask if client == low else np.negative(mask)
+        return total
