@@ -23,12 +23,6 @@ NOT_COVERED: tuple[str, ...] = (
     "choices made by looking at results: search over hyper-parameters, early stopping, picking a seed",
 )
 
-COVERED = "the SHARED parameters of one seed's base and of one method's strategy on it, as released round by round"
-
-SEEDED = (
-    "The noise is seeded and drawn in floating point: this simulates the accuracy of a private run, it protects nobody."
-)
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -50,6 +44,12 @@ def seen_clients(exp: ExperimentBase) -> int:
     return len(exp.task.languages) * clients_per_language(exp)
 
 
+def mechanism_of(exp: ExperimentBase, seen: int, noise: float = 0.0) -> Mechanism:
+    """What is the same in all rounds, with a given noise multiplier."""
+    cfg = exp.privacy
+    return Mechanism(noise, cfg.clip, cfg.delta or default_delta(seen), cfg.sampler, seen)
+
+
 def resolved(exp: ExperimentBase, seen: int) -> ExperimentBase:
     """The configuration with a noise multiplier in the place of a target epsilon.
 
@@ -59,7 +59,7 @@ def resolved(exp: ExperimentBase, seen: int) -> ExperimentBase:
     cfg = exp.privacy
     if cfg.target_epsilon is None:
         return exp
-    blank = Mechanism(1.0, cfg.clip, cfg.delta or default_delta(seen), cfg.sampler, seen)
+    blank = mechanism_of(exp, seen, 1.0)
     dearest = max(_pipelines(exp, seen).values(), key=lambda spent: epsilon(blank, spent))
     try:
         noise = noise_for(cfg.target_epsilon, blank, dearest)
@@ -73,8 +73,7 @@ def mechanism(exp: ExperimentBase, seen: int) -> Mechanism | None:
     """The mechanism of all rounds; None without differential privacy."""
     if exp.privacy.name == "none":
         return None
-    cfg = resolved(exp, seen).privacy
-    return Mechanism(cfg.noise_multiplier or 0.0, cfg.clip, cfg.delta or default_delta(seen), cfg.sampler, seen)
+    return mechanism_of(exp, seen, resolved(exp, seen).privacy.noise_multiplier or 0.0)
 
 
 def forecast(exp: ExperimentBase, seen: int) -> Forecast | None:
@@ -109,38 +108,36 @@ def privacy_lines(exp: ExperimentBase, seen: int) -> list[str]:
 def _dp_lines(found: Forecast) -> list[str]:
     m = found.mechanism
     kind = "cohorts of fixed size" if m.sampler == "fixed" else "Poisson cohorts"
-    clip = "no clip" if m.clip is None else f"clip {m.clip:g}"
-    lines = [f"central DP over clients: {clip}, noise multiplier {m.noise_multiplier:g}, {kind}, N = {m.pool}"]
+    head = f"central DP over clients: {m.clipping}, noise multiplier {m.noise_multiplier:g}, {kind}, N = {m.pool}"
     if not any(found.by_method.values()):
-        return [*lines, "No stage has rounds: there is nothing that noise could be added to, and no guarantee."]
+        return [head, "No stage has rounds: there is nothing that noise could be added to, and no guarantee."]
     if not isfinite(found.together):
-        return [*lines, "No guarantee: epsilon is infinite without noise or without a clip."]
+        return [head, "No guarantee: epsilon is infinite without noise or without a clip."]
     each = ", ".join(f"{name} {value:.3g}" for name, value in found.by_method.items())
     return [
-        *lines,
+        head,
         f"epsilon at delta = {m.delta:.3g} ({m.relation}), base and strategy: {each}; "
         f"all methods published together: {found.together:.3g}. Of every seed by itself.",
-        f"It covers {COVERED}.",
+        "It covers the SHARED parameters of one seed's base and of one method's strategy on it, as released round by "
+        "round.",
         f"It does not cover: {'; '.join(NOT_COVERED)}.",
-        SEEDED,
+        "The noise is seeded and drawn in floating point: this simulates the accuracy of a private run, it protects "
+        "nobody.",
     ]
 
 
 def _pipelines(exp: ExperimentBase, seen: int) -> dict[str, tuple[Spent, ...]]:
-    """Method to the releases of its base and of its own rounds."""
-    base: tuple[Spent, ...] = ()
-    if exp.base.name != "none":
-        base = (Spent("base", cohort_size(exp.base.cohort, seen), (1,) * scaled(exp.base.rounds, exp.scale)),)
-    own = Spent("strategy", cohort_size(exp.strategy.cohort, seen), (1,) * scaled(exp.strategy.rounds, exp.scale))
-    return {name: base + (own,) * _strategies(exp, name) for name in exp.methods}
-
-
-def _strategies(exp: ExperimentBase, name: str) -> int:
-    """How many strategies a method trains: none, one, or one per budget."""
-    method = build_method(name, method_section(exp, name), exp.r_max)
-    if method.local_update is None:
-        return 0
-    return len(exp.budgets) if method.per_budget else 1
+    """Method to the releases of its base and of its own rounds: of no strategy, of one, or of one per budget."""
+    base, strategy = (
+        Spent(name, cohort_size(stage.cohort, seen), (1,) * scaled(stage.rounds, exp.scale))
+        for name, stage in (("base", exp.base), ("strategy", exp.strategy))
+    )
+    pipelines = {}
+    for name in exp.methods:
+        method = build_method(name, method_section(exp, name), exp.r_max)
+        trained = 0 if method.local_update is None else len(exp.budgets) if method.per_budget else 1
+        pipelines[name] = (base,) * (exp.base.name != "none") + (strategy,) * trained
+    return pipelines
 
 
 def masked_traffic(exp: ExperimentBase, seen: int, stage: str, shared: int) -> Traffic | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
 from math import ceil, inf
@@ -51,6 +51,11 @@ class Mechanism:
     delta: float
     sampler: Sampler
     pool: int
+
+    @property
+    def clipping(self) -> str:
+        """The clip, in words."""
+        return "no clip" if self.clip is None else f"clip {self.clip:g}"
 
     @property
     def relation(self) -> str:
@@ -94,7 +99,12 @@ def epsilon(mechanism: Mechanism, spent: tuple[Spent, ...]) -> float:
         return 0.0
     if not mechanism.noise_multiplier or mechanism.clip is None:
         return inf
-    return _epsilon(mechanism.sampler, _event(mechanism, spent), mechanism.delta)
+    event = _event(mechanism, spent)
+    with _quiet():
+        found, order = _accountant(mechanism, ORDERS).compose(event).get_epsilon_and_optimal_order(mechanism.delta)
+        if order >= _AT_THE_END:  # the best of all the library's orders may lie beyond ours
+            found = min(found, _accountant(mechanism).compose(event).get_epsilon(mechanism.delta))
+    return float(found)
 
 
 @lru_cache(maxsize=64)
@@ -106,82 +116,57 @@ def noise_for(target: float, mechanism: Mechanism, spent: tuple[Spent, ...]) -> 
     """
     from dp_accounting import ExplicitBracketInterval, calibrate_dp_mechanism
 
-    def event(noise: float) -> Any:
-        return _event(_with(mechanism, noise), spent)
+    def having(noise: float) -> Mechanism:
+        return replace(mechanism, noise_multiplier=noise, clip=mechanism.clip or 1.0)
 
     low, high = 0.01, 1000.0
-    if epsilon(_with(mechanism, low), spent) <= target:
+    if epsilon(having(low), spent) <= target:
         return low
-    if epsilon(_with(mechanism, high), spent) > target:
+    if epsilon(having(high), spent) > target:
         raise ValueError(f"epsilon {target:g} needs a noise multiplier above {high:g}")
     with _quiet():
         # Few orders can only ask for more noise than needed.
         found = calibrate_dp_mechanism(
-            lambda: _accountant(mechanism.sampler, ORDERS), event, target, mechanism.delta,
-            ExplicitBracketInterval(low, high), tol=_FINE,
+            lambda: _accountant(mechanism, ORDERS), lambda noise: _event(having(noise), spent), target,
+            mechanism.delta, ExplicitBracketInterval(low, high), tol=_FINE,
         )  # fmt: skip
     noise = ceil(float(found) / _FINE) * _FINE
-    while epsilon(_with(mechanism, round(noise, 3)), spent) > target:
+    while epsilon(having(round(noise, 3)), spent) > target:
         noise += _FINE
     return round(noise, 3)
 
 
-def _with(mechanism: Mechanism, noise: float) -> Mechanism:
-    return Mechanism(noise, mechanism.clip or 1.0, mechanism.delta, mechanism.sampler, mechanism.pool)
-
-
-def _epsilon(sampler: Sampler, event: Any, delta: float) -> float:
-    """The best bound over the orders; over all of the library's where the best lies at the end of ours."""
-    with _quiet():
-        found, order = _accountant(sampler, ORDERS).compose(event).get_epsilon_and_optimal_order(delta)
-        if order >= _AT_THE_END:
-            found = min(found, _accountant(sampler).compose(event).get_epsilon(delta))
-    return float(found)
-
-
-def _accountant(sampler: Sampler, orders: Sequence[float] | None = None) -> Any:
+def _accountant(mechanism: Mechanism, orders: Sequence[float] | None = None) -> Any:
     from dp_accounting import NeighboringRelation
     from dp_accounting.rdp import RdpAccountant
 
     relations = {"fixed": NeighboringRelation.REPLACE_ONE, "poisson": NeighboringRelation.ADD_OR_REMOVE_ONE}
-    return RdpAccountant(orders, neighboring_relation=relations[sampler])
+    return RdpAccountant(orders, neighboring_relation=relations[mechanism.sampler])
 
 
 def _event(mechanism: Mechanism, spent: Sequence[Spent]) -> Any:
-    from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
+    import dp_accounting as dp
 
+    fixed = mechanism.sampler == "fixed"
+    # The accountant wants noise per sensitivity, which is 2C for a replaced client and C for an added one.
+    gauss = dp.GaussianDpEvent(mechanism.noise_multiplier / (2 if fixed else 1))
     groups: dict[tuple[str, int], list[tuple[int, ...]]] = defaultdict(list)
     for stage in spent:
         groups[stage.cohorts, stage.cohort].append(stage.releases)
     parts = []
     for (_, cohort), releases in sorted(groups.items()):
-        together = Counter(sum(counts) for counts in zip_longest(*releases, fillvalue=0))
-        parts += [
-            SelfComposedDpEvent(_round(mechanism, cohort, times), rounds)
-            for times, rounds in sorted(together.items())
-            if times
-        ]
-    return ComposedDpEvent(parts)
-
-
-def _round(mechanism: Mechanism, cohort: int, times: int) -> Any:
-    """One round with ``times`` noised sums of the same cohort."""
-    from dp_accounting import (
-        GaussianDpEvent,
-        PoissonSampledDpEvent,
-        SampledWithoutReplacementDpEvent,
-        SelfComposedDpEvent,
-    )
-
-    fixed = mechanism.sampler == "fixed"
-    # The accountant wants noise per sensitivity, which is 2C for a replaced client and C for an added one.
-    noise = mechanism.noise_multiplier / (2 if fixed else 1)
-    event = GaussianDpEvent(noise) if times == 1 else SelfComposedDpEvent(GaussianDpEvent(noise), times)
-    if cohort >= mechanism.pool:
-        return event
-    if fixed:
-        return SampledWithoutReplacementDpEvent(mechanism.pool, cohort, event)
-    return PoissonSampledDpEvent(cohort / mechanism.pool, event)
+        rounds = Counter(sum(counts) for counts in zip_longest(*releases, fillvalue=0))
+        for times, count in sorted(rounds.items()):
+            if not times:
+                continue
+            # One round with this many noised sums of the same cohort.
+            event = gauss if times == 1 else dp.SelfComposedDpEvent(gauss, times)
+            if cohort < mechanism.pool and fixed:
+                event = dp.SampledWithoutReplacementDpEvent(mechanism.pool, cohort, event)
+            elif cohort < mechanism.pool:
+                event = dp.PoissonSampledDpEvent(cohort / mechanism.pool, event)
+            parts.append(dp.SelfComposedDpEvent(event, count))
+    return dp.ComposedDpEvent(parts)
 
 
 @contextmanager

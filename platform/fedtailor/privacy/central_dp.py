@@ -59,8 +59,13 @@ class GaussianMechanism:
         exact = mean if count == planned else mean + (count / planned - 1) * (mean - start)
         noise = self.noise(received.size, round_id, draw)
         noisy = exact if noise is None else exact + noise / planned
-        told, warnings = _told(exact - start, None if noise is None else noise / planned)
-        return NoisedAggregate(noisy.astype(np.float32), told, warnings)
+        metrics, warnings = {"update_norm": float(np.linalg.norm(exact - start))}, list[dict[str, Any]]()
+        if noise is not None:
+            length, loud = metrics["update_norm"], float(np.linalg.norm(noise / planned))
+            metrics |= {"noise_norm": loud} | ({"noise_to_update": loud / length} if length > 0 else {})
+            if loud > length:
+                warnings.append({"kind": "mostly-noise", "reason": MOSTLY_NOISE})
+        return NoisedAggregate(noisy.astype(np.float32), metrics, warnings)
 
     def noise(self, size: int, round_id: RoundId, draw: int) -> npt.NDArray[np.float64] | None:
         """Noise on the sum, (size,); None for z = 0.
@@ -71,17 +76,3 @@ class GaussianMechanism:
             return None
         rng = numpy_rng(round_id.seed, round_id.path, round_id.round, "dp-noise", draw)
         return rng.standard_normal(size) * (self.noise_multiplier * self.clip)
-
-
-def _told(
-    update: npt.NDArray[np.float64], noise: npt.NDArray[np.float64] | None
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    length = float(np.linalg.norm(update))
-    told = {"update_norm": length}
-    if noise is None:
-        return told, []
-    loud = float(np.linalg.norm(noise))
-    told["noise_norm"] = loud
-    if length > 0:
-        told["noise_to_update"] = loud / length
-    return told, [{"kind": "mostly-noise", "reason": MOSTLY_NOISE}] if loud > length else []

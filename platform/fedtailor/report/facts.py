@@ -16,8 +16,7 @@ import pandas as pd
 from fedtailor.core.errors import DataError
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled
 from fedtailor.experiment.launch import load_experiment
-from fedtailor.experiment.privacy import NOT_COVERED, seen_clients
-from fedtailor.privacy.accounting import default_delta
+from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of, seen_clients
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.report.wording import NOT_RECORDED, format_range, format_value, plural, text
 from fedtailor.storage.run_folder import RunFolder
@@ -147,21 +146,19 @@ def privacy_sentence(exp: ExperimentBase, frame: pd.DataFrame, seen: int | None 
 
 
 def _dp_sentence(exp: ExperimentBase, frame: pd.DataFrame, seen: int) -> str:
-    cfg = exp.privacy
-    how = "no clip" if cfg.clip is None else f"clip {cfg.clip:g}"
+    mechanism = mechanism_of(exp, seen)
     rows = frame[(frame["metric"] == "epsilon") & (frame["client"] == "")]
     if rows.empty:
-        return f"Central DP over clients ({how}) without noise: no guarantee."
+        return f"Central DP over clients ({mechanism.clipping}) without noise: no guarantee."
     least = rows.groupby(["stage", "method"])["value"].max()
     parts = [
         f"{least[stage, method]:.3g} ({'base alone' if stage == 'base' else method_name(method)})"
         for stage in ("base", "strategy")
         for method in in_method_order(rows.loc[rows["stage"] == stage, "method"])
     ]
-    relation = "added or removed" if cfg.sampler == "poisson" else "replaced"
     return (
-        f"Central DP over clients ({how}, {cfg.sampler} cohorts, one client {relation}): epsilon {', '.join(parts)} "
-        f"at delta = {cfg.delta or default_delta(seen):.2g}, each with its base and per seed. "
+        f"Central DP over clients ({mechanism.clipping}, {mechanism.sampler} cohorts, {mechanism.relation}): epsilon "
+        f"{', '.join(parts)} at delta = {mechanism.delta:.2g}, each with its base and per seed. "
         f"Not covered: {'; '.join(NOT_COVERED)}."
     )
 
