@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fedtailor.cli import app
 from fedtailor.report.judge import Request, judge_run
-from fedtailor.report.judge_prompt import NoScoreError, Template
+from fedtailor.report.judge_client import NoScoreError, Template
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import PREDICTIONS, predictions_table

@@ -22,8 +22,9 @@ from fedtailor.cli.terminal import STATES, plain_table, status_table
 from fedtailor.report.compare import Comparison, Rows
 from fedtailor.report.compare_files import TEXT, by_key, pairs_grid, results_grid
 from fedtailor.report.grid import Grid
-from fedtailor.report.judge import AVERAGE, RESULT_COLUMNS, Judged, format_row
+from fedtailor.report.judge import RESULT_COLUMNS, Judged, format_row
 from fedtailor.report.names import in_pool_order, pool_name, shortened
+from fedtailor.report.scores import AVERAGE
 from fedtailor.report.significance import LEVEL
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder

@@ -21,7 +21,7 @@ from fedtailor.methods import METHODS
 from fedtailor.report.facts import base_line, strategy_line
 from fedtailor.report.metrics import Measure, primary
 from fedtailor.report.names import in_method_order, in_pool_order
-from fedtailor.report.scores import AVERAGE, checked, client_scores, results_table, scored_rows
+from fedtailor.report.scores import AVERAGE, checked, client_scores, in_table_order, results_table, scored_rows
 from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
 from fedtailor.report.wording import get_path, leaves, text
 from fedtailor.storage.digest import committed_stages, digest
@@ -243,10 +243,8 @@ def _notes(runs: Sequence[ComparedRun]) -> list[str]:
 def _results(runs: Sequence[ComparedRun]) -> pd.DataFrame:
     table = pd.concat([results_table(run.values).assign(run=run.run_id) for run in runs], ignore_index=True)
     table = _without_strays(table[table["language"] == AVERAGE], ["run", "pool", "method"])
-    order = {"pool": in_pool_order(table["pool"]), "run": tuple(run.run_id for run in runs)}
-    order |= {"method": in_method_order(table["method"])}
-    table = table.sort_values([*order, "budget"], key=lambda c: c.map(order[c.name].index) if c.name in order else c)
-    return table[list(COLUMNS)].reset_index(drop=True)
+    ids = [run.run_id for run in runs]
+    return in_table_order(table, ["pool", "run", "method", "budget"], ids)[list(COLUMNS)]
 
 
 def _without_strays(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

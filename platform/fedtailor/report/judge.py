@@ -8,37 +8,39 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
-from fedtailor.core.errors import ConfigError
+from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
+from fedtailor.core.seeding import numpy_rng
 from fedtailor.experiment.stages import short_hash
 from fedtailor.report.grid import Grid, markdown
-from fedtailor.report.judge_client import KEY, Endpoint, Task, ask_all
-from fedtailor.report.judge_prompt import Template, judgement_key, prompt_hash
-from fedtailor.report.judge_records import Ledger, kept_answers
-from fedtailor.report.names import in_method_order, in_pool_order, method_name
-from fedtailor.storage import payloads
+from fedtailor.report.judge_client import KEY, Endpoint, Line, Template, ask_all
+from fedtailor.report.names import method_name
+from fedtailor.report.scores import AVERAGE, in_table_order
 from fedtailor.storage.files import Storage, join
+from fedtailor.storage.journal import Journal
 from fedtailor.storage.lock import lock
+from fedtailor.storage.payloads import canonical_json, encode, sha256
+from fedtailor.storage.round_store import PREDICTIONS
 from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tasks.task import TASKS
 
-AVERAGE = "average"
-
-RESULT_COLUMNS = ("pool", "method", "budget", "language", "mean", "sd", "clients", "answers", "failures")
-
-_CELL = ["pool", "method", "budget", "language"]
-
-JUDGEMENT_COLUMNS = (
+COLUMNS = (
     "seed", "client", "language", "method", "budget", "row", "repeat", "score", "model", "replies", "problem",
     "prompt_sha256", "key",
 )  # fmt: skip
+"""Of ``judgements.parquet``."""
+
+RESULT_COLUMNS = ("pool", "method", "budget", "language", "mean", "sd", "clients", "answers", "failures")
+
+_CELL, _QUESTION = ["pool", "method", "budget", "language"], ["seed", "client", "row"]
+"""What names a row of the table, and a question, which every method and budget answers."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,19 @@ class Request:
     """What is asked of whom.
 
     Args:
-        url: address of the endpoint.
-        model: name of the judge.
-        repeats: judgements of an answer, averaged.
-        scale: highest score; the lowest is 0.
-        methods: whose answers; empty: of all.
-        limit: questions at most, the same for all methods and budgets.
+        url: address of the endpoint; ``model``: name that it knows; ``key_env``: variable that holds the key.
+        repeats: judgements of an answer, averaged; ``scale``: highest score, the lowest is 0.
+        methods: whose answers, empty: of all; ``limit``: questions at most, the same for all methods and budgets.
         order: seed of the order in which answers are judged, and of the choice that ``limit`` makes.
-        tries: replies to ask for until one holds a score.
-        at_once: requests that run at the same time.
+        tries: replies to ask for until one holds a score; ``at_once``: requests that run at the same time.
         timeout_s: seconds that the endpoint may be silent.
         retries: of a request that meets 429, 5xx or a lost connection.
-        key_env: variable that holds the key.
         out: folder; default: ``<run>/judge/<model>-<hash of model and prompt>``.
     """
 
     url: str
     model: str
+    key_env: str = KEY
     repeats: int = 3
     scale: int = 10
     methods: tuple[str, ...] = ()
@@ -72,8 +70,22 @@ class Request:
     at_once: int = 4
     timeout_s: float = 60.0
     retries: int = 5
-    key_env: str = KEY
     out: Path | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for values that cannot be used."""
+        least = {"repeats": 1, "scale": 1, "tries": 1, "at_once": 1, "retries": 0, "limit": 1}
+        problems = [
+            f"--{'max' if name == 'limit' else name.replace('_', '-')} {value}: at least {least[name]}"
+            for name in least
+            if (value := getattr(self, name)) is not None and value < least[name]
+        ]
+        if not self.timeout_s > 0:
+            problems.append(f"--timeout {self.timeout_s:g}: more than 0 seconds")
+        if not self.model.strip():
+            problems.append("--model: a name that the endpoint knows")
+        if problems:
+            raise ConfigError(problems)
 
 
 @dataclass(frozen=True)
@@ -103,52 +115,63 @@ def judge_run(run: RunFolder, asked: Request, tell: Callable[[int, int], None] =
 
     Raises:
         ConfigError: a value that cannot be used.
-        StorageError: see `kept_answers` and `Ledger.begin`; LockedError while another process judges there.
+        StorageError: see `kept_answers`; the folder holds other files, or judgements of another run, model or prompt;
+            LockedError while another process judges there.
         JudgeError: the endpoint is down.
     """
-    _check(asked)
+    asked.check()
     endpoint = Endpoint(asked.url, asked.model, asked.key_env, asked.timeout_s, asked.retries)
     template = Template(asked.scale)
-    answers = kept_answers(run, asked.methods, asked.limit, asked.order)
+    wanted = _wanted(kept_answers(run, asked.methods, asked.limit, asked.order), asked, template)
     storage, path = _place(run, asked, template)
     with lock(storage, path, run.run_id):
-        ledger = Ledger(storage, path, run.run_id)
-        ledger.begin(_setting(run, asked, template))
-        tasks = {task.key: task for task in _tasks(answers, asked, template)}
-        todo = [task for task in tasks.values() if ledger.of(task.key).score is None]
+        _begin(storage, path, run, asked, template)
+        # Pieces are cut where a file grows large, and all are kept.
+        journal = Journal(storage, path, "replies", kept=2**31)
+        lines = [line for line in journal.entries() if "key" in line]
+
+        def note(line: Line) -> None:
+            lines.append(journal.append({**line, "run": run.run_id}))
+
+        distinct = _with_replies(wanted, lines).drop_duplicates("key")
         # What failed before comes last, so that one bad question does not keep the others waiting.
-        todo.sort(key=lambda task: bool(ledger.of(task.key).kind))
-        tell(0, len(todo))
-        unasked = ask_all(
-            todo, endpoint, template, asked.tries, asked.at_once, ledger.note, lambda done: tell(done, len(todo))
+        todo = distinct[distinct["score"].isna()].sort_values("kind", key=lambda kind: kind != "", kind="stable")
+        unasked = ask_all(todo.to_dict("records"), endpoint, template, asked.tries, asked.at_once, note, tell)
+        judged = _with_replies(wanted, lines).sort_values(
+            ["repeat", "seed", "method", "budget", "client", "row"], ignore_index=True
         )
-        judged = _judged(answers, asked, template, ledger)
         table = results(judged)
-        files = dict([payloads.encode("judgements", pa.Table.from_pandas(judged, preserve_index=False))])
-        files["table.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
-        files["table.md"] = _markdown(table, asked).encode()
-        for name, data in files.items():
-            storage.write_bytes(join(path, name), data)
-    missing = [key for key in tasks if ledger.of(key).score is None]
-    counts = {"wanted": len(tasks), "there": len(tasks) - len(todo), "missing": len(missing)}
-    return Judged(table, storage.full(path), counts, _gaps(missing, unasked, ledger))
+        kept = pa.Table.from_pandas(judged[list(COLUMNS)], preserve_index=False)
+        storage.write_bytes(join(path, "judgements.parquet"), encode("judgements", kept)[1])
+        storage.write_bytes(join(path, "table.csv"), table.to_csv(index=False, lineterminator="\n").encode())
+        storage.write_bytes(join(path, "table.md"), _markdown(table, asked).encode())
+    missing = judged[judged["score"].isna()].drop_duplicates("key")
+    counts = {"wanted": len(distinct), "there": len(distinct) - len(todo), "missing": len(missing)}
+    return Judged(table, storage.full(path), counts, _gaps(missing, unasked))
 
 
-def _check(asked: Request) -> None:
-    at_least = {"repeats": 1, "scale": 1, "tries": 1, "at_once": 1, "retries": 0}
-    problems = [
-        f"--{name.replace('_', '-')} {getattr(asked, name)}: at least {least}"
-        for name, least in at_least.items()
-        if getattr(asked, name) < least
-    ]
-    if asked.limit is not None and asked.limit < 1:
-        problems.append(f"--max {asked.limit}: at least 1")
-    if not asked.timeout_s > 0:
-        problems.append(f"--timeout {asked.timeout_s:g}: more than 0 seconds")
-    if not asked.model.strip():
-        problems.append("--model: a name that the endpoint knows")
-    if problems:
-        raise ConfigError(problems)
+def _wanted(answers: pd.DataFrame, asked: Request, template: Template) -> pd.DataFrame:
+    """The answers once per repeat, with the hash of their prompt and the key of the judgement.
+
+    A key names a judgement by its content, so that equal answers share it and a repeated command finds it.
+    """
+    texts = zip(answers["prompt"], answers["reference"], answers["prediction"], strict=True)
+    prompts = [sha256(canonical_json(template.messages(*three))) for three in texts]
+
+    def keys(repeat: int) -> list[str]:
+        return [sha256(canonical_json([template.sha256, asked.model, prompt, repeat])) for prompt in prompts]
+
+    repeats = [answers.assign(repeat=n, prompt_sha256=prompts, key=keys(n)) for n in range(asked.repeats)]
+    return pd.concat(repeats, ignore_index=True)
+
+
+def _with_replies(wanted: pd.DataFrame, lines: Sequence[Line]) -> pd.DataFrame:
+    """The judgements with the newest of what is known of them; ``score`` is NaN where there is none."""
+    frame = pd.DataFrame(lines, columns=["key", "number", "score", "model", "kind", "problem"]).groupby("key")
+    known = frame[["score", "model", "kind", "problem"]].last().astype({"score": "float64"})
+    table = wanted.join(known.assign(replies=frame["number"].count()), on="key")
+    table["problem"] = table["problem"].fillna("not asked").where(table["score"].isna(), "")
+    return table.fillna({"model": "", "kind": "", "replies": 0}).astype({"replies": "int64"})
 
 
 def _place(run: RunFolder, asked: Request, template: Template) -> tuple[Storage, str]:
@@ -159,35 +182,64 @@ def _place(run: RunFolder, asked: Request, template: Template) -> tuple[Storage,
     return run.storage, join(run.run_id, "judge", name)
 
 
-def _setting(run: RunFolder, asked: Request, template: Template) -> dict[str, Any]:
-    return {
-        "run": run.run_id, "model": asked.model, "endpoint": asked.url, "temperature": 0,
-        "template": {**template.words(), "sha256": template.sha256}, "repeats": asked.repeats,
-        "tries": asked.tries, "methods": list(asked.methods), "max": asked.limit, "order": asked.order,
+def _begin(storage: Storage, path: str, run: RunFolder, asked: Request, template: Template) -> None:
+    """Keeps what the scores mean: run, model and template stay, the endpoint is added to those before."""
+    file, where = join(path, "judge.json"), storage.full(path)
+    before = storage.read_json(file) if storage.exists(file) else {}
+    if not before and any(not name.startswith("LOCK") for name in storage.list(path)):
+        raise StorageError(f"{where} is there already and holds no judgements; choose a new folder")
+    setting: dict[str, Any] = {
+        "run": run.run_id, "model": asked.model, "temperature": 0,
+        "template": {**template.words(), "sha256": template.sha256}, "repeats": asked.repeats, "tries": asked.tries,
+        "methods": list(asked.methods), "max": asked.limit, "order": asked.order,
     }  # fmt: skip
+    if before and any(before[key] != setting[key] for key in ("run", "model", "template")):
+        raise StorageError(f"{where} holds judgements of another run, model or prompt; choose a new folder")
+    setting["endpoints"] = list(dict.fromkeys([*before.get("endpoints", []), asked.url]))
+    storage.write_json(file, {"schema": 1, **setting})
 
 
-def _tasks(answers: pd.DataFrame, asked: Request, template: Template) -> Iterator[Task]:
-    for repeat in range(asked.repeats):
-        for texts in answers[["prompt", "reference", "prediction"]].itertuples(index=False, name=None):
-            prompt = prompt_hash(template.messages(*texts))
-            key = judgement_key(prompt, asked.model, template, repeat)
-            yield Task(key, prompt, repeat, partial(template.messages, *texts))
+def kept_answers(run: RunFolder, methods: Sequence[str], limit: int | None, order: int) -> pd.DataFrame:
+    """Rows of `PREDICTION_SCHEMA` and ``seed``, questions in an order drawn from ``order``.
 
+    Args:
+        run: complete, of a generation task, with ``personalise.save_predictions=true``.
+        methods: whose answers; empty: of all.
+        limit: take so many questions at most, the first of that order, with the answers of all methods to them.
+        order: seed of the order.
 
-def _judged(answers: pd.DataFrame, asked: Request, template: Template, ledger: Ledger) -> pd.DataFrame:
-    """Rows of JUDGEMENT_COLUMNS, one per answer and repeat; ``score`` is NaN where there is none."""
-    rows = answers.sort_values(["seed", "method", "budget", "client", "row"], ignore_index=True)
-    tasks = list(_tasks(rows, asked, template))
-    frame = pd.concat([rows] * asked.repeats, ignore_index=True)
-    known = [ledger.of(task.key) for task in tasks]
-    frame = frame.assign(
-        repeat=[task.repeat for task in tasks], key=[task.key for task in tasks],
-        prompt_sha256=[task.prompt for task in tasks], score=pd.Series([one.score for one in known], dtype="float64"),
-        model=[one.model for one in known], replies=[one.replies for one in known],
-        problem=["" if one.score is not None else one.problem or "not asked" for one in known],
-    )  # fmt: skip
-    return frame[list(JUDGEMENT_COLUMNS)]
+    Raises:
+        ConfigError: a method that the run has not.
+        StorageError: not complete, no generation task, answers were not kept, or a committed file is damaged.
+    """
+    config, state, name = run.info()["config"], run.status()["state"], f"run '{run.run_id}'"
+    known, task = list(config["methods"]), config["task"]["name"]
+    unknown = [f"{m}: not in this run{did_you_mean(m, known)}" for m in methods if m not in known]
+    if unknown:
+        raise ConfigError([f"--method {problem} (it has: {', '.join(known)})" for problem in unknown])
+    if TASKS[task].kind != "generation":
+        raise StorageError(f"{name} has no answers to judge: task {task} asks for classes")
+    if state != "complete":
+        raise StorageError(f"{name} is {state}, not complete; resume it first")
+    if not config["personalise"].get("save_predictions"):
+        raise StorageError(
+            f"{name} kept no answers: personalise.save_predictions was off. Run it with "
+            "personalise.save_predictions=true; all stages but the personalising ones are reused"
+        )
+    frames = [
+        commit.table(PREDICTIONS).to_pandas().assign(seed=int(stage["seed"]))
+        for stage in run.stages("personalise")
+        if not methods or stage["method"] in methods
+        for commit in run.log(stage).all(objects=False)
+        if PREDICTIONS in commit.objects
+    ]
+    if not any(map(len, frames)):
+        raise StorageError(f"{name} has no answers of {', '.join(methods) or 'any method'}")
+    answers = pd.concat(frames, ignore_index=True)
+    questions = answers[_QUESTION].drop_duplicates().sort_values(_QUESTION)
+    drawn = questions.iloc[numpy_rng(order, "judge", "order").permutation(len(questions))[:limit]]
+    answers = answers.merge(drawn.assign(place=range(len(drawn))), on=_QUESTION)
+    return answers.sort_values(["place", "method", "budget"], ignore_index=True).drop(columns="place")
 
 
 def results(judgements: pd.DataFrame) -> pd.DataFrame:
@@ -198,31 +250,23 @@ def results(judgements: pd.DataFrame) -> pd.DataFrame:
     ``failures`` judgements without one. Language `AVERAGE` weighs languages equally and has no SD.
 
     Args:
-        judgements: rows of JUDGEMENT_COLUMNS.
+        judgements: rows of COLUMNS.
     """
-    pools = judgements["client"].str.partition("/")[0]
-    frame = judgements.assign(pool=pools, failures=judgements["score"].isna())
-    unit, whole, sums = [*_CELL, "seed", "client"], _CELL[:-1], {"failures": ("failures", "sum")}
-    answers = frame.groupby([*unit, "row"], as_index=False).agg(score=("score", "mean"), **sums)
-    sums["answers"] = ("answers", "sum")
+    frame = judgements.assign(pool=judgements["client"].str.partition("/")[0], failures=judgements["score"].isna())
+    unit, whole, failures = [*_CELL, "seed", "client"], _CELL[:-1], ("failures", "sum")
+    answers = frame.groupby([*unit, "row"], as_index=False).agg(score=("score", "mean"), failures=failures)
     clients = answers.groupby(unit, as_index=False).agg(
-        score=("score", "mean"), answers=("score", "count"), failures=("failures", "sum")
+        score=("score", "mean"), answers=("score", "count"), failures=failures
     )
+    sums = {"answers": ("answers", "sum"), "failures": failures}
     table = clients.groupby(_CELL, as_index=False).agg(
         mean=("score", "mean"), sd=("score", "std"), clients=("score", "count"), **sums
     )
-    scored = clients[clients["answers"] > 0].drop_duplicates([*whole, "seed", "client"])
     average = table.groupby(whole).agg(mean=("mean", "mean"), **sums)
+    scored = clients[clients["answers"] > 0].drop_duplicates([*whole, "seed", "client"])
     average["clients"] = scored.groupby(whole).size().reindex(average.index, fill_value=0)
-    average = average.reset_index().assign(language=AVERAGE, sd=float("nan"))
-    table = pd.concat([table.assign(last=False), average.assign(last=True)], ignore_index=True)
-    ranks = {"pool": in_pool_order(table["pool"]), "method": in_method_order(table["method"])}
-    table = table.sort_values(
-        ["pool", "method", "budget", "last", "language"],
-        key=lambda column: column.map(ranks[column.name].index) if column.name in ranks else column,
-        ignore_index=True,
-    )
-    return table[list(RESULT_COLUMNS)]
+    average = average.reset_index().assign(language=AVERAGE)
+    return in_table_order(pd.concat([table, average]), _CELL)[list(RESULT_COLUMNS)]
 
 
 def format_row(row: Mapping[Hashable, object]) -> list[str]:
@@ -235,24 +279,21 @@ def format_row(row: Mapping[Hashable, object]) -> list[str]:
 def _markdown(table: pd.DataFrame, asked: Request) -> str:
     rule = (
         f"0 to {asked.scale}; mean of {asked.repeats} judgement(s) per answer; mean and sample SD over clients. "
-        f"Language {AVERAGE}: all languages weigh the same."
+        "Language average: all languages weigh the same."
     )
     rows = [format_row(row) for row in table.to_dict("records")]
     return markdown(Grid(RESULT_COLUMNS, rows, caption=[rule], title=f"Scores of {asked.model}", labels=4)) + "\n"
 
 
-def _gaps(missing: Collection[str], unasked: Collection[str], ledger: Ledger) -> tuple[str, ...]:
-    sentences = {
+def _gaps(missing: pd.DataFrame, unasked: Collection[str]) -> tuple[str, ...]:
+    kinds, gaps = missing["kind"].mask(missing["key"].isin(list(unasked)), "unasked"), []
+    for kind, sentence in {
         "reply": "have replies without exactly one score in range",
         "failure": "have no reply",
         "unasked": "were not asked, as the endpoint kept failing",
-    }
-    kinds = {key: "unasked" if key in unasked else ledger.of(key).kind for key in missing}
-    gaps = []
-    for kind, sentence in sentences.items():
-        keys = [key for key in missing if kinds[key] == kind]
-        causes = Counter(ledger.of(key).problem for key in keys if ledger.of(key).problem)
-        why = f": {causes.most_common(1)[0][0]}" if causes else ""
-        if keys:
-            gaps.append(f"{len(keys)} {sentence}{why}")
+    }.items():
+        problems = missing.loc[kinds == kind, "problem"]
+        causes = Counter(problems[problems != "not asked"]).most_common(1)
+        if len(problems):
+            gaps.append(f"{len(problems)} {sentence}" + "".join(f": {cause}" for cause, _ in causes))
     return tuple(gaps)

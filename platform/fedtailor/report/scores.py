@@ -8,7 +8,7 @@ change a byte.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -149,15 +149,27 @@ def results_table(scored: pd.DataFrame) -> pd.DataFrame:
         n_examples=("n_examples", "mean"),
         n_seeds=("seed", "nunique"),
     )
-    pools, methods = in_pool_order(table["pool"]), in_method_order(table["method"])
-    keys = {
-        "pool": lambda column: column.map(pools.index),
-        "method": lambda column: column.map(methods.index),
-        "language": lambda column: (column == AVERAGE).astype(int).astype(str) + column,
-    }
-    order = ["pool", "metric", "method", "budget", "language"]
-    table = table.sort_values(order, key=lambda c: keys.get(str(c.name), lambda column: column)(c), ignore_index=True)
+    table = in_table_order(table, ["pool", "metric", "method", "budget", "language"])
     return table[list(RESULT_COLUMNS)]
+
+
+def in_table_order(table: pd.DataFrame, by: Sequence[str], runs: Sequence[str] = ()) -> pd.DataFrame:
+    """Rows sorted by some columns: pools, methods and runs in their order, `AVERAGE` after the languages.
+
+    Args:
+        table: rows.
+        by: columns; what has no order of its own ascends.
+        runs: order of column ``run``.
+    """
+    orders: dict[Hashable, Callable[[Iterable[str]], Sequence[str]]] = {
+        "pool": in_pool_order,
+        "method": in_method_order,
+        "run": lambda _: runs,
+        "language": lambda codes: sorted(set(codes), key=lambda code: (code == AVERAGE, code)),
+    }
+    return table.sort_values(
+        list(by), key=lambda c: c.map(orders[c.name](c).index) if c.name in orders else c, ignore_index=True
+    )
 
 
 def blocks(scored: pd.DataFrame, measure: Measure | None = None) -> list[Block]:
