@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 from instruction_cases import CASES, ODD, Case, byte_tokenizer, dolly, gpt2_tokenizer, piece_tokenizer
 
-from fedtailor.tasks.templates import Encoded, Sample, encode
+from fedtailor.tasks.encoding import Encoded, Encoder, Sample
 
 GOLDEN: dict[str, list[list[Any]]] = json.loads(
     Path(__file__).with_name("completion_masks.json").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def tokenizer_of(name: str) -> Any:
 
 def ours(setting: str, cases: list[Case]) -> list[Encoded]:
     name, template = setting.split("/")
-    found = encode(template, tokenizer_of(name), [Sample(*case) for case in cases], 4096)
+    found = Encoder(template, tokenizer_of(name), 4096).encode([Sample(*case) for case in cases])
     return [row for row in found if row is not None]
 
 
@@ -128,5 +128,5 @@ def test_the_closing_token_is_learned_though_it_may_be_the_padding() -> None:
     assert [row[3] for row in without] == [row[3] - 1 for row in with_pad]
     tokenizer = gpt2_tokenizer(DATA)
     tokenizer.pad_token = tokenizer.eos_token
-    found = encode("alpaca", tokenizer, [Sample(*case) for case in CASES], 4096)
+    found = Encoder("alpaca", tokenizer, 4096).encode([Sample(*case) for case in CASES])
     assert rows([row for row in found if row is not None]) == with_pad

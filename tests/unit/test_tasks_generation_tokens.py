@@ -14,10 +14,10 @@ from fedtailor.core.errors import DataError, ModelError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.inputs import tokens_artifact
 from fedtailor.lanes.batches import make_batch
+from fedtailor.tasks.encoding import Encoder, Sample
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare, task_config
-from fedtailor.tasks.templates import Sample, encode
-from fedtailor.tasks.tokens import TokenData, instructions_of, tokenise
+from fedtailor.tasks.tokens import TokenData, tokenise
 
 SPLITS = ("train", "test")
 MAX_LENGTH = 160
@@ -85,7 +85,7 @@ def test_every_example_is_its_templates_encoding(data: TaskData, tokens: TokenDa
             assert examples.prompt_length is not None
             wanted = samples(data, client.id, split)
             found_history += sum(bool(sample.history) for sample in wanted)
-            encoded = encode("alpaca", byte_tokenizer(), wanted, MAX_LENGTH)
+            encoded = Encoder("alpaca", byte_tokenizer(), MAX_LENGTH).encode(wanted)
             for i, row in enumerate(encoded):
                 assert row is not None
                 assert examples.input_ids[i, : examples.lengths[i]].tolist() == row.ids.tolist()
@@ -119,7 +119,8 @@ def test_the_manifest_counts_what_was_cut_in_each_split(data: TaskData, tokens: 
     assert counts["rule"] == "cut_prompt"
     assert sum(counts[split]["cut_prompts"] for split in SPLITS) == 4
     for split in SPLITS:
-        lengths = [encode("alpaca", byte_tokenizer(), samples(data, c.id, split), 10_000) for c in data.clients]
+        encoder = Encoder("alpaca", byte_tokenizer(), 10_000)
+        lengths = [encoder.encode(samples(data, c.id, split)) for c in data.clients]
         long = sum(len(row.ids) > MAX_LENGTH for rows in lengths for row in rows if row)
         assert counts[split] == {"cut_prompts": long, "cut_responses": 0, "dropped": 0}
     assert tokens.manifest["template"] == "alpaca"
@@ -180,16 +181,6 @@ def test_a_missing_file_of_answers_is_named(data: TaskData, tmp_path: Path) -> N
     (tmp_path / "answers.arrow").unlink()
     with pytest.raises(DataError, match=r"answers\.arrow"):
         TokenData.open(tmp_path)
-
-
-def test_instructions_in_memory_become_the_same_tokens(data: TaskData, tokens: TokenData) -> None:
-    wanted = samples(data, "seen/office/old", "train")
-    made = instructions_of(byte_tokenizer(), wanted, np.zeros(len(wanted)), MAX_LENGTH, "alpaca")
-    stored = tokens.examples("seen/office/old", "train")
-    width = made.input_ids.shape[1]
-    assert (made.input_ids == stored.input_ids[:, :width]).all()
-    assert (made.prompt_length == stored.prompt_length).all()
-    assert (made.lengths == stored.lengths).all()
 
 
 def test_tokens_are_named_by_template_and_rule_where_instructions_are_meant(tmp_path: Path) -> None:

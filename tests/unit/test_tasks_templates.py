@@ -13,8 +13,8 @@ from instruction_cases import CASES, ODD, Case, byte_tokenizer, dolly, gpt2_toke
 from transformers import ByT5Tokenizer
 
 from fedtailor.core.errors import ConfigError, DataError, ModelError
-from fedtailor.tasks.prompts import NAMES, check_name, identity, resolve
-from fedtailor.tasks.templates import Encoded, Sample, encode, render
+from fedtailor.tasks.encoding import Encoded, Encoder, Sample
+from fedtailor.tasks.prompts import NAMES, Turn, check_name, identity, resolve, template_for
 
 DATA = Path(os.environ.get("FEDTAILOR_DATA", ""))
 HAS_DATA = bool(os.environ.get("FEDTAILOR_DATA")) and all((DATA / n).is_dir() for n in ("dolly", "tokenizers"))
@@ -34,8 +34,16 @@ def tokenizer_of(name: str) -> Any:
     return (makers | {"gpt2": lambda: gpt2_tokenizer(DATA)})[name]()
 
 
+def render(
+    template: str, tokenizer: Any, instruction: str, history: tuple[Turn, ...] = (), response: str | None = None
+) -> tuple[str, str]:
+    """The prompt, and what is learned after it."""
+    form = template_for(template, tokenizer)
+    return form.prompt(instruction, history), "" if response is None else form.lead + response + form.closing
+
+
 def one(template: str, tokenizer: Any, sample: Sample, max_length: int = 4096, overlong: str = "cut_prompt") -> Encoded:
-    (found,) = encode(template, tokenizer, [sample], max_length, overlong)  # type: ignore[arg-type]
+    (found,) = Encoder(template, tokenizer, max_length, overlong).encode([sample])  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -289,7 +297,7 @@ def test_a_sample_that_fits_exactly_is_not_cut() -> None:
     assert whole.cut == ()
     assert one("alpaca", byte_tokenizer(), LONG, len(whole.ids)).ids.tolist() == whole.ids.tolist()
     assert one("alpaca", byte_tokenizer(), LONG, len(whole.ids) - 1).cut == ("prompt",)
-    assert encode("alpaca", byte_tokenizer(), [LONG], len(whole.ids) - 1, "drop") == [None]
+    assert Encoder("alpaca", byte_tokenizer(), len(whole.ids) - 1, "drop").encode([LONG]) == [None]
 
 
 def test_a_response_that_alone_is_too_long_loses_its_end_and_the_closing_token() -> None:
@@ -330,5 +338,5 @@ def test_a_length_without_room_for_the_template_is_an_error_that_names_the_least
     least = len(one("alpaca", tokenizer, Sample("", "")).ids) + 2
     message = rf"'task.max_length' is {least - 1}, .* at least {least}"
     with pytest.raises(ModelError, match=message):
-        encode("alpaca", tokenizer, [Sample("a", "b")], least - 1)
-    assert encode("alpaca", tokenizer, [Sample("a", "b")], least) != [None]
+        Encoder("alpaca", tokenizer, least - 1)
+    assert Encoder("alpaca", tokenizer, least).encode([Sample("a", "b")]) != [None]

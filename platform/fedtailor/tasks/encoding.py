@@ -1,66 +1,38 @@
-"""Texts, pairs and instructions to token ids on disk, by the tokenizer's own rules.
+"""From texts, pairs and instructions to token ids, by the tokenizer's own rules.
 
-Of instructions are kept: prompt and response of each row as tokens, which client has which of the rows that are left,
-and the plain texts.
+Of an instruction, the prompt is encoded by itself, so that a model is trained on the very tokens that it will be asked
+with. The response then gets the tokens that it has behind the prompt in the joint text. Where a tokenizer would join
+the prompt's end with the response's beginning (a template that ends in newlines, an answer that begins with one), the
+response is encoded without the prompt instead: the boundary between prompt and response is always one between tokens,
+and a token is learned if and only if it is the response's. No text is searched for markers.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.errors import DataError, ModelError
-from fedtailor.tasks.prompts import identity, resolve
-from fedtailor.tasks.source import SPLITS
-from fedtailor.tasks.store import BLOCK, EXAMPLES, TaskData, write_stream
-from fedtailor.tasks.templates import Encoded, Encoder, Overlong, Sample
+from fedtailor.core.errors import ModelError
+from fedtailor.tasks.prompts import Turn, specials, template_for
 
 Ids = npt.NDArray[np.int32]
 
+Overlong = Literal["cut_prompt", "drop"]
 
-Ints = npt.NDArray[np.int64]
-
-PROMPTS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32(), "prompt": pa.int32()})
-"""tokens.arrow of instructions: the first `prompt` tokens are given, the others learned; no tokens: dropped."""
-
-ANSWERS = pa.schema({"question": pa.large_string(), "answer": pa.large_string()})
-"""answers.arrow: row i is row i of texts.arrow, as it was before any cut."""
+Cut = Literal["prompt", "response"]
 
 
-def check(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool) -> None:
-    """Checks that a tokenizer can serve.
-
-    Raises:
-        ModelError: it has no PAD token, or max_length leaves no room beside special tokens.
-    """
-    check_pad(tokenizer)
-    special = tokenizer.num_special_tokens_to_add(pair=paired)
-    if max_length <= special:
-        raise ModelError(
-            f"'task.max_length' is {max_length}, but the tokenizer adds {special} special tokens to a "
-            f"{'pair' if paired else 'text'}"
-        )
+# ---- texts and pairs -----------------------------------------------------------------------------------------------
 
 
-def check_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that batches can be padded.
-
-    Raises:
-        ModelError: the tokenizer has no PAD token.
-    """
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no PAD token; set one before tokenising")
-
-
-def encode(
+def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
 ) -> tuple[list[Ids], Ids | None]:
     """Tokens of texts or pairs, cut to `max_length`; of a pair, the longer text is cut first.
@@ -103,109 +75,190 @@ def _first(tokenizer: PreTrainedTokenizerBase, types: Sequence[int]) -> int:
     return count or 1
 
 
-@dataclass(frozen=True)
-class Written:
-    """What `write` found out.
-
-    Args:
-        lengths: (rows,) int64, tokens of each row; 0: dropped.
-        held: per client its (train, test) rows that are left.
-        notes: entries for the manifest.
-    """
-
-    lengths: Ints
-    held: list[tuple[Ints, Ints]]
-    notes: dict[str, Any]
-
-
-def write_instructions(
-    data: TaskData,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    out: Path,
-    template: str,
-    overlong: Overlong,
-    digest: Any,
-) -> Written:
-    """Writes ``tokens.arrow``, ``answers.arrow`` and ``examples.arrow``; feeds `digest` with all ids.
+def check_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool) -> None:
+    """Checks that a tokenizer can serve.
 
     Raises:
-        ConfigError, ModelError: see `templates.encode`; the tokenizer has no PAD token.
-        DataError: a client has only over-long train or test examples, and these are dropped; names it.
+        ModelError: it has no PAD token, or max_length leaves no room beside special tokens.
     """
     check_pad(tokenizer)
-    encoder = Encoder.of(template, tokenizer, max_length, overlong)
-    encoder.check_room()
-    marks: list[tuple[int, bool, bool]] = []
-    write_stream(out / "tokens.arrow", PROMPTS, _batches(data, encoder, marks, digest))
-    write_stream(out / "answers.arrow", ANSWERS, _answers(data))
-    lengths, prompts, responses = (np.array(column) for column in zip(*marks, strict=True))
-    held = [_kept(data, client.id, lengths, max_length) for client in data.clients]
-    write_stream(out / "examples.arrow", EXAMPLES, _example_batches(held))
-    counts: dict[str, dict[str, int]] = {}
-    for at, split in enumerate(SPLITS):
-        rows = np.concatenate([pair[at] for pair in held])
-        before = sum((client.n_train, client.n_test)[at] for client in data.clients)
-        found = {"cut_prompts": prompts[rows].sum(), "cut_responses": responses[rows].sum()}
-        counts[split] = {name: int(n) for name, n in found.items()} | {"dropped": before - len(rows)}
-    chosen = resolve(template, tokenizer)
-    notes: dict[str, Any] = {
-        "kind": "generation",
-        "template": identity(chosen),
-        "overlong": {"rule": overlong, **counts},
-    }
-    notes["stop_ids"] = sorted({encoder.closing[-1], tokenizer.eos_token_id} - {None})
-    notes["closing"] = [int(token) for token in encoder.closing]
-    return Written(lengths.astype(np.int64), held, notes)
+    special = tokenizer.num_special_tokens_to_add(pair=paired)
+    if max_length <= special:
+        raise ModelError(
+            f"'task.max_length' is {max_length}, but the tokenizer adds {special} special tokens to a "
+            f"{'pair' if paired else 'text'}"
+        )
 
 
-def samples_of(batch: pa.RecordBatch) -> list[Sample]:
-    """The rows of a block of texts.arrow."""
-    texts, responses = batch.column("text").to_pylist(), batch.column("pair").to_pylist()
-    has_history = "history" in batch.schema.names
-    histories = batch.column("history").to_pylist() if has_history else [None] * len(texts)
-    return [
-        Sample(text, response, tuple(json.loads(history)) if history else ())
-        for text, response, history in zip(texts, responses, histories, strict=True)
-    ]
+def check_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that batches can be padded.
+
+    Raises:
+        ModelError: the tokenizer has no PAD token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no PAD token; set one before tokenising")
 
 
-def _batches(
-    data: TaskData, encoder: Encoder, marks: list[tuple[int, bool, bool]], digest: Any
-) -> Iterator[pa.RecordBatch]:
-    empty = Encoded(np.empty(0, dtype=np.int32), 0)
-    for batch in data.batches:
-        rows = [row or empty for row in encoder.encode(samples_of(batch))]
-        for row in rows:
-            head = len(row.ids).to_bytes(4, "little") + row.prompt_tokens.to_bytes(4, "little")
-            digest.update(head + row.ids.tobytes())
-            marks.append((len(row.ids), "prompt" in row.cut, "response" in row.cut))
-        ids = pa.array([row.ids for row in rows], PROMPTS.field("ids").type)
-        prompts = pa.array([row.prompt_tokens for row in rows], pa.int32())
-        yield pa.record_batch([ids, batch.column("label"), prompts], schema=PROMPTS)
+# ---- instructions --------------------------------------------------------------------------------------------------
 
 
-def _answers(data: TaskData) -> Iterator[pa.RecordBatch]:
-    for batch in data.batches:
-        yield pa.record_batch([batch.column("text"), batch.column("pair")], schema=ANSWERS)
+class Sample(NamedTuple):
+    """An instruction, its response (None: to be answered) and the turns before, oldest first."""
+
+    instruction: str
+    response: str | None = None
+    history: tuple[Turn, ...] = ()
 
 
-def _kept(data: TaskData, client: str, lengths: Ints, max_length: int) -> tuple[Ints, Ints]:
-    train, test = (data.members.rows_of(client, split) for split in SPLITS)
-    for split, rows in zip(SPLITS, (train, test), strict=True):
-        if len(rows) and not lengths[rows].any():
-            raise DataError(
-                f"client {client!r}: all {len(rows)} {split} examples exceed 'task.max_length' = {max_length} tokens "
-                "and 'task.overlong' is 'drop'; raise max_length, or set task.overlong=cut_prompt"
+@dataclass(frozen=True)
+class Encoded:
+    """An instruction as tokens.
+
+    Args:
+        ids: (length,) int32, prompt, then response and closing token.
+        prompt_tokens: how many of them are the prompt.
+        cut: what was shortened: the ``prompt`` (its oldest turns, then the instruction's end) and the ``response``
+            (its end; the closing token is absent then, since the answer does not end there).
+    """
+
+    ids: Ids
+    prompt_tokens: int
+    cut: tuple[Cut, ...] = ()
+
+
+class Encoder:
+    """Instructions to tokens, by one template and tokenizer.
+
+    Args:
+        template: see ``task.template``.
+        tokenizer: of the base model.
+        max_length: most tokens of prompt and response.
+        overlong: what becomes of longer ones, see ``task.overlong``.
+
+    Raises:
+        ConfigError, ModelError: see `prompts.template_for`; max_length leaves no room beside the template for a token
+            each of instruction and response.
+    """
+
+    def __init__(
+        self, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: Overlong = "cut_prompt"
+    ) -> None:
+        self.template = template_for(template, tokenizer)
+        self.tokenizer, self.max_length, self.overlong = tokenizer, max_length, overlong
+        self.closing: list[int] = self._ids([self.template.closing])[0]
+        self._names = re.compile("|".join(map(re.escape, specials(tokenizer))) or r"(?!)")
+        self._bos = self._begin_of_text()
+        self._bare = len(self._head(Sample("")))
+        least = self._bare + len(self.closing)
+        if least + 2 > max_length:
+            raise ModelError(
+                f"'task.max_length' is {max_length}, but the template alone takes {least} tokens; "
+                f"allowed: at least {least + 2}"
             )
-    return train[lengths[train] > 0], test[lengths[test] > 0]
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded | None]:
+        """Samples as tokens; None where one was dropped.
+
+        Raises:
+            DataError: the tokenizer's chat template refuses a conversation.
+        """
+        samples = [self._plain(sample) for sample in samples]
+        prompts = [self.template.prompt(sample.instruction, sample.history) for sample in samples]
+        texts = [self.template.lead + sample.response if sample.response else "" for sample in samples]
+        joint = self._begun([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+        return [
+            self._fitted(sample, head, ids[len(head) :] if ids[: len(head)] == head else self._apart(text))
+            for sample, head, ids, text in zip(samples, self._begun(prompts), joint, texts, strict=True)
+        ]
+
+    def _apart(self, text: str) -> list[int]:
+        """Tokens of a text that would merge with what comes before it.
+
+        SentencePiece puts a blank before whatever begins a text, hence the attempts to let something else begin.
+        """
+        for before in (":", "\n"):
+            start, both = self._ids([before, before + text])
+            if both[: len(start)] == start:
+                return both[len(start) :]
+        return self._ids([text])[0]
+
+    def _fitted(self, sample: Sample, head: list[int], tail: list[int]) -> Encoded | None:
+        """Drops the oldest turns, cuts the instruction's end, then the response's, until all fit."""
+        tail = tail if sample.response is None else [*tail, *self.closing]
+        cut: list[Cut] = []
+        if len(head) + len(tail) > self.max_length:
+            if self.overlong == "drop":
+                return None
+            room = self.max_length - self._bare
+            # A response that fits beside the bare template costs the instruction; a longer one is cut anyway, and
+            # then takes no more than half from an instruction that could use it.
+            limit = self._bare + (room - len(tail) if len(tail) < room else room // 2)
+            if len(head) > limit:
+                head, cut = self._shortened(sample, limit), ["prompt"]
+            left = self.max_length - len(head)
+            if len(tail) > left:
+                tail = tail[: min(left, len(tail) - len(self.closing))]
+                cut.append("response")
+        return Encoded(np.array([*head, *tail], dtype=np.int32), len(head), tuple(cut))
+
+    def _shortened(self, sample: Sample, limit: int) -> list[int]:
+        """The prompt with the latest turns, and with as much of the instruction's beginning, as `limit` allows."""
+        while sample.history:
+            sample = sample._replace(history=_later(sample.history))
+            if len(head := self._head(sample)) <= limit:
+                return head
+
+        def beginning(characters: int) -> list[int]:
+            return self._head(sample._replace(instruction=sample.instruction[:characters]))
+
+        lengths = range(len(sample.instruction), 0, -1)
+        cut = bisect_left(lengths, -limit, key=lambda characters: -len(beginning(characters)))
+        return beginning(len(lengths) - cut)
+
+    def _plain(self, sample: Sample) -> Sample:
+        """The sample with the names of special tokens broken by a blank: data must not end or begin a text."""
+        history = tuple({**turn, "content": self._broken(turn["content"])} for turn in sample.history)
+        response = None if sample.response is None else self._broken(sample.response)
+        return Sample(self._broken(sample.instruction), response, history)
+
+    def _broken(self, text: str) -> str:
+        return self._names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text)
+
+    def _head(self, sample: Sample) -> list[int]:
+        return self._begun([self.template.prompt(sample.instruction, sample.history)])[0]
+
+    def _begun(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts that begin with a prompt, with the begin-of-text token, once."""
+        return [ids if ids[: len(self._bos)] == self._bos else self._bos + ids for ids in self._ids(texts)]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # Texts above the model's length are cut later: the tokenizer need not warn of them.
+        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        found: list[list[int]] = (
+            self.tokenizer(texts, add_special_tokens=False, **options)["input_ids"] if texts else []
+        )
+        return found
+
+    def _begin_of_text(self) -> list[int]:
+        """One BOS where the tokenizer has one; of chat templates, those that say nothing about it go by the tokenizer.
+
+        A BOS that is the EOS and that the tokenizer itself does not use (GPT-2) counts as none.
+        """
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            return []
+        used = self.tokenizer("a")["input_ids"][:1] == [bos]
+        written = self.template.prompt("").startswith(str(self.tokenizer.bos_token))
+        own = bos != self.tokenizer.eos_token_id and not self.template.chat
+        return [int(bos)] if used or written or own else []
 
 
-def _example_batches(held: Sequence[tuple[Ints, Ints]]) -> Iterator[pa.RecordBatch]:
-    rows = np.concatenate([part for pair in held for part in pair]).astype(np.int32)
-    sizes = np.array([(len(train), len(test)) for train, test in held])
-    clients = np.repeat(np.arange(len(held), dtype=np.int32), sizes.sum(axis=1))
-    test = np.repeat(np.tile([False, True], len(held)), sizes.ravel())
-    for at in range(0, len(rows), BLOCK):
-        cut = slice(at, at + BLOCK)
-        yield pa.record_batch([clients[cut], test[cut], rows[cut]], schema=EXAMPLES)
+def _later(history: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The history without its oldest question and answer; the system message goes last."""
+    system = history[: int(history[0]["role"] == "system")]
+    turns = history[len(system) :]
+    if not turns:
+        return ()
+    later = next((i for i, turn in enumerate(turns) if i and turn["role"] == "user"), len(turns))
+    return system + turns[later:]

@@ -16,7 +16,7 @@ from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import MIN_TEST, MIN_TRAIN
 from fedtailor.tasks.source import POOLS, SPLITS, Example, NaturalClient, Pool, Source, Split
-from fedtailor.tasks.store import ClientRows
+from fedtailor.tasks.store import HeldRows
 
 MIN_EXAMPLES = MIN_TRAIN + MIN_TEST
 
@@ -176,7 +176,7 @@ def subsample_clients(source: Source, kept: int, of: int) -> Source:
     return replace(source, natural_clients=tuple(some))
 
 
-def natural_client_rows(source: Source) -> Iterator[ClientRows]:
+def natural_client_rows(source: Source) -> Iterator[HeldRows]:
     """Each client's consecutive rows, seen clients first, both pools in the source's order."""
     first = 0
     for _, _, part in source.parts():
@@ -185,5 +185,5 @@ def natural_client_rows(source: Source) -> Iterator[ClientRows]:
         train, test = len(part.train), len(part.test)
         rows = np.arange(first, first + train + test, dtype=np.int32)
         client = Client(natural_client_id(part), part.pool, part.language, train, test)
-        yield ClientRows(client, rows[:train], rows[train:])
+        yield HeldRows(client, rows[:train], rows[train:])
         first += train + test

@@ -75,8 +75,18 @@ def open_stream(path: Path, rows: int) -> list[pa.RecordBatch]:
     return batches
 
 
+def write_examples(path: Path, rows: Sequence[Sequence[npt.NDArray[Any]]]) -> None:
+    """Writes ``examples.arrow``: each client's train and test rows of the text table, (n,) integers."""
+    every = np.concatenate([part for parts in rows for part in parts]).astype(np.int32)
+    sizes = np.array([[len(part) for part in parts] for parts in rows])
+    clients = np.repeat(np.arange(len(rows), dtype=np.int32), sizes.sum(axis=1))
+    test = np.repeat(np.tile([False, True], len(rows)), sizes.ravel())
+    blocks = (slice(at, at + BLOCK) for at in range(0, len(every), BLOCK))
+    write_stream(path, EXAMPLES, (pa.record_batch([clients[b], test[b], every[b]], schema=EXAMPLES) for b in blocks))
+
+
 @dataclass(frozen=True)
-class ClientRows:
+class HeldRows:
     """A client with its rows of the text table, (n_train,) and (n_test,) int32."""
 
     client: Client

@@ -28,7 +28,7 @@ from fedtailor.tasks.partition import (
     resample,
 )
 from fedtailor.tasks.source import SPLITS, Example, Pool, Source, TaskEntry, check_leakage
-from fedtailor.tasks.store import BLOCK, EXAMPLES, INSTRUCTIONS, PAIRS, TEXTS, ClientRows, TaskData, write_stream
+from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, TEXTS, HeldRows, TaskData, write_examples, write_stream
 
 __all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare", "task_config"]
 
@@ -73,7 +73,7 @@ def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
     source, client_rows = _dealt(cfg, seed)
     out.mkdir(parents=True, exist_ok=True)
     write_stream(out / "texts.arrow", _schema(source), _text_batches(source))
-    write_stream(out / "examples.arrow", EXAMPLES, _example_batches(client_rows))
+    write_examples(out / "examples.arrow", [(held.train, held.test) for held in client_rows])
     manifest = _manifest(cfg, seed, source, client_rows)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
@@ -114,7 +114,7 @@ def _refuse_dealing(cfg: TaskConfig) -> None:
         raise ConfigError(problems)
 
 
-def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[ClientRows]]:
+def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[HeldRows]]:
     """The texts that stay, and who holds which."""
     source = _load(cfg, seed)
     if source.natural_clients:
@@ -136,14 +136,14 @@ def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: in
     return partition(part, pool, language, n, cfg.alpha, seed)
 
 
-def _client_rows(source: Source, shards: Shards, clients: int) -> Iterator[ClientRows]:
+def _client_rows(source: Source, shards: Shards, clients: int) -> Iterator[HeldRows]:
     first = 0
     for pool, language, part in source.parts():
         for index, shard in enumerate(shards[pool, language]):
             name = client_id(pool, language, index, clients)
             client = Client(name, pool, language, len(shard.train), len(shard.test))
             test = shard.test + first + len(part.train)
-            yield ClientRows(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
+            yield HeldRows(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
         first += len(part.train) + len(part.test)
 
 
@@ -170,17 +170,7 @@ def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch(columns[: len(schema)], schema=schema)
 
 
-def _example_batches(client_rows: Sequence[ClientRows]) -> Iterator[pa.RecordBatch]:
-    rows = np.concatenate([part for h in client_rows for part in (h.train, h.test)])
-    sizes = np.array([(len(h.train), len(h.test)) for h in client_rows])
-    clients = np.repeat(np.arange(len(client_rows), dtype=np.int32), sizes.sum(axis=1))
-    test = np.repeat(np.tile([False, True], len(client_rows)), sizes.ravel())
-    for at in range(0, len(rows), BLOCK):
-        cut = slice(at, at + BLOCK)
-        yield pa.record_batch([clients[cut], test[cut], rows[cut]], schema=EXAMPLES)
-
-
-def _manifest(cfg: TaskConfig, seed: int, source: Source, client_rows: Sequence[ClientRows]) -> dict[str, Any]:
+def _manifest(cfg: TaskConfig, seed: int, source: Source, client_rows: Sequence[HeldRows]) -> dict[str, Any]:
     examples = [e for *_, e in _examples(source)]
     digests = [_digest(e, source) for e in examples]
     labels = np.array([e.label for e in examples], dtype=np.int64)
@@ -212,7 +202,7 @@ def _digest(example: Example, source: Source) -> bytes:
 
 
 def _client_entry(
-    client_rows: ClientRows, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
+    client_rows: HeldRows, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
 ) -> dict[str, Any]:
     content = hashlib.sha256(f"{len(client_rows.train)}/{len(client_rows.test)}".encode())
     for row in chain(client_rows.train, client_rows.test):

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from fedtailor.core.errors import DataError
 from fedtailor.lanes.batches import Examples
-from fedtailor.tasks import templates
-from fedtailor.tasks.encoding import check, check_pad, encode, write_instructions
-from fedtailor.tasks.source import Split
+from fedtailor.tasks.encoding import Encoded, Encoder, Overlong, Sample, check_pad, check_texts, encode_texts
+from fedtailor.tasks.prompts import identity, resolve
+from fedtailor.tasks.source import SPLITS, Split
 from fedtailor.tasks.store import (
     BLOCK,
     ClientIndex,
@@ -29,6 +29,7 @@ from fedtailor.tasks.store import (
     kind_of,
     open_stream,
     read_manifest,
+    write_examples,
     write_stream,
 )
 
@@ -42,6 +43,12 @@ TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 SEGMENTS = TOKENS.append(pa.field("first", pa.int32()))
 """tokens.arrow of pairs whose tokenizer tells segments apart: `first` tokens belong to the first one."""
 
+PROMPTS = TOKENS.append(pa.field("prompt", pa.int32()))
+"""tokens.arrow of instructions: the first `prompt` tokens are given, the others learned; no tokens: dropped."""
+
+ANSWERS = pa.schema({"question": pa.large_string(), "answer": pa.large_string()})
+"""answers.arrow of instructions: row i is row i of texts.arrow, as it was before any cut."""
+
 
 def tokenise(
     data: TaskData,
@@ -49,7 +56,7 @@ def tokenise(
     max_length: int,
     out: Path,
     template: str = "auto",
-    overlong: templates.Overlong = "cut_prompt",
+    overlong: Overlong = "cut_prompt",
 ) -> TokenData:
     """Writes ``manifest.json``, ``tokens.arrow`` and ``examples.arrow`` to `out` and opens them.
 
@@ -61,24 +68,41 @@ def tokenise(
 
     Raises:
         ModelError: the tokenizer has no PAD token, its segments are not two in a row, or max_length leaves no room
-            beside special tokens or the template; see `templates.encode` for instructions, as for the next two.
+            beside special tokens or the template; see `encoding.Encoder` for instructions, as for the next two.
         ConfigError: no such template.
         DataError: a client has only over-long examples, and these are dropped; names it.
     """
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(data.hash.encode())
+    held = [[data.members.rows_of(client.id, split) for split in SPLITS] for client in data.clients]
+    notes: dict[str, Any] = {}
     if data.kind == "generation":
-        made = write_instructions(data, tokenizer, max_length, out, template, overlong, digest)
-        lengths, held, notes = made.lengths, made.held, made.notes
+        check_pad(tokenizer)
+        encoder = Encoder(template, tokenizer, max_length, overlong)
+        encoded: list[tuple[int, bool, bool]] = []
+        write_stream(out / "tokens.arrow", PROMPTS, _prompt_batches(data, encoder, encoded, digest))
+        answers = ([batch.column("text"), batch.column("pair")] for batch in data.batches)
+        write_stream(out / "answers.arrow", ANSWERS, (pa.record_batch(each, schema=ANSWERS) for each in answers))
+        lengths, prompts, responses = (np.array(column) for column in zip(*encoded, strict=True))
+        kept = [_kept(client.id, rows, lengths, max_length) for client, rows in zip(data.clients, held, strict=True)]
+        counts: dict[str, dict[str, int]] = {}
+        for at, split in enumerate(SPLITS):
+            before, rows = (np.concatenate([parts[at] for parts in each]) for each in (held, kept))
+            cut = {"cut_prompts": int(prompts[rows].sum()), "cut_responses": int(responses[rows].sum())}
+            counts[split] = cut | {"dropped": len(before) - len(rows)}
+        held = kept
+        notes["kind"], notes["template"] = "generation", identity(resolve(template, tokenizer))
+        notes["overlong"] = {"rule": overlong, **counts}
+        notes["stop_ids"] = sorted({encoder.closing[-1], tokenizer.eos_token_id} - {None})
+        notes["closing"] = [int(token) for token in encoder.closing]
     else:
-        check(tokenizer, max_length, data.paired)
+        check_texts(tokenizer, max_length, data.paired)
         found: list[int] = []
         segments = data.paired and "token_type_ids" in tokenizer.model_input_names
-        rows = _batches(data, tokenizer, max_length, found, digest)
-        write_stream(out / "tokens.arrow", SEGMENTS if segments else TOKENS, rows)
-        copyfile(data.path / "examples.arrow", out / "examples.arrow")
-        lengths, notes = np.array(found, dtype=np.int64), {}
-        held = [_held(data, client.id) for client in data.clients]
+        batches = _text_batches(data, tokenizer, max_length, found, digest)
+        write_stream(out / "tokens.arrow", SEGMENTS if segments else TOKENS, batches)
+        lengths = np.array(found, dtype=np.int64)
+    write_examples(out / "examples.arrow", held)
     manifest = notes | {
         "labels": list(data.labels),
         "pad_id": tokenizer.pad_token_id,
@@ -90,6 +114,62 @@ def tokenise(
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return TokenData.open(out)
+
+
+def _text_batches(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, lengths: list[int], digest: Any
+) -> Iterator[pa.RecordBatch]:
+    for batch in data.batches:
+        pairs = batch.column("pair").to_pylist() if data.paired else None
+        ids, first = encode_texts(tokenizer, batch.column("text").to_pylist(), pairs, max_length)
+        lengths.extend(map(len, ids))
+        for row in ids:
+            digest.update(len(row).to_bytes(4, "little") + row.tobytes())
+        columns = [pa.array(ids, TOKENS.field("ids").type), batch.column("label")]
+        if first is None:
+            yield pa.record_batch(columns, schema=TOKENS)
+        else:
+            digest.update(first.tobytes())
+            yield pa.record_batch([*columns, pa.array(first)], schema=SEGMENTS)
+
+
+def _prompt_batches(
+    data: TaskData, encoder: Encoder, encoded: list[tuple[int, bool, bool]], digest: Any
+) -> Iterator[pa.RecordBatch]:
+    """Blocks of tokens; appends to `encoded` the tokens of each row, and whether its prompt and response were cut."""
+    dropped = Encoded(np.empty(0, dtype=np.int32), 0)
+    for batch in data.batches:
+        texts, responses = batch.column("text").to_pylist(), batch.column("pair").to_pylist()
+        histories = batch.column("history").to_pylist()
+        samples = [
+            Sample(text, response, tuple(json.loads(history)) if history else ())
+            for text, response, history in zip(texts, responses, histories, strict=True)
+        ]
+        rows = [row or dropped for row in encoder.encode(samples)]
+        for row in rows:
+            head = len(row.ids).to_bytes(4, "little") + row.prompt_tokens.to_bytes(4, "little")
+            digest.update(head + row.ids.tobytes())
+            encoded.append((len(row.ids), "prompt" in row.cut, "response" in row.cut))
+        ids = pa.array([row.ids for row in rows], PROMPTS.field("ids").type)
+        prompts = pa.array([row.prompt_tokens for row in rows], pa.int32())
+        yield pa.record_batch([ids, batch.column("label"), prompts], schema=PROMPTS)
+
+
+def _kept(client: str, rows: Sequence[Ints], lengths: Ints, max_length: int) -> list[Ints]:
+    """A client's train and test rows without those that were dropped."""
+    for split, part in zip(SPLITS, rows, strict=True):
+        if len(part) and not lengths[part].any():
+            raise DataError(
+                f"client {client!r}: all {len(part)} {split} examples exceed 'task.max_length' = {max_length} tokens "
+                "and 'task.overlong' is 'drop'; raise max_length, or set task.overlong=cut_prompt"
+            )
+    return [part[lengths[part] > 0] for part in rows]
+
+
+def _client_entry(client: str, train: Ints, test: Ints, lengths: Ints) -> dict[str, Any]:
+    longest = int(max(lengths[train].max(), lengths[test].max()))
+    sizes = {"id": client, "n_train": len(train), "n_test": len(test)}
+    return sizes | {"longest": longest, "train_tokens": int(lengths[train].sum())}
 
 
 def examples_of(
@@ -107,72 +187,13 @@ def examples_of(
     Raises:
         ModelError: see `tokenise`.
     """
-    check(tokenizer, max_length, pairs is not None)
-    ids, first = encode(tokenizer, texts, pairs, max_length)
+    check_texts(tokenizer, max_length, pairs is not None)
+    ids, first = encode_texts(tokenizer, texts, pairs, max_length)
     lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    input_ids = _padded(ids, tokenizer)
-    return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
-
-
-def instructions_of(
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[templates.Sample],
-    labels: Ints,
-    max_length: int,
-    template: str = "auto",
-) -> Examples:
-    """Tokenises instructions that are in memory, by the rules of `tokenise`; what is too long is cut.
-
-    Args:
-        tokenizer: of the base model.
-        samples: n instructions, with or without a response.
-        labels: (n,) group indices.
-        max_length: most tokens of prompt and response.
-        template: see ``task.template``.
-
-    Raises:
-        ConfigError, ModelError, DataError: see `templates.encode`.
-    """
-    check_pad(tokenizer)
-    rows = [row for row in templates.encode(template, tokenizer, samples, max_length) if row is not None]
-    ids = [row.ids for row in rows]
-    lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    prompt = np.array([row.prompt_tokens for row in rows], dtype=np.int64)
-    return Examples(_padded(ids, tokenizer), lengths, labels.astype(np.int64), prompt_length=prompt)
-
-
-def _padded(ids: Sequence[Ids], tokenizer: PreTrainedTokenizerBase) -> Ints:
     input_ids = np.full((len(ids), max(map(len, ids), default=0)), tokenizer.pad_token_id, dtype=np.int64)
     for row, target in zip(ids, input_ids, strict=True):
         target[: len(row)] = row
-    return input_ids
-
-
-def _batches(
-    data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, lengths: list[int], digest: Any
-) -> Iterator[pa.RecordBatch]:
-    for batch in data.batches:
-        pairs = batch.column("pair").to_pylist() if data.paired else None
-        ids, first = encode(tokenizer, batch.column("text").to_pylist(), pairs, max_length)
-        lengths.extend(map(len, ids))
-        for row in ids:
-            digest.update(len(row).to_bytes(4, "little") + row.tobytes())
-        columns = [pa.array(ids, TOKENS.field("ids").type), batch.column("label")]
-        if first is None:
-            yield pa.record_batch(columns, schema=TOKENS)
-        else:
-            digest.update(first.tobytes())
-            yield pa.record_batch([*columns, pa.array(first)], schema=SEGMENTS)
-
-
-def _held(data: TaskData, client: str) -> tuple[Ints, Ints]:
-    return data.members.rows_of(client, "train"), data.members.rows_of(client, "test")
-
-
-def _client_entry(client: str, train: Ints, test: Ints, lengths: Ints) -> dict[str, Any]:
-    longest = int(max(lengths[train].max(), lengths[test].max()))
-    sizes = {"id": client, "n_train": len(train), "n_test": len(test)}
-    return sizes | {"longest": longest, "train_tokens": int(lengths[train].sum())}
+    return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
 
 
 @dataclass(frozen=True)
