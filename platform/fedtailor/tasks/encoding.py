@@ -1,10 +1,9 @@
 """From texts, pairs and instructions to token ids, by the tokenizer's own rules.
 
-Of an instruction, the prompt is encoded by itself, so that a model is trained on the very tokens that it will be asked
-with. The response then gets the tokens that it has behind the prompt in the joint text. Where a tokenizer would join
-the prompt's end with the response's beginning (a template that ends in newlines, an answer that begins with one), the
-response is encoded without the prompt instead: the boundary between prompt and response is always one between tokens,
-and a token is learned if and only if it is the response's. No text is searched for markers.
+Of an instruction, prompt and response are encoded apart and joined: a model is trained on the very tokens that it will
+be asked with, the boundary between prompt and response is always one between tokens, also where a tokenizer would join
+the prompt's end with the response's beginning, and a token is learned if and only if it is the response's. No text is
+searched for markers.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ class Encoder:
         self.closing: list[int] = self._ids([self.template.closing])[0]
         self._names = re.compile("|".join(map(re.escape, specials(tokenizer))) or r"(?!)")
         self._bos = self._begin_of_text()
-        self._bare = len(self._head(Sample("")))
+        self._bare = len(self._heads([Sample("")])[0])
         least = self._bare + len(self.closing)
         if least + 2 > max_length:
             raise ModelError(
@@ -164,19 +163,19 @@ class Encoder:
             DataError: the tokenizer's chat template refuses a conversation.
         """
         samples = [self._plain(sample) for sample in samples]
-        prompts = [self.template.prompt(sample.instruction, sample.history) for sample in samples]
-        texts = [self.template.lead + sample.response if sample.response else "" for sample in samples]
-        joint = self._begun([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
-        return [
-            self._fitted(sample, head, ids[len(head) :] if ids[: len(head)] == head else self._apart(text))
-            for sample, head, ids, text in zip(samples, self._begun(prompts), joint, texts, strict=True)
-        ]
+        heads = self._heads(samples)
+        tails = self._inside([self.template.lead + sample.response if sample.response else "" for sample in samples])
+        return [self._fitted(*each) for each in zip(samples, heads, tails, strict=True)]
 
-    def _apart(self, text: str) -> list[int]:
-        """Tokens of a text that would merge with what comes before it.
+    def _inside(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts that do not stand at the beginning."""
+        start, both, alone = self._ids(["\n", "\na", "a"])
+        if both == [*start, *alone]:
+            return self._ids(texts)
+        return [self._behind_something(text) for text in texts]
 
-        SentencePiece puts a blank before whatever begins a text, hence the attempts to let something else begin.
-        """
+    def _behind_something(self, text: str) -> list[int]:
+        """SentencePiece puts a blank before whatever begins a text: let something begin that the text does not join."""
         for before in (":", "\n"):
             start, both = self._ids([before, before + text])
             if both[: len(start)] == start:
@@ -206,11 +205,11 @@ class Encoder:
         """The prompt with the latest turns, and with as much of the instruction's beginning, as `limit` allows."""
         while sample.history:
             sample = sample._replace(history=_later(sample.history))
-            if len(head := self._head(sample)) <= limit:
+            if len(head := self._heads([sample])[0]) <= limit:
                 return head
 
         def beginning(characters: int) -> list[int]:
-            return self._head(sample._replace(instruction=sample.instruction[:characters]))
+            return self._heads([sample._replace(instruction=sample.instruction[:characters])])[0]
 
         lengths = range(len(sample.instruction), 0, -1)
         cut = bisect_left(lengths, -limit, key=lambda characters: -len(beginning(characters)))
@@ -225,12 +224,10 @@ class Encoder:
     def _broken(self, text: str) -> str:
         return self._names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text)
 
-    def _head(self, sample: Sample) -> list[int]:
-        return self._begun([self.template.prompt(sample.instruction, sample.history)])[0]
-
-    def _begun(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts that begin with a prompt, with the begin-of-text token, once."""
-        return [ids if ids[: len(self._bos)] == self._bos else self._bos + ids for ids in self._ids(texts)]
+    def _heads(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Tokens of prompts, with the begin-of-text token, once."""
+        prompts = self._ids([self.template.prompt(sample.instruction, sample.history) for sample in samples])
+        return [ids if ids[: len(self._bos)] == self._bos else self._bos + ids for ids in prompts]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # Texts above the model's length are cut later: the tokenizer need not warn of them.
