@@ -21,7 +21,9 @@ from fedtailor.core.settings import ModelConfig
 from fedtailor.lanes.batches import make_batch
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models import embedded, hub
+from fedtailor.models.dimensions import dimensions
 from fedtailor.models.families import adapted_linears
+from fedtailor.models.load import load_causal
 
 TEXTS = ["one two three", "four five six", "Name the capital", "Paris"] * 5
 CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermediate_size=24, vocab_size=300)
@@ -95,7 +97,7 @@ def published(folder: Path, tied: bool = True, shard_size: str = "8KB", spare: i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_loaded_in_the_asked_type_whatever_the_files_hold(folder: Path, dtype: torch.dtype) -> None:
-    model = hub.load_causal(published(folder), dtype)
+    model = load_causal(published(folder), dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert not model.training
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -103,7 +105,7 @@ def test_weights_are_loaded_in_the_asked_type_whatever_the_files_hold(folder: Pa
 
 def test_the_global_random_state_is_not_changed_by_loading(tiny: Path) -> None:
     before = torch.get_rng_state()
-    hub.load_causal(tiny)
+    load_causal(tiny)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -114,7 +116,7 @@ def test_missing_and_misshapen_weights_are_named(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert lost.numel()
     with pytest.raises(ModelError, match=r"2 weights .*lm_head.weight, model.layers.1.mlp.up_proj.weight"):
-        hub.load_causal(folder)
+        load_causal(folder)
 
 
 def test_pickled_weights_are_never_loaded(folder: Path) -> None:
@@ -123,7 +125,7 @@ def test_pickled_weights_are_never_loaded(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"pytorch_model\.bin is pickle"):
         hub.check_available(at(folder), 32, "generation")
     with pytest.raises(ModelError, match="cannot load model weights"):
-        hub.load_causal(folder)
+        load_causal(folder)
 
 
 # --- scores at chosen positions
@@ -167,8 +169,8 @@ def test_a_pad_token_that_the_vocabulary_has_is_taken_without_a_new_row(folder: 
     before = digests(source)
     made = hub.materialise(at(source), [], 1, tmp_path / "made", "generation")
     assert digests(source) == before
-    tokenizer, model = hub.load_tokenizer(made), hub.load_causal(made)
-    old = hub.load_causal(source)
+    tokenizer, model = hub.load_tokenizer(made), load_causal(made)
+    old = load_causal(source)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 0)  # its text was in the vocabulary
     assert model.config.pad_token_id == 0
     assert torch.equal(model.lm_head.weight, old.lm_head.weight)
@@ -194,7 +196,7 @@ def test_a_new_padding_token_gets_a_row_at_the_mean_of_the_others(
     made, again = (hub.materialise(at(source), [], 1, tmp_path / name, "generation") for name in "xy")
     assert digests(source) == before
     assert digests(made) == digests(again)
-    old, new = hub.load_causal(source, torch.bfloat16), hub.load_causal(made, torch.bfloat16)
+    old, new = load_causal(source, torch.bfloat16), load_causal(made, torch.bfloat16)
     assert (hub.load_tokenizer(made).pad_token, new.config.pad_token_id, new.config.vocab_size) == (
         "<pad>",
         TOKENS,
@@ -226,13 +228,13 @@ def test_a_model_with_a_row_to_spare_is_not_written_anew(folder: Path, tmp_path:
     source = without_pad_text(published(folder, spare=4))
     made = hub.materialise(at(source), [], 1, tmp_path / "made", "generation")
     assert hub.load_tokenizer(made).pad_token_id == TOKENS
-    assert hub.load_causal(made).config.vocab_size == TOKENS + 4
+    assert load_causal(made).config.vocab_size == TOKENS + 4
     assert all((made / shard.name).samefile(shard) for shard in source.glob("*.safetensors"))
 
 
 def test_the_padding_row_gets_no_gradient_from_the_texts(folder: Path, tmp_path: Path) -> None:
     made = hub.materialise(at(without_pad_text(published(folder, tied=False))), [], 1, tmp_path / "m", "generation")
-    model = hub.load_causal(made)
+    model = load_causal(made)
     model.base_model(input_ids=torch.tensor([[1, 5, TOKENS, TOKENS]]))[0].square().sum().backward()
     gradient = model.get_input_embeddings().weight.grad
     assert gradient is not None
@@ -325,7 +327,7 @@ def test_a_folder_serves_the_tasks_that_its_architecture_can_do(tiny: Path, tmp_
 def test_the_papers_language_models_are_measured_without_their_files(
     name: str, layers: int, parameters: int, body: int
 ) -> None:
-    sizes = hub.dimensions(ModelConfig(name=name), kind="generation")
+    sizes = dimensions(ModelConfig(name=name), kind="generation")
     assert (sizes.layers, sizes.parameters, sizes.body_parameters) == (layers, parameters, body)
     assert [linear.rsplit(".", 1)[-1] for linear, _, _ in sizes.linears[:7]] == [
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -334,5 +336,5 @@ def test_the_papers_language_models_are_measured_without_their_files(
 
 
 def test_attention_of_llama_3_2_has_fewer_keys_than_queries() -> None:
-    linears = hub.dimensions(ModelConfig(name="llama-3.2-3b"), kind="generation").linears
+    linears = dimensions(ModelConfig(name="llama-3.2-3b"), kind="generation").linears
     assert [(d_in, d_out) for _, d_in, d_out in linears[:3]] == [(3072, 3072), (3072, 1024), (3072, 1024)]

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import embedded, hub
+from fedtailor.models.dimensions import dimensions
 
 LABELS = ["a", "b", "c"]
 CFG = ModelConfig(hidden_size=16, heads=2, layers=1, intermediate_size=24, vocab_size=200)
@@ -279,7 +280,7 @@ def test_the_embedded_model_is_built_not_fetched(tmp_path: Path) -> None:
 
 
 def test_mbert_is_measured_without_its_weights() -> None:
-    sizes = hub.dimensions(ModelConfig(name="mbert"), num_labels=7)
+    sizes = dimensions(ModelConfig(name="mbert"), num_labels=7)
     assert sizes.body_parameters == 177_853_440
     assert sizes.parameters == 177_853_440 + 7 * 768 + 7
     assert sizes.embedding_parameters == (119_547 + 512 + 2) * 768
@@ -294,7 +295,7 @@ def test_mbert_is_measured_without_its_weights() -> None:
 
 
 def test_a_folder_is_measured_from_its_own_config_and_matches_the_model(tiny: Path) -> None:
-    sizes = hub.dimensions(at(tiny), num_labels=3)
+    sizes = dimensions(at(tiny), num_labels=3)
     model = hub.load_classifier(tiny, 3, LABELS)
     assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert sizes.layers == 8
@@ -302,6 +303,6 @@ def test_a_folder_is_measured_from_its_own_config_and_matches_the_model(tiny: Pa
 
 def test_tiny_bert_is_measured_from_its_settings_and_targets() -> None:
     cfg = CFG.model_copy(update={"targets": ("query", "classifier")})
-    sizes = hub.dimensions(cfg, num_labels=3, max_length=32)
+    sizes = dimensions(cfg, num_labels=3, max_length=32)
     assert sizes.linears == (("bert.encoder.layer.0.attention.self.query", 16, 16), ("classifier", 16, 3))
     assert sizes.embedding_parameters == (200 + 32 + 2) * 16

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import embedded, hub
+from fedtailor.models.dimensions import dimensions
 
 TEXTS = [
     "Name the capital of Ethiopia", "Addis Ababa", "አዲስ አበባ የኢትዮጵያ ዋና ከተማ ናት", "Yorùbá jẹ́ èdè ní Nàìjíríà",
@@ -121,7 +122,7 @@ def test_its_default_sizes_are_its_own_and_can_be_set() -> None:
 
 def test_its_dimensions_are_those_of_the_built_model(built: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(built, local_files_only=True)
-    sizes = hub.dimensions(CFG, max_length=32, kind="generation")
+    sizes = dimensions(CFG, max_length=32, kind="generation")
     assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert sizes.body_parameters == sizes.parameters - 320 * 16
     assert sizes.layers == 7 * 2

@@ -25,6 +25,7 @@ from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.methods import build_method
 from fedtailor.models import embedded, hub
+from fedtailor.models.load import load_causal
 from fedtailor.training.local import Training, train
 from fedtailor.worker.open_stage import load_net_of
 
@@ -117,14 +118,14 @@ def test_a_bfloat16_base_carries_float32_adapters(tiny: Path) -> None:
 
 def test_the_base_that_a_lora_stage_leaves_is_float32_whatever_it_was_kept_in(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-    hub.load_causal(folder, torch.bfloat16).save_pretrained(folder)
+    load_causal(folder, torch.bfloat16).save_pretrained(folder)
     stage = spec(folder, weights="bfloat16", dtype="bfloat16")
     method = build_method("fedavg", stage.method_config, 2)
     assert method.adapter is not None
     net = load_net_of(stage, (), "generation")
     tensors = {s.name: 1e-3 + torch.zeros(s.shape).numpy() for s in method.adapter.specs(net)}
     write_base(stage, method, tensors, (), tmp_path / "base", "generation")
-    old, new = hub.load_causal(folder), hub.load_causal(tmp_path / "base")
+    old, new = load_causal(folder), load_causal(tmp_path / "base")
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = 2.0 * 2 * 1e-6  # scale * rank * a * b
     moved = new.get_parameter(name) - old.get_parameter(name)

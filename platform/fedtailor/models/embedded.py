@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -21,6 +22,7 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -32,7 +34,6 @@ from fedtailor.models.load import save_folder
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 _PRIVATE_USE = 0xF0000
-
 
 LLAMA_SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 
@@ -72,12 +73,23 @@ def build_tiny_bert(
         raise ModelError("tiny-bert: the task has no labels")
     tokenizer = build_wordpiece(texts, cfg.vocab_size, max_length)
     config = bert_config(cfg, max_length, len(tokenizer), labels)
+    save_folder(drawn(BertForSequenceClassification, config, seed, "model", "tiny-bert"), tokenizer, out)
+    return out
+
+
+def drawn(make: Any, config: PretrainedConfig, seed: int, *purpose: str) -> Any:
+    """A model with weights from the seed alone; the global random state is neither read nor changed.
+
+    Args:
+        make: transformers' class.
+        config: sizes.
+        seed: run seed.
+        purpose: names the random stream.
+    """
     # The module constructors draw from torch's default generator; only the CPU's is touched, and restored.
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_for(seed, "model", "tiny-bert"))
-        model = BertForSequenceClassification(config)
-    save_folder(model, tokenizer, out)
-    return out
+        torch.default_generator.manual_seed(seed_for(seed, *purpose))
+        return make(config)
 
 
 def bert_config(cfg: ModelConfig, max_length: int, vocab_size: int, labels: Sequence[str]) -> BertConfig:
@@ -182,11 +194,7 @@ def build_tiny_llama(texts: Iterable[str], cfg: ModelConfig, max_length: int, se
     """
     tokenizer = build_byte_pairs(texts, cfg.vocab_size, max_length)
     config = llama_config(cfg, max_length, len(tokenizer))
-    # The module constructors draw from torch's default generator; only the CPU's is touched, and restored.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_for(seed, "model", "tiny-llama"))
-        model = LlamaForCausalLM(config)
-    save_folder(model, tokenizer, out)
+    save_folder(drawn(LlamaForCausalLM, config, seed, "model", "tiny-llama"), tokenizer, out)
     return out
 
 
@@ -232,12 +240,9 @@ def build_byte_pairs(texts: Iterable[str], vocab_size: int, max_length: int) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=list(LLAMA_SPECIAL),
+        vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=list(LLAMA_SPECIAL),
         initial_alphabet=alphabet,
-    )
+    )  # fmt: skip
     tokenizer.train_from_iterator(learned, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]

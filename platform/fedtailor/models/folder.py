@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Set
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.files import staged_folder
-from fedtailor.models.families import check_kind
+from fedtailor.models.families import check_kind, meta_causal
 from fedtailor.models.load import load_config, load_tokenizer, quiet
-from fedtailor.models.vocabulary import embedding_tensors, grow_shard
 from fedtailor.tasks.source import TaskKind
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,14 +30,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 TOKENIZERS = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-)
-
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
+)  # fmt: skip
 
 PAD = "<pad>"
 
@@ -113,7 +108,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 def _index(path: Path) -> dict[str, str]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is not an index of weight shards: {error!r}") from error
 
 
@@ -146,37 +141,20 @@ def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
         raise ModelError(f"'task.max_length' ({max_length}) is above what {folder} can read: {positions} tokens")
 
 
-@dataclass(frozen=True)
-class Padding:
-    """A tokenizer's padding token, and how it came by it.
+def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> Literal["own", "unknown", "added"]:
+    """Gives a tokenizer a padding token, in place, if it has none, and says how it came by it.
 
-    Args:
-        token: as text.
-        id: its number.
-        how: ``own`` (the tokenizer named it), ``unknown`` (the token for unknown text serves, as for MobileLLaMA) or
-            ``added`` (a new token `PAD`, as for Llama 3.2).
+    It becomes the unknown token where there is one that is nothing else (MobileLLaMA), or a new one, `PAD`: also where
+    the tokenizer has reserved tokens that nobody uses (Llama 3.2), because the paper adds ``<pad>``.
     """
-
-    token: str
-    id: int
-    how: Literal["own", "unknown", "added"]
-
-
-def settle_padding(tokenizer: PreTrainedTokenizerBase) -> Padding:
-    """Gives a tokenizer a padding token, in place, if it has none.
-
-    It becomes the unknown token where there is one that is nothing else, or a new one: also where the tokenizer has
-    reserved tokens that nobody uses (Llama 3.2), because the paper adds ``<pad>``.
-    """
-    how: Literal["own", "unknown", "added"] = "own"
-    if tokenizer.pad_token_id is None:
-        unknown = tokenizer.unk_token
-        if unknown is not None and unknown not in (tokenizer.bos_token, tokenizer.eos_token):
-            tokenizer.pad_token, how = unknown, "unknown"
-        else:
-            tokenizer.add_special_tokens({"pad_token": PAD})
-            how = "added"
-    return Padding(str(tokenizer.pad_token), int(tokenizer.pad_token_id), how)
+    if tokenizer.pad_token_id is not None:
+        return "own"
+    unknown = tokenizer.unk_token
+    if unknown is not None and unknown not in (tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.pad_token = unknown
+        return "unknown"
+    tokenizer.add_special_tokens({"pad_token": PAD})
+    return "added"
 
 
 def write_causal(folder: Path, out: Path) -> Path:
@@ -186,30 +164,31 @@ def write_causal(folder: Path, out: Path) -> Path:
     with an embedding is rewritten, and only where a new token needs a row.
 
     Args:
-        folder: a complete model, see `completeness.check_folder`.
+        folder: a complete model, see `check_folder`.
         out: folder to make or replace, as a whole.
 
     Raises:
         ModelError: the tokenizer cannot be loaded, or the embedding is not found in the files.
     """
     config, tokenizer = load_config(folder), load_tokenizer(folder, padded=False)
-    padding = settle_padding(tokenizer)
+    how = _settle_padding(tokenizer)
+    pad = {"token": str(tokenizer.pad_token), "id": int(tokenizer.pad_token_id), "how": how}
     rows = max(config.vocab_size, len(tokenizer))
     shards = weight_map(folder)
-    grown = embedding_tensors(config, shards, str(folder)) if rows > config.vocab_size else {}
+    grown = _embedding_tensors(config, shards, str(folder)) if rows > config.vocab_size else {}
     with staged_folder(out) as stage, quiet():
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in _COPIED:
                 shutil.copyfile(path, stage / path.name)
         for shard in sorted(set(shards.values())):
             if shard in grown:
-                grow_shard(folder / shard, stage / shard, grown[shard], rows)
+                _grow_shard(folder / shard, stage / shard, grown[shard], rows)
             else:
                 _link(folder / shard, stage / shard)
-        if padding.how != "own":
+        if how != "own":
             tokenizer.save_pretrained(stage)
-        _rewrite_json(stage / "config.json", {"pad_token_id": padding.id, "vocab_size": rows})
-        record = {**asdict(padding), "rows_before": config.vocab_size, "rows": rows}
+        _rewrite_json(stage / "config.json", {"pad_token_id": pad["id"], "vocab_size": rows})
+        record = {**pad, "rows_before": config.vocab_size, "rows": rows}
         (stage / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return out
 
@@ -222,8 +201,58 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _rewrite_json(path: Path, values: dict[str, int]) -> None:
+def _rewrite_json(path: Path, values: dict[str, Any]) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     if "vocab_size" not in content and "text_config" in content:
         raise ModelError(f"{path}: a model of several parts (text_config) cannot be given a padding token")
     path.write_text(json.dumps(content | values, indent=2) + "\n", encoding="utf-8")
+
+
+def _embedding_tensors(config: PretrainedConfig, shards: Mapping[str, str], where: str) -> dict[str, set[str]]:
+    """The stored tensors with one row per token, by shard.
+
+    Args:
+        config: of the model.
+        shards: stored name -> file.
+        where: name of the model for the message.
+
+    Raises:
+        ModelError: the files do not name the input embedding as the model does.
+    """
+    model = meta_causal(config)
+    output: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tables = [*model.get_input_embeddings().parameters(), *output.parameters()]
+    named = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in named if any(parameter is table for table in tables)]
+    found: dict[str, set[str]] = {}
+    for name in names:
+        # Files of a bare body leave its prefix out.
+        bare = name.removeprefix(f"{model.base_model_prefix}.")
+        stored = name if name in shards else bare
+        if stored in shards:
+            found.setdefault(shards[stored], set()).add(stored)
+    if not found:
+        raise ModelError(f"{where}: cannot add a padding token: its files hold none of {', '.join(names)}")
+    return found
+
+
+def _grow_shard(source: Path, target: Path, names: set[str], rows: int) -> None:
+    """Copies a shard; the named tensors get ``rows`` rows, the new ones the mean of the old ones."""
+    with safe_open(source, framework="pt") as shard:
+        tensors = {name: shard.get_tensor(name) for name in sorted(shard.keys())}
+        metadata = shard.metadata()
+    for name in names:
+        tensors[name] = with_rows(tensors[name], rows)
+    save_file(tensors, target, metadata=metadata)
+
+
+def with_rows(table: Tensor, rows: int) -> Tensor:
+    """A table (V, ...) with ``rows`` >= V rows, the new ones at the mean of the others (Hewitt, 2021).
+
+    Summed in float64 and block by block: no second table in another type, and the same bytes whatever the threads.
+    """
+    total = torch.zeros(table.shape[1:], dtype=torch.float64)
+    for block in torch.split(table, 4096):
+        total += block.double().sum(0)
+    mean = (total / len(table)).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), *table.shape[1:])])

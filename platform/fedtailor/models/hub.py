@@ -1,7 +1,4 @@
-"""Base models from a hub id or a folder: are they there, which bytes are they, what a run starts from.
-
-The other functions of the model package are re-exported here.
-"""
+"""Base models from a hub id or a folder: are they there, which bytes are they, what a run starts from."""
 
 from __future__ import annotations
 
@@ -15,28 +12,12 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 
 from fedtailor.core.errors import ModelError, did_you_mean
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model, packaged_config
+from fedtailor.models.dimensions import meta_model, packaged_config
 from fedtailor.models.families import check_kind
 from fedtailor.models.folder import check_folder, check_listing, write_causal
-from fedtailor.models.load import load_causal, load_classifier, load_tokenizer, save_folder
+from fedtailor.models.load import first_line, load_classifier, load_tokenizer, save_folder
 from fedtailor.models.source import EMBEDDED, EMBEDDED_CAUSAL, EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
 from fedtailor.tasks.source import TaskKind
-
-__all__ = [
-    "EMBEDDED",
-    "PRESETS",
-    "ModelDimensions",
-    "ModelSource",
-    "check_available",
-    "dimensions",
-    "fetch",
-    "fingerprint",
-    "load_causal",
-    "load_classifier",
-    "load_tokenizer",
-    "materialise",
-    "resolve",
-]
 
 PRETRAINING = "pretrain.json"
 """What a pretrained folder was made from; it goes along so that reports can say it."""
@@ -61,23 +42,17 @@ def check_available(cfg: ModelConfig, max_length: int | None = None, kind: TaskK
     if source.kind == "embedded":
         _check_embedded(cfg, kind)
         return
-    if source.kind == "folder":
-        check_folder(Path(source.location), max_length, kind)
-        _check_checkpointing(cfg, kind)
-        return
-    known = packaged_config(cfg.name)
-    if known is not None:
-        check_kind(known, kind, f"model={cfg.name}")
-    cached = _cached(source)
-    if cached is not None and (constants.HF_HUB_OFFLINE or _complete(cached, kind)):
-        check_folder(cached, max_length, kind)
-        _check_checkpointing(cfg, kind)
-        return
-    if constants.HF_HUB_OFFLINE:
-        raise ModelError(
-            f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source, kind)}"
-        )
-    check_listing(_title(source), _remote(source, kind)[1])
+    folder: Path | None = Path(source.location)
+    if source.kind == "hub":
+        if (known := packaged_config(cfg.name)) is not None:
+            check_kind(known, kind, f"model={cfg.name}")
+        folder = _cached(source)
+        if folder is None or not (constants.HF_HUB_OFFLINE or _complete(folder, kind)):
+            check_listing(_title(source), _remote(source, kind)[1])
+            return
+    check_folder(folder, max_length, kind)
+    if cfg.checkpointing and not meta_model(cfg, kind=kind).supports_gradient_checkpointing:
+        raise ModelError(f"'model.checkpointing': transformers cannot do that with model={cfg.name}; set it to false")
 
 
 def fetch(source: ModelSource, kind: TaskKind = "classification") -> Path:
@@ -105,7 +80,7 @@ def fetch(source: ModelSource, kind: TaskKind = "classification") -> Path:
             ignore_patterns=["*/*"],
         )
     except Exception as error:
-        raise ModelError(f"cannot download {_title(source)}: {_first_line(error)}; {_advice(source, kind)}") from error
+        raise ModelError(f"cannot download {_title(source)}: {first_line(error)}; {_advice(source, kind)}") from error
     return Path(folder)
 
 
@@ -124,7 +99,8 @@ def fingerprint(source: ModelSource) -> str:
     if source.kind == "embedded":
         return f"{source.name}:{source.location}"
     if source.kind == "hub":
-        return f"{source.location}@{_commit(source)}"
+        cached = _cached(source)
+        return f"{source.location}@{cached.name if cached else _remote(source)[0]}"
     folder = Path(source.location)
     files = sorted(path for path in folder.glob("*") if path.suffix in _PARTS and path.is_file())
     if not files:
@@ -180,11 +156,6 @@ def _check_embedded(cfg: ModelConfig, kind: TaskKind) -> None:
         )
 
 
-def _check_checkpointing(cfg: ModelConfig, kind: TaskKind) -> None:
-    if cfg.checkpointing and not meta_model(cfg, kind=kind).supports_gradient_checkpointing:
-        raise ModelError(f"'model.checkpointing': transformers cannot do that with model={cfg.name}; set it to false")
-
-
 @lru_cache(maxsize=256)
 def _sha256(path: Path, size: int, modified_ns: int) -> str:
     """Of a file of this size and time; a run asks once per seed, and a large model takes a while."""
@@ -205,20 +176,15 @@ def _complete(folder: Path, kind: TaskKind) -> bool:
     return True
 
 
-def _commit(source: ModelSource) -> str:
-    cached = _cached(source)
-    if cached is not None:
-        return cached.name
-    if constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{_title(source)} is not in the local cache and HF_HUB_OFFLINE is set; {_advice(source)}")
-    return _remote(source)[0]
-
-
 def _remote(source: ModelSource, kind: TaskKind = "classification") -> tuple[str, frozenset[str]]:
+    """Commit and files of a hub id, by asking the hub."""
+    if constants.HF_HUB_OFFLINE:
+        reason = "is not in the local cache and HF_HUB_OFFLINE is set"
+        raise ModelError(f"{_title(source)} {reason}; {_advice(source, kind)}")
     try:
         info = HfApi().model_info(source.location, revision=source.revision, timeout=10)
     except Exception as error:
-        raise ModelError(f"cannot reach {_title(source)}: {_first_line(error)}; {_advice(source, kind)}") from error
+        raise ModelError(f"cannot reach {_title(source)}: {first_line(error)}; {_advice(source, kind)}") from error
     return str(info.sha), frozenset(part.rfilename for part in info.siblings or [])
 
 
@@ -233,7 +199,3 @@ def _advice(source: ModelSource, kind: TaskKind = "classification") -> str:
         f"{hint}{' ' * bool(hint)}Give a local folder with 'model.path=FOLDER', fetch it once with "
         f"'hf download {source.location}', or use model={EMBEDDED if kind == 'classification' else EMBEDDED_CAUSAL}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -60,8 +60,12 @@ def model_errors(source: str | Path, what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        raise ModelError(f"{source}: cannot load {what}: {reason}") from error
+        raise ModelError(f"{source}: cannot load {what}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_classifier(
@@ -71,7 +75,6 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     *,
-    revision: str | None = None,
     attn_implementation: str | None = None,
     replace_head: bool = False,
 ) -> PreTrainedModel:
@@ -87,7 +90,6 @@ def load_classifier(
         label_names: C names in the order of their ids, written to the config.
         dtype: type of all weights.
         seed: run seed of a fresh head.
-        revision: hub revision.
         attn_implementation: ``eager``, ``sdpa``, ...; default: transformers' choice.
         replace_head: a head for other labels is replaced by a fresh one instead of being refused.
 
@@ -97,62 +99,43 @@ def load_classifier(
     """
     if len(label_names) != num_labels or num_labels < 1:
         raise ModelError(f"{num_labels} labels need as many names, got {list(label_names)}")
-    config = load_config(source, revision)
+    config = load_config(source)
     stored = [str(name) for _, name in sorted(dict(config.id2label or {}).items())]
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: i for i, name in enumerate(label_names)}
-    model, info = read_weights(
-        AutoModelForSequenceClassification, source, config, dtype, revision=revision, attention=attn_implementation
-    )
-    missing = set(info["missing_keys"])
-    mismatched = {key for key, *_ in info["mismatched_keys"]}
-    _check_body(model, source, missing | mismatched)
-    if missing | mismatched or not _same_labels(stored, label_names):
-        had_head = any(name not in missing for name in _head_names(model))
-        if had_head and not replace_head:
+    name_labels(config, label_names)
+    model, missing, misshapen = _read(AutoModelForSequenceClassification, source, config, dtype, attn_implementation)
+    absent = missing | misshapen
+    # A masked-language-model checkpoint has no pooler; it is then as new as the classifier.
+    body, pooler = model.base_model_prefix + ".", model.base_model_prefix + ".pooler."
+    _refuse_absent(model, source, {name for name in absent if name.startswith(body) and not name.startswith(pooler)})
+    unnamed = stored == [f"LABEL_{i}" for i in range(len(stored))]
+    same = len(stored) == num_labels and (unnamed or stored == list(label_names))
+    if absent or not same:
+        head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
+        if head - missing and not replace_head:
             raise ModelError(
                 f"{source}: the classification head was made for the labels {stored}, the task has {list(label_names)}"
             )
-        fresh = set(_head_names(model)) | missing
-        _initialise(model, fresh, float(getattr(config, "initializer_range", 0.02)), seed)
+        _initialise(model, head | missing, float(getattr(config, "initializer_range", 0.02)), seed)
     return model.eval()  # type: ignore[no-any-return]
 
 
-def read_weights(
-    auto: Any,
-    source: str | Path,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    *,
-    revision: str | None = None,
-    attention: str | None = None,
-    **options: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """Reads a model from safetensors; what is missing or misshapen is for the caller to judge.
+def name_labels(config: PretrainedConfig, names: Sequence[str]) -> None:
+    """Gives a config a task's class names, in the order of their ids."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
 
-    Args:
-        auto: transformers' class for the kind of model.
-        source: folder or hub id.
-        config: of the model.
-        dtype: type of all weights.
-        revision: hub revision.
-        attention: ``eager``, ``sdpa``, ...; default: transformers' choice.
-        options: further arguments of ``from_pretrained``.
 
-    Returns:
-        The model and transformers' loading info (``missing_keys``, ``mismatched_keys``).
-
-    Raises:
-        ModelError: nothing loadable there.
-    """
+def _read(
+    auto: Any, source: str | Path, config: PretrainedConfig, dtype: torch.dtype, attention: str | None, **options: Any
+) -> tuple[Any, set[str], set[str]]:
+    """A model from safetensors, and the names of the weights that are missing and of those of another shape."""
     if attention:
         options["attn_implementation"] = attention
     # transformers draws missing weights from the global generator, which is not ours to move.
     with model_errors(source, "model weights"), quiet(), torch.random.fork_rng(devices=[]):
-        found: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+        model, info = auto.from_pretrained(
             str(source),
             config=config,
-            revision=revision or "main",
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -160,17 +143,35 @@ def read_weights(
             output_loading_info=True,
             **options,
         )
-    return found
+    return model, set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
 
 
-def load_tokenizer(source: str | Path, *, revision: str | None = None, padded: bool = True) -> PreTrainedTokenizerBase:
+def _refuse_absent(model: PreTrainedModel, source: str | Path, names: set[str]) -> None:
+    if names:
+        raise ModelError(
+            f"{source}: {len(names)} weights of {type(model).__name__} are missing or have another shape than "
+            f"config.json says, e.g. {', '.join(sorted(names)[:3])}"
+        )
+
+
+def _initialise(model: nn.Module, names: set[str], spread: float, seed: int) -> None:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in names and weight.dim() > 1:
+                drawn = torch.empty(weight.shape).normal_(0.0, spread, generator=torch_rng(seed, "model", "head", name))
+                weight.copy_(drawn)
+            elif name in names and name.endswith("bias"):
+                weight.zero_()
+
+
+def load_tokenizer(source: str | Path, *, padded: bool = True) -> PreTrainedTokenizerBase:
     """Loads a tokenizer that can pad, unless ``padded`` is False: then it may lack a padding token.
 
     Raises:
         ModelError: there is none, or it has no padding token.
     """
     with model_errors(source, "a tokenizer"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     if padded and tokenizer.pad_token_id is None:
         raise ModelError(
             f"{source}: its tokenizer has no padding token, which batches need; set 'pad_token' in its "
@@ -192,42 +193,10 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
     return config
 
 
-def _head_names(model: PreTrainedModel) -> list[str]:
-    body = model.base_model_prefix + "."
-    return [name for name, _ in model.named_parameters() if not name.startswith(body)]
-
-
-def _check_body(model: PreTrainedModel, source: str | Path, absent: set[str]) -> None:
-    # A masked-language-model checkpoint has no pooler; it is then as new as the classifier.
-    body, pooler = model.base_model_prefix + ".", model.base_model_prefix + ".pooler."
-    lost = sorted(name for name in absent if name.startswith(body) and not name.startswith(pooler))
-    if lost:
-        raise ModelError(
-            f"{source}: {len(lost)} weights of {type(model).__name__} are missing or have another shape than "
-            f"config.json says, e.g. {', '.join(lost[:3])}"
-        )
-
-
-def _same_labels(stored: Sequence[str], wanted: Sequence[str]) -> bool:
-    unnamed = list(stored) == [f"LABEL_{i}" for i in range(len(stored))]
-    return len(stored) == len(wanted) and (unnamed or list(stored) == list(wanted))
-
-
-def _initialise(model: nn.Module, names: set[str], spread: float, seed: int) -> None:
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name in names and weight.dim() > 1:
-                drawn = torch.empty(weight.shape).normal_(0.0, spread, generator=torch_rng(seed, "model", "head", name))
-                weight.copy_(drawn)
-            elif name in names and name.endswith("bias"):
-                weight.zero_()
-
-
 def load_causal(
     source: str | Path,
     dtype: torch.dtype = torch.float32,
     *,
-    revision: str | None = None,
     attn_implementation: str | None = None,
     quantisation: Quantisation | None = None,
 ) -> PreTrainedModel:
@@ -236,7 +205,6 @@ def load_causal(
     Args:
         source: folder or hub id; weights must be safetensors, in any type.
         dtype: type of the weights; with ``quantisation`` of those that are not quantised.
-        revision: hub revision.
         attn_implementation: ``eager``, ``sdpa``, ...; default: transformers' choice.
         quantisation: keep linear layers but the output embedding in 8 bits (Dettmers et al., 2022) or in 4-bit
             NormalFloat (Dettmers et al., 2023) on the current GPU; needs bitsandbytes.
@@ -245,30 +213,18 @@ def load_causal(
         ModelError: nothing loadable there, not a causal language model, one whose scores are not its output embedding
             of the last hidden state, or weights that are missing or have other shapes than config.json says.
     """
-    config = load_config(source, revision)
+    config = load_config(source)
     check_kind(config, "generation", str(source))
-    options = {"quantization_config": _bits(quantisation, dtype)} if quantisation else {}
-    model, info = read_weights(
-        AutoModelForCausalLM, source, config, dtype, revision=revision, attention=attn_implementation, **options
-    )
-    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if absent:
-        raise ModelError(
-            f"{source}: {len(absent)} weights of {type(model).__name__} are missing or have another shape than "
-            f"config.json says, e.g. {', '.join(absent[:3])}"
-        )
-    result: PreTrainedModel = model.eval()
-    return result
-
-
-def _bits(quantisation: Quantisation, dtype: torch.dtype) -> BitsAndBytesConfig:
-    # It would say at every layer and step that it rounds what it is given to float16 first.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if quantisation == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
+    options: dict[str, Any] = {}
+    if quantisation:
+        # It would say at every layer and step that it rounds what it is given to float16 first.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        bits: Any = BitsAndBytesConfig
+        options["quantization_config"] = bits(**({"load_in_8bit": True} if quantisation == "8bit" else four))
+    model, missing, misshapen = _read(AutoModelForCausalLM, source, config, dtype, attn_implementation, **options)
+    _refuse_absent(model, source, missing | misshapen)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def load_base(

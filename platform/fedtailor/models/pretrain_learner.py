@@ -16,8 +16,9 @@ from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageMod
 
 from fedtailor.core.config import Config, validate
 from fedtailor.core.errors import ConfigError
-from fedtailor.core.seeding import seed_for, torch_rng
+from fedtailor.core.seeding import torch_rng
 from fedtailor.core.settings import Natural, Positive, Rate
+from fedtailor.models.embedded import drawn
 from fedtailor.models.pretrain_data import Rows
 from fedtailor.tasks.task import TASKS
 
@@ -277,7 +278,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def new_model(options: PretrainOptions, vocab_size: int, pad: int) -> Any:
-    """Weights drawn from the seed alone; the global random state is neither read nor changed.
+    """Weights drawn from the seed alone.
 
     The config has BERT's dropout for whoever trains the folder on; here the model stays in evaluation mode.
     """
@@ -286,9 +287,7 @@ def new_model(options: PretrainOptions, vocab_size: int, pad: int) -> Any:
         num_attention_heads=options.heads, intermediate_size=options.intermediate_size,
         max_position_embeddings=options.max_position, pad_token_id=pad,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_for(options.seed, "pretrain", "weights"))
-        return BertForMaskedLM(config).eval()  # type: ignore[no-untyped-call]
+    return drawn(BertForMaskedLM, config, options.seed, "pretrain", "weights").eval()
 
 
 def learning_rate(options: PretrainOptions, step: int) -> float:

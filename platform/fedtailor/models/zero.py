@@ -7,11 +7,10 @@ forward and its backward pass and dropped after it. What is trained lives outsid
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.initialization import no_init_weights
 
 from fedtailor.core.errors import ModelError, WorkerError
-from fedtailor.models.load import load_config
-
-INDEX = "model.safetensors.index.json"
+from fedtailor.models.folder import weight_map
+from fedtailor.models.load import load_config, name_labels
 
 PERSISTENT = 10_000
 """Weights of so few numbers (norms, biases) are gathered once and kept whole."""
@@ -119,8 +117,7 @@ def load_partitioned(
     config = load_config(folder)
     settings = deepspeed_config(dtype, ranks, offload)
     if labels is not None:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: i for i, name in enumerate(labels)}
+        name_labels(config, labels)
     auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     options = {"attn_implementation": attention} if attention else {}
     # Types are left to transformers: rotary tables stay float32 in a bfloat16 model.
@@ -184,9 +181,13 @@ def _fill(model: PreTrainedModel, folder: Path) -> Probe:
     wanted: dict[str, Any] = dict(model.named_parameters())  # tied weights once, under their first name
     probed = min(wanted, key=lambda name: (wanted[name].ds_numel <= PERSISTENT, wanted[name].ds_numel))
     total, parameter = 0.0, wanted[probed]
-    for file, names in _files(folder):
+    shards = weight_map(folder)
+    for shard in sorted(set(shards.values())):
+        file = folder / shard
+        if not file.is_file():
+            raise ModelError(f"{folder}: the shard {shard} that its index names is missing")
         with safe_open(file, framework="pt") as tensors:
-            for name in wanted.keys() & set(names):
+            for name in [name for name in wanted if shards.get(name) == shard]:
                 _copy_part(wanted.pop(name), tensors.get_slice(name), f"{file}: '{name}'")
                 if name == probed:
                     total = _fingerprint(tensors.get_tensor(name).to(parameter.ds_tensor.dtype))
@@ -209,24 +210,6 @@ def _copy_part(parameter: Any, piece: Any, where: str) -> None:
     low, high = start // width, -(-stop // width)
     flat = piece[low:high].reshape(-1)[start - low * width : stop - low * width]
     part.data[: stop - start].copy_(flat)
-
-
-def _files(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Weight files and the names of what is in them, in a fixed order."""
-    index = folder / INDEX
-    if not index.is_file():
-        file = folder / "model.safetensors"
-        if not file.is_file():
-            raise ModelError(f"{folder}: neither model.safetensors nor {INDEX} is there")
-        with safe_open(file, framework="pt") as tensors:
-            names = sorted(tensors.keys())
-        yield file, names
-        return
-    where: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-    for name in sorted(set(where.values())):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder}: the shard {name} that {INDEX} names is missing")
-        yield folder / name, sorted(key for key, file in where.items() if file == name)
 
 
 def _fingerprint(weight: Tensor) -> float:
