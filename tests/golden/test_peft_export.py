@@ -12,11 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtailor.adapters.peft_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter, export_base, write_adapter
+from fedtailor.adapters.peft_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter, write_adapter
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import embedded, hub
 from fedtailor.models.families import adapted_linears
+from fedtailor.models.load import save_folder
 
 LABELS = ["a", "b", "c"]
 RANK, SCALE = 6, 1.7
@@ -29,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("export")
     cfg = ModelConfig(hidden_size=16, heads=2, layers=12, intermediate_size=24, vocab_size=200)
     made = embedded.build_tiny_bert(["one two three four"] * 5, LABELS, cfg, 16, 1, home / "made")
-    export_base(hub.load_classifier(made, 3, LABELS), hub.load_tokenizer(made), home / "base")
+    save_folder(hub.load_classifier(made, 3, LABELS), hub.load_tokenizer(made), home / "base")
     return home / "base"
 
 
@@ -93,7 +94,7 @@ def test_peft_computes_the_adapted_model_also_after_merging(base: Path, tmp_path
         assert (expected - plain).abs().max() > 0.01
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**batch()).logits, expected, atol=1e-5, rtol=0)
-        export_base(merged, hub.load_tokenizer(base), tmp_path / "merged")
+        save_folder(merged, hub.load_tokenizer(base), tmp_path / "merged")
         reloaded = load(tmp_path / "merged")
         torch.testing.assert_close(reloaded(**batch()).logits, expected, atol=1e-5, rtol=0)
 

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.files import staged_folder
-from fedtailor.models.load import save_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -84,17 +82,6 @@ def write_adapter(files: Mapping[str, bytes], folder: Path) -> None:
     with staged_folder(folder) as stage:
         for name, content in files.items():
             (stage / name).write_bytes(content)
-
-
-def export_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Writes a base model as a Hugging Face folder (config, safetensors, tokenizer), as a whole.
-
-    Args:
-        model: without adapters; saved in the dtype it has.
-        tokenizer: its tokenizer.
-        out: folder to make or replace.
-    """
-    save_folder(model, tokenizer, out)
 
 
 def _trim(name: str, a: Tensor, b: Tensor, lam: Tensor, client: str) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.embedded import bert_config, llama_config
 from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal
-from fedtailor.models.load import load_config
+from fedtailor.models.load import load_config, name_labels
 from fedtailor.models.source import EMBEDDED_CAUSAL, resolve
 from fedtailor.tasks.source import TaskKind
 
@@ -90,8 +90,7 @@ def meta_model(
     check_kind(config, kind, f"model={cfg.name}")
     if kind == "generation":
         return meta_causal(config)
-    config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
-    config.label2id = {name: i for i, name in config.id2label.items()}
+    name_labels(config, [f"LABEL_{i}" for i in range(num_labels)])
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
             config, trust_remote_code=False

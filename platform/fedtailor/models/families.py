@@ -32,7 +32,6 @@ _SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 Targets = Literal["all-linear"] | tuple[str, ...]
 
-
 CAUSAL_MODELS = "tiny-llama, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a linear layer"
 
 CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
@@ -73,7 +72,7 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
     """
     candidates = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
     if targets == "all-linear":
-        output = _output_embedding(model)
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         chosen = [(name, layer) for name, layer in candidates if layer is not output]
     else:
         names = [name for name, _ in candidates]
@@ -116,12 +115,6 @@ def ends(name: str, target: str) -> bool:
     return any(f".{name}".endswith(f".{t}") for t in (target, _SAME_ROLE.get(target, target)))
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
-    return found if isinstance(found, nn.Module) else None
-
-
 def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
     """Checks that transformers makes a model of the task's kind from a config.
 
@@ -131,7 +124,8 @@ def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
         where: name of the model for the message.
 
     Raises:
-        ModelError: it does not, or the model's scores are not a linear layer's output (see `check_scores`).
+        ModelError: it does not, or a language model's scores are not ``get_output_embeddings()(hidden)`` and nothing
+            else, or it cannot be told.
     """
     name = config.model_type
     if kind == "classification":
@@ -147,21 +141,8 @@ def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
         raise ModelError(
             f"{where}: type '{name}' is no causal language model, which generation needs (allowed: {CAUSAL_MODELS})"
         )
-    check_scores(config, where)
-
-
-def check_scores(config: PretrainedConfig, where: str) -> None:
-    """Checks that the scores are ``get_output_embeddings()(hidden)`` and nothing else.
-
-    Only the tokens that are learned get scores, past the model's own last lines (`lanes.net.LaneNet.logits`): what
-    these do there, e.g. Gemma 2's soft cap or Cohere's scale, would silently be lost.
-
-    Raises:
-        ModelError: they are not, or it cannot be told; names the type.
-    """
-    reason = _why_not(config.to_json_string(use_diff=False), config.model_type)
-    if reason:
-        raise ModelError(f"{where}: models of type '{config.model_type}' are not supported for generation: {reason}")
+    if reason := _why_not(config.to_json_string(use_diff=False), name):
+        raise ModelError(f"{where}: models of type '{name}' are not supported for generation: {reason}")
 
 
 def meta_causal(config: PretrainedConfig) -> PreTrainedModel:
@@ -175,7 +156,11 @@ def meta_causal(config: PretrainedConfig) -> PreTrainedModel:
 
 @lru_cache(maxsize=8)
 def _why_not(config: str, model_type: str) -> str:
-    """Empty where the scores are plain."""
+    """Why a language model's scores are not its output embedding's of the last hidden state; empty where they are.
+
+    Only the tokens that are learned get scores, past the model's own last lines (`lanes.net.LaneNet.logits`): what
+    these do there, e.g. Gemma 2's soft cap or Cohere's scale, would silently be lost.
+    """
     model = meta_causal(CONFIG_MAPPING[model_type].from_dict(json.loads(config)))
     output: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(output, nn.Linear):

@@ -29,14 +29,14 @@ from fedtailor.core.files import staged_folder
 from fedtailor.models.embedded import build_wordpiece
 from fedtailor.models.load import load_tokenizer, quiet
 from fedtailor.models.pretrain_data import (
-    Blocks,  # fmt: skip
-    Rows,  # fmt: skip
-    Sampler,  # fmt: skip
-    gather,  # fmt: skip
-    log_frequencies,  # fmt: skip
-    pack,  # fmt: skip
-    token_vectors,  # fmt: skip
-    vocabulary_texts,  # fmt: skip
+    Blocks,
+    Rows,
+    Sampler,
+    gather,
+    log_frequencies,
+    pack,
+    token_vectors,
+    vocabulary_texts,
 )
 from fedtailor.models.pretrain_learner import Learner, PretrainOptions, Score, flag, special_ids
 
