@@ -13,7 +13,6 @@ from typing import Any
 
 from fedtailor.core.errors import StorageError
 from fedtailor.storage.commit import Commit
-from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.payloads import canonical_json, sha256
 from fedtailor.storage.round_store import PREDICTIONS
@@ -39,13 +38,13 @@ def stage_digests(storage: Storage, run_id: str) -> dict[str, str]:
         StorageError: lists every stage that is unfinished or damaged.
     """
     run = RunFolder.open(storage, run_id)
-    stages = {str(stage["key"]): stage for stage in run.stages()}
+    stages = sorted(committed_stages(run), key=lambda stage: str(stage["key"]))
     if not stages:
         raise StorageError(f"run '{run_id}' has no stages yet")
-    problems = [f"{key}: {why}" for key in sorted(stages) if (why := _unfinished(run, stages[key]))]
+    problems = [f"{stage['key']}: {why}" for stage in stages if (why := _unfinished(run, stage))]
     if problems:
         raise StorageError(f"run '{run_id}' has no digest yet. " + "; ".join(problems))
-    return {key: commits_digest(run.log(stages[key]).all(objects=False)) for key in sorted(stages)}
+    return {str(stage["key"]): commits_digest(run.log(stage).all(objects=False)) for stage in stages}
 
 
 def commits_digest(commits: list[Commit]) -> str:
@@ -62,11 +61,10 @@ def commits_digest(commits: list[Commit]) -> str:
 
 
 def _unfinished(run: RunFolder, stage: Mapping[str, Any]) -> str | None:
-    log = run.log(stage)
-    done, rounds = len(log.all(objects=False)), int(stage.get("rounds") or 0)
-    if not run.storage.exists(join(log.path, DONE)):
+    done, rounds = stage["committed"], int(stage.get("rounds") or 0)
+    if not stage["done"]:
         return f"unfinished, {done} commits" + (f" of {rounds}" if rounds else "")
-    if (why := log.damage()) is not None:
+    if (why := run.log(stage).damage()) is not None:
         return f"damaged: {why}"
     return f"only {done} of {rounds} rounds are committed" if done < rounds else None
 
@@ -75,8 +73,8 @@ def committed_stages(run: RunFolder) -> list[dict[str, Any]]:
     """The stages of a run with ``committed`` rounds or chunks, ``total`` (0: not known here) and ``done``."""
     stages = []
     for stage in run.stages():
-        folder = f"artifacts/{stage['artifact']}"
-        count = len(CommitLog(run.storage, folder).all(objects=False))
-        done = run.storage.exists(f"{folder}/{DONE}")
-        stages.append({**stage, "committed": count, "total": stage["rounds"] or (count if done else 0), "done": done})
+        log = run.log(stage)
+        count, done = len(log.all(objects=False)), run.storage.exists(join(log.path, DONE))
+        total = stage.get("rounds") or (count if done else 0)
+        stages.append({**stage, "committed": count, "total": total, "done": done})
     return stages

@@ -133,8 +133,7 @@ class Storage:
 
     def write_bytes(self, path: str, data: bytes, durable: bool = True) -> None:
         """Replaces a file as a whole; it survives a power cut when this returns, without ``durable`` after `flush`."""
-        with self._doing("writing", path) as full:
-            self._files.write(full, data, durable)
+        self._do("writing", path, lambda full: self._files.write(full, data, durable))
 
     def create(self, path: str, data: bytes, before_visible: Callable[[], None] = lambda: None) -> bool:
         """Writes a file only if there is none; of several writers exactly one gets True.
@@ -147,26 +146,26 @@ class Storage:
         Raises:
             StorageError: also if the store has no exclusive writes.
         """
-        with self._doing("writing", path) as full:
-            try:
+
+        def create(full: str) -> bool:
+            with suppress(FileExistsError):
                 self._files.create(full, data, before_visible)
-            except FileExistsError:
-                return False
-        return True
+                return True
+            return False
+
+        return self._do("writing", path, create)
 
     def flush(self, paths: Iterable[str]) -> None:
         """Makes files that were written without ``durable`` survive a power cut, and the folders they are in."""
-        with self._doing("writing") as root:
-            self._files.flush([self.full(path) for path in paths], root)
+        self._do("writing", "", lambda root: self._files.flush([self.full(path) for path in paths], root))
 
     def append(self, path: str, text: str) -> None:
         """Appends text to a file (on object stores by rewriting it)."""
-        with self._doing("writing", path) as full:
-            self._files.append(full, text.encode())
+        self._do("writing", path, lambda full: self._files.append(full, text.encode()))
 
     def download(self, path: str, target: Path) -> None:
         """Copies a file to one outside of the storage, in pieces."""
-        self._look("copying", path, lambda fs, full: fs.get_file(full, str(target)), f" to {target}")
+        self._look(f"filling {target} from", path, lambda fs, full: fs.get_file(full, str(target)))
 
     def upload(self, source: Path, path: str) -> None:
         """Copies a file into the storage, in pieces; whole at once on object stores only."""
@@ -197,14 +196,12 @@ class Storage:
 
     def delete(self, path: str) -> None:
         """Deletes a file or a whole tree; nothing happens if it is not there."""
-        with self._doing("deleting", path) as full:
-            self._files.delete(full)
+        self._do("deleting", path, self._files.delete)
 
     def move(self, source: str, target: str) -> None:
         """Moves a file or tree to a name that is not in use; atomic on local files only."""
-        old, new = self.full(source), self.full(target)
-        with storage_errors(f"moving {old} to {new}"):
-            self._files.move(old, new)
+        old = self.full(source)
+        self._do(f"moving {old} to", target, lambda new: self._files.move(old, new))
 
     def read_json(self, path: str) -> Any:
         """Content of a JSON file.
@@ -223,14 +220,11 @@ class Storage:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         self.write_bytes(path, f"{text}\n".encode())
 
-    def _look(self, doing: str, path: str, action: Callable[[Any, str], T], rest: str = "") -> T:
-        """Repeatable work of fsspec on one path; listings are never taken from its memory."""
-        full = self.full(path)
-        with storage_errors(f"{doing} {full}{rest}"):
-            return self._files.retry(lambda: action(fresh(self._fs), full))
+    def _look(self, doing: str, path: str, action: Callable[[Any, str], T]) -> T:
+        """Repeatable work of fsspec; listings are never taken from its memory."""
+        return self._do(doing, path, lambda full: self._files.retry(lambda: action(fresh(self._fs), full)))
 
-    @contextmanager
-    def _doing(self, what: str, path: str = "") -> Iterator[str]:
+    def _do(self, doing: str, path: str, action: Callable[[str], T]) -> T:
         full = self.full(path)
-        with storage_errors(f"{what} {full}"):
-            yield full
+        with storage_errors(f"{doing} {full}"):
+            return action(full)

@@ -87,7 +87,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def redact(tree: Any) -> Any:
+def redact(tree: Any, name: str = "", hidden: bool = False) -> Any:
     """A copy of a JSON-like tree without secrets.
 
     Hidden are texts under a key with the word key or token, any value under one with secret, password or
@@ -95,14 +95,22 @@ def redact(tree: Any) -> Any:
     and passwords in URLs, keys of a known form, and the values that such environment variables have now,
     wherever they occur.
 
+    Args:
+        tree: mappings, lists and scalars.
+        name: key that it lies under.
+        hidden: whether a key further up names a secret, so that all texts below it are.
+
     >>> redact({"wandb": {"api_key": "abc"}, "engine": {"token_budget": 64}, "overrides": ["a.token=x"]})
     {'wandb': {'api_key': '***'}, 'engine': {'token_budget': 64}, 'overrides': ['a.token=***']}
     """
-    if isinstance(tree, Mapping):
-        named = str(tree["key"]) if set(tree) == {"key", "default", "value"} else None
-        return {key: _entry(str(key) if named is None else named, key, value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [redact(item) for item in tree]
+    if isinstance(tree, Mapping | list | tuple):
+        hidden = hidden or _hides(name, "")
+        if not isinstance(tree, Mapping):
+            return [redact(item, "", hidden) for item in tree]
+        named = "" if hidden or set(tree) != {"key", "default", "value"} else str(tree["key"])
+        return {k: v if named and k == "key" else redact(v, named or str(k), hidden) for k, v in tree.items()}
+    if _hides(name, tree) or (hidden and isinstance(tree, str)):
+        return HIDDEN
     return scrub(tree) if isinstance(tree, str) else tree
 
 
@@ -118,27 +126,11 @@ def _hide_assigned(match: re.Match[str]) -> str:
     return f"{name}={HIDDEN}" if _hides(name, value) and not value.isdecimal() else match.group()
 
 
-def _entry(name: str, key: Any, value: Any) -> Any:
-    if key == "key" and name != "key":
-        return value
-    if isinstance(value, Mapping | list | tuple) and value and _hides(name, ""):
-        return _blank(value)
-    return HIDDEN if _hides(name, value) else redact(value)
-
-
 def _hides(name: str, value: Any) -> bool:
     if value is None or isinstance(value, bool):
         return False
     words = {word.lower() for word in _WORDS.findall(name.rpartition(".")[2])}
     return bool(words & _ALWAYS) or (isinstance(value, str) and bool(words & _IF_TEXT))
-
-
-def _blank(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _blank(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_blank(item) for item in value]
-    return HIDDEN if isinstance(value, str) else value
 
 
 def _environment_secrets() -> list[str]:

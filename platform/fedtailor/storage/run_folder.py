@@ -38,9 +38,15 @@ class RunFolder:
     Args:
         storage: storage of the run.
         run_id: name of the folder.
+
+    Raises:
+        StorageError: a bad run id.
     """
 
     def __init__(self, storage: Storage, run_id: str) -> None:
+        if not _RUN_ID.fullmatch(run_id) or run_id == "artifacts":
+            rule = "1 to 128 of A-Z a-z 0-9 . _ -, no leading dot, and not 'artifacts'"
+            raise StorageError(f"run id '{run_id}': allowed are {rule}")
         self.storage, self.run_id = storage, run_id
         self._events = Journal(storage, run_id, "events")
         self._failures = Journal(storage, run_id, "failures")
@@ -66,7 +72,7 @@ class RunFolder:
         Raises:
             StorageError: a bad run id, or one that belongs to another configuration (names the keys).
         """
-        run = cls(storage, _checked(run_id))
+        run = cls(storage, run_id)
         tree = json.loads(canonical_json(redact(dict(config))))
         content = {
             "schema": SCHEMA, "run_id": run_id, "created": utc_now(), "config_hash": _hash(tree), "config": tree,
@@ -84,7 +90,7 @@ class RunFolder:
         Raises:
             StorageError: there is none of this name (names those that exist), or it is of another schema.
         """
-        run = cls(storage, _checked(run_id))
+        run = cls(storage, run_id)
         if not storage.exists(join(run_id, "run.json")):
             known = ", ".join(run_ids(storage)) or "none"
             raise StorageError(f"no run '{run_id}' in {storage.url} (runs there: {known})")
@@ -245,13 +251,6 @@ def run_ids(storage: Storage) -> list[str]:
     """Names of all runs, sorted."""
     names = (name for name in storage.list() if _RUN_ID.fullmatch(name) and name != "artifacts")
     return [name for name in names if storage.exists(join(name, "run.json"))]
-
-
-def _checked(run_id: str) -> str:
-    if not _RUN_ID.fullmatch(run_id) or run_id == "artifacts":
-        rule = "1 to 128 of A-Z a-z 0-9 . _ -, no leading dot, and not 'artifacts'"
-        raise StorageError(f"run id '{run_id}': allowed are {rule}")
-    return run_id
 
 
 def _hash(tree: Any) -> str:

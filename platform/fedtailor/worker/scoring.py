@@ -12,7 +12,7 @@ from fedtailor.core.settings import DecodingConfig
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.evaluation.decoding import Decoding, positions_of
 from fedtailor.federated.method import Personalised
-from fedtailor.tasks.tokens import Split
+from fedtailor.tasks.source import Split
 from fedtailor.worker.open_stage import OpenStage
 
 if TYPE_CHECKING:
