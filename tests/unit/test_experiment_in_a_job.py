@@ -17,7 +17,7 @@ from fedtailor.core.errors import ConfigError, LockedError, PlacementError
 from fedtailor.experiment import launch
 from fedtailor.experiment.prepare import check_placement, refuse_job_folder, refuse_other_configuration
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import lock
+from fedtailor.storage.lock import Lock
 
 
 @pytest.fixture
@@ -111,10 +111,10 @@ def test_a_refused_second_start_leaves_the_first_one_s_status(tmp_path: Path) ->
 
     def refused(*_: Any) -> None:
         assert run.status()["progress"]["launcher"]["pid"] == os.getpid()
-        with lock(run.storage, run.run_id, run.run_id):
+        with Lock(run.storage, run.run_id, run.run_id):
             raise AssertionError("two runs at once")
 
-    with lock(run.storage, run.run_id, run.run_id), pytest.raises(LockedError, match="is held by run 'run'"):
+    with Lock(run.storage, run.run_id, run.run_id), pytest.raises(LockedError, match="is held by run 'run'"):
         launch.launch(refused, run, exp, lambda _: None, lambda: False)
     after = run.status()
     assert {key: after[key] for key in ("state", "message", "progress")} == {

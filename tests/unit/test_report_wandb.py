@@ -22,7 +22,7 @@ from fedtailor.experiment.prepare import prepare
 from fedtailor.report.wandb import series, settled, sync_run, sync_wandb
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import lock
+from fedtailor.storage.lock import Lock
 from fedtailor.storage.round_store import METRICS, metrics_table
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking import wandb_key
@@ -273,7 +273,7 @@ def test_no_point_is_sent_before_one_that_a_later_sync_must_send(run: RunFolder)
 
 
 def test_two_syncs_at_once_are_refused(run: RunFolder) -> None:
-    with lock(run.storage, f"{run.run_id}/wandb.lock", "other"), pytest.raises(StorageError, match="run 'other'"):
+    with Lock(run.storage, f"{run.run_id}/wandb.lock", "other"), pytest.raises(StorageError, match="run 'other'"):
         sync(run)
 
 

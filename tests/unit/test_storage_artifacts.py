@@ -15,7 +15,7 @@ from fedtailor.core.errors import StorageError
 from fedtailor.storage import backends
 from fedtailor.storage.artifacts import MANIFEST, Artifacts, cache_folder, fetch, publish, published, read_manifest
 from fedtailor.storage.files import MissingFileError, Storage
-from fedtailor.storage.lock import lock
+from fedtailor.storage.lock import Lock
 
 PATH = "artifacts/model-1"
 CONTENT = {"config.json": b"{}", "weights/part-1.bin": b"one" * 1000, "weights/part-2.bin": b"two" * 1000}
@@ -254,10 +254,10 @@ def test_a_read_only_store_is_not_tried_again(store: Storage) -> None:
 
 def test_a_lock_whose_answer_was_lost_is_still_ours(store: Storage) -> None:
     BucketFileSystem.lost.append(TimeoutError("no answer"))
-    with lock(store, PATH, "first") as held:
+    with Lock(store, PATH, "first") as held:
         held.check()
         with pytest.raises(StorageError, match="is held by run 'first'"):
-            lock(store, PATH, "second").__enter__()
+            Lock(store, PATH, "second").__enter__()
     assert store.list(PATH) == []
 
 
@@ -268,7 +268,7 @@ def test_a_store_that_ignores_conditions_cannot_hold_a_lock(store: Storage, monk
         honest(self, path, value)
 
     monkeypatch.setattr(BucketFileSystem, "pipe_file", careless)
-    with pytest.raises(StorageError, match="ignores exclusive writes"), lock(store, PATH, "first"):
+    with pytest.raises(StorageError, match="ignores exclusive writes"), Lock(store, PATH, "first"):
         pass
 
 

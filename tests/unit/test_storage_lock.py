@@ -17,7 +17,7 @@ import pytest
 
 from fedtailor.core.errors import StorageError
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import LOCK, Lock, LockHolder, lock
+from fedtailor.storage.lock import LOCK, Lock, LockHolder
 
 PATH = "artifacts/base-0123"
 PLATFORM = Path(__file__).parents[2] / "platform"
@@ -38,17 +38,17 @@ def elsewhere(name: str = "remote") -> LockHolder:
 
 
 def test_a_second_live_owner_is_refused_and_told_who_holds_it(storage: Storage) -> None:
-    with lock(storage, PATH, "first") as held:
+    with Lock(storage, PATH, "first") as held:
         with pytest.raises(StorageError, match=r"LOCK is held by run 'first' \(process \d+ on "):
-            lock(storage, PATH, "second").__enter__()
+            Lock(storage, PATH, "second").__enter__()
         held.check()
     assert storage.list(PATH) == []
-    with lock(storage, PATH, "second"):
+    with Lock(storage, PATH, "second"):
         pass
 
 
 def test_the_lock_is_given_back_after_an_error(storage: Storage) -> None:
-    with pytest.raises(KeyError), lock(storage, PATH, "first"):
+    with pytest.raises(KeyError), Lock(storage, PATH, "first"):
         raise KeyError
     assert storage.list(PATH) == []
 
@@ -58,11 +58,11 @@ def test_a_waiting_owner_says_so_and_goes_on_when_the_lock_is_free(storage: Stor
     order: list[str] = []
 
     def second() -> None:
-        with lock(storage, PATH, "second", on_wait=messages.append):
+        with Lock(storage, PATH, "second", on_wait=messages.append):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with lock(storage, PATH, "first"):
+    with Lock(storage, PATH, "first"):
         thread.start()
         while not messages:
             time.sleep(0.01)
@@ -76,9 +76,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     script = (
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(PLATFORM)!r})\n"
-        "from fedtailor.storage.lock import lock\n"
+        "from fedtailor.storage.lock import Lock\n"
         "from fedtailor.storage.files import Storage\n"
-        f"with lock(Storage(sys.argv[1]), {PATH!r}, 'dead'):\n"
+        f"with Lock(Storage(sys.argv[1]), {PATH!r}, 'dead'):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
@@ -87,7 +87,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     assert (tmp_path / PATH / LOCK).exists()
     events: list[dict[str, Any]] = []
     started = time.monotonic()
-    with lock(Storage(tmp_path), PATH, "second", on_event=events.append) as held:
+    with Lock(Storage(tmp_path), PATH, "second", on_event=events.append) as held:
         assert time.monotonic() - started < 5
         held.check()
     assert [event["event"] for event in events] == ["lock-taken-over"]
@@ -98,14 +98,14 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
 
 def test_a_reused_pid_does_not_keep_a_lock_alive(storage: Storage) -> None:
     leave(storage, replace(LockHolder.here("rebooted"), started="1"))
-    with lock(storage, PATH, "second"):
+    with Lock(storage, PATH, "second"):
         pass
 
 
 def test_a_lock_of_another_machine_without_heartbeat_is_taken_over(storage: Storage) -> None:
     leave(storage, elsewhere())
     events: list[dict[str, Any]] = []
-    with lock(storage, PATH, "second", on_event=events.append, stale_s=0.3):
+    with Lock(storage, PATH, "second", on_event=events.append, stale_s=0.3):
         assert json.loads(storage.read_bytes(f"{PATH}/{LOCK}"))["owner"] == "second"
     assert events[0]["reason"] == "no heartbeat for 0.3 s"
 
@@ -125,14 +125,14 @@ def test_a_lock_of_another_machine_with_a_heartbeat_is_respected(storage: Storag
     thread.start()
     try:
         with pytest.raises(StorageError, match=r"'remote' .* on far-away"):
-            lock(storage, PATH, "second", stale_s=5.0).__enter__()
+            Lock(storage, PATH, "second", stale_s=5.0).__enter__()
     finally:
         done.set()
         thread.join()
 
 
 def test_a_holder_beats_and_notices_that_its_lock_was_taken(storage: Storage) -> None:
-    with lock(storage, PATH, "first", heartbeat_s=0.02) as held:
+    with Lock(storage, PATH, "first", heartbeat_s=0.02) as held:
         beats = f"{PATH}/{LOCK}-{held.holder.token}.beat"
         deadline = time.monotonic() + 10
         while not (storage.exists(beats) and int(storage.read_bytes(beats) or b"0") >= 2):
@@ -147,15 +147,15 @@ def test_a_crash_during_a_takeover_does_not_lock_everybody_out(storage: Storage)
     stale, claimant = elsewhere(), replace(LockHolder.here("crashed"), started="1")
     leave(storage, stale)
     storage.write_json(f"{PATH}/{LOCK}-{stale.token}.claim", asdict(claimant))
-    with lock(storage, PATH, "second", stale_s=0.1):
+    with Lock(storage, PATH, "second", stale_s=0.1):
         pass
     assert storage.list(PATH) == []
 
 
 def test_a_slow_rival_does_not_delete_the_lock_that_a_faster_one_made(storage: Storage) -> None:
     dead = replace(LockHolder.here("dead"), started="1")
-    slow = Lock(storage, f"{PATH}/{LOCK}", LockHolder.here("slow"))
-    with lock(storage, PATH, "fast") as held:
+    slow = Lock(storage, PATH, "slow")
+    with Lock(storage, PATH, "fast") as held:
         slow._take_over(dead)
         held.check()
 
@@ -167,7 +167,7 @@ def test_of_many_rivals_for_a_dead_lock_one_at_a_time_gets_in(tmp_path: Path) ->
     most: list[int] = []
 
     def rival(number: int) -> None:
-        with lock(storage, PATH, f"rival{number}", on_wait=lambda text: None):
+        with Lock(storage, PATH, f"rival{number}", on_wait=lambda text: None):
             inside.append(number)
             most.append(len(inside))
             time.sleep(0.02)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fedtailor.cli import app, views
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import LOCK, STALE_S, LockHolder, lock
+from fedtailor.storage.lock import LOCK, STALE_S, Lock, LockHolder
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.status import SILENT_S, state_of, status_of
 
@@ -60,7 +60,7 @@ def cli(*words: str) -> tuple[int, str]:
 
 def test_a_run_whose_process_holds_the_lock_is_running_and_says_who(run: RunFolder) -> None:
     run.set_status("running")
-    with lock(run.storage, run.run_id, run.run_id):
+    with Lock(run.storage, run.run_id, run.run_id):
         state = state_of(run)
     assert state.state == "running"
     assert state.holder is not None
@@ -71,11 +71,11 @@ def test_a_run_whose_process_holds_the_lock_is_running_and_says_who(run: RunFold
 def test_a_process_that_was_killed_leaves_a_dead_run(run: RunFolder) -> None:
     program = (
         "import os, signal, sys\n"
-        "from fedtailor.storage.lock import lock\n"
+        "from fedtailor.storage.lock import Lock\n"
         "from fedtailor.storage.run_folder import RunFolder\n"
         "from fedtailor.storage.files import Storage\n"
         "run = RunFolder.open(Storage(sys.argv[1]), 'r1')\n"
-        "with lock(run.storage, 'r1', 'r1'):\n"
+        "with Lock(run.storage, 'r1', 'r1'):\n"
         "    run.set_status('running')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -24,7 +24,7 @@ from fedtailor.storage.artifacts import Artifacts, artifact_path, fetch, model_p
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
-from fedtailor.storage.lock import Lock, lock
+from fedtailor.storage.lock import Lock
 from fedtailor.storage.payloads import Payload
 from fedtailor.storage.round_store import (
     METRICS,
@@ -76,7 +76,7 @@ class Execution:
             TailorError: whatever ended the run; commits made before it stay. StorageError:
                 another process has this run.
         """
-        with lock(self.storage, self.run.run_id, self.run.run_id, on_event=self._storage_event):
+        with Lock(self.storage, self.run.run_id, self.run.run_id, on_event=self._storage_event):
             self._all_stages()
 
     def _all_stages(self) -> None:
@@ -113,7 +113,7 @@ class Execution:
         self.emit({**event, "kind": "storage"})
 
     def _locked(self, folder: str) -> AbstractContextManager[Lock]:
-        return lock(self.storage, folder, self.run.run_id, on_wait=self._waiting, on_event=self._storage_event)
+        return Lock(self.storage, folder, self.run.run_id, on_wait=self._waiting, on_event=self._storage_event)
 
     def _waiting(self, text: str) -> None:
         self.emit({"kind": "waiting", "text": text})

@@ -25,7 +25,7 @@ from fedtailor.report.names import method_name
 from fedtailor.report.scores import AVERAGE, in_table_order
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.journal import Journal
-from fedtailor.storage.lock import lock
+from fedtailor.storage.lock import Lock
 from fedtailor.storage.payloads import canonical_json, encode, sha256
 from fedtailor.storage.round_store import PREDICTIONS
 from fedtailor.storage.run_folder import RunFolder
@@ -124,7 +124,7 @@ def judge_run(run: RunFolder, asked: Request, tell: Callable[[int, int], None] =
     template = Template(asked.scale)
     wanted = _wanted(kept_answers(run, asked.methods, asked.limit, asked.order), asked, template)
     storage, path = _place(run, asked, template)
-    with lock(storage, path, run.run_id):
+    with Lock(storage, path, run.run_id):
         _begin(storage, path, run, asked, template)
         # Pieces are cut where a file grows large, and all are kept.
         journal = Journal(storage, path, "replies", kept=2**31)

@@ -20,7 +20,7 @@ from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.stages import short_hash
 from fedtailor.report.wandb_session import Identity, add_extras, session
 from fedtailor.storage.digest import DONE
-from fedtailor.storage.lock import lock
+from fedtailor.storage.lock import Lock
 from fedtailor.storage.provenance import scrub
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.wandb_key import Mode, api_key, settled_mode
@@ -115,7 +115,7 @@ def sync_run(run: RunFolder, config: WandbConfig, mode: str | None = None) -> st
         raise StorageError(f"{run.storage.url} is not a local folder: W&B can only be fed online from there")
     key = api_key() if chosen == "online" else None
     # Two at once would both send what the server lacks.
-    with lock(run.storage, f"{run.run_id}/wandb.lock", run.run_id):
+    with Lock(run.storage, f"{run.run_id}/wandb.lock", run.run_id):
         if run.storage.is_local:
             _sweep(run.storage.local_path(run.run_id))
         work = _new_work(run)

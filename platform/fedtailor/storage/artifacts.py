@@ -26,7 +26,7 @@ from fedtailor.core.errors import StorageError
 from fedtailor.core.files import staged_folder
 from fedtailor.core.messages import StageSpec
 from fedtailor.storage.files import MissingFileError, Storage, join, safe_path, storage_errors
-from fedtailor.storage.lock import lock
+from fedtailor.storage.lock import Lock
 
 ARTIFACTS, MANIFEST = "artifacts", "FILES.json"
 
@@ -236,7 +236,7 @@ class Artifacts:
             if not (self.folder / name).exists():
                 self._make(name, make)
         elif not published(self.storage, path):
-            with lock(self.storage, path, self.owner, on_wait=self._on_wait):
+            with Lock(self.storage, path, self.owner, on_wait=self._on_wait):
                 if not published(self.storage, path):
                     self.replace(name, make)
         return fetch(self.storage, path)

@@ -15,9 +15,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -95,123 +94,7 @@ class LockHolder:
         return f"run '{self.owner}' (process {self.pid} on {self.host})"
 
 
-@dataclass
 class Lock:
-    """A LOCK file that this process wants or has; `lock` makes it.
-
-    Args:
-        storage: storage of the LOCK file.
-        path: the LOCK file.
-        holder: this process.
-        on_wait: see `lock`; also the two below.
-    """
-
-    storage: Storage
-    path: str
-    holder: LockHolder
-    on_wait: Callable[[str], None] | None = None
-    on_event: Callable[[dict[str, Any]], None] | None = None
-    stale_s: float = STALE_S
-    _seen: dict[str, tuple[bytes, float]] = field(default_factory=dict)
-    """Token to the last heartbeat of its lock, and when it was first seen."""
-
-    def acquire(self) -> None:
-        """Returns once the lock is this process's; see `lock` for errors."""
-        reminded = float("-inf")
-        while not self._create(self.path):
-            other = _read(self.storage, self.path)
-            if other is None:
-                continue
-            alive = self._alive(other)
-            if alive is False:
-                self._take_over(other)
-                continue
-            where = self.storage.full(self.path)
-            if alive and self.on_wait is None:
-                raise LockedError(f"{where} is held by {other}; wait for it, stop it, or use another 'storage'")
-            if self.on_wait and time.monotonic() - reminded > _REMIND_S:
-                reminded = time.monotonic()
-                self.on_wait(f"waiting for {other}, which holds {where}")
-            time.sleep(_POLL_S)
-
-    def check(self) -> None:
-        """Confirms that the lock is still ours; a `CommitLog` takes this as its guard.
-
-        Raises:
-            StorageError: another run took it over, e.g. while this machine was cut off.
-        """
-        now = _read(self.storage, self.path)
-        if now is None or now.token != self.holder.token:
-            where = self.storage.full(self.path)
-            raise StorageError(f"{where} is no longer ours but {now or 'free'}; this run must stop")
-
-    def beat(self, every: float, done: threading.Event) -> None:
-        """Counts in a file of its own (so that it cannot overwrite another's lock) until ``done``."""
-        count = 0
-        while not done.wait(every):
-            count += 1
-            try:
-                self.storage.write_bytes(_beats(self.path, self.holder), str(count).encode(), durable=False)
-            except StorageError as error:
-                _log.warning("no heartbeat: %s", error)
-
-    def delete(self, holder: LockHolder) -> bool:
-        """Deletes the LOCK file if it is still the holder's."""
-        now = _read(self.storage, self.path)
-        if now is None or now.token != holder.token:
-            return False
-        self.storage.delete(self.path)
-        return True
-
-    def _create(self, path: str) -> bool:
-        return self.storage.create(path, json.dumps(asdict(self.holder)).encode())
-
-    def _alive(self, other: LockHolder) -> bool | None:
-        """Whether the lock's process is there; None: not yet known."""
-        if other.present is not None:
-            return other.present
-        try:
-            beat = self.storage.read_bytes(_beats(self.path, other))
-        except MissingFileError:
-            beat = b""
-        now, before = time.monotonic(), self._seen.get(other.token)
-        if before is None or before[0] != beat:
-            self._seen[other.token] = beat, now
-            return True if before else None
-        return False if now - before[1] > self.stale_s else None
-
-    def _take_over(self, stale: LockHolder) -> None:
-        # Only the creator of this claim may delete the lock with this token, which never comes back; so a
-        # slower rival cannot delete the lock that we are about to make.
-        claim = f"{self.path}-{stale.token}.claim"
-        if not self._create(claim):
-            rival = _read(self.storage, claim)
-            if rival is not None and self._alive(rival) is False:
-                self.storage.delete(claim)
-            time.sleep(_POLL_S)
-            return
-        try:
-            if self.delete(stale):
-                self.storage.delete(_beats(self.path, stale))
-                why = "its process is gone" if stale.present is False else f"no heartbeat for {self.stale_s:g} s"
-                _log.warning("took over the lock %s of %s: %s", self.path, stale, why)
-                if self.on_event:
-                    event = {"event": "lock-taken-over", "lock": self.path, "from": str(stale), "by": str(self.holder)}
-                    self.on_event({**event, "reason": why})
-        finally:
-            self.storage.delete(claim)
-
-
-@contextmanager
-def lock(
-    storage: Storage,
-    path: str,
-    owner: str,
-    on_wait: Callable[[str], None] | None = None,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
-    heartbeat_s: float = HEARTBEAT_S,
-    stale_s: float = STALE_S,
-) -> Iterator[Lock]:
     """Holds ``path/LOCK`` for the time of a with block.
 
     Args:
@@ -224,22 +107,124 @@ def lock(
         stale_s: seconds without one after which another machine's lock is abandoned.
 
     Raises:
-        LockedError: somebody alive holds the lock, and nobody said how to wait (names the run, process and host).
+        LockedError: (as the block begins) somebody alive holds the lock, and nobody said how to wait; names the run,
+            process and host.
         StorageError: the store cannot lock.
     """
-    held = Lock(storage, join(path, LOCK), LockHolder.here(owner), on_wait, on_event, stale_s)
-    held.acquire()
-    done = threading.Event()
-    thread = threading.Thread(target=held.beat, args=(heartbeat_s, done), name="lock-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield held
-    finally:
-        done.set()
-        held.delete(held.holder)
-        thread.join()
+
+    def __init__(
+        self,
+        storage: Storage,
+        path: str,
+        owner: str,
+        on_wait: Callable[[str], None] | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+        stale_s: float = STALE_S,
+    ) -> None:
+        self.holder = LockHolder.here(owner)
+        self._storage, self._path = storage, join(path, LOCK)
+        self._on_wait, self._on_event, self._heartbeat_s, self._stale_s = on_wait, on_event, heartbeat_s, stale_s
+        self._seen: dict[str, tuple[bytes, float]] = {}  # token to its lock's last heartbeat, and when that came
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
+
+    def __enter__(self) -> Lock:
+        self._acquire()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._delete(self.holder)
+        self._thread.join()
         # After the last beat: an earlier deletion could be undone by it.
-        storage.delete(_beats(held.path, held.holder))
+        self._storage.delete(_beats(self._path, self.holder))
+
+    def _acquire(self) -> None:
+        reminded = float("-inf")
+        while not self._create(self._path):
+            other = _read(self._storage, self._path)
+            if other is None:
+                continue
+            alive = self._alive(other)
+            if alive is False:
+                self._take_over(other)
+                continue
+            where = self._storage.full(self._path)
+            if alive and self._on_wait is None:
+                raise LockedError(f"{where} is held by {other}; wait for it, stop it, or use another 'storage'")
+            if self._on_wait and time.monotonic() - reminded > _REMIND_S:
+                reminded = time.monotonic()
+                self._on_wait(f"waiting for {other}, which holds {where}")
+            time.sleep(_POLL_S)
+
+    def check(self) -> None:
+        """Confirms that the lock is still ours; a `CommitLog` takes this as its guard.
+
+        Raises:
+            StorageError: another run took it over, e.g. while this machine was cut off.
+        """
+        now = _read(self._storage, self._path)
+        if now is None or now.token != self.holder.token:
+            where = self._storage.full(self._path)
+            raise StorageError(f"{where} is no longer ours but {now or 'free'}; this run must stop")
+
+    def _beat(self) -> None:
+        """Counts in a file of its own, so that it cannot overwrite another's lock."""
+        count = 0
+        while not self._done.wait(self._heartbeat_s):
+            count += 1
+            try:
+                self._storage.write_bytes(_beats(self._path, self.holder), str(count).encode(), durable=False)
+            except StorageError as error:
+                _log.warning("no heartbeat: %s", error)
+
+    def _delete(self, holder: LockHolder) -> bool:
+        """Deletes the LOCK file if it is still the holder's."""
+        now = _read(self._storage, self._path)
+        if now is None or now.token != holder.token:
+            return False
+        self._storage.delete(self._path)
+        return True
+
+    def _create(self, path: str) -> bool:
+        return self._storage.create(path, json.dumps(asdict(self.holder)).encode())
+
+    def _alive(self, other: LockHolder) -> bool | None:
+        """Whether the lock's process is there; None: not yet known."""
+        if other.present is not None:
+            return other.present
+        try:
+            beat = self._storage.read_bytes(_beats(self._path, other))
+        except MissingFileError:
+            beat = b""
+        now, before = time.monotonic(), self._seen.get(other.token)
+        if before is None or before[0] != beat:
+            self._seen[other.token] = beat, now
+            return True if before else None
+        return False if now - before[1] > self._stale_s else None
+
+    def _take_over(self, stale: LockHolder) -> None:
+        # Only the creator of this claim may delete the lock with this token, which never comes back; so a
+        # slower rival cannot delete the lock that we are about to make.
+        claim = f"{self._path}-{stale.token}.claim"
+        if not self._create(claim):
+            rival = _read(self._storage, claim)
+            if rival is not None and self._alive(rival) is False:
+                self._storage.delete(claim)
+            time.sleep(_POLL_S)
+            return
+        try:
+            if self._delete(stale):
+                self._storage.delete(_beats(self._path, stale))
+                why = "its process is gone" if stale.present is False else f"no heartbeat for {self._stale_s:g} s"
+                _log.warning("took over the lock %s of %s: %s", self._path, stale, why)
+                if self._on_event:
+                    event = {"event": "lock-taken-over", "lock": self._path, "from": str(stale), "by": str(self.holder)}
+                    self._on_event({**event, "reason": why})
+        finally:
+            self._storage.delete(claim)
 
 
 def lock_holder(storage: Storage, path: str) -> tuple[LockHolder, float] | None:
