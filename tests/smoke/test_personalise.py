@@ -329,10 +329,10 @@ def test_a_base_model_that_has_left_the_run(refuse: Refuse, tmp_path: Path, runs
     ("content", "told"),
     [
         (None, "no such file"),
-        ("", "the file is empty"),
+        ("", "holds no row"),
         ("corps,sujet\na,unit\n", "Columns there: corps, sujet"),
-        ("text,label\na,unit\nb,planet\n", "'planet' (row 2); allowed: territory (0), language (1), script (2)"),
-        ("text,label\na,unit\nb,\n", "1 of 2 rows have no label in column 'label' (row 2)"),
+        ("text,label\na,unit\nb,planet\n", "'planet' (line 3); allowed: territory (0), language (1), script (2)"),
+        ("text,label\na,unit\nb,\n", "1 of 2 rows have no label in column 'label' (line 3)"),
         ("text,label\na,unit\n", "all 1 usable rows are of one class (unit)"),
         ("text,label\na,unit\nb,date\n", "2 usable rows are too few to hold out 0.2 of them"),
         ("text,label\na,unit\nb,unit\n", "all 2 usable rows are of one class (unit); personalising needs at least two"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,11 @@ import pytest
 from fedtailor.core.errors import DataError
 from fedtailor.personalise.data import Columns, Labelled, hold_out, labelled, limited, refuse_single_class, shared_texts
 from fedtailor.personalise.files import Table, read_table
+from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example
 
 CLASSES = ("business", "sports", "health")
 ROWS = [("Bei ya mafuta", "business"), ("Timu, imeshinda", "sports"), ('Alisema "ndiyo"', "sports")]
-SWAHILI = "Tɔ́ŋgbɛ̂ — wíkì ya habari ñ"
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
 
 
 def csv(path: Path, rows: list[tuple[str, str]] = ROWS, **more: Any) -> str:
@@ -35,7 +29,9 @@ def read(source: str) -> Labelled:
 
 
 def table(**columns: list[Any]) -> Table:
-    return Table("mine.csv", columns, "0" * 64)
+    cells = enumerate(zip(*columns.values(), strict=True), start=1)
+    rows = [Row(f"mine.csv, row {n}", dict(zip(columns, row, strict=True))) for n, row in cells]
+    return Table("mine.csv", rows, "0" * 64)
 
 
 def made(labels: list[int], texts: list[str] | None = None) -> Labelled:
@@ -79,16 +75,12 @@ def test_a_folder_of_the_datasets_library_is_read_with_its_own_class_names(tmp_p
     DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     found = read(str(tmp_path / "saved"))
     assert (texts(found), [CLASSES[i] for i in found.labels]) == (["a", "b"], ["sports", "health"])
-    assert read_table(str(tmp_path / "saved"), "test").columns["text"] == ["c"]
+    assert [dict(row.values) for row in read_table(str(tmp_path / "saved"), "test").rows] == [
+        {"text": "c", "label": "sports"}
+    ]
     (tmp_path / "plain").mkdir()
     csv(tmp_path / "plain/train.csv")
     assert len(read(str(tmp_path / "plain"))) == 3
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_utf8_with_or_without_mark_and_marked_utf16_are_read(tmp_path: Path, encoding: str) -> None:
-    source = write(tmp_path / "a.csv", f"text,label\n{SWAHILI},sports\n".encode(encoding))
-    assert texts(read(source)) == [SWAHILI]
 
 
 def test_the_words_na_null_and_nan_are_texts_and_line_breaks_in_quotes_stay(tmp_path: Path) -> None:
@@ -99,42 +91,28 @@ def test_the_words_na_null_and_nan_are_texts_and_line_breaks_in_quotes_stay(tmp_
 # ---- what cannot -----------------------------------------------------------------------------------------
 
 
-def test_a_byte_that_is_not_utf8_is_named_with_its_position(tmp_path: Path) -> None:
-    good = b"text,label\nhabari njema,sports\n"
-    mixed = good + "médecin,health\n".encode("latin-1")
-    with pytest.raises(DataError, match=rf"a\.csv: not UTF-8: byte 0xe9 at position {len(good) + 1} .*line 3"):
-        read(write(tmp_path / "a.csv", mixed))
-    with pytest.raises(DataError, match=rf"b\.csv: not UTF-8: byte 0xe9 at position {len(good) + 4} "):
-        read(write(tmp_path / "b.csv", codecs.BOM_UTF8 + mixed))
-    with pytest.raises(DataError, match=r"c\.csv: a zero byte at position 1 .*UTF-16"):
-        read(write(tmp_path / "c.csv", good.decode().encode("utf-16-le")))
-    with pytest.raises(DataError, match=r"d\.jsonl: not UTF-16: .*truncated data"):
-        read(write(tmp_path / "d.jsonl", codecs.BOM_UTF16_LE + b'{"'[:1]))
-
-
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
         ("none.csv", None, "no such file"),
-        ("empty.csv", "", "the file is empty"),
-        ("blank.csv", " \n\n", "the file is empty"),
-        ("header.csv", "text,label\n", r"has no rows \(columns: text, label\)"),
-        ("notes.docx", "text,label\n", "endings that are read: .csv, .tsv, .jsonl"),
-        ("long.csv", "text,label\nHello, world,sports\n", "more fields than the header"),
-        ("later.csv", "text,label\na,sports\nHello, world,sports\n", "Expected 2 fields in line 3, saw 3"),
-        ("open.csv", 'text,label\n"a,sports\nb,sports\n', "EOF inside string"),
-        ("a.jsonl", '{"text": "a", "label": "sports"}\n{"text": "b"', "line 2: not JSON"),
-        ("b.jsonl", '["a", "sports"]', "row 1: a str, where an object"),
-        ("c.jsonl", '{"text": "a", "label": "sports"}\n7\n', "row 2: a int, where an object"),
-        ("a.parquet", "PAR1 not really", "not a Parquet file"),
+        ("empty.csv", "", "holds no row"),
+        ("header.csv", "text,label\n", "holds no row"),
+        ("notes.docx", "text,label\n", r"ending is not one of \.jsonl, .*\.csv"),
+        ("long.csv", "text,label\nHello, world,sports\n", "line 2: 3 columns, expected 2"),
+        ("open.csv", 'text,label\n"a,sports\nb,sports\n', "line 2: damaged or truncated CSV"),
+        ("a.jsonl", '{"text": "a", "label": "sports"}\n{"text": "b"', "line 2: damaged JSON"),
+        ("a.parquet", "PAR1 not really", "cannot be read as Parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(
     tmp_path: Path, name: str, content: str | None, told: str
 ) -> None:
-    source = str(tmp_path / name) if content is None else write(tmp_path / name, content)
+    """More of what can be wrong with a table: `test_tasks_rows.py`."""
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
     with pytest.raises(DataError, match=told) as caught:
-        read(source)
+        read(str(path))
     assert name in str(caught.value)
 
 
@@ -210,9 +188,10 @@ def test_an_unknown_label_is_named_with_its_row_and_the_allowed_ones(label: Any)
 @pytest.mark.parametrize("missing", ["", "  ", None, float("nan")])
 def test_a_missing_label_is_refused_unless_its_text_is_empty_too(tmp_path: Path, missing: Any) -> None:
     frame = pd.DataFrame({"text": ["a", "b", ""], "label": ["sports", missing, missing]})
-    for name, save in (("a.parquet", frame.to_parquet), ("a.csv", frame.to_csv)):
+    for name, save, at in (("a.parquet", frame.to_parquet, "row 1"), ("a.csv", frame.to_csv, "line 3")):
         save(tmp_path / name, index=False)
-        with pytest.raises(DataError, match=r"1 of 2 rows have no label in column 'label' \(row 2\); give"):
+        place = rf"1 of 2 rows have no label in column 'label' \({at}\); give"
+        with pytest.raises(DataError, match=place):
             read(str(tmp_path / name))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from fedtailor.core.errors import DataError, listed
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.personalise.files import Table
+from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example
 
 TEXT_NAMES: Final = ("text", "sentence", "premise", "sentence1", "text1", "content", "headline", "title")
@@ -108,22 +109,20 @@ def labelled(table: Table, wanted: Columns, allowed: Sequence[str]) -> Labelled:
 
     Raises:
         DataError: a column is missing (names those present), a text is no text, a label is missing or unknown
-            (names it, the row from 1 and the allowed ones), or nothing is left.
+            (names it, its place and the allowed ones), or nothing is left.
     """
     columns = _find(table, wanted)
-    texts = _texts(table, str(columns.text))
-    pairs = [None] * len(table) if columns.pair is None else _texts(table, columns.pair)
-    rows = list(zip(texts, pairs, strict=True))
-    full = [i for i, (text, pair) in enumerate(rows) if text.strip() and (pair is None or pair.strip())]
+    found = [(row, _text(row, columns.text) or "", _text(row, columns.pair)) for row in table.rows]
+    full = [(row, text, pair) for row, text, pair in found if text.strip() and (pair is None or pair.strip())]
     if not full:
-        raise DataError(f"{table.name}: all {len(table)} rows have an empty text (column '{columns.text}')")
-    labels = _labels(table, str(columns.label), full, allowed)
-    examples = tuple(Example(rows[i][0], label, rows[i][1]) for i, label in zip(full, labels, strict=True))
-    return Labelled(table.name, table.sha256, columns, examples, len(table), len(table) - len(full))
+        raise DataError(f"{table.name}: all {len(found)} rows have an empty text (column '{columns.text}')")
+    labels = _labels(table.name, str(columns.label), [row for row, _, _ in full], allowed)
+    examples = tuple(Example(text, label, pair) for (_, text, pair), label in zip(full, labels, strict=True))
+    return Labelled(table.name, table.sha256, columns, examples, len(found), len(found) - len(full))
 
 
 def _find(table: Table, wanted: Columns) -> Columns:
-    known = {name.casefold(): name for name in reversed(list(table.columns))}
+    known = {name.casefold(): name for name in reversed(table.columns)}
     problems: list[str] = []
 
     def column(what: str, given: str | None, guesses: Sequence[str]) -> str | None:
@@ -144,45 +143,46 @@ def _find(table: Table, wanted: Columns) -> Columns:
     return Columns(text, pair, label)
 
 
-def _texts(table: Table, name: str) -> list[str]:
-    values = table.columns[name]
-    for row, value in enumerate(values, start=1):
-        what = ""
-        if value is not None and not isinstance(value, str):
-            what = f"{value!r:.60} ({type(value).__name__}), not a text"
-        elif value is not None and _SURROGATE.search(value):
-            what = "half a surrogate pair, which is no text"
-        if what:
-            raise DataError(f"{table.name}, row {row}: column '{name}' holds {what}")
-    return [value or "" for value in values]
+def _text(row: Row, column: str | None) -> str | None:
+    """A text cell, empty where the value is missing; None without a column."""
+    if column is None:
+        return None
+    value = row.values.get(column)
+    if value is not None and not isinstance(value, str):
+        kind = type(value).__name__
+        raise DataError(f"{row.where}: column '{column}' holds {value!r:.60} ({kind}), not a text")
+    if value and _SURROGATE.search(value):
+        raise DataError(f"{row.where}: column '{column}' holds half a surrogate pair, which is no text")
+    return value or ""
 
 
-def _labels(table: Table, name: str, rows: Sequence[int], allowed: Sequence[str]) -> list[int]:
-    """Class id of each of ``rows``. Names win over numbers, exact spelling over other cases, the first of equals."""
+def _labels(table: str, column: str, rows: Sequence[Row], allowed: Sequence[str]) -> list[int]:
+    """Class ids. Names win over numbers, exact spelling over other cases, the first of equals."""
     exact = {name: i for i, name in enumerate(allowed)}
     any_case = {name.casefold(): i for i, name in reversed(list(enumerate(allowed)))}
     numbers = {str(i): i for i in range(len(allowed))}
-    known, values = ", ".join(f"{name} ({i})" for i, name in enumerate(allowed)), table.columns[name]
-    missing, unknown, ids = list[int](), dict[str, int](), list[int]()
-    for i in rows:
-        word = "" if values[i] is None else str(values[i]).strip()
+    known = ", ".join(f"{name} ({i})" for i, name in enumerate(allowed))
+    missing, unknown, ids = list[str](), dict[str, str](), list[int]()
+    for row in rows:
+        value, place = row.values.get(column), row.where.rpartition(", ")[2]
+        word = "" if value is None else str(value).strip()
         # Tables with a missing value elsewhere often turn whole numbers into 3.0.
         found = exact.get(word, any_case.get(word.casefold(), numbers.get(word.removesuffix(".0"))))
         if found is not None:
             ids.append(found)
         elif word:
-            unknown.setdefault(f"{values[i]!r:.60}", i + 1)
+            unknown.setdefault(f"{value!r:.60}", place)
         else:
-            missing.append(i + 1)
+            missing.append(place)
     if missing:
         raise DataError(
-            f"{table.name}: {len(missing)} of {len(rows)} rows have no label in column '{name}' (row "
-            f"{listed(missing)}); give each one of: {known}"
+            f"{table}: {len(missing)} of {len(rows)} rows have no label in column '{column}' ({listed(missing)}); "
+            f"give each one of: {known}"
         )
     if unknown:
-        strange = listed([f"{value} (row {row})" for value, row in unknown.items()])
+        strange = listed([f"{value} ({place})" for value, place in unknown.items()])
         raise DataError(
-            f"{table.name}: column '{name}' has labels that the base model does not know: {strange}; allowed: {known}"
+            f"{table}: column '{column}' has labels that the base model does not know: {strange}; allowed: {known}"
         )
     return ids
 
