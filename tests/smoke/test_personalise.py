@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from fedtailor.cli import app
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.embedded import build_tiny_bert
-from fedtailor.personalise import new_client
+from fedtailor.personalise import generator
 from fedtailor.tasks import cldr
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.store import TaskData
@@ -237,7 +237,7 @@ def refuse(runs: Path, swahili: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     def loaded(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(new_client, "load_net", loaded)
+    monkeypatch.setattr(generator, "load_net", loaded)
 
     def run(code: int, *words: object, **options: object) -> str:
         given = {

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from fedtailor.core.errors import DataError
-from fedtailor.personalise.data import Columns, Labelled, hold_out, labelled, limited, refuse_single_class, shared_texts
-from fedtailor.personalise.files import Table, read_table
+from fedtailor.personalise.data import Columns, Labelled, Table, labelled, read_table
+from fedtailor.personalise.new_client import hold_out, limited, refuse_single_class, shared_texts
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example
 

@@ -1,20 +1,30 @@
-"""A user's table as labelled texts: which columns, rows and classes; what is trained on and what is held out."""
+"""A user's own data as labelled texts: a table in a file or of the Hugging Face library, its columns, its classes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from fedtailor.core.errors import DataError, listed
-from fedtailor.core.seeding import numpy_rng
-from fedtailor.personalise.files import Table
-from fedtailor.tasks.rows import Row
+from fedtailor.tasks.rows import Row, is_table, read_rows
 from fedtailor.tasks.source import Example
+
+SPLIT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "train": ("train",),
+    "test": ("test", "validation", "dev", "valid"),
+}
+"""Splits of a Hugging Face data set that may stand for each use, in order of preference."""
+
+Use = Literal["train", "test"]
+
+_HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 
 TEXT_NAMES: Final = ("text", "sentence", "premise", "sentence1", "text1", "content", "headline", "title")
 """Columns that are taken for the text, in order of preference, whatever their case."""
@@ -31,6 +41,94 @@ LABEL_NAMES: Final = ("label", "labels", "category", "class", "target")
 """Columns that are taken for the label."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they were found.
+
+    Args:
+        name: file name or data set id, for messages and the record.
+        rows: cells by column, None where a value is missing; classes of a data set (`datasets.ClassLabel`) by name.
+        sha256: hex hash of the file's bytes; of the rows as JSON for a Hugging Face data set.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    sha256: str
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.values))
+
+
+def read_table(source: str, use: Use = "train") -> Table:
+    """Reads a file, a folder of the ``datasets`` library, or a data set of the hub.
+
+    Args:
+        source: a file that `tasks.rows.read_rows` reads; a folder that ``datasets`` can load; or a hub id,
+            ``owner/name`` or ``owner/name:config``.
+        use: which split is meant where there are several.
+
+    Raises:
+        DataError: nothing there, without rows, or damaged (names the place).
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        rows = list(read_rows(path))
+        with path.open("rb") as stream:
+            return Table(path.name, rows, hashlib.file_digest(stream, "sha256").hexdigest())
+    named = _HUB.fullmatch(source)
+    if not path.is_dir() and (path.exists() or is_table(path) or named is None):
+        raise DataError(f"{source}: no such file (a hub data set is named owner/name or owner/name:config)")
+    return _dataset(source, path, named, use)
+
+
+def _dataset(source: str, path: Path, named: re.Match[str] | None, use: Use) -> Table:
+    import datasets  # a second that only this path needs
+
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(str(path))
+        elif path.is_dir() or named is None:
+            found = datasets.load_dataset(str(path))
+        else:
+            found = datasets.load_dataset(named["id"], named["config"])
+    except Exception as error:  # the library lets OSError, ValueError, HTTP and its own errors through
+        kind = "folder" if path.is_dir() else "file nor folder here, nor a hub data set that can be reached"
+        raise DataError(f"{source}: not a data set {kind}: {type(error).__name__}: {error}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    split = _split(source, found, use)
+    columns = {name: [_plain(value) for value in split[name]] for name in split.column_names}
+    if not len(split):
+        raise DataError(f"{source}: has no rows (columns: {', '.join(columns) or 'none'})")
+    text = json.dumps(columns, sort_keys=True, ensure_ascii=True, default=str)
+    for column, feature in split.features.items():
+        if isinstance(feature, datasets.ClassLabel):  # -1 is no class
+            classes = dict(enumerate(feature.names))
+            columns[column] = [classes.get(value) for value in columns[column]]
+    cells = zip(*columns.values(), strict=True)
+    rows = [Row(f"{source}, row {n}", dict(zip(columns, row, strict=True))) for n, row in enumerate(cells)]
+    return Table(path.name if path.is_dir() else source, rows, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _plain(cell: Any) -> Any:
+    return None if isinstance(cell, float) and cell != cell else cell
+
+
+def _split(source: str, found: Any, use: Use) -> Any:
+    if hasattr(found, "column_names") and isinstance(found.column_names, list):
+        return found
+    have = list(found)
+    for name in (*SPLIT_NAMES[use], *(have if len(have) == 1 else ())):
+        if name in have:
+            return found[name]
+    raise DataError(f"{source}: no split to {use} with: it has {have}, looked for {list(SPLIT_NAMES[use])}")
 
 
 @dataclass(frozen=True)
@@ -185,78 +283,3 @@ def _labels(table: str, column: str, rows: Sequence[Row], allowed: Sequence[str]
             f"{table}: column '{column}' has labels that the base model does not know: {strange}; allowed: {known}"
         )
     return ids
-
-
-def limited(data: Labelled, limit: int, seed: int) -> Labelled:
-    """At most ``limit`` rows: a seeded draw, in the order of the file."""
-    if len(data) <= limit:
-        return data
-    return data.take(sorted(numpy_rng(seed, "newcomer", "limit").permutation(len(data))[:limit]))
-
-
-def hold_out(data: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
-    """Splits into train and held-out rows, each class in proportion; no class loses its last train row.
-
-    Rows with the same text stay on one side.
-
-    Args:
-        data: all rows.
-        fraction: share to hold out, between 0 and 1.
-        seed: run seed.
-
-    Raises:
-        DataError: so few rows that none can be held out.
-    """
-    groups, labels = dict[str, list[int]](), data.labels
-    for i, row in enumerate(data.examples):
-        groups.setdefault(row.normal, []).append(i)
-    draws = numpy_rng(seed, "newcomer", "held-out").random(len(groups))
-    drawn = sorted(zip(groups.values(), draws, strict=True), key=lambda group: (labels[group[0][0]], group[1]))
-    left, owed, out = Counter(labels), 0.0, set[int]()
-    for rows, _ in drawn:
-        owed += fraction * len(rows)
-        used = Counter(labels[i] for i in rows)
-        if owed >= len(rows) / 2 and all(left[label] > count for label, count in used.items()):
-            out.update(rows)
-            owed -= len(rows)
-            left -= used
-    if not out:
-        raise DataError(
-            f"{data.name}: {len(data)} usable rows are too few to hold out {fraction:g} of them; give more rows, a "
-            "larger --test-fraction, or a file of held-out rows with --test"
-        )
-    return data.take(i for i in range(len(data)) if i not in out), data.take(sorted(out))
-
-
-def refuse_single_class(data: Labelled, allowed: Sequence[str]) -> None:
-    """Nothing can be learned from one class.
-
-    Raises:
-        DataError: fewer than two classes; names the one there is.
-    """
-    present = sorted(set(data.labels))
-    if len(present) < 2:
-        raise DataError(
-            f"{data.name}: all {len(data)} usable rows are of one class ({allowed[present[0]]}); "
-            "personalising needs at least two classes"
-        )
-
-
-def refuse_mixture(train: Labelled, test: Labelled) -> None:
-    """Both sides have single texts, or both have pairs.
-
-    Raises:
-        DataError: one of each; names both.
-    """
-    if (train.columns.pair is None) != (test.columns.pair is None):
-        with_pairs, without = (train, test) if test.columns.pair is None else (test, train)
-        raise DataError(
-            f"{with_pairs.name} has pairs of texts ({with_pairs.columns.text}, {with_pairs.columns.pair}), "
-            f"{without.name} has single texts; name both columns with --text and --pair"
-        )
-
-
-def shared_texts(train: Labelled, test: Labelled) -> int:
-    """Held-out rows whose text is trained on too: their score flatters."""
-    trained = {row.normal for row in train.examples}
-    return sum(row.normal in trained for row in test.examples)

@@ -1,19 +1,38 @@
-"""The trained strategy generator of a run, and the base model that it was trained for."""
+"""The trained strategy generator of a run, the base model that it was trained for, and what it makes for a client.
+
+FedP2EFT section 3.2, inference: features of the client's texts -> lambda -> the r L largest -> fine-tuning with
+lambda frozen. Nothing here depends on whether the generator saw the client's language.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fedtailor.core.config import merge_layers, validate
 from fedtailor.core.errors import ConfigError, ModelError, StorageError
 from fedtailor.core.messages import FloatArray
+from fedtailor.core.scope import Scope
+from fedtailor.core.seeding import seed_for
 from fedtailor.core.settings import ModelConfig
+from fedtailor.evaluation.classification import evaluate
 from fedtailor.experiment.config import ExperimentBase, method_section, to_json
 from fedtailor.experiment.launch import load_experiment
+from fedtailor.federated.context import ClientContext, Lane, open_params
+from fedtailor.federated.early_stop import best_of
+from fedtailor.federated.method import Method
+from fedtailor.federated.received import Received
+from fedtailor.lanes.batches import Examples
+from fedtailor.lanes.features import client_features
+from fedtailor.lanes.net import LaneNet
+from fedtailor.methods import build_method
 from fedtailor.methods.fedp2eft import FedP2EFTConfig
 from fedtailor.models import hub
 from fedtailor.models.dimensions import dimensions
@@ -22,9 +41,10 @@ from fedtailor.models.load import load_config
 from fedtailor.models.source import ModelSource
 from fedtailor.storage.artifacts import fetch, model_path, published
 from fedtailor.storage.digest import DONE
-from fedtailor.storage.round_store import SERVER, SHARED
+from fedtailor.storage.round_store import SERVER, SHARED, flatten
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.training.finetune import FinetuneConfig
+from fedtailor.worker.open_stage import load_net
 
 METHOD = "fedp2eft"
 
@@ -189,3 +209,88 @@ def _refuse_unserved(run_id: str, exp: ExperimentBase, seed: int, budget: int) -
         )
     if problems:
         raise ConfigError(problems)
+
+
+def personalise(
+    generator: TrainedGenerator, lane: Lane, test: Examples, pad_id: int, budget: int, device: str = "cpu"
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Loads the base model and makes the adapter of a client.
+
+    Computed in float32 whatever the run's ``engine.dtype``, so that plain peft gives the same scores.
+
+    Args:
+        generator: trained generator and base folder.
+        lane: the client with the texts to learn from.
+        test: texts to score on.
+        pad_id: padding token.
+        budget: r; r L ranks are kept.
+        device: where to compute.
+
+    Returns:
+        numbers by name, as they are recorded, and the files of the peft adapter.
+
+    Raises:
+        ModelError: the base cannot be loaded, or training ran away (a loss or weight is not finite).
+        StorageError: the saved generator does not fit the base.
+    """
+    exp, model = generator.exp, generator.exp.model
+    net = load_net(generator.base, model.targets, generator.labels, device=device, base_dropout=model.base_dropout)
+    net.unbind()
+    net.train_mode(False)
+
+    def score(logits: Callable[..., Tensor]) -> dict[str, Any]:
+        [found] = evaluate(logits, [test], pad_id, exp.engine.token_budget, net.device)
+        mean = {"accuracy": found.correct / found.count, "loss": found.loss_sum / found.count}
+        return mean | {"correct": found.correct, "count": found.count}
+
+    base = score(net.logits)
+    method = build_method(METHOD, generator.cfg, exp.r_max)
+    warned: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        # Only a base with dropout of its own draws from the global stream.
+        torch.manual_seed(seed_for(generator.seed, "personalise", 0, lane.client.id, "base-dropout"))
+        made = method.personaliser(_context(generator, method, net, lane, pad_id, budget, warned))
+    assert made.ranks is not None
+    assert made.export is not None
+    net.train_mode(False)
+    personalised = score(made.logits)
+    if not np.isfinite(personalised["loss"]):
+        raise ModelError(
+            f"the loss after fine-tuning is {personalised['loss']}; try a smaller lr than {generator.cfg.finetune.lr:g}"
+        )
+    top = int(np.bincount(lane.train.labels).argmax())
+    hits, count = int((test.labels == top).sum()), len(test.labels)
+    majority = {"class": generator.labels[top], "accuracy": hits / count, "correct": hits, "count": count}
+    return {
+        "scores": {"majority": majority, "base": base, "personalised": personalised},
+        "train_loss": float(made.metrics["train_loss"][0]),
+        "tied_at_threshold": float(made.metrics["tied_at_threshold"][0]),
+        "ranks": dict(zip(generator.modules, made.ranks[0].tolist(), strict=True)),
+        "warnings": warned,
+    }, made.export(0, str(generator.base))
+
+
+def _context(
+    generator: TrainedGenerator, method: Method, net: LaneNet, lane: Lane, pad_id: int, budget: int, warned: list[str]
+) -> ClientContext:
+    """One lane that has received the generator."""
+    params = open_params(net, 1, None, method.modules, generator.seed)
+    shared = params.of_scope(Scope.SHARED)
+    row = torch.from_numpy(best_of(generator.server, flatten(shared, generator.shared)).copy()).to(net.device)
+    params.flat(Scope.SHARED)[0].data.copy_(row)
+    return ClientContext(
+        net=net,
+        lanes=(lane,),
+        params=params,
+        seed=generator.seed,
+        stage="personalise",
+        round=0,
+        num_labels=len(generator.labels),
+        pad_id=pad_id,
+        feature_source=lambda lanes, pad_to: [client_features(net, x.train, pad_id, pad_to) for x in lanes],
+        warn=lambda lane, sentence: warned.append(sentence),
+        budgets=(budget,),
+        r_max=generator.exp.r_max,
+        received=Received(shared, row.unsqueeze(0), [0]),
+        fresh=torch.tensor([True], device=net.device),
+    )

@@ -1,57 +1,37 @@
 """A new client: one that no run knew gets the adapter that a trained strategy generator chooses for it.
 
-FedP2EFT section 3.2, inference: features of the client's texts -> lambda -> the r L largest -> fine-tuning with
-lambda frozen. Nothing here depends on whether the generator saw the client's language.
+What is asked for, checks that need no weights, what is learned from and what is held out, and the folder that comes of
+it: the peft adapter, a record of every number, how to load it and, where asked for, the merged model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor import __version__
-from fedtailor.core.errors import ConfigError, ModelError
+from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.files import refuse_used, staged_folder
 from fedtailor.core.messages import Client
-from fedtailor.core.scope import Scope
-from fedtailor.core.seeding import seed_for
-from fedtailor.evaluation.classification import evaluate
+from fedtailor.core.seeding import numpy_rng
 from fedtailor.experiment.config import to_json
-from fedtailor.federated.context import ClientContext, Lane, open_params
-from fedtailor.federated.early_stop import best_of
-from fedtailor.federated.method import Method
-from fedtailor.federated.received import Received
+from fedtailor.federated.context import Lane
 from fedtailor.lanes.batches import Examples
-from fedtailor.lanes.features import client_features
-from fedtailor.lanes.net import LaneNet
-from fedtailor.methods import build_method
 from fedtailor.models.load import load_tokenizer
-from fedtailor.personalise.data import (
-    Columns,
-    Labelled,
-    hold_out,
-    labelled,
-    limited,
-    refuse_mixture,
-    refuse_single_class,
-    shared_texts,
-)
+from fedtailor.personalise.data import Columns, Labelled, labelled, read_table
 from fedtailor.personalise.export import RECORD, merge_adapter, readme
-from fedtailor.personalise.files import read_table
-from fedtailor.personalise.generator import METHOD, TrainedGenerator, checked_fingerprint, open_generator
+from fedtailor.personalise.generator import METHOD, TrainedGenerator, checked_fingerprint, open_generator, personalise
 from fedtailor.storage.files import Storage
-from fedtailor.storage.round_store import flatten
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.tokens import examples_of
-from fedtailor.worker.open_stage import load_net
 
 CLIENT = "newcomer"
 """Client id of every new client, a coordinate of its random streams."""
@@ -69,7 +49,7 @@ class Request:
 
     Args:
         run_id: run with the trained generator.
-        data: file, folder or hub id to learn from (`files.read_table`).
+        data: file, folder or hub id to learn from (`data.read_table`).
         budget: r.
         out: folder to make; must not be there or be empty.
         storage: where the run is.
@@ -127,7 +107,7 @@ def check(request: Request) -> Ready:
     """Opens the run, reads the data and tokenises it; loads no weights and writes nothing.
 
     Raises:
-        TailorError: the first thing that cannot work; see `generator`, `files` and `data`.
+        TailorError: the first thing that cannot work; see `generator` and `data`.
     """
     _refuse_options(request)
     run = RunFolder.open(Storage(request.storage), request.run_id)
@@ -185,7 +165,12 @@ def _read(request: Request, generator: TrainedGenerator) -> tuple[Labelled, Labe
         fraction = TEST_FRACTION if request.test_fraction is None else request.test_fraction
         return hold_out(data, fraction, generator.seed)
     test = labelled(read_table(request.test, "test"), request.columns, generator.labels)
-    refuse_mixture(data, test)
+    if (data.columns.pair is None) != (test.columns.pair is None):
+        with_pairs, without = (data, test) if test.columns.pair is None else (test, data)
+        raise DataError(
+            f"{with_pairs.name} has pairs of texts ({with_pairs.columns.text}, {with_pairs.columns.pair}), "
+            f"{without.name} has single texts; name both columns with --text and --pair"
+        )
     return data, test
 
 
@@ -214,7 +199,10 @@ def carry_out(ready: Ready) -> dict[str, Any]:
         ModelError: the base cannot be loaded, or training ran away (a loss or weight is not finite).
         StorageError: the saved generator does not fit the base.
     """
-    numbers, files = _personalised(ready)
+    request, generator = ready.request, ready.generator
+    client = Client(CLIENT, CLIENT, request.language, len(ready.train.labels), len(ready.test.labels))
+    lane = Lane(client, ready.train)
+    numbers, files = personalise(generator, lane, ready.test, ready.pad_id, request.budget, request.device)
     record = {**ready.record, **numbers}
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     files |= {RECORD: text.encode(), README: readme(record, ready.generator.base).encode()}
@@ -226,72 +214,62 @@ def carry_out(ready: Ready) -> dict[str, Any]:
     return record
 
 
-def _personalised(ready: Ready) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What training adds to the record, and the files of the peft adapter.
+def limited(data: Labelled, limit: int, seed: int) -> Labelled:
+    """At most ``limit`` rows: a seeded draw, in the order of the file."""
+    if len(data) <= limit:
+        return data
+    return data.take(sorted(numpy_rng(seed, "newcomer", "limit").permutation(len(data))[:limit]))
 
-    Computed in float32 whatever the run's ``engine.dtype``, so that plain peft gives the same scores.
+
+def hold_out(data: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
+    """Splits into train and held-out rows, each class in proportion; no class loses its last train row.
+
+    Rows with the same text stay on one side.
+
+    Args:
+        data: all rows.
+        fraction: share to hold out, between 0 and 1.
+        seed: run seed.
+
+    Raises:
+        DataError: so few rows that none can be held out.
     """
-    generator, train, test = ready.generator, ready.train, ready.test
-    exp, model, seed = generator.exp, generator.exp.model, generator.seed
-    net = load_net(
-        generator.base, model.targets, generator.labels, device=ready.request.device, base_dropout=model.base_dropout
-    )
-    net.unbind()
-    net.train_mode(False)
-
-    def score(logits: Callable[..., Tensor]) -> dict[str, Any]:
-        [found] = evaluate(logits, [test], ready.pad_id, exp.engine.token_budget, net.device)
-        mean = {"accuracy": found.correct / found.count, "loss": found.loss_sum / found.count}
-        return mean | {"correct": found.correct, "count": found.count}
-
-    base = score(net.logits)
-    method = build_method(METHOD, generator.cfg, exp.r_max)
-    warned: list[str] = []
-    with torch.random.fork_rng(devices=[]):
-        # Only a base with dropout of its own draws from the global stream.
-        torch.manual_seed(seed_for(seed, "personalise", 0, CLIENT, "base-dropout"))
-        made = method.personaliser(_context(ready, method, net, warned))
-    assert made.ranks is not None
-    assert made.export is not None
-    net.train_mode(False)
-    personalised = score(made.logits)
-    if not np.isfinite(personalised["loss"]):
-        raise ModelError(
-            f"the loss after fine-tuning is {personalised['loss']}; try a smaller lr than {generator.cfg.finetune.lr:g}"
+    groups, labels = dict[str, list[int]](), data.labels
+    for i, row in enumerate(data.examples):
+        groups.setdefault(row.normal, []).append(i)
+    draws = numpy_rng(seed, "newcomer", "held-out").random(len(groups))
+    drawn = sorted(zip(groups.values(), draws, strict=True), key=lambda group: (labels[group[0][0]], group[1]))
+    left, owed, out = Counter(labels), 0.0, set[int]()
+    for rows, _ in drawn:
+        owed += fraction * len(rows)
+        used = Counter(labels[i] for i in rows)
+        if owed >= len(rows) / 2 and all(left[label] > count for label, count in used.items()):
+            out.update(rows)
+            owed -= len(rows)
+            left -= used
+    if not out:
+        raise DataError(
+            f"{data.name}: {len(data)} usable rows are too few to hold out {fraction:g} of them; give more rows, a "
+            "larger --test-fraction, or a file of held-out rows with --test"
         )
-    top = int(np.bincount(train.labels).argmax())
-    hits, count = int((test.labels == top).sum()), len(test.labels)
-    majority = {"class": generator.labels[top], "accuracy": hits / count, "correct": hits, "count": count}
-    return {
-        "scores": {"majority": majority, "base": base, "personalised": personalised},
-        "train_loss": float(made.metrics["train_loss"][0]),
-        "tied_at_threshold": float(made.metrics["tied_at_threshold"][0]),
-        "ranks": dict(zip(generator.modules, made.ranks[0].tolist(), strict=True)),
-        "warnings": warned,
-    }, made.export(0, str(generator.base))
+    return data.take(i for i in range(len(data)) if i not in out), data.take(sorted(out))
 
 
-def _context(ready: Ready, method: Method, net: LaneNet, warned: list[str]) -> ClientContext:
-    """One lane that has received the generator."""
-    generator = ready.generator
-    client = Client(CLIENT, CLIENT, ready.request.language, len(ready.train.labels), len(ready.test.labels))
-    params = open_params(net, 1, None, method.modules, generator.seed)
-    shared = params.of_scope(Scope.SHARED)
-    row = torch.from_numpy(best_of(generator.server, flatten(shared, generator.shared)).copy()).to(net.device)
-    params.flat(Scope.SHARED)[0].data.copy_(row)
-    return ClientContext(
-        net=net,
-        lanes=(Lane(client, ready.train),),
-        params=params,
-        seed=generator.seed,
-        stage="personalise",
-        round=0,
-        num_labels=len(generator.labels),
-        pad_id=ready.pad_id,
-        feature_source=lambda lanes, pad_to: [client_features(net, x.train, ready.pad_id, pad_to) for x in lanes],
-        warn=lambda lane, sentence: warned.append(sentence),
-        budgets=(ready.request.budget,),
-        r_max=generator.exp.r_max,
-        received=Received(shared, row.unsqueeze(0), [0]),
-        fresh=torch.tensor([True], device=net.device),
-    )
+def refuse_single_class(data: Labelled, allowed: Sequence[str]) -> None:
+    """Nothing can be learned from one class.
+
+    Raises:
+        DataError: fewer than two classes; names the one there is.
+    """
+    present = sorted(set(data.labels))
+    if len(present) < 2:
+        raise DataError(
+            f"{data.name}: all {len(data)} usable rows are of one class ({allowed[present[0]]}); "
+            "personalising needs at least two classes"
+        )
+
+
+def shared_texts(train: Labelled, test: Labelled) -> int:
+    """Held-out rows whose text is trained on too: their score flatters."""
+    trained = {row.normal for row in train.examples}
+    return sum(row.normal in trained for row in test.examples)
