@@ -13,7 +13,7 @@ from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
-from fedtailor.tasks.natural_clients import MIN_EXAMPLES, held_out
+from fedtailor.tasks.partition import MIN_EXAMPLES, held_out
 from fedtailor.tasks.rows import Row, hub_rows, read_rows
 from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, find_file
 

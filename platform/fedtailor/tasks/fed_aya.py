@@ -17,7 +17,7 @@ from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.cldr import FED_AYA
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, read_turn
-from fedtailor.tasks.natural_clients import MIN_EXAMPLES, LabelledSplit, check_unseen, natural_clients
+from fedtailor.tasks.partition import MIN_EXAMPLES, LabelledSplit, check_unseen, natural_clients
 from fedtailor.tasks.rows import Row, list_rows, parse_json, read_text
 from fedtailor.tasks.source import Example, Source, TaskEntry, find_file
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instruction_rows import Dropped, Turn, read_turn
-from fedtailor.tasks.natural_clients import LabelledSplit, id_part, natural_clients
+from fedtailor.tasks.partition import LabelledSplit, id_part, natural_clients
 from fedtailor.tasks.rows import Row, hub_rows, is_table, read_rows, table_files
 from fedtailor.tasks.source import SPLITS, Example, Source, Split, TaskEntry
 

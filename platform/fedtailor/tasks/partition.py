@@ -1,4 +1,4 @@
-"""Dirichlet label skew: a language's texts to clients of equal size, and partitions made from other partitions.
+"""Which client has which texts: Dirichlet label skew, partitions made from other partitions, clients of the data's own.
 
 Paper: FedP2EFT (arXiv 2502.04387) section 4.1.1, after Hsu et al. 2019 (arXiv 1909.06335). Per language
 and pool: a row of class probabilities per client, p_i ~ Dirichlet(alpha 1_C), C classes in the train part;
@@ -9,22 +9,27 @@ Deviation from the reference code: each (pool, language) draws its own matrix, f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import DataError, did_you_mean, listed
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source
+from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, NaturalClient, Pool, Source, Split
 
 Ints = npt.NDArray[np.int64]
 
 Floats = npt.NDArray[np.float64]
 
 MIN_TRAIN, MIN_TEST = 2, 1
+
+MIN_EXAMPLES = MIN_TRAIN + MIN_TEST
 
 _FLOOR = 1e-5
 """Added to the classes that are left when one is empty (reference code), so that their sum is never 0."""
@@ -204,3 +209,90 @@ def reference_unseen_partition(
                 "test texts: the unseen pool is too small for the seen pool's rows (task.reference_unseen_partition)"
             )
         yield Shard(train, test)
+
+
+class LabelledSplit(NamedTuple):
+    """An example of a client; `split` where the data itself says whether it is for train or test."""
+
+    example: Example
+    split: Split | None = None
+
+
+def id_part(name: str) -> str:
+    """A name as part of a client's id, whose parts are joined by slashes.
+
+    >>> id_part("a/b"), id_part("50%")
+    ('a%2Fb', '50%25')
+    """
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def natural_clients(
+    clients: Mapping[str, Sequence[LabelledSplit]], groups: Sequence[str], cfg: TaskConfig, seed: int
+) -> list[NaturalClient]:
+    """One `NaturalClient` per client, in the order given.
+
+    Train and test are the data's own where it says so, in its order; else a client's examples are shuffled by
+    (seed, client) and ``task.test_fraction`` of them, rounded up, are test. ``task.max_examples`` keeps the first
+    of them after shuffling. A test example that some client trains on is dropped under ``task.drop_duplicates``.
+
+    Args:
+        clients: name -> its examples.
+        groups: what `Example.label` counts.
+        cfg: `unseen`, `test_fraction`, `max_examples` and `drop_duplicates` are used.
+        seed: run seed.
+
+    Raises:
+        DataError: a client has too few examples (names it), or an unseen client does not exist.
+    """
+    unseen = set(map(id_part, cfg.unseen))
+    check_unseen(unseen, clients)
+    parts = {name: _train_and_test(name, held, cfg, seed) for name, held in clients.items()}
+    if cfg.drop_duplicates:
+        trained = {e.normal for train, _ in parts.values() for e in train}
+        parts = {name: (train, [e for e in test if e.normal not in trained]) for name, (train, test) in parts.items()}
+    found = []
+    for name, (train, test) in parts.items():
+        counts = np.bincount([e.label for e in (*train, *test)], minlength=len(groups))
+        pool: Pool = "unseen" if name in unseen else "seen"
+        found.append(NaturalClient(name, pool, groups[int(counts.argmax())], tuple(train), tuple(test)))
+    return found
+
+
+def held_out(n: int, fraction: float) -> int:
+    """How many of n examples are for test: the fraction rounded up, but 2 are left to train on.
+
+    >>> held_out(10, 0.2), held_out(11, 0.2), held_out(3, 0.9)
+    (2, 3, 1)
+    """
+    return max(MIN_TEST, min(math.ceil(fraction * n), n - MIN_TRAIN))
+
+
+def check_unseen(unseen: Iterable[str], clients: Iterable[str]) -> None:
+    """Raises DataError for an id of ``task.unseen`` that no client has; names the nearest."""
+    known = list(clients)
+    for name in unseen:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise DataError(f"task.unseen: no client {name!r} among the {len(known)} clients ({listed(known)}){hint}")
+
+
+def _train_and_test(
+    name: str, held: Sequence[LabelledSplit], cfg: TaskConfig, seed: int
+) -> tuple[list[Example], list[Example]]:
+    if len(held) < MIN_EXAMPLES:
+        raise DataError(
+            f"client {name!r} has {len(held)} example{'s' * (len(held) != 1)} with a response; at least {MIN_EXAMPLES} "
+            f"are needed, {MIN_TRAIN} to train on and {MIN_TEST} to be judged by"
+        )
+    shuffled = [held[i] for i in numpy_rng(seed, "client examples", name).permutation(len(held))]
+    if held[0].split is None:
+        kept = [h.example for h in shuffled[: cfg.max_examples]]
+        n = held_out(len(kept), cfg.test_fraction)
+        return kept[n:], kept[:n]
+    limit = cfg.max_examples or len(held)
+    train, test = (
+        [h.example for h in (shuffled if limit < len(held) else held) if h.split == split] for split in SPLITS
+    )
+    n = min(len(test), held_out(limit, len(test) / len(held))) if limit < len(held) else len(test)
+    return train[: limit - n], test[:n]

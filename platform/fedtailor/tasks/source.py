@@ -70,6 +70,11 @@ class NaturalClient:
     train: Sequence[Example]
     test: Sequence[Example]
 
+    @property
+    def id(self) -> str:
+        """``seen/eng/17``."""
+        return f"{self.pool}/{self.language}/{self.name}"
+
     def split(self, name: Split) -> Sequence[Example]:
         """The examples of one split."""
         return self.train if name == "train" else self.test

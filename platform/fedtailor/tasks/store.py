@@ -26,8 +26,6 @@ BLOCK = 4096
 
 Ints = npt.NDArray[np.int64]
 
-Rows = npt.NDArray[np.int32]
-
 TEXTS = pa.schema(
     {
         "pool": pa.string(),
@@ -83,15 +81,6 @@ def write_examples(path: Path, rows: Sequence[Sequence[npt.NDArray[Any]]]) -> No
     test = np.repeat(np.tile([False, True], len(rows)), sizes.ravel())
     blocks = (slice(at, at + BLOCK) for at in range(0, len(every), BLOCK))
     write_stream(path, EXAMPLES, (pa.record_batch([clients[b], test[b], every[b]], schema=EXAMPLES) for b in blocks))
-
-
-@dataclass(frozen=True)
-class HeldRows:
-    """A client with its rows of the text table, (n_train,) and (n_test,) int32."""
-
-    client: Client
-    train: Rows
-    test: Rows
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
@@ -17,8 +19,9 @@ import pyarrow as pa
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.core.messages import Client
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.natural_clients import check_clients, check_instructions, natural_client_rows, subsample_clients
 from fedtailor.tasks.partition import (
+    MIN_TEST,
+    MIN_TRAIN,
     Shard,
     Shards,
     client_id,
@@ -27,8 +30,8 @@ from fedtailor.tasks.partition import (
     reference_unseen_partition,
     resample,
 )
-from fedtailor.tasks.source import SPLITS, Example, Pool, Source, TaskEntry, check_leakage
-from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, TEXTS, HeldRows, TaskData, write_examples, write_stream
+from fedtailor.tasks.source import POOLS, SPLITS, Example, NaturalClient, Pool, Source, TaskEntry, check_leakage
+from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, TEXTS, TaskData, write_examples, write_stream
 
 __all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare", "task_config"]
 
@@ -68,13 +71,14 @@ def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
 
     Raises:
         ConfigError: unknown task, or a key that this task's clients rule out.
-        DataError: see the task's load function, `partition`, `natural_clients` and `check_leakage`.
+        DataError: see the task's load function, `partition` and `check_leakage`; or a client or an example that
+            cannot serve (names it).
     """
-    source, client_rows = _dealt(cfg, seed)
+    source, clients = _dealt(cfg, seed)
     out.mkdir(parents=True, exist_ok=True)
     write_stream(out / "texts.arrow", _schema(source), _text_batches(source))
-    write_examples(out / "examples.arrow", [(held.train, held.test) for held in client_rows])
-    manifest = _manifest(cfg, seed, source, client_rows)
+    write_examples(out / "examples.arrow", [(rows.train, rows.test) for _, rows in clients])
+    manifest = _manifest(cfg, seed, source, clients)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return TaskData.open(out)
@@ -90,10 +94,9 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
         raise ConfigError(f"'task.name' is {cfg.name!r}, allowed: {', '.join(TASKS)}{did_you_mean(cfg.name, TASKS)}")
     source = TASKS[cfg.name].load(cfg, seed)
     if source.natural_clients:
-        _refuse_dealing(cfg)
-        check_clients(source)
+        _check_clients(cfg, source)
     if source.kind == "generation":
-        check_instructions(source)
+        _check_instructions(source)
         return source
     found = {e.label for _, _, part in source.parts() for e in part.train}
     if len(found) == 1:
@@ -102,8 +105,8 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
     return source
 
 
-def _refuse_dealing(cfg: TaskConfig) -> None:
-    """Raises ConfigError for keys that deal texts to clients, where the data names its clients."""
+def _check_clients(cfg: TaskConfig, source: Source) -> None:
+    """Refuses keys that deal texts to clients, where the data names its clients, and clients that cannot serve."""
     dealing = {"task.resample": cfg.resample, "task.reference_unseen_partition": cfg.reference_unseen_partition}
     problems = [
         f"'{key}' deals texts to clients, and the clients of task {cfg.name!r} hold their own (remove it)"
@@ -112,18 +115,67 @@ def _refuse_dealing(cfg: TaskConfig) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+    counts = Counter(client.id for client in source.natural_clients)
+    for client in source.natural_clients:
+        if any(not part or "/" in part for part in (client.language, client.name)):
+            raise DataError(f"client {client.id!r}: neither part of an id after the pool may be empty or have a slash")
+        if counts[client.id] > 1:
+            raise DataError(f"client {client.id!r}: {counts[client.id]} clients have this id")
+        if len(client.train) < MIN_TRAIN or len(client.test) < MIN_TEST:
+            raise DataError(
+                f"client {client.id!r} has {len(client.train)} train and {len(client.test)} test examples; at least "
+                f"{MIN_TRAIN} and {MIN_TEST} are needed"
+            )
+    if all(client.pool != "seen" for client in source.natural_clients):
+        count = len(source.natural_clients)
+        raise DataError(f"all {count} clients are unseen; at least one must be seen (task.unseen)")
 
 
-def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[HeldRows]]:
-    """The texts that stay, and who holds which."""
+def _check_instructions(source: Source) -> None:
+    """Refuses what cannot be asked or answered; names client (or pool and language), split and place."""
+    for pool, language, part in source.parts():
+        where = f"client {part.id!r}" if isinstance(part, NaturalClient) else f"{pool}/{language}"
+        for split in SPLITS:
+            for number, example in enumerate(part.split(split), start=1):
+                for what, text in (("instruction", example.text), ("response", example.pair or "")):
+                    if not text.strip():
+                        raise DataError(f"{where}: {split} example {number} has no {what}")
+
+
+def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[tuple[Client, Shard]]]:
+    """The texts, and each client with its rows of their table, seen clients first."""
     source = _load(cfg, seed)
+    n = cfg.clients_per_language
+    shards: Shards = {}
     if source.natural_clients:
-        source = subsample_clients(source, cfg.clients_used, cfg.clients_per_language)
-        return source, list(natural_client_rows(source))
-    shards: Shards = {(pool, lang): _shards(source, pool, lang, cfg, seed) for pool, lang, _ in source.parts()}
-    if cfg.clients_used < cfg.clients_per_language:
-        source, shards = first_clients(source, shards, cfg.clients_used)
-    return source, list(_client_rows(source, shards, cfg.clients_per_language))
+        source = _first_share(source, cfg.clients_used, n)
+    else:
+        shards = {(pool, lang): _shards(source, pool, lang, cfg, seed) for pool, lang, _ in source.parts()}
+        if cfg.clients_used < n:
+            source, shards = first_clients(source, shards, cfg.clients_used)
+    clients, first = [], 0
+    for pool, language, part in source.parts():
+        middle, end = first + len(part.train), first + len(part.train) + len(part.test)
+        if isinstance(part, NaturalClient):
+            named = [(part.id, Shard(np.arange(first, middle), np.arange(middle, end)))]
+        else:
+            dealt = enumerate(shards[pool, language])
+            named = [(client_id(pool, language, i, n), Shard(s.train + first, s.test + middle)) for i, s in dealt]
+        clients += [(Client(name, pool, language, len(s.train), len(s.test)), s) for name, s in named]
+        first = end
+    return source, clients
+
+
+def _first_share(source: Source, kept: int, of: int) -> Source:
+    """The first ``kept / of`` of each pool's clients, rounded, but at least one where the pool has any.
+
+    Dirichlet partitions keep `kept` of their `of` clients per language; so this keeps the same share.
+    """
+    some: list[NaturalClient] = []
+    for pool in POOLS:
+        members = [client for client in source.natural_clients if client.pool == pool]
+        some += members[: max(1, (2 * len(members) * kept + of) // (2 * of))]
+    return replace(source, natural_clients=tuple(some))
 
 
 def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: int) -> Iterator[Shard]:
@@ -134,17 +186,6 @@ def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: in
         seen = source.pools["seen"][language]
         return reference_unseen_partition(part, language, partition(seen, "seen", language, n, cfg.alpha, seed), n)
     return partition(part, pool, language, n, cfg.alpha, seed)
-
-
-def _client_rows(source: Source, shards: Shards, clients: int) -> Iterator[HeldRows]:
-    first = 0
-    for pool, language, part in source.parts():
-        for index, shard in enumerate(shards[pool, language]):
-            name = client_id(pool, language, index, clients)
-            client = Client(name, pool, language, len(shard.train), len(shard.test))
-            test = shard.test + first + len(part.train)
-            yield HeldRows(client, (shard.train + first).astype(np.int32), test.astype(np.int32))
-        first += len(part.train) + len(part.test)
 
 
 def _examples(source: Source) -> Iterator[tuple[str, str, str, Example]]:
@@ -170,11 +211,11 @@ def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
         yield pa.record_batch(columns[: len(schema)], schema=schema)
 
 
-def _manifest(cfg: TaskConfig, seed: int, source: Source, client_rows: Sequence[HeldRows]) -> dict[str, Any]:
+def _manifest(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tuple[Client, Shard]]) -> dict[str, Any]:
     examples = [e for *_, e in _examples(source)]
     digests = [_digest(e, source) for e in examples]
     labels = np.array([e.label for e in examples], dtype=np.int64)
-    clients = [_client_entry(h, digests, labels, len(source.labels)) for h in client_rows]
+    clients = [_client_entry(client, rows, digests, labels, len(source.labels)) for client, rows in dealt]
     generation = source.kind == "generation"
     content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients], *(["generation"] * generation)]
     hidden = _PLACE if generation else _PLACE | _INSTRUCTIONS_ONLY
@@ -202,17 +243,17 @@ def _digest(example: Example, source: Source) -> bytes:
 
 
 def _client_entry(
-    client_rows: HeldRows, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
+    client: Client, rows: Shard, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
 ) -> dict[str, Any]:
-    content = hashlib.sha256(f"{len(client_rows.train)}/{len(client_rows.test)}".encode())
-    for row in chain(client_rows.train, client_rows.test):
+    content = hashlib.sha256(f"{len(rows.train)}/{len(rows.test)}".encode())
+    for row in chain(rows.train, rows.test):
         content.update(digests[row])
     return {
-        "id": client_rows.client.id,
-        "n_train": client_rows.client.n_train,
-        "n_test": client_rows.client.n_test,
-        "train_classes": np.bincount(labels[client_rows.train], minlength=classes).tolist(),
-        "test_classes": np.bincount(labels[client_rows.test], minlength=classes).tolist(),
+        "id": client.id,
+        "n_train": client.n_train,
+        "n_test": client.n_test,
+        "train_classes": np.bincount(labels[rows.train], minlength=classes).tolist(),
+        "test_classes": np.bincount(labels[rows.test], minlength=classes).tolist(),
         "sha256": content.hexdigest(),
     }
 
@@ -230,10 +271,7 @@ def _class_counts(source: Source) -> dict[str, list[int]]:
 
 def _unused(source: Source) -> int:
     """Test texts of a class that their pool's train part in that language lacks; of clients' own texts none."""
-    unused = 0
     if source.natural_clients:
-        return unused
-    for _, _, part in source.parts():
-        classes = {e.label for e in part.train}
-        unused += sum(e.label not in classes for e in part.test)
-    return unused
+        return 0
+    parts = [(part, {e.label for e in part.train}) for _, _, part in source.parts()]
+    return sum(e.label not in classes for part, classes in parts for e in part.test)

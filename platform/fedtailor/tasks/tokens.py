@@ -110,7 +110,7 @@ def tokenise(
         "data_hash": data.hash,
         "hash": digest.hexdigest(),
         "rows": len(lengths),
-        "clients": [_client_entry(c.id, *rows, lengths) for c, rows in zip(data.clients, held, strict=True)],
+        "clients": [_client_entry(c.id, rows, lengths) for c, rows in zip(data.clients, held, strict=True)],
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return TokenData.open(out)
@@ -166,10 +166,10 @@ def _kept(client: str, rows: Sequence[Ints], lengths: Ints, max_length: int) -> 
     return [part[lengths[part] > 0] for part in rows]
 
 
-def _client_entry(client: str, train: Ints, test: Ints, lengths: Ints) -> dict[str, Any]:
-    longest = int(max(lengths[train].max(), lengths[test].max()))
-    sizes = {"id": client, "n_train": len(train), "n_test": len(test)}
-    return sizes | {"longest": longest, "train_tokens": int(lengths[train].sum())}
+def _client_entry(client: str, rows: Sequence[Ints], lengths: Ints) -> dict[str, Any]:
+    train, test = (lengths[part] for part in rows)
+    longest, train_tokens = int(max(train.max(), test.max())), int(train.sum())
+    return {"id": client, "n_train": len(train), "n_test": len(test), "longest": longest, "train_tokens": train_tokens}
 
 
 def examples_of(
