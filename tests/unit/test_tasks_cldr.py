@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import pytest
 
@@ -71,14 +72,11 @@ def test_every_language_of_the_papers_holds_enough_text_for_ten_clients_per_pool
         assert len(part.test) >= 10, (pool, language)
 
 
-def test_counts_are_those_of_the_loaded_texts_and_skewed_by_language(source: Source) -> None:
-    counts = cldr.counts(TaskConfig(languages=PAPERS_LANGUAGES))
-    for language in PAPERS_LANGUAGES:
-        kinds = list(texts(source, language).values())
-        assert counts[language] == {kind: kinds.count(kind) for kind in cldr.KINDS}
-    assert sum(counts["amh"].values()) > 5 * sum(counts["sna"].values())
+def test_languages_have_as_many_names_as_cldr_translates(source: Source) -> None:
+    counts = {language: Counter(texts(source, language).values()) for language in PAPERS_LANGUAGES}
+    assert counts["amh"].total() > 5 * counts["sna"].total()
     assert counts["lug"]["time zone"] == 0
-    assert all(counts["eng"].values())
+    assert all(counts["eng"][kind] for kind in cldr.KINDS)
 
 
 def test_the_test_share_follows_the_config() -> None:

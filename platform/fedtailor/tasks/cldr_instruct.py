@@ -1,6 +1,6 @@
 """Task ``cldr_instruct``: instructions about languages, answered by Unicode CLDR. No download: generation's default.
 
-Two families, read through Babel's public API: names ("What is Kenya called in Yoruba?", `cldr_names`), and things that
+Two families, read through Babel's public API: names ("What is Kenya called in Yoruba?", `cldr`), and things that
 a language writes by rule ("Write Sunday, March 3, 2024 in Swahili.", `cldr_rules`). A client has one predominant
 language and up to three others, its own mix of kinds, and one house style (CLDR's short, medium, long or full), which
 instructions do not mention: whoever knows the client only can answer as the client would.
@@ -24,14 +24,13 @@ from babel import Locale
 
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.seeding import numpy_rng, seed_for
-from fedtailor.tasks import cldr_names
-from fedtailor.tasks.cldr import locales_of
+from fedtailor.tasks.cldr import NAME_KINDS, Table, is_english, locales_of, names_of
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import client_id
 from fedtailor.tasks.source import POOLS, SPLITS, Example, NaturalClient, Pool, Source, Split, TaskEntry
 
-KINDS: Final = (*rules(), *cldr_names.KINDS)
+KINDS: Final = (*rules(), *NAME_KINDS)
 """Kinds of subjects: what follows a rule, then names."""
 
 Stock = Mapping[str, Sequence[Any]]
@@ -78,7 +77,7 @@ class Language:
     code: str
     name: str
     locale: Locale
-    names: cldr_names.Table
+    names: Table
     stock: Mapping[tuple[Pool, Split], Stock]
 
 
@@ -93,7 +92,7 @@ def languages_of(cfg: TaskConfig, seed: int) -> tuple[dict[str, Language], dict[
     dropped: Counter[str] = Counter()
     languages = {}
     for code, locale in locales_of(cfg.languages).items():
-        names, lost = cldr_names.names(locale)
+        names, lost = names_of(locale)
         dropped += lost
         stock: dict[tuple[Pool, Split], dict[str, Sequence[Any]]] = {(p, s): {} for p in POOLS for s in SPLITS}
         for kind in KINDS:
@@ -102,8 +101,9 @@ def languages_of(cfg: TaskConfig, seed: int) -> tuple[dict[str, Language], dict[
                     able = [s for s in by_pool[kind][pool] if _writes(kind, rules()[kind].part(s), locale)]
                 else:
                     able = _by_pool(kind, sorted(names[kind]), key)[pool]
-                parts = _by_split(kind, able, code, key, cfg.test_fraction)
-                stock[pool, "train"][kind], stock[pool, "test"][kind] = parts
+                test = [_share(key, kind, subject, code) < cfg.test_fraction for subject in able]
+                stock[pool, "train"][kind] = [s for s, tests in zip(able, test, strict=True) if not tests]
+                stock[pool, "test"][kind] = [s for s, tests in zip(able, test, strict=True) if tests]
         languages[code] = Language(code, str(locale.english_name), locale, names, stock)
     return languages, {name: dropped[name] for name in ("dropped_inherited", "dropped_english", "dropped_long")}
 
@@ -121,16 +121,6 @@ def _by_pool(kind: str, subjects: Sequence[Any], key: bytes) -> dict[Pool, list[
     for subject in subjects:
         found[POOLS[int(_share(key, kind, subject) < 0.5)]].append(subject)
     return found
-
-
-def _by_split(
-    kind: str, subjects: Sequence[Any], code: str, key: bytes, test_fraction: float
-) -> tuple[list[Any], list[Any]]:
-    train: list[Any] = []
-    test: list[Any] = []
-    for subject in subjects:
-        (test if _share(key, kind, subject, code) < test_fraction else train).append(subject)
-    return train, test
 
 
 def _share(key: bytes, *place: Any) -> float:
@@ -198,15 +188,6 @@ def profile(cfg: TaskConfig, seed: int, pool: Pool, language: str, index: int) -
     )
 
 
-def counts(cfg: TaskConfig, seed: int) -> dict[str, dict[str, int]]:
-    """Subjects per language and kind, over both pools: ``{"amh": {"date": 3653, "territory": 265, ...}, ...}``."""
-    languages, _ = languages_of(cfg, seed)
-    return {
-        code: {kind: sum(len(stock[kind]) for stock in language.stock.values()) for kind in KINDS}
-        for code, language in languages.items()
-    }
-
-
 # ---- clients -----------------------------------------------------------------------------------------------
 
 
@@ -256,7 +237,7 @@ def _answers(
 def _answer(
     language: Language, kind: str, subject: Any, style: str, rng: np.random.Generator
 ) -> tuple[str, str] | None:
-    if kind in cldr_names.KINDS:
+    if kind in NAME_KINDS:
         thing, response = language.names[kind][subject]
         wordings: tuple[str, ...] = _NAME_WORDINGS
     else:
@@ -264,7 +245,7 @@ def _answer(
         written = rule.write(subject, language.locale, style)
         if written is None:
             return None
-        thing, response = rule.ask(subject, cldr_names.is_english(language.locale)), written
+        thing, response = rule.ask(subject, is_english(language.locale)), written
         wordings = _RULE_WORDINGS
     return wordings[int(rng.integers(len(wordings)))].format(thing, language=language.name), response
 

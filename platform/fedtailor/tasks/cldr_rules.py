@@ -22,7 +22,7 @@ from babel.lists import format_list
 from babel.numbers import format_currency, get_currency_precision
 from babel.units import format_unit
 
-from fedtailor.tasks.cldr_names import is_english, month, plain, weekday
+from fedtailor.tasks.cldr import is_english, month, plain, weekday
 from fedtailor.tasks.source import normalise
 
 STYLES: Final = ("short", "medium", "long", "full")

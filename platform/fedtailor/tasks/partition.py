@@ -245,7 +245,7 @@ def natural_clients(
     Raises:
         DataError: a client has too few examples (names it), or an unseen client does not exist.
     """
-    unseen = set(map(id_part, cfg.unseen))
+    unseen = list(map(id_part, cfg.unseen))
     check_unseen(unseen, clients)
     parts = {name: _train_and_test(name, held, cfg, seed) for name, held in clients.items()}
     if cfg.drop_duplicates:
