@@ -55,7 +55,7 @@ class ZeroGroup:
             # DeepSpeed cannot let go of a model that it has partitioned.
             self._disband()
         if not self._ranks:
-            self._assemble(spec.device)
+            self._assemble(spec.engine.device)
         self._spec = spec
         fingerprints = set(self._all([rank.open.remote(spec) for rank in self._ranks]))
         if len(fingerprints) != 1:

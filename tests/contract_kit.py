@@ -21,7 +21,7 @@ from toy import toy_net
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.scope import Scope
 from fedtailor.experiment.config import ExperimentBase
-from fedtailor.experiment.inputs import make_inputs
+from fedtailor.experiment.prepare import make_inputs
 from fedtailor.experiment.stages import Stage, stage_spec
 from fedtailor.federated.method import Method, MethodEntry
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds

@@ -18,9 +18,8 @@ from actors.session import cluster_nodes, ensure_ray
 from fedtailor.cli.terminal import plain_table
 from fedtailor.core.errors import ConfigError, Interrupted, SweepError, TailorError
 from fedtailor.core.settings import EngineConfig
-from fedtailor.experiment.launch import launch, load_experiment, run_serial
+from fedtailor.experiment.launch import StopSignals, launch, load_experiment, run_serial
 from fedtailor.experiment.prepare import prepare
-from fedtailor.experiment.stop import StopSignals
 from fedtailor.report.wandb import sync_wandb
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder

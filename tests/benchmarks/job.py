@@ -75,9 +75,7 @@ def stage_spec(regime: Regime, folder: Path, engine: EngineConfig) -> StageSpec:
     }  # fmt: skip
     return StageSpec(
         key=STAGE, kind="rounds", method="fedavg", method_config=config, seed=SEED, model_dir=str(folder / "model"),
-        data_dir=str(folder / "tokens"), targets="all-linear", base_dropout=0.0, budgets=(), r_max=RANK,
-        threads=engine.threads, token_budget=engine.token_budget, max_lanes=engine.max_lanes, dtype=engine.dtype,
-        rounds=regime.rounds,
+        data_dir=str(folder / "tokens"), r_max=RANK, rounds=regime.rounds, engine=engine,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from toy import ToyClient
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import Ranks, Scope
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.core.settings import EngineConfig
+from fedtailor.core.settings import EngineConfig, ModelConfig, ZeroConfig
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.received import Received
 from fedtailor.lanes.batches import Examples
@@ -174,8 +174,8 @@ def stage(folder: Path) -> StageSpec:
     """What the ranks are told."""
     return StageSpec(
         key="strategy/fedp2eft/seed1", kind="rounds", method="fedp2eft", seed=1, method_config={"folder": str(folder)},
-        model_dir=str(folder / "model"), data_dir="", targets="all-linear", base_dropout=0.0, budgets=(), r_max=16,
-        threads=1, token_budget=4096, max_lanes=1, dtype="bfloat16", weights="bfloat16", zero={"ranks": 2},
+        model_dir=str(folder / "model"), data_dir="", r_max=16, model=ModelConfig(weights="bfloat16"),
+        engine=EngineConfig(max_lanes=1, dtype="bfloat16", zero=ZeroConfig(ranks=2)),
     )  # fmt: skip
 
 

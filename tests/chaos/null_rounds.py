@@ -45,7 +45,7 @@ def play(address: str, folder: Path, rounds: int) -> None:
 
     ray_constants.ENABLE_RAY_CLUSTER = False
     plan = RoundPlan("base/seed0", 0, rounds, CLIENTS, dict.fromkeys(CLIENTS, 1), len(CLIENTS), 8, 2)
-    spec = StageSpec("base/seed0", "rounds", "fedavg", {}, 0, "", "", "all-linear", 0.0, (), 1, 1, 1, 1, "float32")
+    spec = StageSpec("base/seed0", "rounds", "fedavg", {}, 0, "", "", 1)
     config = EngineConfig(actors=2, address=address)
     pool = RayPool(config, lambda event: None, worker="null_rounds:EchoWorker")
     info = pool.open(spec)

@@ -27,8 +27,7 @@ def stage(folder: Path, **faults: Any) -> StageSpec:
     """A stage whose config names a fault, e.g. ``kill=[2]``: die once in segment 2."""
     return StageSpec(
         key="strategy/fake/seed1", kind="rounds", method="fake", seed=1,
-        method_config={"folder": str(folder), **faults}, model_dir="", data_dir="", targets="all-linear",
-        base_dropout=0.0, budgets=(), r_max=8, threads=1, token_budget=64, max_lanes=4, dtype="float32",
+        method_config={"folder": str(folder), **faults}, model_dir="", data_dir="", r_max=8,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedtailor.adapters.bayestune_lora import BayesTuneLora
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import Ranks, Scope
+from fedtailor.core.settings import EngineConfig, ZeroConfig
 from fedtailor.lanes.batches import make_batch
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
@@ -52,8 +53,7 @@ def zero_stage(folder: Path, ranks: int = 2, **faults: Any) -> StageSpec:
     return StageSpec(
         key="personalise/bayestune_lora/seed3", kind="personalise", method="bayestune_lora", seed=3,
         method_config={"folder": str(folder), **faults}, model_dir=str(folder / "base"), data_dir="",
-        targets="all-linear", base_dropout=0.0, budgets=BUDGETS, r_max=4, threads=1, token_budget=512, max_lanes=1,
-        dtype="float32", zero={"ranks": ranks} if ranks > 1 else {},
+        budgets=BUDGETS, r_max=4, engine=EngineConfig(token_budget=512, max_lanes=1, zero=ZeroConfig(ranks=ranks)),
     )  # fmt: skip
 
 

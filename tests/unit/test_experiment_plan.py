@@ -13,8 +13,8 @@ from fedtailor.core.settings import ModelConfig, ZeroConfig
 from fedtailor.experiment.compose import compose, preset_names
 from fedtailor.experiment.config import method_section
 from fedtailor.experiment.estimate import activation_bytes, base_bytes, base_of_rank, logit_bytes, optimizer_of_rank
-from fedtailor.experiment.inputs import make_inputs
 from fedtailor.experiment.plan import Plan, make_plan
+from fedtailor.experiment.prepare import make_inputs
 from fedtailor.experiment.stages import plan_stages
 from fedtailor.methods import build_method
 from fedtailor.models.dimensions import dimensions

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fedtailor.core.errors import Interrupted
-from fedtailor.experiment.stop import StopSignals
+from fedtailor.experiment.launch import StopSignals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,11 @@ from toy import toy_context, toy_lanes, toy_llama, with_prompts
 
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.errors import ConfigError, PlacementError
-from fedtailor.core.messages import StageSpec
 from fedtailor.core.scope import Scope
 from fedtailor.core.settings import ModelConfig
 from fedtailor.experiment import rules as model_rules
-from fedtailor.experiment.base_model import write_base
 from fedtailor.experiment.compose import compose
+from fedtailor.experiment.stage_results import Mergeable, write_merged
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.loss import lane_cross_entropy
@@ -27,8 +25,9 @@ from fedtailor.methods import build_method
 from fedtailor.models import embedded, hub
 from fedtailor.models.load import load_causal
 from fedtailor.training.local import Training, train
-from fedtailor.worker.open_stage import load_net_of
+from fedtailor.worker.open_stage import load_net
 
+IN_BFLOAT16 = ModelConfig(weights="bfloat16")
 CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermediate_size=24, vocab_size=300)
 
 
@@ -37,17 +36,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return embedded.build_tiny_llama(
         ["one two three", "four"] * 9, CFG, 32, 1, tmp_path_factory.mktemp("weights") / "tiny"
     )
-
-
-def spec(folder: Path, **more: object) -> StageSpec:
-    return replace(
-        StageSpec(
-            key="base/seed1", kind="rounds", method="fedavg", method_config={"adapter": "lora", "rank": 2}, seed=1,
-            model_dir=str(folder), data_dir="", targets="all-linear", base_dropout=0.0, budgets=(), r_max=2,
-            threads=1, token_budget=512, max_lanes=4, dtype="float32",
-        ),
-        **more,  # type: ignore[arg-type]
-    )  # fmt: skip
 
 
 # --- checkpointing
@@ -104,7 +92,7 @@ def test_a_block_is_computed_again_with_the_batch_and_masks_of_its_own_forward_p
 
 
 def test_a_bfloat16_base_carries_float32_adapters(tiny: Path) -> None:
-    net = load_net_of(spec(tiny, weights="bfloat16", dtype="bfloat16"), (), "generation")
+    net = load_net(tiny, IN_BFLOAT16, (), "generation", dtype="bfloat16")
     assert {parameter.dtype for parameter in net.model.parameters()} == {torch.bfloat16}
     assert net.param_dtype == torch.float32
     ctx = toy_context(net, with_prompts(toy_lanes([4, 3])), LoraAdapter(2, 2.0, Scope.SHARED))
@@ -119,12 +107,12 @@ def test_a_bfloat16_base_carries_float32_adapters(tiny: Path) -> None:
 def test_the_base_that_a_lora_stage_leaves_is_float32_whatever_it_was_kept_in(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     load_causal(folder, torch.bfloat16).save_pretrained(folder)
-    stage = spec(folder, weights="bfloat16", dtype="bfloat16")
-    method = build_method("fedavg", stage.method_config, 2)
+    method = build_method("fedavg", {"adapter": "lora", "rank": 2}, 2)
     assert method.adapter is not None
-    net = load_net_of(stage, (), "generation")
+    net = load_net(folder, IN_BFLOAT16, (), "generation", dtype="bfloat16")
     tensors = {s.name: 1e-3 + torch.zeros(s.shape).numpy() for s in method.adapter.specs(net)}
-    write_base(stage, method, tensors, (), tmp_path / "base", "generation")
+    assert isinstance(method.adapter, Mergeable)
+    write_merged(folder, (), method.adapter, tensors, tmp_path / "base", "generation")
     old, new = load_causal(folder), load_causal(tmp_path / "base")
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = 2.0 * 2 * 1e-6  # scale * rank * a * b

@@ -12,7 +12,7 @@ from instruction_cases import byte_tokenizer
 
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.experiment.compose import compose
-from fedtailor.experiment.inputs import tokens_artifact
+from fedtailor.experiment.prepare import tokens_artifact
 from fedtailor.lanes.batches import make_batch
 from fedtailor.tasks.encoding import Encoder, Sample
 from fedtailor.tasks.store import TaskData

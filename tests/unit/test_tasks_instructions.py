@@ -12,7 +12,7 @@ import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.experiment.compose import compose
-from fedtailor.experiment.inputs import make_inputs
+from fedtailor.experiment.prepare import make_inputs
 from fedtailor.experiment.rules import check_population
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.files import Storage

@@ -211,8 +211,7 @@ def _conduct(exp: ExperimentBase, run_id: str, make_folder: Callable[[Any], RunF
     from fedtailor.cli.terminal import show_header, summary_table
     from fedtailor.core.config import resolve
     from fedtailor.core.faults import planned
-    from fedtailor.experiment.launch import launch, modules_of
-    from fedtailor.experiment.stop import StopSignals
+    from fedtailor.experiment.launch import StopSignals, launch, modules_of
     from fedtailor.report import report_of
     from fedtailor.report.wandb import sync_wandb
     from fedtailor.tracking.progress import reporter

@@ -90,7 +90,7 @@ def pretrain(
     options, folder = chosen(given), out or pretrained_folder()
     refuse_job_folder("--out", folder)
     from fedtailor.cli.terminal import PretrainView
-    from fedtailor.experiment.stop import StopSignals
+    from fedtailor.experiment.launch import StopSignals
     from fedtailor.models.pretrain import pretrain
 
     with PretrainView(console()) as view, StopSignals(lambda text: view({"kind": "note", "text": text})) as stop:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtailor.core.scope import ParamSpec
+from fedtailor.core.settings import DecodingConfig, EngineConfig, ModelConfig, PersonaliseStageConfig
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -35,10 +36,22 @@ class StageSpec:
         seed: run seed.
         model_dir: Hugging Face folder of the frozen (or initial) model; with ``storage`` a path in it.
         data_dir: folder of the tokenised clients; with ``storage`` a path in it.
-        targets: linear layers to adapt.
-        budgets: total rank per adapted layer, ascending; empty for round stages.
         r_max: largest budget of the run, the paper's r_max target.
+        budgets: total rank per adapted layer, ascending; empty for round stages.
         rounds: number of rounds of a round stage, for schedules over rounds.
+        model: how the base is kept, and which of its linear layers carry adapters.
+        engine: where and how it is computed.
+        personalise: what personalised models are scored on, and what is kept of their answers.
+        decoding: how a generation task's answers are made and scored.
+        save_adapters: whether every personalised client becomes a peft adapter.
+        cache_dir: folder of cached features; None: they are not kept.
+        storage: where model, data and cache are; empty: they are folders of this node.
+        base_method: method that trained the base, if its clients keep something of their own (an overlay).
+        base_config: that method's resolved config.
+        server_side: sections ``aggregation``, ``attack`` and ``privacy`` that differ from their defaults, see
+            `experiment.config`.
+        code: methods of the two above that come from outside, name to ``package.module:ENTRY``; the worker imports
+            them.
     """
 
     key: str
@@ -48,43 +61,20 @@ class StageSpec:
     seed: int
     model_dir: str
     data_dir: str
-    targets: Literal["all-linear"] | tuple[str, ...]
-    base_dropout: float
-    budgets: tuple[int, ...]
     r_max: int
-    threads: int
-    token_budget: int
-    max_lanes: int
-    dtype: str
-    save_adapters: bool = False
-    score_train: bool = False
-    """Personalised models are scored on their train split too."""
-    cache_dir: str | None = None
+    budgets: tuple[int, ...] = ()
     rounds: int = 0
-    device: str = "cpu"
-    base_method: str = ""
-    """Method that trained the base, if its clients keep something of their own (an overlay)."""
-    base_config: Mapping[str, Any] = field(default_factory=dict)
-    attention: str | None = None
-    """Attention kernel of the model; None: transformers' choice."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    personalise: PersonaliseStageConfig = field(default_factory=PersonaliseStageConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    save_adapters: bool = False
+    cache_dir: str | None = None
     storage: str = ""
-    """Where model, data and cache are; empty: they are folders of this node."""
-    micro_batch: int | None = None
-    """Most rows per lane of one forward pass in training; None: the whole step."""
-    weights: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32"
-    """How the frozen base is kept."""
-    checkpointing: bool = False
-    """Blocks are computed again in the backward pass instead of keeping their activations."""
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    """Section ``decoding``: how a generation task's answers are made and scored."""
-    save_predictions: bool = False
-    """Answers are kept beside their scores."""
-    zero: Mapping[str, Any] = field(default_factory=dict)
-    """Section ``engine.zero`` where a model spans several ranks; empty: every worker holds a whole one."""
+    base_method: str = ""
+    base_config: Mapping[str, Any] = field(default_factory=dict)
     server_side: Mapping[str, Any] = field(default_factory=dict)
-    """Sections ``aggregation``, ``attack`` and ``privacy`` that differ from their defaults, see `experiment.config`."""
     code: Mapping[str, str] = field(default_factory=dict)
-    """Methods of the two above that come from outside, name to ``package.module:ENTRY``; the worker imports them."""
 
 
 @dataclass(frozen=True)

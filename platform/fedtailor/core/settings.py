@@ -256,6 +256,11 @@ class EngineConfig(Config):
     keep_rounds: Positive = 2
     """Newest round states that stay on disk."""
 
+    @property
+    def device(self) -> str:
+        """``cuda`` where GPUs are asked for."""
+        return "cuda" if self.num_gpus > 0 or self.memory_gb is not None else "cpu"
+
     @model_validator(mode="after")
     def _one_gpu_measure(self) -> EngineConfig:
         if self.memory_gb is not None and self.num_gpus:

@@ -23,7 +23,7 @@ import torch
 from fedtailor.core.settings import DecodingConfig, EngineConfig, ModelConfig, ZeroConfig
 from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.rules import model_problems, zero_problems
-from fedtailor.experiment.stages import Stage, device_of
+from fedtailor.experiment.stages import Stage
 from fedtailor.federated.method import Method
 from fedtailor.models.dimensions import ModelDimensions
 from fedtailor.models.families import locate_module
@@ -250,7 +250,7 @@ def _capacity(exp: ExperimentBase, memory_gb: float | None) -> tuple[int, str]:
     if engine.memory_gb is not None:
         return round(engine.memory_gb * 1e9), "engine.memory_gb"
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    if sizes and device_of(exp) != "cpu":
+    if sizes and exp.engine.device != "cpu":
         return round(min(sizes) * min(1.0, engine.num_gpus)), f"engine.num_gpus={engine.num_gpus:g} here"
     workers = (engine.actors or 1) * engine.zero.ranks
     memory, source = psutil.virtual_memory().total, "memory of this machine"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from fedtailor.core.errors import ClientError, Interrupted, RoundError
+from fedtailor.core.errors import CapabilityError, ClientError, Interrupted, RoundError
 from fedtailor.core.messages import SegmentJob, SegmentResult, StageInfo, StageSpec
-from fedtailor.experiment.base_model import write_base
 from fedtailor.experiment.config import ExperimentBase, base_seed, method_section
-from fedtailor.experiment.earlier_stages import EarlierStages, spending
-from fedtailor.experiment.inputs import make_inputs
-from fedtailor.experiment.stages import Inputs, Stage, device_of, plan_stages, short_hash, stage_spec
+from fedtailor.experiment.prepare import make_inputs
+from fedtailor.experiment.stage_results import EarlierStages, Mergeable, spending, write_merged
+from fedtailor.experiment.stages import Inputs, Stage, plan_stages, short_hash, stage_spec
 from fedtailor.federated.checks import checked_results
 from fedtailor.federated.method import Method
 from fedtailor.federated.pool import OnEvent, Pool
@@ -123,13 +123,7 @@ class Execution:
 
     def _stage(self, stage: Stage, inputs: Inputs, number: int, total: int) -> None:
         folder = f"artifacts/{stage.artifact}"
-        event = {
-            "kind": "stage",
-            "stage": stage.key,
-            "artifact": stage.artifact,
-            "number": number,
-            "of": total,
-        }
+        event = {"kind": "stage", "stage": stage.key, "artifact": stage.artifact, "number": number, "of": total}
         if self._is_done(folder):
             self.emit({**event, "state": "reused"})
             return
@@ -155,15 +149,12 @@ class Execution:
             self.storage.write_json(f"{folder}/{DONE}", done)
             self.emit({**event, "state": "done"})
 
-    def _features_of(self, stage: Stage, inputs: Inputs) -> str:
-        """Folder of cached features: all that they depend on, the clients' part of the base through its stage."""
-        model, engine = self.exp.model, self.exp.engine
-        how = [model.targets, model.attention, engine.dtype, device_of(self.exp)]
-        return short_hash([stage.parent, inputs.tokens, *how])
-
     def _spec(self, stage: Stage, inputs: Inputs) -> StageSpec:
         """What workers are told; each finds or fetches the folders on its own node."""
-        features = artifact_path(f"features/{self._features_of(stage, inputs)}")
+        model, engine = self.exp.model, self.exp.engine
+        # All that cached features depend on; the clients' part of the base through its stage.
+        source = [stage.parent, inputs.tokens, model.targets, model.attention, engine.dtype, engine.device]
+        features = artifact_path(f"features/{short_hash(source)}")
         spec = stage_spec(self.exp, stage, model_path(stage.parent), artifact_path(inputs.tokens), features)
         return replace(spec, storage=self.storage.address)
 
@@ -190,18 +181,15 @@ class Execution:
         )
         rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
         run_rounds(
-            plan, method, self.pool, info.initial, rounds, self._on_result(), self._on_round(stage),
+            plan, method, self.pool, info.initial, rounds, self._received, self._on_round(stage),
             self._earlier.overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
         )  # fmt: skip
         return info
 
-    def _on_result(self) -> Callable[[SegmentResult], None]:
-        def received(result: SegmentResult) -> None:
-            if self.should_stop():
-                raise Interrupted(f"stopped in {result.stage}, round {result.round}: its commits are kept")
-            self.emit({"kind": "segment", "stage": result.stage, "clients": len(result.valid), **result.host})
-
-        return received
+    def _received(self, result: SegmentResult) -> None:
+        if self.should_stop():
+            raise Interrupted(f"stopped in {result.stage}, round {result.round}: its commits are kept")
+        self.emit({"kind": "segment", "stage": result.stage, "clients": len(result.valid), **result.host})
 
     def _on_round(self, stage: Stage) -> Callable[[RoundOutcome], None]:
         def closed(outcome: RoundOutcome) -> None:
@@ -228,15 +216,14 @@ class Execution:
     def _export(
         self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog, info: StageInfo
     ) -> None:
-        commit = log.newest()
-        if commit is None:
-            tensors = named(info.shared, info.initial)
-        else:
-            tensors = commit.tensors(SHARED)
-        local = on_this_node(spec)
+        part, commit = method.adapter, log.newest()
+        if not isinstance(part, Mergeable):
+            raise CapabilityError(f"{method.name}: its parameters cannot be merged into a base model")
+        tensors = named(info.shared, info.initial) if commit is None else commit.tensors(SHARED)
+        source = Path(on_this_node(spec).model_dir)
         self.artifacts.replace(
             f"{stage.artifact}/model",
-            lambda out: write_base(local, method, tensors, data.labels, out, self.exp.task_entry.kind),
+            lambda out: write_merged(source, data.labels, part, tensors, out, self.exp.task_entry.kind),
         )
 
     def _personalise(
@@ -253,7 +240,7 @@ class Execution:
                 SegmentJob(stage.key, index, number, part, private=own(part), overlay=overlay(part))
                 for number, part in enumerate(segments(chunks[index], engine.segments, engine.min_segment))
             ]
-            results = self.pool.run(jobs, shared, self._on_result())
+            results = self.pool.run(jobs, shared, self._received)
             self._commit_chunk(stage, index, chunks[index], results, log)
             self._progress(stage, index + 1, len(chunks), len(chunks[index]))
             if self.should_stop() and index + 1 < len(chunks):
@@ -261,12 +248,7 @@ class Execution:
         return info.modules, info.r_init
 
     def _commit_chunk(
-        self,
-        stage: Stage,
-        index: int,
-        clients: Sequence[str],
-        results: Sequence[SegmentResult],
-        log: CommitLog,
+        self, stage: Stage, index: int, clients: Sequence[str], results: Sequence[SegmentResult], log: CommitLog
     ) -> None:
         engine = self.exp.engine
         results = checked_results(results, segments(clients, engine.segments, engine.min_segment))
@@ -285,12 +267,8 @@ class Execution:
         for result in results:
             for lane, files in result.adapters.items():
                 objects |= {f"adapters/{lane}/{name}": content for name, content in files.items()}
-        record = {
-            "kind": "chunk",
-            "cohort": list(clients),
-            "rejected": [asdict(failure) for failure in failures],
-        }
-        log.commit(index, objects, record)
+        rejected = [asdict(failure) for failure in failures]
+        log.commit(index, objects, {"kind": "chunk", "cohort": list(clients), "rejected": rejected})
         seconds = {client: s for result in results for client, s in result.seconds.items()}
         self._note(stage, index, failures, [w for r in results for w in r.warnings])
         self.run.timing(stage.key, index, seconds, {c: cost for r in results for c, cost in r.costs.items()})

@@ -18,7 +18,7 @@ from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.scope import Scope
 from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, scaled_task
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
-from fedtailor.experiment.inputs import model_artifact, tokens_artifact
+from fedtailor.experiment.prepare import model_artifact, tokens_artifact
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.federated.attack import attack_of
 from fedtailor.federated.method import Method

@@ -1,25 +1,45 @@
-"""Everything that can be found wrong with an experiment before its run exists; nothing is left behind if it is."""
+"""Everything that can be found wrong with an experiment before its run exists, and what is made before it starts.
+
+Data, initial model and tokens of a seed are made once, named by content, and reused by every later run; if something
+is wrong, nothing is left behind.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from fedtailor.core.config import deviations
 from fedtailor.core.errors import ConfigError, PlacementError, StorageError
-from fedtailor.experiment.config import ExperimentBase, base_seed, overrides_of, stored_experiment, to_json
-from fedtailor.experiment.inputs import make_inputs
-from fedtailor.experiment.rules import check_weights
-from fedtailor.experiment.stages import device_of
+from fedtailor.experiment.config import (
+    ExperimentBase,
+    base_seed,
+    overrides_of,
+    scaled_task,
+    stored_experiment,
+    to_json,
+)
+from fedtailor.experiment.rules import check_population, check_weights
+from fedtailor.experiment.stages import Inputs, short_hash
+from fedtailor.federated.attack import attack_of
 from fedtailor.federated.pool import OnEvent
-from fedtailor.models.hub import check_available
+from fedtailor.models import hub
+from fedtailor.models.embedded import build_tiny_bert, build_tiny_llama
+from fedtailor.models.load import load_tokenizer
+from fedtailor.models.source import EMBEDDED_KINDS, resolve
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
-from fedtailor.tasks.prompts import check_name
+from fedtailor.tasks import prompts
+from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.task import prepare as prepare_task
+from fedtailor.tasks.tokens import tokenise
 from fedtailor.tracking.wandb_key import check_wandb
 
 _COPIES, _COPY = "working_dir_files", "_ray_pkg_"
@@ -40,10 +60,10 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     refuse_other_configuration(storage, run_id, exp)
     check_placement(exp)
     check_wandb(exp.wandb, exp.save_adapters)
-    check_available(exp.model, exp.task.max_length, exp.task_entry.kind)
+    hub.check_available(exp.model, exp.task.max_length, exp.task_entry.kind)
     check_weights(exp)
     if exp.task_entry.kind == "generation":
-        check_name(exp.task.template)
+        prompts.check_name(exp.task.template)
     prepare_data(exp, emit)
     return RunFolder.create(storage, run_id, to_json(exp), overrides_of(exp), ignore=_FREE)
 
@@ -93,7 +113,7 @@ def check_placement(exp: ExperimentBase) -> None:
         PlacementError: with what is asked and what is there.
     """
     engine = exp.engine
-    if device_of(exp) == "cpu" or (engine.address or os.environ.get("RAY_ADDRESS", "local")) != "local":
+    if exp.engine.device == "cpu" or (engine.address or os.environ.get("RAY_ADDRESS", "local")) != "local":
         return
     sizes = [torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(torch.cuda.device_count())]
     if engine.memory_gb is not None:
@@ -118,7 +138,7 @@ def prepare_data(exp: ExperimentBase, emit: OnEvent) -> None:
     """Makes the inputs of all seeds, named by content; if that fails, folders made for them go again.
 
     Raises:
-        DataError, ModelError, StorageError: see `experiment.inputs.make_inputs`.
+        DataError, ModelError, StorageError: see `make_inputs`.
     """
     storage = Storage(exp.storage)
     if storage.url.startswith("memory:") and exp.engine.backend != "serial":
@@ -137,3 +157,89 @@ def prepare_data(exp: ExperimentBase, emit: OnEvent) -> None:
             with suppress(OSError):
                 folder.rmdir()  # removes what is empty only
         raise
+
+
+def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
+    """Prepares what is missing and returns the artifact names.
+
+    Args:
+        exp: whole configuration.
+        seed: run seed.
+        artifacts: where they are kept.
+
+    Raises:
+        ConfigError: a cohort above the seen clients, where only the data tells how many there are.
+        DataError, ModelError: see `tasks` and `models`; nothing half made is left behind.
+        StorageError: the storage or this node's cache failed.
+    """
+    artifacts.folder.mkdir(parents=True, exist_ok=True)
+    data, data_name = _data(exp, seed, artifacts)
+    model_name = model_artifact(exp, seed, data)
+    model = artifacts.ensure(model_name, lambda out: _model(exp, seed, data, out))
+    tokens_name = tokens_artifact(exp, data_name, model_name)
+    tokenizer = load_tokenizer(model)
+    artifacts.ensure(
+        tokens_name,
+        lambda out: tokenise(data, tokenizer, exp.task.max_length, out, exp.task.template, exp.task.overlong),
+    )
+    return Inputs(data_name, model_name, tokens_name)
+
+
+def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskData, str]:
+    # The name is the content's hash, so the data is always made; that takes seconds and catches changed files.
+    task = scaled_task(exp)
+    with TemporaryDirectory(dir=artifacts.folder, prefix=".data-") as made:
+        data = prepare_task(task, seed, Path(made))
+        if exp.task_entry.clients == "natural":
+            check_population(exp, len(data.pool("seen")))
+        attack_of(exp.attack, [client.id for client in data.pool("seen")])
+        name = f"data-{data.hash[:16]}"
+        folder = artifacts.ensure(name, lambda out: _move_files(Path(made), out))
+    return TaskData.open(folder), name
+
+
+def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
+    """Name of the initial model: depends on the task only through kind, labels, length and (embedded) train texts.
+
+    A language model that is not embedded gets no new weights: seeds share it.
+    """
+    content: dict[str, object] = {"kind": data.kind}
+    if data.kind == "classification":
+        content = {"labels": list(data.labels), "seed": seed}
+    if exp.model.name in EMBEDDED_KINDS:
+        unused = ("targets", "base_dropout", "path", "attention", "weights", "checkpointing")
+        sizes = {key: value for key, value in to_json(exp.model).items() if key not in unused}
+        content |= {"model": sizes, "seed": seed, "texts": _texts_hash(data), "max_length": exp.task.max_length}
+    else:
+        content["model"] = {"source": hub.fingerprint(resolve(exp.model))}
+    return f"model-{short_hash(content)}"
+
+
+def tokens_artifact(exp: ExperimentBase, data: str, model: str) -> str:
+    """Name of the tokenised clients."""
+    content: list[object] = [data, model, exp.task.max_length]
+    if exp.task_entry.kind == "generation":
+        content += [prompts.identity(exp.task.template), exp.task.overlong]
+    return f"tokens-{short_hash(content)}"
+
+
+def _texts_hash(data: TaskData) -> str:
+    digest = hashlib.sha256()
+    for text in data.train_texts("seen"):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
+    if exp.model.name == "tiny-bert":
+        # Seen train texts only: an unseen client's words must not shape the vocabulary.
+        build_tiny_bert(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
+    elif exp.model.name == "tiny-llama":
+        build_tiny_llama(data.train_texts("seen"), exp.model, exp.task.max_length, seed, out)
+    else:
+        hub.materialise(exp.model, data.labels, seed, out, data.kind)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        path.rename(target / path.name)

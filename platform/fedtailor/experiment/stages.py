@@ -14,17 +14,18 @@ from fedtailor import NUMERICS_VERSION
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.config import Config, at_absent
 from fedtailor.core.messages import StageSpec
+from fedtailor.core.settings import BaseStageConfig, StrategyStageConfig
 from fedtailor.experiment.config import (
     ExperimentBase,
     base_seed,
     cohort_size,
+    method_of,
     method_section,
     scaled,
     server_side_of,
     to_json,
 )
 from fedtailor.experiment.privacy import resolved
-from fedtailor.methods import build_method
 
 NUMERIC_ENGINE_KEYS = ("threads", "token_budget", "max_lanes", "segments", "min_segment", "dtype")
 
@@ -75,8 +76,8 @@ class Stage:
     kind: str
     method: str
     seed: int
-    artifact: str
-    parent: str
+    artifact: str = ""
+    parent: str = ""
     strategy: str | None = None
     rounds: int = 0
     cohort: int = 0
@@ -110,84 +111,70 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         inputs: artifacts of data, model and tokens.
         seen: clients of the seen pool.
     """
-    common: dict[str, Any] = {
+    stages: list[Stage] = []
+    common = {
         "numerics": NUMERICS_VERSION,
         "torch": torch.__version__,
-        "seed": seed,
         "tokens": inputs.tokens,
         "targets": exp.model.targets,
         "attention": exp.model.attention,
         "engine": {key: getattr(exp.engine, key) for key in NUMERIC_ENGINE_KEYS},
-        "device": device_of(exp),
+        "device": exp.engine.device,
         **_choices(exp),
     }
-    graph = _Graph(exp, seed, common, server_side_of(resolved(exp, seen)), [])
-    base = graph.base(inputs.model, seen)
-    for method in exp.methods:
-        built = build_method(method, method_section(exp, method), exp.r_max)
-        if built.per_budget and built.local_update is not None:
-            for budget in exp.budgets:
-                graph.method(method, base, seen, (budget,), budget, trained=True, path=f"{method}/r{budget}")
-        else:
-            graph.method(method, base, seen, exp.budgets, exp.r_max, built.local_update is not None, method)
-    return graph.stages
+    server_side = server_side_of(resolved(exp, seen))
+    of_rounds = {
+        "on_client_failure": exp.engine.on_client_failure,
+        "quorum": exp.engine.quorum,
+        **{f"guard/{name}": section for name, section in server_side.items()},
+    }
+    of_models = {
+        "pools": exp.personalise.pools,
+        "chunk": exp.personalise.chunk,
+        "adapters": exp.save_adapters,
+        **({"score_train": True} if exp.personalise.score_train else {}),
+        **({"decoding": to_json(exp.decoding)} if exp.task_entry.kind == "generation" else {}),
+        **({"predictions": True} if exp.personalise.save_predictions else {}),
+    }
 
-
-@dataclass(frozen=True)
-class _Graph:
-    exp: ExperimentBase
-    seed: int
-    common: Mapping[str, Any]
-    server_side: Mapping[str, Any]
-    stages: list[Stage]
-
-    def base(self, model: str, seen: int) -> str:
-        """Adds the base stage, if there is one, and returns the artifact that is the frozen model."""
-        exp = self.exp
-        if exp.base.name == "none":
-            return model
-        size = cohort_size(exp.base.cohort, seen)
-        seed = base_seed(exp, self.seed)
-        stage = Stage(f"base/seed{seed}", "base", exp.base.name, seed, "", model, None,
-                      scaled(exp.base.rounds, exp.scale), size, (), exp.r_max)  # fmt: skip
-        return self._add(stage, **self._policy())
-
-    def method(
-        self, method: str, base: str, seen: int, budgets: tuple[int, ...], r_max: int, trained: bool, path: str
-    ) -> None:
-        """Adds a method's strategy stage, if it has rounds of its own, and its personalising stage."""
-        exp, strategy = self.exp, None
-        if trained:
-            size, rounds = cohort_size(exp.strategy.cohort, seen), scaled(exp.strategy.rounds, exp.scale)
-            stage = Stage(f"strategy/{path}/seed{self.seed}", "strategy", method, self.seed, "", base, None, rounds,
-                          size, budgets, r_max)  # fmt: skip
-            strategy = self._add(stage, r_max=r_max, base_dropout=exp.model.base_dropout, **self._policy())
-        stage = Stage(f"personalise/{path}/seed{self.seed}", "personalise", method, self.seed, "", base, strategy,
-                      0, 0, budgets, r_max)  # fmt: skip
-        self._add(
-            stage, budgets=budgets, r_max=r_max, pools=exp.personalise.pools, chunk=exp.personalise.chunk,
-            base_dropout=exp.model.base_dropout, adapters=exp.save_adapters,
-            **({"score_train": True} if exp.personalise.score_train else {}),
-            **({"decoding": to_json(exp.decoding)} if exp.task_entry.kind == "generation" else {}),
-            **({"predictions": True} if exp.personalise.save_predictions else {}),
-        )  # fmt: skip
-
-    def _policy(self) -> dict[str, Any]:
-        server_side = {f"guard/{name}": section for name, section in self.server_side.items()}
-        return {"on_client_failure": self.exp.engine.on_client_failure, "quorum": self.exp.engine.quorum, **server_side}
-
-    def _add(self, stage: Stage, **own: Any) -> str:
+    def add(stage: Stage, **own: Any) -> str:
+        """Names a stage by the hash of all that can change its numbers."""
         content = {
-            **self.common, **own, "seed": stage.seed, "kind": stage.kind, "method": stage.method,
-            "config": named_by(method_section(self.exp, stage.method)),
+            **common, **own, "seed": stage.seed, "kind": stage.kind, "method": stage.method,
+            "config": named_by(method_section(exp, stage.method)),
             "parent": stage.parent, "strategy": stage.strategy, "rounds": stage.rounds, "cohort": stage.cohort,
         }  # fmt: skip
-        if stage.method in self.exp.code:
-            content["code"] = self.exp.code[stage.method]
-        server_side = {} if stage.kind == "personalise" else self.server_side
-        named = replace(stage, artifact=f"{stage.kind}-{short_hash(content)}", server_side=server_side)
-        self.stages.append(named)
-        return named.artifact
+        if stage.method in exp.code:
+            content["code"] = exp.code[stage.method]
+        stages.append(replace(stage, artifact=f"{stage.kind}-{short_hash(content)}"))
+        return stages[-1].artifact
+
+    def trained(key: str, method: str, seed: int, parent: str, **more: Any) -> Stage:
+        """A stage with rounds."""
+        kind = key.split("/")[0]
+        section: BaseStageConfig | StrategyStageConfig = getattr(exp, kind)
+        return Stage(
+            key, kind, method, seed, parent=parent, rounds=scaled(section.rounds, exp.scale),
+            cohort=cohort_size(section.cohort, seen), server_side=server_side, **more,
+        )  # fmt: skip
+
+    base = inputs.model
+    if exp.base.name != "none":
+        first = base_seed(exp, seed)
+        base = add(trained(f"base/seed{first}", exp.base.name, first, base, r_max=exp.r_max), **of_rounds)
+    for method in exp.methods:
+        built = method_of(exp, method)
+        apart = built.per_budget and built.local_update is not None
+        for budgets in [(r,) for r in exp.budgets] if apart else [exp.budgets]:
+            r_max = budgets[0] if apart else exp.r_max
+            path = f"{method}/r{r_max}/seed{seed}" if apart else f"{method}/seed{seed}"
+            serves: dict[str, Any] = {"budgets": budgets, "r_max": r_max}
+            own, strategy = {"r_max": r_max, "base_dropout": exp.model.base_dropout}, None
+            if built.local_update is not None:
+                strategy = add(trained(f"strategy/{path}", method, seed, base, **serves), **own, **of_rounds)
+            last = Stage(f"personalise/{path}", "personalise", method, seed, parent=base, strategy=strategy, **serves)
+            add(last, **own, budgets=budgets, **of_models)
+    return stages
 
 
 def _choices(exp: ExperimentBase) -> dict[str, Any]:
@@ -199,69 +186,42 @@ def _choices(exp: ExperimentBase) -> dict[str, Any]:
         chosen["micro_batch"] = exp.engine.micro_batch
     if exp.engine.zero.ranks > 1:
         chosen["zero"] = exp.engine.zero.ranks
-    if _merges_head(exp):
+    base = None if exp.base.name == "none" else method_of(exp, exp.base.name).adapter
+    if isinstance(base, LoraAdapter) and base.head and base.targets in ("all-linear", "head"):
         chosen["merge"] = 2  # before, a head's LoRA was lost when it was merged into the base
     return chosen
 
 
-def _merges_head(exp: ExperimentBase) -> bool:
-    """Whether the base is a LoRA that also trains, and adapts, the classification head."""
-    base = exp.base.name
-    adapter = None if base == "none" else build_method(base, method_section(exp, base), exp.r_max).adapter
-    return isinstance(adapter, LoraAdapter) and adapter.head and adapter.targets in ("all-linear", "head")
-
-
-def device_of(exp: ExperimentBase) -> str:
-    """``cuda`` where GPUs are asked for."""
-    return "cuda" if exp.engine.num_gpus > 0 or exp.engine.memory_gb is not None else "cpu"
-
-
 def stage_spec(exp: ExperimentBase, stage: Stage, model_dir: str, data_dir: str, cache_dir: str | None) -> StageSpec:
     """What workers are told about a stage."""
+    personal, model, overlay = stage.kind == "personalise", exp.model, dict[str, Any]()
+    if stage.kind == "base":  # a base method chooses its layers itself
+        model = model.model_copy(update={"targets": "all-linear", "base_dropout": 0.0})
+    elif has_overlay(exp):
+        overlay = {"base_method": exp.base.name, "base_config": method_json(exp, exp.base.name)}
     return StageSpec(
         key=stage.key,
-        kind="personalise" if stage.kind == "personalise" else "rounds",
+        kind="personalise" if personal else "rounds",
         method=stage.method,
         method_config=method_json(exp, stage.method),
         seed=stage.seed,
         model_dir=model_dir,
         data_dir=data_dir,
-        # A base method chooses its layers itself.
-        targets="all-linear" if stage.kind == "base" else exp.model.targets,
-        base_dropout=0.0 if stage.kind == "base" else exp.model.base_dropout,
-        budgets=stage.budgets if stage.kind == "personalise" else (),
         r_max=stage.r_max,
-        threads=exp.engine.threads,
-        token_budget=exp.engine.token_budget,
-        max_lanes=exp.engine.max_lanes,
-        dtype=exp.engine.dtype,
-        save_adapters=exp.save_adapters and stage.kind == "personalise",
-        score_train=exp.personalise.score_train and stage.kind == "personalise",
-        cache_dir=cache_dir,
+        budgets=stage.budgets if personal else (),
         rounds=stage.rounds,
-        device=device_of(exp),
-        attention=exp.model.attention,
-        micro_batch=exp.engine.micro_batch,
-        weights=exp.model.weights,
-        checkpointing=exp.model.checkpointing,
-        decoding=to_json(exp.decoding),
-        save_predictions=exp.personalise.save_predictions and stage.kind == "personalise",
-        zero=to_json(exp.engine.zero) if exp.engine.zero.ranks > 1 else {},
+        model=model,
+        engine=exp.engine,
+        personalise=exp.personalise,
+        decoding=exp.decoding,
+        save_adapters=exp.save_adapters and personal,
+        cache_dir=cache_dir,
         server_side=stage.server_side,
         code={name: exp.code[name] for name in (stage.method, exp.base.name) if name in exp.code},
-        **_overlay(exp, stage),
+        **overlay,
     )
-
-
-def _overlay(exp: ExperimentBase, stage: Stage) -> dict[str, Any]:
-    """The base method, where its clients keep a part of the base."""
-    if stage.kind == "base" or not has_overlay(exp):
-        return {}
-    return {"base_method": exp.base.name, "base_config": method_json(exp, exp.base.name)}
 
 
 def has_overlay(exp: ExperimentBase) -> bool:
     """Whether clients keep a part of the base."""
-    if exp.base.name == "none":
-        return False
-    return build_method(exp.base.name, method_section(exp, exp.base.name), exp.r_max).overlay is not None
+    return exp.base.name != "none" and method_of(exp, exp.base.name).overlay is not None

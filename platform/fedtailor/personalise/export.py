@@ -17,9 +17,10 @@ from fedtailor.adapters.peft_export import CONFIG_FILE
 from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
 from fedtailor.core.files import refuse_used, staged_folder
 from fedtailor.core.messages import Row
-from fedtailor.experiment.base_model import write_merged
+from fedtailor.core.settings import ModelConfig
 from fedtailor.experiment.config import ExperimentBase, method_section
 from fedtailor.experiment.launch import load_experiment
+from fedtailor.experiment.stage_results import write_merged
 from fedtailor.federated.method import Overlay
 from fedtailor.methods import build_method
 from fedtailor.models.load import load_classifier, load_tokenizer, quiet, save_folder
@@ -119,7 +120,7 @@ def _own_part(
     if client not in at:
         return None
     labels = labels_of(base)
-    specs = overlay.specs(load_net(base, "all-linear", labels, exp.task_entry.kind))
+    specs = overlay.specs(load_net(base, ModelConfig(), labels, exp.task_entry.kind))
     return overlay, named(specs, np.asarray(rounds.private(client, at[client]), np.float32)), labels
 
 

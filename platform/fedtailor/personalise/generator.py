@@ -233,8 +233,9 @@ def personalise(
         ModelError: the base cannot be loaded, or training ran away (a loss or weight is not finite).
         StorageError: the saved generator does not fit the base.
     """
-    exp, model = generator.exp, generator.exp.model
-    net = load_net(generator.base, model.targets, generator.labels, device=device, base_dropout=model.base_dropout)
+    exp = generator.exp
+    model = ModelConfig(targets=exp.model.targets, base_dropout=exp.model.base_dropout)
+    net = load_net(generator.base, model, generator.labels, device=device)
     net.unbind()
     net.train_mode(False)
 

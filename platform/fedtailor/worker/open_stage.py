@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
-from fedtailor.core.settings import AttackConfig
+from fedtailor.core.settings import AttackConfig, ModelConfig
 from fedtailor.federated.attack import Attack, attack_of
 from fedtailor.federated.context import ClientContext, Lane, open_params
 from fedtailor.federated.method import Method, Overlay, as_sent
@@ -64,13 +64,13 @@ class OpenStage:
     @classmethod
     def open(cls, spec: StageSpec, net: LaneNet | None = None, ranks: Ranks | None = None) -> OpenStage:
         """Loads data and, unless an unchanged one is handed in, the model."""
-        torch.set_num_threads(spec.threads)
+        torch.set_num_threads(spec.engine.threads)
         data = TokenData.open(Path(spec.data_dir))
         for reference in spec.code.values():
             add_method(reference, "code")
         method = build_server_side(spec.method, spec.method_config, spec.r_max, spec.server_side)
         if net is None:
-            net = load_together(spec, data, ranks) if ranks else load_net_of(spec, data.labels, data.kind)
+            net = load_stage_net(spec, data, ranks)
         net.clear_overlay()
         overlay = build_method(spec.base_method, spec.base_config, spec.r_max).overlay if spec.base_method else None
         lies = AttackConfig.model_validate(dict(spec.server_side.get("attack", {})))
@@ -121,8 +121,8 @@ class OpenStage:
         each = len(self.spec.budgets) if personalising and self.method.personaliser.budgeted else 1
         alone = not self.method.lanes or self.net.base_dropout > 0
         loads = [Load(self.data.client(c).n_train, self.data.longest(c)) for c in clients]
-        most = each if alone else self.spec.max_lanes
-        return lane_groups(loads, self.method.batch_size, each, self.spec.token_budget, most)
+        most = each if alone else self.spec.engine.max_lanes
+        return lane_groups(loads, self.method.batch_size, each, self.spec.engine.token_budget, most)
 
     def context(
         self,
@@ -155,7 +155,7 @@ class OpenStage:
             pad_id=self.data.pad_id, feature_source=self._features, warn=warn, budgets=spec.budgets, r_max=spec.r_max,
             rounds=spec.rounds, received=self._received(params, sent),
             fresh=torch.tensor([c not in private for c in clients], device=self.net.device),
-            micro_batch=spec.micro_batch,
+            micro_batch=spec.engine.micro_batch,
         )  # fmt: skip
 
     def _lay_over(self, clients: Sequence[str], rows: Mapping[str, FloatArray]) -> None:
@@ -230,65 +230,50 @@ class OpenStage:
 
 def load_net(
     folder: Path,
-    targets: Literal["all-linear"] | tuple[str, ...],
+    model: ModelConfig,
     labels: Sequence[str],
     kind: TaskKind = "classification",
-    *,
     device: str = "cpu",
     dtype: str = "float32",
-    weights: Literal["float32", "bfloat16", "8bit", "4bit"] = "float32",
-    attention: str | None = None,
-    base_dropout: float = 0.0,
-    checkpointing: bool = False,
 ) -> LaneNet:
     """A frozen model with its adapted layers wrapped.
 
     Args:
         folder: Hugging Face folder of the model.
-        targets: linear layers to adapt.
+        model: how the base is kept, and which of its layers to adapt.
         labels: class names in the order of their ids; unused for generation.
         kind: what the model's head is for.
         device: where to compute.
         dtype: what is computed in.
-        weights: how the base is kept: ``float32``, ``bfloat16``, ``8bit`` or ``4bit``.
-        attention: implementation of transformers; None: its choice.
-        base_dropout: dropout of the base's own layers while training.
-        checkpointing: whether blocks are computed again in the backward pass.
 
     Raises:
         ModelError: the folder cannot be loaded.
     """
-    bits = weights if weights in ("8bit", "4bit") else None
-    kept = torch.float32 if weights == "float32" else torch.bfloat16
-    model = load_base(folder, kind, labels, kept, attn_implementation=attention, quantisation=bits)
+    bits = model.weights if model.weights in ("8bit", "4bit") else None
+    kept = torch.float32 if model.weights == "float32" else torch.bfloat16
+    base = load_base(folder, kind, labels, kept, attn_implementation=model.attention, quantisation=bits)
     if bits is None:  # quantised weights are made on the GPU and stay there
-        model.to(torch.device(device))  # type: ignore[arg-type]
-    return LaneNet(model, adapted_linears(model, targets), dtype, base_dropout, checkpointing=checkpointing)
+        base.to(torch.device(device))  # type: ignore[arg-type]
+    linears = adapted_linears(base, model.targets)
+    return LaneNet(base, linears, dtype, model.base_dropout, checkpointing=model.checkpointing)
 
 
-def load_net_of(spec: StageSpec, labels: Sequence[str], kind: TaskKind) -> LaneNet:
-    """The frozen model of a stage in one process."""
-    return load_net(
-        Path(spec.model_dir), spec.targets, labels, kind, device=spec.device, dtype=spec.dtype, weights=spec.weights,
-        attention=spec.attention, base_dropout=spec.base_dropout, checkpointing=spec.checkpointing,
-    )  # fmt: skip
-
-
-def load_together(spec: StageSpec, data: TokenData, ranks: Ranks) -> LaneNet:
-    """The frozen model of a stage on the ranks of a group: spread over them, or (ZeRO stage 1) whole on each."""
-    if spec.zero["stage"] != 3:  # only ZeRO stage 3 partitions what is not trained
-        net = load_net_of(spec, data.labels, data.kind)
-        net.ranks, net.shares_optimizer = ranks, True
+def load_stage_net(spec: StageSpec, data: TokenData, ranks: Ranks | None) -> LaneNet:
+    """The frozen model of a stage: in this process, or on a group's ranks, over which ZeRO stage 3 spreads it."""
+    folder, model, engine = Path(spec.model_dir), spec.model, spec.engine
+    if ranks is None or engine.zero.stage != 3:
+        net = load_net(folder, model, data.labels, data.kind, engine.device, engine.dtype)
+        net.ranks, net.shares_optimizer = ranks, ranks is not None
         return net
-    model, probe = load_partitioned(
-        Path(spec.model_dir),
+    base, probe = load_partitioned(
+        folder,
         None if data.kind == "generation" else data.labels,
-        torch.bfloat16 if spec.weights == "bfloat16" else torch.float32,
+        torch.bfloat16 if model.weights == "bfloat16" else torch.float32,
         ranks.size,
-        offload=bool(spec.zero.get("offload")),
-        attention=spec.attention,
-        device=spec.device,
+        offload=engine.zero.offload,
+        attention=model.attention,
+        device=engine.device,
     )
     probe.check()
-    linears = adapted_linears(model, spec.targets)
-    return LaneNet(model, linears, spec.dtype, spec.base_dropout, spec.checkpointing, ranks, probe.check)
+    linears = adapted_linears(base, model.targets)
+    return LaneNet(base, linears, engine.dtype, model.base_dropout, model.checkpointing, ranks, probe.check)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtailor.core.settings import DecodingConfig
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.evaluation.decoding import Decoding, positions_of
 from fedtailor.federated.method import Personalised
@@ -49,7 +48,7 @@ def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[
         return [score.rows for score in _classified(stage, made, "train", ("train_accuracy", "train_loss_after"))]
     from fedtailor.evaluation.generation import loss_tallies
 
-    texts, budget = [data.examples(lane.client.id, "train") for lane in made.lanes], stage.spec.token_budget
+    texts, budget = [data.examples(lane.client.id, "train") for lane in made.lanes], stage.spec.engine.token_budget
     tallies = loss_tallies(made.logits, texts, data.labels, data.pad_id, budget, stage.net.device)
     return [_rows(tally, {"loss": "train_loss_after"}) for tally in tallies]
 
@@ -66,7 +65,7 @@ def _classified(stage: OpenStage, made: Personalised, split: Split, names: tuple
             ),
             score.loss_sum,
         )
-        for score in evaluate(made.logits, texts, data.pad_id, stage.spec.token_budget, stage.net.device)
+        for score in evaluate(made.logits, texts, data.pad_id, stage.spec.engine.token_budget, stage.net.device)
     ]
 
 
@@ -75,7 +74,7 @@ def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     from fedtailor.evaluation.generation import Asked, score
 
     data, spec = stage.data, stage.spec
-    cfg = DecodingConfig.model_validate(dict(spec.decoding))
+    cfg = spec.decoding
     asked = []
     for lane in made.lanes:
         examples = data.examples(lane.client.id, "test").rows(slice(cfg.max_test))
@@ -83,12 +82,12 @@ def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     # An answer ends where trained responses end, or at the end of text.
     stops, closing = (tuple(map(int, data.manifest[name])) for name in ("stop_ids", "closing"))
     how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net), closing)
-    found = score(stage.net, made.logits, asked, data.labels, stage.tokenizer, how, spec.token_budget)
+    found = score(stage.net, made.logits, asked, data.labels, stage.tokenizer, how, spec.engine.token_budget)
     return [
         LaneScore(
             _rows(one.tally),
             float(np.sum([metrics["loss"].total for metrics in one.tally.values()])),
-            _kept(stage, made, k, asked[k], one.answers) if spec.save_predictions else (),
+            _kept(stage, made, k, asked[k], one.answers) if spec.personalise.save_predictions else (),
         )
         for k, one in enumerate(found)
     ]

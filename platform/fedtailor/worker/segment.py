@@ -173,7 +173,7 @@ class Segment:
         made = check_personalised(personaliser(ctx), ctx, personaliser, classes)
         ctx.net.train_mode(False)
         scores = scores_on_test(self.stage, made)
-        fitted = scores_on_train(self.stage, made) if spec.score_train else [()] * len(scores)
+        fitted = scores_on_train(self.stage, made) if spec.personalise.score_train else [()] * len(scores)
         for client, lam in made.strategy.items():
             self.result.tensors[client] = lam.detach().cpu().numpy().astype(np.float32, copy=True)
         for k, (lane, score) in enumerate(zip(made.lanes, scores, strict=True)):

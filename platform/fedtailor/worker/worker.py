@@ -192,11 +192,7 @@ def check_base(before: Mapping[str, int], after: Mapping[str, int], who: str) ->
 
 def same_base(old: StageSpec, new: StageSpec) -> bool:
     """Whether a worker may keep the model that it has for another stage."""
-    names = (
-        "model_dir", "data_dir", "targets", "dtype", "base_dropout", "device", "attention", "weights", "checkpointing",
-        "zero",
-    )  # fmt: skip
-    return all(getattr(old, name) == getattr(new, name) for name in names)
+    return all(getattr(old, name) == getattr(new, name) for name in ("model_dir", "data_dir", "model", "engine"))
 
 
 def merge_results(parts: Sequence[SegmentResult]) -> SegmentResult:

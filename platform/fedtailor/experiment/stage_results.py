@@ -1,4 +1,4 @@
-"""What a stage takes from the stages before it: shared parameters, what each client kept, the privacy spent.
+"""What a stage hands to those after it: the base as a model, SHARED parameters, what clients kept, the privacy spent.
 
 A method's privacy is spent by its base and by its own rounds together.
 """
@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from fedtailor.core.messages import FloatArray, Row, StageInfo
 from fedtailor.core.scope import ParamSpec
@@ -16,11 +21,13 @@ from fedtailor.experiment.privacy import mechanism
 from fedtailor.experiment.stages import Stage, has_overlay
 from fedtailor.federated.early_stop import best_of
 from fedtailor.federated.release import RecordSpend, no_ledger
+from fedtailor.models.load import load_base, load_tokenizer, save_folder
 from fedtailor.privacy.accounting import Mechanism, Spent
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.journal import PrivacyLedger
 from fedtailor.storage.round_store import CommittedRounds
+from fedtailor.tasks.source import TaskKind
 
 RowsOf = Callable[[Sequence[str]], Mapping[str, FloatArray]]
 """Clients to the flat rows that some of them have."""
@@ -88,3 +95,30 @@ def _ledger(storage: Storage, noise: Mechanism, stage: Stage, before: Sequence[S
 def _is_of_one_pipeline(earlier: Stage, stage: Stage) -> bool:
     same = (earlier.kind, earlier.method, earlier.seed) == (stage.kind, stage.method, stage.seed)
     return earlier.artifact == stage.parent or (same and earlier.rounds > 0)
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """Parameters that can become plain weights."""
+
+    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+        """Writes ``tensors`` into ``weights``, in place and in float32."""
+
+
+def write_merged(
+    source: Path,
+    labels: Sequence[str],
+    part: Mergeable,
+    tensors: Mapping[str, Row],
+    out: Path,
+    kind: TaskKind = "classification",
+) -> None:
+    """Writes the model in ``source`` with further parameters merged, as a whole: what adapters stack on.
+
+    It is in float32, whatever type a stage kept its base in: a bfloat16 model could not hold what a LoRA of a few
+    rounds adds to it.
+    """
+    model = load_base(source, kind, labels)
+    with torch.no_grad():
+        part.merge(dict(model.named_parameters()), tensors)
+    save_folder(model, load_tokenizer(source), out)
