@@ -11,8 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.context import ClientContext, Lane, open_params
-from fedtailor.federated.received import Received
+from fedtailor.federated.context import ClientContext, Lane, Received, open_params
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet

@@ -36,8 +36,7 @@ from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, Stage
 from fedtailor.core.scope import Ranks, Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig, ModelConfig, ZeroConfig
-from fedtailor.federated.context import ClientContext, Lane, open_params
-from fedtailor.federated.received import Received
+from fedtailor.federated.context import ClientContext, Lane, Received, open_params
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet

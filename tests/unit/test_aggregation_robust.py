@@ -14,10 +14,10 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.core.messages import Row, SegmentJob, SegmentResult
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.experiment.compose import compose
-from fedtailor.federated.checks import clip_update, norm_alarms
 from fedtailor.federated.method import Aggregator, Method
 from fedtailor.federated.pool import Meanwhile
 from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, run_rounds
+from fedtailor.federated.updates import clip_update, norm_alarms
 from fedtailor.methods import build_method
 from fedtailor.methods.build import with_aggregation
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtailor.federated.early_stop import EarlyStop, best_of, without_record
+from fedtailor.federated.method import EarlyStop, best_of, without_record
 
 
 def rows(*pairs: tuple[float, float]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from toy import toy_context, toy_lanes, toy_net
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.errors import MethodError
 from fedtailor.core.scope import ParamSpec, Scope
-from fedtailor.federated.received import Received
+from fedtailor.federated.context import Received
 
 SPECS = (ParamSpec("w", (2, 3), Scope.SHARED), ParamSpec("slope", (), Scope.SHARED))
 ROW = torch.arange(7.0)

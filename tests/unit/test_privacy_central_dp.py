@@ -11,9 +11,9 @@ from fedtailor.aggregation.weighted_mean import WeightedMean, WeightedSum
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.privacy import forecast, mechanism, privacy_lines, seen_clients
-from fedtailor.federated.checks import clip_update
 from fedtailor.federated.release import RoundId, still
 from fedtailor.federated.rounds import RoundPlan, cohort_of
+from fedtailor.federated.updates import clip_update
 from fedtailor.privacy.accounting import ORDERS, Mechanism, Spent, default_delta, epsilon, noise_for
 from fedtailor.privacy.central_dp import GaussianMechanism
 from fedtailor.storage.files import Storage

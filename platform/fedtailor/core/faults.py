@@ -7,7 +7,7 @@ Nothing happens unless ``FEDTAILOR_FAULT`` is set. It holds one or several fault
 - ``KIND [KEY=VALUE ...]``: a worker does something wrong wherever all the keys (of `WorkerFault`) fit:
   ``kill stage=base round=4 client=#1 step=2; nan stage=base round=7 client=seen/amh/00``.
 
-Clients that lie are no fault but configuration: `federated.attack`.
+Clients that lie are no fault but configuration: `federated.updates`.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_l
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
 from fedtailor.experiment.prepare import model_artifact, tokens_artifact
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
-from fedtailor.federated.attack import attack_of
 from fedtailor.federated.method import Method
+from fedtailor.federated.updates import attack_of
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears

@@ -27,8 +27,8 @@ from fedtailor.experiment.config import (
 )
 from fedtailor.experiment.rules import check_population, check_weights
 from fedtailor.experiment.stages import Inputs, short_hash
-from fedtailor.federated.attack import attack_of
 from fedtailor.federated.pool import OnEvent
+from fedtailor.federated.updates import attack_of
 from fedtailor.models import hub
 from fedtailor.models.embedded import build_tiny_bert, build_tiny_llama
 from fedtailor.models.load import load_tokenizer

@@ -19,7 +19,7 @@ from fedtailor.core.scope import ParamSpec
 from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.privacy import mechanism
 from fedtailor.experiment.stages import Stage, has_overlay
-from fedtailor.federated.early_stop import best_of
+from fedtailor.federated.method import best_of
 from fedtailor.federated.release import RecordSpend, no_ledger
 from fedtailor.models.load import load_base, load_tokenizer, save_folder
 from fedtailor.privacy.accounting import Mechanism, Spent

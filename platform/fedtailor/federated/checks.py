@@ -1,27 +1,31 @@
-"""Checks of segment results before they are summed, by names, never by position; the norm bound of updates.
+"""Is what came back what was asked for: from a worker's segment, and from a method's functions?
 
 A worker checks its own clients' updates (finite, shapes). What arrives may still be wrong: another version of the code
-on one node, a damaged node, a mistake in a method. One bad segment is refused as a whole, since its sum cannot be
-taken apart; its clients then count as failed, and the policy for failed clients applies.
+on one node, a damaged node, a mistake in a method. Results are checked by names, never by position, before they are
+summed. One bad segment is refused as a whole, since its sum cannot be taken apart; its clients then count as failed,
+and the policy for failed clients applies.
 
-An update's norm is measured and clipped where it was trained, and watched by the server.
+What a method's functions return is checked against `federated.method`: one sentence per rule, no guessing.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from fedtailor.core.errors import listed
-from fedtailor.core.messages import METRIC_COLUMNS, Failure, FloatArray, Row, SegmentResult
-from fedtailor.federated.method import Aggregator
-
-_EPS = float(np.finfo(np.float64).eps)
+from fedtailor.core.errors import MethodError, listed
+from fedtailor.core.messages import METRIC_COLUMNS, Failure, SegmentResult
+from fedtailor.core.scope import ParamSpec
+from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import Aggregator, Overlay, Personalised, Personaliser, Report
+from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.net import LaneNet
 
 
 def checked_results(
@@ -43,63 +47,65 @@ def checked_results(
     Returns:
         As many results; failures of a refused one have the kind ``exception`` and name segment and tensor.
     """
-    expected = aggregator.zero(size) if aggregator and aggregator.presum else None
     checked = []
     for result, clients in zip(results, asked, strict=True):
-        problem = next(_problems(result, clients, aggregator, expected, size, private), None)
-        checked.append(result if problem is None else _refused(result, clients, problem))
+        problem = next(_problems(result, clients, aggregator, size, private), None)
+        if problem is not None:
+            reason = f"the answer of segment {result.index} is refused: {problem}"
+            result = SegmentResult(
+                result.stage, result.round, result.index, result.attempt, warnings=result.warnings,
+                failures=[Failure(client, result.stage, result.round, "exception", reason) for client in clients],
+                seconds=result.seconds, host=result.host,
+            )  # fmt: skip
+        checked.append(result)
     return checked
 
 
-def _refused(result: SegmentResult, clients: tuple[str, ...], problem: str) -> SegmentResult:
-    reason = f"the answer of segment {result.index} is refused: {problem}"
-    failures = [Failure(client, result.stage, result.round, "exception", reason) for client in clients]
-    return SegmentResult(
-        result.stage, result.round, result.index, result.attempt, failures=failures, warnings=result.warnings,
-        seconds=result.seconds, host=result.host,
-    )  # fmt: skip
-
-
 def _problems(
-    result: SegmentResult,
-    clients: tuple[str, ...],
-    aggregator: Aggregator | None,
-    expected: Any,
-    size: int,
-    private: int | None,
+    result: SegmentResult, clients: tuple[str, ...], aggregator: Aggregator | None, size: int, private: int | None
 ) -> Iterator[str]:
-    yield from _check_clients(result, clients)
-    yield from _row_problems(result)
+    yield from _client_problems(result, clients)
+    yield from _metric_problems(result)
     if not result.valid or aggregator is None:
         return
     if aggregator.presum:
-        yield from _differences("partial", expected, result.partial)
+        yield from _state_problems(aggregator.zero(size), result.partial)
         if not aggregator.weight(result.partial) > 0:
             yield f"the weight of partial is {aggregator.weight(result.partial)}"
+    elif not isinstance(result.partial, list):
+        yield f"partial is {_kind(result.partial)}, expected one update per client"
     else:
-        yield from _list_problems(result, size)
-    yield from _private_problems(result, private)
+        names = [client for client, _, _ in result.partial]
+        if names != list(result.valid):
+            yield f"partial has updates of {listed(names)}, counted are {listed(result.valid)}"
+        for client, row, weight in result.partial:
+            yield from _array_problems(f"the update of client {client}", np.zeros(size, np.float32), row)
+            if not (np.isfinite(weight) and weight > 0):
+                yield f"the weight of client {client} is {weight}"
+    for client, row in result.private.items():
+        where, length = f"the private row of client {client}", row.size if private is None else private
+        if client not in result.valid:
+            yield f"{where}, which is not counted, was sent"
+        yield from _array_problems(where, np.zeros(length, np.float32), row)
+    if private and (missing := [client for client in result.valid if client not in result.private]):
+        yield f"client {listed(missing)} has no private row"
 
 
-def _check_clients(result: SegmentResult, clients: tuple[str, ...]) -> Iterator[str]:
+def _client_problems(result: SegmentResult, clients: tuple[str, ...]) -> Iterator[str]:
     """Every client that was asked for is counted or failed, exactly once, and in the order asked."""
-    failed = [failure.client for failure in result.failures]
-    named = Counter([*result.valid, *failed])
-    unknown = sorted(named.keys() - set(clients))
-    if unknown:
+    named = Counter([*result.valid, *(failure.client for failure in result.failures)])
+    if unknown := sorted(named.keys() - set(clients)):
         yield f"client {listed(unknown)} was not asked for"
-    twice = [client for client, times in named.items() if times > 1]
-    if twice:
+    if twice := [client for client, times in named.items() if times > 1]:
         yield f"client {listed(twice)} is named twice"
-    silent = [client for client in clients if client not in named]
-    if silent:
+    if silent := [client for client in clients if client not in named]:
         yield f"client {listed(silent)} is neither counted nor reported as failed"
     counted = set(result.valid)
     if list(result.valid) != [client for client in clients if client in counted]:
         yield "its clients are not in the order asked for"
 
 
-def _row_problems(result: SegmentResult) -> Iterator[str]:
+def _metric_problems(result: SegmentResult) -> Iterator[str]:
     keys, counted = set(), set(result.valid)
     for row in result.metrics:
         if set(row) != set(METRIC_COLUMNS):
@@ -118,109 +124,137 @@ def _row_problems(result: SegmentResult) -> Iterator[str]:
         yield f"client {listed(silent)} has no metrics, others have"
 
 
-def _list_problems(result: SegmentResult, size: int) -> Iterator[str]:
-    """Updates sent one by one, for aggregators that must see each."""
-    if not isinstance(result.partial, list):
-        yield f"partial is {_kind(result.partial)}, expected one update per client"
+def _state_problems(expected: Any, found: Any) -> Iterator[str]:
+    """In what an aggregator's state, mostly a record of arrays and numbers, is not built like its empty one."""
+    if type(found) is not type(expected):
+        yield f"partial is {_kind(found)}, expected {_kind(expected)}"
         return
-    names = [client for client, _, _ in result.partial]
-    if names != list(result.valid):
-        yield f"partial has updates of {listed(names)}, counted are {listed(result.valid)}"
-    expected = np.zeros(size, np.float32)
-    for client, row, weight in result.partial:
-        yield from _differences(f"the update of client {client}", expected, row)
-        if not (np.isfinite(weight) and weight > 0):
-            yield f"the weight of client {client} is {weight}"
+    wanted, parts = _parts(expected), _parts(found)
+    if list(parts) != list(wanted):
+        yield f"partial has the tensors {list(parts)}, expected {list(wanted)}"
+        return
+    for name, value in wanted.items():
+        if isinstance(value, np.ndarray):
+            yield from _array_problems(f"partial.{name}", value, parts[name])
+        elif isinstance(value, float) and not (isinstance(parts[name], (int, float)) and np.isfinite(parts[name])):
+            yield f"partial.{name} is {parts[name]!r}"
 
 
-def _private_problems(result: SegmentResult, size: int | None) -> Iterator[str]:
-    for client, row in result.private.items():
-        where = f"the private row of client {client}"
-        if client not in result.valid:
-            yield f"{where}, which is not counted, was sent"
-        length = row.size if size is None else size
-        yield from _differences(where, np.zeros(length, np.float32), row)
-    if size and (missing := [client for client in result.valid if client not in result.private]):
-        yield f"client {listed(missing)} has no private row"
+def _parts(state: Any) -> Mapping[str, Any]:
+    if isinstance(state, Mapping):
+        return state
+    return vars(state) if is_dataclass(state) else {"state": state}
 
 
-def _differences(where: str, expected: Any, found: Any) -> Iterator[str]:
-    """In what a value is not built like another, part by part."""
-    if isinstance(expected, np.ndarray):
-        if not isinstance(found, np.ndarray):
-            yield f"{where} is {_kind(found)}, expected an array"
-        elif (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            yield f"{where} is {found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
-        elif found.dtype.kind == "f" and not np.isfinite(found).all():
-            yield f"{where} is not finite (NaN or Inf)"
-    elif type(found) is not type(expected) and not (isinstance(expected, float) and isinstance(found, (int, float))):
-        yield f"{where} is {_kind(found)}, expected {_kind(expected)}"
-    elif is_dataclass(expected):
-        for part in fields(expected):
-            yield from _differences(f"{where}.{part.name}", getattr(expected, part.name), getattr(found, part.name))
-    elif isinstance(expected, Mapping):
-        if list(found) != list(expected):
-            yield f"{where} has the tensors {list(found)}, expected {list(expected)}"
-            return
-        for name in expected:
-            yield from _differences(f"{where}[{name}]", expected[name], found[name])
-    elif isinstance(expected, float) and not np.isfinite(found):
-        yield f"{where} is {found}"
+def _array_problems(where: str, expected: Any, found: Any) -> Iterator[str]:
+    if not isinstance(found, np.ndarray):
+        yield f"{where} is {_kind(found)}, expected an array"
+    elif (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        yield f"{where} is {found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
+    elif found.dtype.kind == "f" and not np.isfinite(found).all():
+        yield f"{where} is not finite (NaN or Inf)"
 
 
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
+def _kind(value: Any, absent: str = "missing") -> str:
+    return absent if value is None else f"a {type(value).__name__}"
 
 
-def clip_update(row: Row, received: FloatArray, bound: float) -> tuple[Row, float]:
-    """Scales an update down to a length, which the float32 result does not exceed.
+def check_report(report: Any, lanes: int) -> Report:
+    """A local update's answer about K lanes.
+
+    Raises:
+        MethodError: it is no `Report`, or a metric is not (K,).
+    """
+    if not isinstance(report, Report):
+        raise MethodError(f"a local update returns a Report, not {_kind(report, 'None')}")
+    _check_metrics(report.metrics, lanes, "a local update's")
+    return report
+
+
+def check_personalised(made: Any, ctx: ClientContext, personaliser: Personaliser, classes: int | None) -> Personalised:
+    """A personaliser's answer about the clients of ``ctx``, its class scores checked at every call.
 
     Args:
-        row: SHARED parameters after training, (P,) float32.
-        received: what the client started from, (P,) float32.
-        bound: largest L2 norm of ``row - received``.
+        made: what was returned.
+        ctx: what the personaliser was given.
+        personaliser: which one it was.
+        classes: C; None: answers are generated, by the model itself.
 
-    Returns:
-        The row itself where it is short enough, else ``received`` plus the shortened update; and the norm before.
-
-    >>> row, norm = clip_update(np.array([3.0, 4.0], np.float32), np.zeros(2, np.float32), 1.0)
-    >>> [round(float(x), 6) for x in row], norm
-    ([0.6, 0.8], 5.0)
+    Raises:
+        MethodError: lanes that are not client-major, metrics that are not (K,), ranks that are not (K, L), strategies
+            of others than these clients; later, logits that are not (k, m, C).
     """
-    update = np.subtract(row, received, dtype=np.float64)
-    norm = math.sqrt(float(np.dot(update, update)))
-    if norm <= bound:
-        return row, norm
-    # The norm of n numbers is known to about n/2 roundings, so that much is given away before the one to float32.
-    target = update * (bound / norm * (1 - update.size * _EPS))
-    start = np.asarray(received, np.float32)
-    row = np.asarray(start + target, np.float32)
-    longer = np.abs(np.subtract(row, start, dtype=np.float64)) > np.abs(target)
-    return np.where(longer, np.nextafter(row, start), row), norm
+    if not isinstance(made, Personalised):
+        raise MethodError(f"a personaliser returns a Personalised, not {_kind(made, 'None')}")
+    budgets = ctx.budgets if personaliser.budgeted else (None,)
+    expected = [(lane.client.id, budget) for lane in ctx.lanes for budget in budgets]
+    found = [(lane.client.id, lane.budget) for lane in made.lanes]
+    if found != expected:
+        raise MethodError(
+            f"Personalised.lanes are client-major, every client at the budgets {list(budgets)} in this order "
+            f"(budgeted={personaliser.budgeted}): expected {listed(expected, 4)}, got {listed(found, 4)}"
+        )
+    _check_metrics(made.metrics, len(found), "a personaliser's")
+    layers = len(ctx.net.adapted)
+    if made.ranks is not None and tuple(made.ranks.shape) != (len(found), layers):
+        raise MethodError(f"Personalised.ranks are (K, L) = ({len(found)}, {layers}), got {tuple(made.ranks.shape)}")
+    others = made.strategy.keys() - {lane.client.id for lane in ctx.lanes}
+    if others:
+        raise MethodError(f"Personalised.strategy is of this group's clients, got {listed(sorted(others), 4)}")
+    return made if classes is None else replace(made, logits=_Scores(made.logits, classes))
 
 
-def clipped_share(norms: Mapping[str, float], bound: float) -> float | None:
-    """Share of updates that were longer than the bound; None without any.
+def check_loss(loss: Tensor, lanes: int) -> Tensor:
+    """The loss of a step over the k lanes that still run.
 
-    >>> clipped_share({"a": 1.0, "b": 3.0}, 2.0)
-    0.5
+    Raises:
+        MethodError: it is not (k,).
     """
-    return sum(norm > bound for norm in norms.values()) / len(norms) if norms else None
+    if tuple(loss.shape) != (lanes,):
+        raise MethodError(
+            f"a loss is (k,) = ({lanes},), one mean per running lane, got {tuple(loss.shape)}: "
+            "a number for all lanes together makes a client's step depend on who runs beside it"
+        )
+    return loss
 
 
-def norm_alarms(norms: Mapping[str, float], times: float) -> list[dict[str, Any]]:
-    """One warning per client whose update is longer than ``times`` the median of the cohort; none for times = 0.
+def check_overlay(overlay: Overlay | None, private: Sequence[ParamSpec], net: LaneNet) -> None:
+    """What later stages lay over the base must be what this one keeps for each client.
 
-    >>> [alarm["client"] for alarm in norm_alarms({"a": 1.0, "b": 1.2, "c": 500.0}, 10)]
-    ['c']
+    Raises:
+        MethodError: the overlay's specs are not the PRIVATE ones.
     """
-    middle = float(np.median(list(norms.values()))) if norms else 0.0
-    return [
-        {
-            "kind": "norm-alarm", "client": client, "norm": norm, "median": middle,
-            "reason": f"an update {norm / middle:.3g} times as long as the cohort's median; "
-            "consider a robust aggregation",
-        }
-        for client, norm in norms.items()
-        if times and 0 < middle * times < norm
-    ]  # fmt: skip
+    if overlay is None:
+        return
+    kept, laid = ([(spec.name, spec.shape) for spec in specs] for specs in (private, overlay.specs(net)))
+    if kept != laid:
+        raise MethodError(
+            "an overlay has the specs of the method's PRIVATE parameters, in their order; PRIVATE are "
+            f"{listed(kept, 4) or 'none'}, the overlay has {listed(laid, 4) or 'none'}"
+        )
+
+
+class _Scores:
+    """Class scores whose shape is checked."""
+
+    def __init__(self, logits: Any, classes: int) -> None:
+        self._logits, self._classes = logits, classes
+
+    def __call__(self, batch: LaneBatch) -> Tensor:
+        found: Tensor = self._logits(batch)
+        expected = (*batch.labels.shape, self._classes)
+        if tuple(found.shape) != expected:
+            raise MethodError(f"Personalised.logits are (k, b, C) = {expected}, got {tuple(found.shape)}")
+        return found
+
+
+def _check_metrics(metrics: Mapping[str, Any], lanes: int, whose: str) -> None:
+    for name, values in metrics.items():
+        if not isinstance(values, Tensor) or tuple(values.shape) != (lanes,):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else _kind(values, "None")
+            raise MethodError(f"{whose} metrics are (K,) = ({lanes},), one number per lane: '{name}' is {shape}")
+
+
+def bad_metrics(metrics: Mapping[str, Tensor], lane: int) -> list[str]:
+    """Names of a lane's metrics that are NaN or Inf."""
+    return [name for name, values in metrics.items() if not torch.isfinite(values[lane])]

@@ -14,11 +14,11 @@ import numpy as np
 from fedtailor.core.errors import ClientError, RoundError
 from fedtailor.core.messages import ClientCost, Failure, FloatArray, Row, SegmentJob, SegmentResult, metric_row
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.checks import checked_results, clipped_share, norm_alarms
-from fedtailor.federated.early_stop import without_record
-from fedtailor.federated.method import Method
+from fedtailor.federated.checks import checked_results
+from fedtailor.federated.method import Method, without_record
 from fedtailor.federated.pool import Pool
 from fedtailor.federated.release import NoisedAggregate, PrivacySpend, RecordSpend, RoundId, no_ledger, still
+from fedtailor.federated.updates import clipped_share, norm_alarms
 from fedtailor.lanes.grouping import segments
 
 

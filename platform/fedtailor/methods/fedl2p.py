@@ -34,8 +34,7 @@ from fedtailor.core.scope import Scope
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.early_stop import EarlyStop
-from fedtailor.federated.method import Capability, Method, MethodEntry, Personalised, Report
+from fedtailor.federated.method import Capability, EarlyStop, Method, MethodEntry, Personalised, Report
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.net import LaneNet

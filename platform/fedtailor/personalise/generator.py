@@ -25,10 +25,8 @@ from fedtailor.core.settings import ModelConfig
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.experiment.config import ExperimentBase, method_section, to_json
 from fedtailor.experiment.launch import load_experiment
-from fedtailor.federated.context import ClientContext, Lane, open_params
-from fedtailor.federated.early_stop import best_of
-from fedtailor.federated.method import Method
-from fedtailor.federated.received import Received
+from fedtailor.federated.context import ClientContext, Lane, Received, open_params
+from fedtailor.federated.method import Method, best_of
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet

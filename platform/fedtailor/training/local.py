@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtailor.federated.checks import check_loss
 from fedtailor.federated.context import ClientContext
-from fedtailor.federated.returned import check_loss
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.batches import IntArray, LaneBatch, lane_batches, micro_batches
 from fedtailor.lanes.loss import lane_cross_entropy

@@ -19,11 +19,10 @@ from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
 from fedtailor.core.settings import AttackConfig, ModelConfig
-from fedtailor.federated.attack import Attack, attack_of
-from fedtailor.federated.context import ClientContext, Lane, open_params
+from fedtailor.federated.checks import check_overlay
+from fedtailor.federated.context import ClientContext, Lane, Received, open_params
 from fedtailor.federated.method import Method, Overlay, as_sent
-from fedtailor.federated.received import Received
-from fedtailor.federated.returned import check_overlay
+from fedtailor.federated.updates import Attack, attack_of
 from fedtailor.lanes.features import FeatureCache
 from fedtailor.lanes.grouping import Load, lane_groups
 from fedtailor.lanes.net import LaneNet

@@ -20,11 +20,11 @@ from fedtailor.core.faults import Sabotage
 from fedtailor.core.messages import ClientCost, Failure, FloatArray, SegmentJob, SegmentResult, metric_row
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
-from fedtailor.federated.checks import clip_update
+from fedtailor.federated.checks import bad_metrics, check_personalised, check_report
 from fedtailor.federated.context import ClientContext, Lane
 from fedtailor.federated.method import Personalised
 from fedtailor.federated.release import RoundId
-from fedtailor.federated.returned import bad_metrics, check_personalised, check_report
+from fedtailor.federated.updates import clip_update
 from fedtailor.worker.open_stage import OpenStage
 from fedtailor.worker.scoring import scores_on_test, scores_on_train
 

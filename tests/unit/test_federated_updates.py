@@ -15,7 +15,7 @@ from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import overrides_of, server_side_of
 from fedtailor.experiment.plan import make_plan
 from fedtailor.experiment.stages import Inputs, plan_stages
-from fedtailor.federated.attack import Attack, attack_of
+from fedtailor.federated.updates import Attack, attack_of
 
 SEEN = [f"seen/amh/{i:02d}" for i in range(20)]
 RECEIVED, ROW = np.array([1.0, 1.0, 1.0], np.float32), np.array([2.0, 0.5, 1.0], np.float32)
