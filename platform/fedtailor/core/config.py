@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
@@ -116,12 +117,18 @@ def validate(kind: type[C], tree: Mapping[str, Any]) -> C:
         raise ConfigError([_sentence(kind, place, problems) for place, problems in places.items()]) from None
 
 
+def _sections(kind: type[BaseModel]) -> dict[str, type[Config]]:
+    """Keys that are nodes themselves."""
+    kinds = {name: field.annotation for name, field in kind.model_fields.items()}
+    return {name: found for name, found in kinds.items() if isinstance(found, type) and issubclass(found, Config)}
+
+
 def completed(kind: type[Config], stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored tree of ``kind`` with the keys that it is older than, by `Config.when_absent`."""
     tree = {**kind.when_absent, **stored}
-    for name, field in kind.model_fields.items():
-        inner, section = _config_class(field.annotation), tree.get(name, {})
-        if inner and isinstance(section, Mapping) and (more := completed(inner, section)):
+    for name, inner in _sections(kind).items():
+        section = tree.get(name, {})
+        if isinstance(section, Mapping) and (more := completed(inner, section)):
             tree[name] = more
     return tree
 
@@ -129,38 +136,48 @@ def completed(kind: type[Config], stored: Mapping[str, Any]) -> dict[str, Any]:
 def at_absent(config: Config) -> dict[str, Any]:
     """Leaves at their `Config.when_absent` value, as pydantic's ``exclude`` takes them."""
     leaves: dict[str, Any] = {key: True for key, value in config.when_absent.items() if getattr(config, key) == value}
-    sections = {name: getattr(config, name) for name in type(config).model_fields}
-    return leaves | {
-        name: inner
-        for name, section in sections.items()
-        if isinstance(section, Config) and (inner := at_absent(section))
-    }
+    inner = {name: at_absent(getattr(config, name)) for name in _sections(type(config))}
+    return leaves | {name: below for name, below in inner.items() if below}
+
+
+def dotted_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All leaf keys of a tree in dotted form, in declaration order."""
+    sections = _sections(kind)
+    for name in kind.model_fields:
+        if name in sections:
+            yield from dotted_keys(sections[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """Dotted key to value of every leaf, in declaration order."""
+    return {key: reduce(getattr, key.split("."), config) for key in dotted_keys(type(config))}
+
+
+def deviations(config: BaseModel, default: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Leaves that differ from ``default``: dotted key to (default, value)."""
+    here, there = flatten(config), flatten(default)
+    return {key: (there.get(key), value) for key, value in here.items() if there.get(key) != value}
 
 
 def _sentence(kind: type[Config], path: tuple[Any, ...], problems: Sequence[Any]) -> str:
-    problem = problems[0]
-    key = ".".join(str(part) for part in path)
-    value = problem.get("input")
+    """What is wrong at one place of a tree of ``kind``."""
+    problem, key = problems[0], ".".join(map(str, path))
     if problem["type"] == "extra_forbidden":
-        parent = _model_at(kind, path[:-1])
-        known = sorted(parent.model_fields) if parent else []
+        parent: type[BaseModel] = kind
+        for part in path[:-1]:
+            parent = _sections(parent).get(str(part), BaseModel)
+        known = sorted(parent.model_fields)
         near = [found] if (found := nearest(str(path[-1]), known)) else _keys_below(kind, path)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         return f"unknown key '{key}'{hint} (keys here: {', '.join(known)})"
     if problem["type"] == "missing":
         return f"'{key}' must be given"
-    messages = [_message(problem) for problem in problems]
+    messages = [re.sub("^(Value error|Assertion failed), ", "", str(found["msg"])) for found in problems]
     if not key or messages[0].startswith((f"'{key}", key)):
         return messages[0]
-    plain = map(_plainly, problems, messages)
-    return f"'{key}': {'; or '.join(plain)}, got {value!r}"
-
-
-def _message(problem: Any) -> str:
-    message = str(problem["msg"])
-    for prefix in ("Value error, ", "Assertion failed, "):
-        message = message.removeprefix(prefix)
-    return message
+    return f"'{key}': {'; or '.join(map(_plainly, problems, messages))}, got {problem.get('input')!r}"
 
 
 def _keys_below(kind: type[Config], path: tuple[Any, ...]) -> list[str]:
@@ -185,54 +202,6 @@ def _plainly(problem: Any, message: str) -> str:
         near = nearest(given, allowed, 0.6) if isinstance(given := problem.get("input"), str) else None
         return f"allowed: {', '.join(allowed)}" + (f" (did you mean '{near}'?)" if near else "")
     return message[0].lower() + message[1:]
-
-
-def _model_at(kind: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
-    for part in path:
-        if not isinstance(part, str):
-            continue
-        field = kind.model_fields.get(part)
-        inner = _config_class(field.annotation) if field else None
-        if inner is None:
-            return None
-        kind = inner
-    return kind
-
-
-def _config_class(annotation: Any) -> type[Config] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next((found for a in get_args(annotation) if (found := _config_class(a))), None)
-    return None
-
-
-def dotted_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """All leaf keys of a tree in dotted form, in declaration order."""
-    for name, field in kind.model_fields.items():
-        inner = _config_class(field.annotation)
-        if inner:
-            yield from dotted_keys(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def flatten(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Dotted key to value of every leaf, in declaration order."""
-    leaves: dict[str, Any] = {}
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        if isinstance(value, BaseModel):
-            leaves |= flatten(value, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = value
-    return leaves
-
-
-def deviations(config: BaseModel, default: BaseModel) -> dict[str, tuple[Any, Any]]:
-    """Leaves that differ from ``default``: dotted key to (default, value)."""
-    here, there = flatten(config), flatten(default)
-    return {key: (there.get(key), value) for key, value in here.items() if there.get(key) != value}
 
 
 def resolve(dotted: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any
 
@@ -63,25 +63,11 @@ class ExperimentBase(Config):
     engine: EngineConfig = EngineConfig()
     wandb: WandbConfig = WandbConfig()
 
-    # Validators that run before the fields do so from the last to the first: the task's own keys are there by now.
-    @model_validator(mode="before")
-    @classmethod
-    def _sections_for_task(cls, value: Any) -> Any:
-        """What methods' sections take from the task where they are silent."""
-        if not isinstance(value, dict):
-            return value
-        try:
-            task = TaskConfig.model_validate(value.get("task", {}))
-        except ValidationError:
-            return value  # told with the tree's other problems
-        given = {name: value[name] for name in METHODS if isinstance(value.get(name), dict)}
-        return {**value, **{name: METHODS[name].config.for_task(section, task) for name, section in given.items()}}
-
     @model_validator(mode="before")
     @classmethod
     def _follow_task(cls, value: Any) -> Any:
-        """Keys of the task that are not given are its own; one that asks for text starts from a language model, and
-        from methods that can answer."""
+        """Keys of the task that are not given are its own, and methods' sections may follow it where they are silent;
+        one that asks for text starts from a language model, and from methods that can answer."""
         if not isinstance(value, dict):
             return value
         task = value.get("task", {})
@@ -90,12 +76,17 @@ class ExperimentBase(Config):
         entry = TASKS.get(name) if isinstance(name, str) else None
         if entry and isinstance(task, dict):
             value = {**value, "task": {**entry.defaults, **task}}
-        if entry is None or entry.kind != "generation":
-            return value
-        usual = cls.model_fields["methods"].default
-        follow = {"methods": tuple(m for m in usual if m != "majority"), **value}
-        model = value.get("model", {})
-        return follow | {"model": {"name": "tiny-llama", **model}} if isinstance(model, dict) else follow
+        if entry and entry.kind == "generation":
+            usual, model = cls.model_fields["methods"].default, value.get("model", {})
+            value = {"methods": tuple(m for m in usual if m != "majority"), **value}
+            if isinstance(model, dict):
+                value["model"] = {"name": "tiny-llama", **model}
+        try:
+            known = TaskConfig.model_validate(value.get("task", {}))
+        except ValidationError:
+            return value  # told with the tree's other problems
+        given = {name: value[name] for name in METHODS if isinstance(value.get(name), dict)}
+        return {**value, **{name: METHODS[name].config.for_task(section, known) for name, section in given.items()}}
 
     @field_validator("methods", "seeds", "budgets")
     @classmethod
@@ -111,10 +102,7 @@ class ExperimentBase(Config):
     def _known_methods(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         known = [*FILES, *info.data.get("code", {})]
         for name in value:
-            if name not in known:
-                raise ValueError(
-                    f"'methods': unknown method '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})"
-                )
+            _refuse_unknown("methods", "method", name, known)
         return value
 
     @field_validator("base")
@@ -145,11 +133,13 @@ class ExperimentBase(Config):
     @field_validator("task")
     @classmethod
     def _known_task(cls, value: TaskConfig) -> TaskConfig:
-        if value.name not in TASKS:
-            raise ValueError(
-                f"'task.name': unknown task '{value.name}'{did_you_mean(value.name, TASKS)} (known: {', '.join(TASKS)})"
-            )
+        _refuse_unknown("task.name", "task", value.name, TASKS)
         return value
+
+
+def _refuse_unknown(key: str, what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"'{key}': unknown {what} '{name}'{did_you_mean(name, known)} (known: {', '.join(known)})")
 
 
 def _has_section(method: str) -> bool:
