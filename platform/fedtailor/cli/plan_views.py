@@ -158,12 +158,12 @@ def _show_work(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> Non
     for row in stages:
         cost, n = row.estimate, times[_name(row)]
         each = known.get((row.stage.kind, row.stage.method), nan)  # nan: not known, and neither is the sum
-        counts = (float(cost.updates * n), float((cost.steps or 0) * n), (cost.flops or 0.0) * n)
+        counts = [count * n for count in (cost.updates, cost.steps or 0, cost.flops or 0.0)]
         sums = [before + count for before, count in zip(sums, counts, strict=True)]
         total += each * cost.updates * n
-        table.add_row(escape(_name(row)), *_work_cells(*counts, each * cost.updates * n))
+        table.add_row(escape(_name(row)), *_work_cells(counts, each * cost.updates * n))
     table.add_section()
-    table.add_row("[bold]sum[/]", *_work_cells(*sums, total))
+    table.add_row("[bold]sum[/]", *_work_cells(sums, total))
     console.print(table)
     if not known:
         console.print("[dim]No earlier run of this task and model in the storage: no time can be given.[/]")
@@ -171,7 +171,8 @@ def _show_work(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> Non
         console.print(f"[dim]{workers} workers need about 1/{workers} of the time.[/]", highlight=False)
 
 
-def _work_cells(updates: float, steps: float, flops: float, seconds: float) -> tuple[str, str, str, str]:
+def _work_cells(counts: Sequence[float], seconds: float) -> tuple[str, str, str, str]:
+    updates, steps, flops = counts
     return (
         f"{updates:,.0f}", f"{steps:,.0f}" if steps else "", f"{flops:.1e}" if flops else "",
         "" if isnan(seconds) else duration(seconds),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,6 @@ class Execution:
     def _storage_event(self, event: dict[str, Any]) -> None:
         self.emit({**event, "kind": "storage"})
 
-    def _locked(self, folder: str) -> AbstractContextManager[Lock]:
-        return Lock(self.storage, folder, self.run.run_id, on_wait=self._waiting, on_event=self._storage_event)
-
     def _waiting(self, text: str) -> None:
         self.emit({"kind": "waiting", "text": text})
 
@@ -127,7 +124,7 @@ class Execution:
         if self._is_done(folder):
             self.emit({**event, "state": "reused"})
             return
-        with self._locked(folder) as held:
+        with Lock(self.storage, folder, self.run.run_id, on_wait=self._waiting, on_event=self._storage_event) as held:
             if self._is_done(folder):
                 self.emit({**event, "state": "reused"})
                 return
@@ -139,13 +136,12 @@ class Execution:
                 stage.method, method_section(self.exp, stage.method), stage.r_max, spec.server_side
             )
             if stage.kind == "personalise":
-                modules, r_init = self._personalise(stage, spec, data, log)
+                info = self._personalise(stage, spec, data, log)
             else:
                 info = self._rounds(stage, method, spec, data, log)
-                modules, r_init = info.modules, info.r_init
-                if stage.kind == "base":
-                    self._export(stage, method, spec, data, log, info)
-            done = {"stage": stage.key, "modules": list(modules), "r_init": r_init}
+            if stage.kind == "base":
+                self._export(stage, method, spec, data, log, info)
+            done = {"stage": stage.key, "modules": list(info.modules), "r_init": info.r_init}
             self.storage.write_json(f"{folder}/{DONE}", done)
             self.emit({**event, "state": "done"})
 
@@ -181,7 +177,7 @@ class Execution:
         )
         rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
         run_rounds(
-            plan, method, self.pool, info.initial, rounds, self._received, self._on_round(stage),
+            plan, method, self.pool, info.initial, rounds, self._received, partial(self._committed, stage),
             self._earlier.overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
         )  # fmt: skip
         return info
@@ -191,20 +187,18 @@ class Execution:
             raise Interrupted(f"stopped in {result.stage}, round {result.round}: its commits are kept")
         self.emit({"kind": "segment", "stage": result.stage, "clients": len(result.valid), **result.host})
 
-    def _on_round(self, stage: Stage) -> Callable[[RoundOutcome], None]:
-        def closed(outcome: RoundOutcome) -> None:
-            self._note(stage, outcome.state.round - 1, outcome.failures, outcome.warnings)
-            self.run.timing(stage.key, outcome.state.round - 1, outcome.seconds, outcome.costs)
-            if outcome.spent is not None:
-                self.emit(spent_event(stage.key, outcome))
-            self._progress(stage, outcome.state.round, stage.rounds, len(outcome.weights))
-            if self.should_stop() and outcome.state.round < stage.rounds:
-                raise Interrupted(f"stopped after {stage.key}, round {outcome.state.round} of {stage.rounds}")
+    def _committed(self, stage: Stage, outcome: RoundOutcome) -> None:
+        done = outcome.state.round
+        self._note(stage, done - 1, outcome.failures, outcome.warnings)
+        self.run.timing(stage.key, done - 1, outcome.seconds, outcome.costs)
+        if outcome.spent is not None:
+            self.emit(spent_event(stage.key, outcome))
+        self._progress(stage, done, stage.rounds, len(outcome.weights), "round")
 
-        return closed
-
-    def _progress(self, stage: Stage, done: int, total: int, clients: int) -> None:
+    def _progress(self, stage: Stage, done: int, total: int, clients: int, what: str) -> None:
         self.emit({"kind": "progress", "stage": stage.key, "done": done, "total": total, "clients": clients})
+        if self.should_stop() and done < total:
+            raise Interrupted(f"stopped after {stage.key}, {what} {done} of {total}")
 
     def _note(self, stage: Stage, index: int, failures: Any, warnings: Any) -> None:
         for failure in failures:
@@ -226,9 +220,7 @@ class Execution:
             lambda out: write_merged(source, data.labels, part, tensors, out, self.exp.task_entry.kind),
         )
 
-    def _personalise(
-        self, stage: Stage, spec: StageSpec, data: TokenData, log: CommitLog
-    ) -> tuple[tuple[str, ...], int]:
+    def _personalise(self, stage: Stage, spec: StageSpec, data: TokenData, log: CommitLog) -> StageInfo:
         clients = [c.id for c in data.clients if c.pool in self.exp.personalise.pools]
         size, engine = self.exp.personalise.chunk, self.exp.engine
         chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
@@ -242,10 +234,8 @@ class Execution:
             ]
             results = self.pool.run(jobs, shared, self._received)
             self._commit_chunk(stage, index, chunks[index], results, log)
-            self._progress(stage, index + 1, len(chunks), len(chunks[index]))
-            if self.should_stop() and index + 1 < len(chunks):
-                raise Interrupted(f"stopped after {stage.key}, chunk {index + 1} of {len(chunks)}")
-        return info.modules, info.r_init
+            self._progress(stage, index + 1, len(chunks), len(chunks[index]), "chunk")
+        return info
 
     def _commit_chunk(
         self, stage: Stage, index: int, clients: Sequence[str], results: Sequence[SegmentResult], log: CommitLog

@@ -178,10 +178,11 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
     model = artifacts.ensure(model_name, lambda out: _model(exp, seed, data, out))
     tokens_name = tokens_artifact(exp, data_name, model_name)
     tokenizer = load_tokenizer(model)
-    artifacts.ensure(
-        tokens_name,
-        lambda out: tokenise(data, tokenizer, exp.task.max_length, out, exp.task.template, exp.task.overlong),
-    )
+
+    def write_tokens(out: Path) -> None:
+        tokenise(data, tokenizer, exp.task.max_length, out, exp.task.template, exp.task.overlong)
+
+    artifacts.ensure(tokens_name, write_tokens)
     return Inputs(data_name, model_name, tokens_name)
 
 

@@ -230,7 +230,13 @@ def close_round(
     numbers = ({"rejected_clients": rejected} if rejected else {}) | dict(released.metrics)
     if method.mechanism is not None and (share := clipped_share(norms, method.bound)) is not None:
         numbers["clipped_share"] = share
-    metrics += _round_rows(plan, method, state.round, numbers)
+    metrics += [
+        metric_row(
+            stage=plan.stage.split("/")[0], method=method.name, seed=plan.seed, round=state.round, metric=name,
+            value=float(value), weight=1.0,
+        )
+        for name, value in numbers.items()
+    ]  # fmt: skip
     return RoundOutcome(
         state=RoundState(state.round + 1, shared, server, {**state.private_at, **dict.fromkeys(private, state.round)}),
         cohort=cohort,
@@ -272,17 +278,6 @@ def _released(
     if np.isfinite(spend.epsilon):
         numbers["epsilon"] = spend.epsilon
     return NoisedAggregate(released.consensus, {**numbers, **released.metrics}, released.warnings), spend
-
-
-def _round_rows(plan: RoundPlan, method: Method, round: int, numbers: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Rows about the round as a whole, of no client."""
-    kind = plan.stage.split("/")[0]
-    return [
-        metric_row(
-            stage=kind, method=method.name, seed=plan.seed, round=round, metric=name, value=float(value), weight=1.0
-        )
-        for name, value in numbers.items()
-    ]
 
 
 def _merge(method: Method, results: Sequence[SegmentResult]) -> Any:
