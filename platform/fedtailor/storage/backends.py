@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,7 +188,7 @@ class RemoteFiles:
     def move(self, old: str, new: str) -> None:
         """File by file; the old ones go when all are there."""
         for name in self._tree(old):
-            self.write(new + name[len(old) :], retry_remote(lambda name=name: fresh(self._fs).cat_file(name)))
+            self.write(new + name[len(old) :], retry_remote(partial(self._fs.cat_file, name)))
         self.delete(old)
 
     def _tree(self, full: str) -> Iterator[str]:
