@@ -11,10 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "platform/fedtailor"
-EXCEPTIONS = {
-    name: {"wandb"}
-    for name in ("report/wandb.py", "report/wandb_session.py", "report/compare_wandb.py", "tracking/wandb_key.py")
-}
+EXCEPTIONS = {name: {"wandb"} for name in ("report/wandb.py", "report/compare_wandb.py", "tracking/wandb_key.py")}
 
 
 def imported(path: Path) -> set[str]:

@@ -452,7 +452,7 @@ def test_trouble_with_wandb_is_told_and_fails_nothing(lab: Lab, monkeypatch: pyt
     told = compare_runs(lab.storage, ["one", "two"])[0].wandb
     assert told[0].startswith("http")
     assert told[1] == "No W&B report: OSError: no route to host"
-    monkeypatch.setattr(compare_wandb, "place", broken)
+    monkeypatch.setattr(compare_wandb, "places", broken)
     assert compare_runs(lab.storage, ["one", "two"])[0].wandb == ("No link to W&B: OSError: no route to host",)
 
 

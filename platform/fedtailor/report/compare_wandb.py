@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -12,9 +13,7 @@ from urllib.parse import quote
 from fedtailor.report.compare import ComparedRun
 from fedtailor.report.names import shortened
 from fedtailor.report.wandb import final_results, identity
-from fedtailor.report.wording import get_path
-from fedtailor.storage.run_folder import RunFolder
-from fedtailor.tracking.wandb_key import api_key, key_in_environment
+from fedtailor.tracking.wandb_key import KEY, api_key
 
 REPORTS = "wandb_workspaces"
 """Package that writes W&B reports."""
@@ -22,73 +21,8 @@ REPORTS = "wandb_workspaces"
 _LONGEST_TITLE = 128
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run is on W&B: `identity` in a project of a user or team."""
-
-    entity: str
-    project: str
-    id: str
-    name: str
-
-
-def place(run: RunFolder) -> Place:
-    """Where `sync_run` puts a run; asks W&B for the key's entity where the configuration names none.
-
-    Raises:
-        ConfigError: neither an entity nor a key.
-    """
-    config = run.info()["config"]["wandb"]
-    return Place(config["entity"] or _default_entity(), config["project"], identity(run), run.run_id)
-
-
-def address(entity: str, project: str) -> str:
-    """Page of a project, on the server that W&B is set up for."""
-    import wandb
-
-    return "/".join([wandb.setup().settings.app_url.rstrip("/"), quote(entity), quote(project)])
-
-
-def make_report(places: Sequence[Place], title: str, text: str, keys: Sequence[str]) -> str:
-    """Makes a W&B report of some runs, in the project of the first, and returns its address.
-
-    Args:
-        places: the runs.
-        title: at most 128 characters.
-        text: Markdown that stands at the top.
-        keys: summary values to draw, a bar per run.
-
-    Raises:
-        ImportError: the package wandb-workspaces is not installed.
-        ConfigError: no key.
-    """
-    wr: Any = import_module("wandb_workspaces.reports.v2")
-    projects = dict.fromkeys((place.entity, place.project) for place in places)
-    with key_in_environment():
-        runsets = [
-            wr.Runset(
-                entity=entity,
-                project=project,
-                name=project,
-                filters=f"Metric('ID') in {[p.id for p in places if (p.entity, p.project) == (entity, project)]}",
-            )
-            for entity, project in projects
-        ]
-        panels = [wr.RunComparer(diff_only="split"), *(wr.BarPlot(title=key, metrics=[key]) for key in keys)]
-        report = wr.Report(
-            entity=places[0].entity,
-            project=places[0].project,
-            title=title,
-            blocks=[wr.MarkdownBlock(text=text), wr.PanelGrid(runsets=runsets, panels=panels)],
-        )
-        report.save()
-        return str(report.url)
-
-
-def _default_entity() -> str:
-    import wandb
-
-    return str(wandb.Api(api_key=api_key()).default_entity)
+Places = dict[tuple[str, str], dict[str, str]]
+"""Entity and project to the runs there: name to `identity`."""
 
 
 def on_wandb(runs: Sequence[ComparedRun], text: str) -> tuple[str, ...]:
@@ -98,32 +32,87 @@ def on_wandb(runs: Sequence[ComparedRun], text: str) -> tuple[str, ...]:
         runs: the compared runs.
         text: Markdown for the report.
     """
-    if any(get_path(run.info["config"], "wandb.mode") != "online" for run in runs):
+    if any(run.exp.wandb.mode != "online" for run in runs):
         return ()
     try:
-        places = [place(run.folder) for run in runs]
-        links = _links(places)
+        found = places(runs)
+        links = [
+            f"{address(*project)} (runs {', '.join(f'{name}: {own[name]}' for name in own)})"
+            for project, own in found.items()
+        ]
     except Exception as error:  # W&B lets errors of many libraries through, and none may fail a comparison
         return (f"No link to W&B: {type(error).__name__}: {error}",)
     if find_spec(REPORTS) is None:
         return (*links, f"A W&B report of these runs needs the package {REPORTS.replace('_', '-')}.")
-    title = shortened(f"fedtailor: {', '.join(place.name for place in places)}", _LONGEST_TITLE)
+    title = shortened(f"fedtailor: {', '.join(run.run_id for run in runs)}", _LONGEST_TITLE)
     try:
-        return (*links, f"Report: {make_report(places, title, text, _keys(runs))}")
+        keys = set.intersection(*(set(final_results(run.values)[0]) for run in runs))
+        return (*links, f"Report: {make_report(found, title, text, sorted(keys))}")
     except Exception as error:  # as above
         return (*links, f"No W&B report: {type(error).__name__}: {error}")
 
 
-def _links(places: Sequence[Place]) -> list[str]:
-    """A sentence per project."""
-    links = []
-    for entity, project in dict.fromkeys((place.entity, place.project) for place in places):
-        here = ", ".join(f"{p.name}: {p.id}" for p in places if (p.entity, p.project) == (entity, project))
-        links.append(f"{address(entity, project)} (runs {here})")
-    return links
+def places(runs: Sequence[ComparedRun]) -> Places:
+    """Where `sync_run` puts runs; asks W&B for the key's entity where a configuration names none.
+
+    Raises:
+        ConfigError: neither an entity nor a key.
+    """
+    found: Places = {}
+    for run in runs:
+        config = run.exp.wandb
+        found.setdefault((config.entity or _default_entity(), config.project), {})[run.run_id] = identity(run.folder)
+    return found
 
 
-def _keys(runs: Sequence[ComparedRun]) -> list[str]:
-    """Summary values that `final_results` gives to all runs."""
-    keys = [set(final_results(run.values)[0]) for run in runs]
-    return sorted(set.intersection(*keys))
+def address(entity: str, project: str) -> str:
+    """Page of a project, on the server that W&B is set up for."""
+    import wandb
+
+    return "/".join([wandb.setup().settings.app_url.rstrip("/"), quote(entity), quote(project)])
+
+
+def make_report(runs: Places, title: str, text: str, keys: Sequence[str]) -> str:
+    """Makes a W&B report of some runs, in the project of the first, and returns its address.
+
+    Args:
+        runs: where the runs are.
+        title: at most 128 characters.
+        text: Markdown that stands at the top.
+        keys: summary values to draw, a bar per run.
+
+    Raises:
+        ImportError: the package wandb-workspaces is not installed.
+        ConfigError: no key.
+    """
+    wr: Any = import_module(f"{REPORTS}.reports.v2")
+    with _key_in_environment():
+        runsets = [
+            wr.Runset(entity=at[0], project=at[1], name=at[1], filters=f"Metric('ID') in {list(own.values())}")
+            for at, own in runs.items()
+        ]
+        panels = [wr.RunComparer(diff_only="split"), *(wr.BarPlot(title=key, metrics=[key]) for key in keys)]
+        blocks = [wr.MarkdownBlock(text=text), wr.PanelGrid(runsets=runsets, panels=panels)]
+        entity, project = next(iter(runs))
+        report = wr.Report(entity=entity, project=project, title=title, blocks=blocks)
+        report.save()
+        return str(report.url)
+
+
+@contextmanager
+def _key_in_environment() -> Iterator[None]:
+    """The library of W&B reports takes no key as an argument."""
+    before, os.environ[KEY] = os.environ.get(KEY), api_key()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KEY]
+        else:
+            os.environ[KEY] = before
+
+
+def _default_entity() -> str:
+    import wandb
+
+    return str(wandb.Api(api_key=api_key()).default_entity)

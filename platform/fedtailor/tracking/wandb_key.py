@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -28,15 +27,21 @@ def find_key() -> str | None:
     if key := os.environ.get(KEY):
         return key
     if path := os.environ.get(KEY_FILE):
-        return _read(path)
+        try:
+            key = Path(path).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise ConfigError(f"{KEY_FILE}: {path} cannot be read: {reason}") from error
+        if not key:
+            raise ConfigError(f"{KEY_FILE}: {path} is empty")
+        return key
     import wandb
 
-    # The server that this version of wandb (or WANDB_BASE_URL) talks to, and the one that older keys are filed under.
-    hosts = [urlparse(url).hostname or "" for url in (wandb.Settings().base_url, "https://api.wandb.ai")]
     with suppress(OSError, netrc.NetrcParseError):
         known = netrc.netrc()
-        for host in hosts:
-            if entry := known.authenticators(host):
+        # The server that this version of wandb (or WANDB_BASE_URL) talks to, and the one of older keys.
+        for url in (wandb.Settings().base_url, "https://api.wandb.ai"):
+            if entry := known.authenticators(urlparse(url).hostname or ""):
                 return str(entry[2])
     return None
 
@@ -65,13 +70,10 @@ def settled_mode(mode: str) -> Mode:
         ConfigError: another mode than auto, offline and online, or a key file that cannot be read.
     """
     if mode == "auto":
-        wanted = os.environ.get("WANDB_MODE", "online")
-        return "online" if wanted == "online" and find_key() else "offline"
-    if mode == "online":
-        return "online"
-    if mode == "offline":
-        return "offline"
-    raise ConfigError(f"'wandb.mode': {mode} cannot be synced; use --mode auto, offline or online")
+        return "online" if os.environ.get("WANDB_MODE", "online") == "online" and find_key() else "offline"
+    if mode not in ("online", "offline"):
+        raise ConfigError(f"'wandb.mode': {mode} cannot be synced; use --mode auto, offline or online")
+    return mode
 
 
 def check_wandb(config: WandbConfig, save_adapters: bool) -> None:
@@ -92,27 +94,3 @@ def check_wandb(config: WandbConfig, save_adapters: bool) -> None:
         raise ConfigError(f"'wandb.mode': {config.mode} needs the package wandb: pip install wandb, or use disabled")
     if settled_mode(config.mode) == "online":
         api_key()
-
-
-@contextmanager
-def key_in_environment() -> Iterator[None]:
-    """Puts the key into the environment, for a library that takes none as an argument."""
-    before, os.environ[KEY] = os.environ.get(KEY), api_key()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[KEY]
-        else:
-            os.environ[KEY] = before
-
-
-def _read(path: str) -> str:
-    try:
-        key = Path(path).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"{KEY_FILE}: {path} cannot be read: {reason}") from error
-    if not key:
-        raise ConfigError(f"{KEY_FILE}: {path} is empty")
-    return key
