@@ -10,7 +10,7 @@ import pytest
 from fedtailor.core.config import validate
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, metric_row
 from fedtailor.experiment.config import Experiment, ExperimentBase
-from fedtailor.report import cost
+from fedtailor.report import summary
 from fedtailor.report.facts import (
     base_line,
     duplicates_sentence,
@@ -109,7 +109,7 @@ def test_cost_adds_up_seeds_and_divides_by_wall_time() -> None:
         for name, begin, end in ((names[0], 0, 4), (names[1], 10, 14), (names[2], 20, 22), (names[2], 30, 31))
         for state, second in (("running", begin), ("done", end))
     ]
-    first, second = cost.cost_table(stages, times, events).to_dict("records")
+    first, second = summary.cost_table(stages, times, events).to_dict("records")
     assert (first["stage"], first["seeds"], first["clients"]) == ("strategy/fedl2p/r8", 2, 6)
     assert (first["client_seconds"], first["wall_seconds"], first["clients_per_second"]) == (12.0, 8.0, 0.75)
     # Taken up again: its wall time would count the break.
@@ -134,11 +134,11 @@ def test_cost_tells_tokens_bytes_memory_and_repeats_and_blanks_where_a_run_did_n
         for stage in stages
         for state, second in (("running", 0), ("done", 4))
     ]
-    first, second = cost.cost_table(stages, frame_of([new, old], TIMING_SCHEMA), events).to_dict("records")
+    first, second = summary.cost_table(stages, frame_of([new, old], TIMING_SCHEMA), events).to_dict("records")
     assert (first["tokens_per_second"], first["mb_down"], first["mb_up"]) == (25.0, 4.0, 1.0)
     assert (first["peak_rss_mb"], first["peak_gpu_mb"], first["repeated"]) == (2000.0, 0.0, 1.0)
-    assert all(pd.isna(second[name]) for name in cost.COLUMNS[-6:])
+    assert all(pd.isna(second[name]) for name in summary.COST_COLUMNS[-6:])
 
 
 def test_a_run_without_times_has_no_cost() -> None:
-    assert cost.cost_table([{"key": "base/seed1"}], pd.DataFrame(columns=cost_columns()), []).empty
+    assert summary.cost_table([{"key": "base/seed1"}], pd.DataFrame(columns=cost_columns()), []).empty

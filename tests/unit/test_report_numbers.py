@@ -17,8 +17,8 @@ from fedtailor.models.families import locate_module
 from fedtailor.report import heatmaps, names, summary, tables
 from fedtailor.report.facts import RunData, RunFacts, read_facts
 from fedtailor.report.grid import latex, markdown
+from fedtailor.report.names import leaves, percent
 from fedtailor.report.scores import blocks, checked, results_table, scored_rows
-from fedtailor.report.wording import leaves, percent
 
 NOTHING = pd.DataFrame(columns=list(METRIC_COLUMNS))
 

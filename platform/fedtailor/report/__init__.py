@@ -17,18 +17,16 @@ from fedtailor.core.errors import StorageError
 from fedtailor.core.files import refuse_used
 from fedtailor.methods.external import add_stored
 from fedtailor.report import significance
-from fedtailor.report.cost import cost_table
 from fedtailor.report.curves import per_budget, per_language, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
-from fedtailor.report.heatmaps import Strategies, lambda_distance, rank_structure
+from fedtailor.report.heatmaps import Strategies, lambda_distance, population_figures, rank_structure
 from fedtailor.report.metrics import Measure, answer_measures, primary
 from fedtailor.report.names import in_pool_order
 from fedtailor.report.page import Content, render
-from fedtailor.report.population import population_figures
 from fedtailor.report.scores import TIE_RULE, Block, blocks, checked, results_table, scored_rows
 from fedtailor.report.style import Drawing, Missing, class_label, language_label, save, styled
-from fedtailor.report.summary import gaps, summary_records, tied_shares
+from fedtailor.report.summary import cost_table, gaps, summary_records, tied_shares
 from fedtailor.report.tables import file_label, measure_blocks, measures_data, measures_grid, table_data, table_grid
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import join

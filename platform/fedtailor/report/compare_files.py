@@ -20,10 +20,22 @@ from fedtailor.report.compare import Comparison, Rows, RunPair, compare
 from fedtailor.report.compare_wandb import on_wandb
 from fedtailor.report.curves import PERCENT
 from fedtailor.report.grid import Grid, markdown
-from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name, shortened
+from fedtailor.report.names import (
+    ABSENT,
+    MARKDOWN,
+    budget_title,
+    escape,
+    format_range,
+    in_method_order,
+    in_pool_order,
+    method_name,
+    percent,
+    points,
+    pool_name,
+    shortened,
+)
 from fedtailor.report.significance import LEVEL, MARKS, NOT_COMPARED, interval_text, p_text, table
 from fedtailor.report.style import MUTED, Drawing, drawable, looks, save, styled
-from fedtailor.report.wording import ABSENT, MARKDOWN, budget_title, escape, format_range, percent, points
 from fedtailor.storage.files import Storage
 
 TEXT = "compare.md"

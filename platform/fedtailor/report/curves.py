@@ -10,21 +10,20 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedtailor.report import style
 from fedtailor.report.metrics import ACCURACY, Measure
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, metric_name, pool_name
 from fedtailor.report.scores import Block
 from fedtailor.report.significance import NOT_COMPARED
-from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, language_label, looks, plain
+from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, looks
 
 CURVES = "Training curves"
 
 _FIRST = ("train_loss", "psg_loss")
 
 _KEYS = ["stage", "method", "budget", "metric", "seed", "round"]
-
-_COLUMNS = 3
 
 PERCENT = FuncFormatter(lambda value, position: f"{100 * value:g}%")
 
@@ -67,17 +66,13 @@ def _figure(stage: str, look: Look, method: str, series: pd.DataFrame) -> Drawin
     shades = sns.color_palette("viridis_r", len(budgets) + 1).as_hex()[1:]
     one = INK if stage == "base" else look.colour
     colours = dict(zip(budgets, shades if len(budgets) > 1 else [one], strict=True))
-    columns = min(_COLUMNS, len(metrics))
-    rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(4.1 * max(columns, 2 if len(budgets) > 1 else 1), 2.6 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(metrics) :]:
-        axis.remove()
-    for axis, metric in zip(axes.flat, metrics, strict=False):
+    columns = min(3, len(metrics))
+    figure, axes = style.panels(len(metrics), columns, 4.1 * max(columns, 2 if len(budgets) > 1 else 1), 2.6)
+    for axis, metric in zip(axes, metrics, strict=True):
         _panel(axis, series[series["metric"] == metric], colours)
         axis.set_title(drawable(metric_name(metric)))
     if len(budgets) > 1:
-        handles = axes.flat[0].get_legend_handles_labels()[0]
+        handles = axes[0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
     whose = f"base model, {look.label}" if stage == "base" else f"strategy of {look.label}"
     several = series["seed"].nunique() > 1
@@ -108,9 +103,7 @@ def _panel(axis: Axes, series: pd.DataFrame, colours: dict[int, str]) -> None:
     if low > 0 and high > 30 * low:
         axis.set_yscale("log")
         axis.set_ylim(low / 1.3, high * 1.3)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
-        axis.yaxis.set_major_formatter(FuncFormatter(plain))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        style.log_ticks(axis.yaxis, numticks=6)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_xlim(1 - 0.03 * last, last + 0.03 * last)
     axis.set_xlabel("round")
@@ -137,18 +130,14 @@ def _language_figure(found: Sequence[Block]) -> Drawing:
     codes = sorted(codes, key=lambda code: (np.mean(means[code]), code))
     look, floor = _shown(found)
     columns = min(len(found), 4)
-    rows = -(-len(found) // columns)
+    width = 1.8 + 2.9 * columns if columns > 1 else 7.5
     height = max(0.34, 0.045 * len(look) + 0.06) * len(codes) + 0.9
-    figure = Figure(figsize=(1.8 + 2.9 * columns if columns > 1 else 7.5, height * rows + 0.5))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(found) :]:
-        axis.remove()
-    for axis, block in zip(axes.flat, found, strict=False):
+    figure, axes = style.panels(len(found), columns, width, height, sharex=True, sharey=True)
+    figure.set_figheight(figure.get_figheight() + 0.5)
+    for axis, block in zip(axes, found, strict=True):
         _language_panel(axis, block, codes, look)
         axis.set_title("" if block.budget is None else f"r = {block.budget}")
-    names = [language_label(code) for code in codes]
-    axes[0, 0].set_yticks(range(len(codes)), names)
-    axes[0, 0].set_ylim(-0.6, len(codes) - 0.4)
+    style.language_rows(axes[0], codes)
     _legend(figure, look)
     pool, several = found[0].pool, len(found[0].seeds) > 1
     return Drawing(
@@ -176,27 +165,23 @@ def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, 
         axis.axhspan(y - 0.5, y + 0.5, color=GRID, alpha=0.35, linewidth=0, zorder=0)
     moved = [m for m in look if m not in _FLAT] or list(look)
     for method in (m for m in block.methods if m in look):
-        style, cells = (
-            look[method],
-            [(y, block.cells[code, method]) for y, code in enumerate(codes) if (code, method) in block.cells],
-        )
+        mark = look[method]
+        cells = [(y, block.cells[code, method]) for y, code in enumerate(codes) if (code, method) in block.cells]
         # Methods of close scores stay apart: each has its own height within the row.
         shift = 0.0 if method not in moved else 0.5 * (0.5 - (moved.index(method) + 0.5) / len(moved))
         x, at = [cell.mean for _, cell in cells], [y + shift for y, _ in cells]
         spread = [cell.sd or 0.0 for _, cell in cells]
         if any(spread):
-            axis.errorbar(x, at, xerr=spread, fmt="none", ecolor=style.colour, alpha=0.45, elinewidth=1, zorder=2)
+            axis.errorbar(x, at, xerr=spread, fmt="none", ecolor=mark.colour, alpha=0.45, elinewidth=1, zorder=2)
         axis.plot(
-            x, at, style.marker, color=style.colour, markersize=13 if style.marker == "|" else 5.2,
-            markeredgewidth={"|": 2.0, "x": 1.2}.get(style.marker, 0.4),
-            markeredgecolor=style.colour if style.marker in "x|" else "white", zorder=3,
+            x, at, mark.marker, color=mark.colour, markersize=13 if mark.marker == "|" else 5.2,
+            markeredgewidth={"|": 2.0, "x": 1.2}.get(mark.marker, 0.4),
+            markeredgecolor=mark.colour if mark.marker in "x|" else "white", zorder=3,
         )  # fmt: skip
     axis.xaxis.set_major_formatter(PERCENT)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.tick_params(labelbottom=True, axis="x")
-    axis.tick_params(axis="y", length=0)
-    axis.grid(False, axis="y")
-    axis.spines["left"].set_visible(False)
+    style.open_rows(axis)
 
 
 def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
@@ -208,14 +193,13 @@ def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
     look, floor = _shown(found)
     pools = in_pool_order(block.pool for block in found)
     flat = {m for block in found for m in block.without_budget}
-    figure = Figure(figsize=(5.6 * len(pools), 4.1))
-    axes = figure.subplots(1, len(pools), squeeze=False, sharey=True)[0]
+    figure, axes = style.panels(len(pools), len(pools), 5.6 * len(pools), 4.1, sharey=True)
     for axis, pool in zip(axes, pools, strict=True):
         here = [b for b in found if b.pool == pool and b.budget is not None]
-        for number, (method, style) in enumerate(look.items()):
+        for number, (method, mark) in enumerate(look.items()):
             # Error bars of close methods stay apart.
             shift = 0.0 if method in flat else 0.035 * (number - (len(look) - 1) / 2)
-            _budget_line(axis, [b for b in here if method in b.average], budgets, method, style, shift, method in flat)
+            _budget_line(axis, [b for b in here if method in b.average], budgets, method, mark, shift, method in flat)
         axis.set_title(pool_name(pool))
         axis.set_xticks(range(len(budgets)), [str(b) for b in budgets])
         axis.set_xlabel("budget r (ranks per adapted layer)")
@@ -234,19 +218,19 @@ def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
 
 
 def _budget_line(
-    axis: Axes, here: Sequence[Block], budgets: list[int], method: str, style: Look, shift: float, flat: bool
+    axis: Axes, here: Sequence[Block], budgets: list[int], method: str, mark: Look, shift: float, flat: bool
 ) -> None:
     x = np.array([budgets.index(b.budget) + shift for b in here if b.budget is not None])
     y = np.array([b.average[method].mean for b in here])
     sd = np.array([b.average[method].sd or 0.0 for b in here])
     axis.plot(
-        x, y, "--" if flat else "-", color=style.colour, marker="none" if flat else style.marker,
-        markersize=6, markeredgecolor="white", markeredgewidth=0.6, label=style.label, zorder=3,
+        x, y, "--" if flat else "-", color=mark.colour, marker="none" if flat else mark.marker,
+        markersize=6, markeredgecolor="white", markeredgewidth=0.6, label=mark.label, zorder=3,
     )  # fmt: skip
     if flat:
-        axis.fill_between(x, y - sd, y + sd, color=style.colour, alpha=0.13, linewidth=0)
+        axis.fill_between(x, y - sd, y + sd, color=mark.colour, alpha=0.13, linewidth=0)
     elif sd.any():
-        axis.errorbar(x, y, yerr=sd, fmt="none", ecolor=style.colour, elinewidth=1.2, capsize=2.5, zorder=2)
+        axis.errorbar(x, y, yerr=sd, fmt="none", ecolor=mark.colour, elinewidth=1.2, capsize=2.5, zorder=2)
 
 
 def _legend(figure: Figure, look: dict[str, Look], dashed: Collection[str] | None = None) -> None:

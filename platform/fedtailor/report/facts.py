@@ -17,8 +17,17 @@ from fedtailor.core.errors import DataError
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of, seen_clients
-from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
-from fedtailor.report.wording import NOT_RECORDED, format_range, format_value, plural, text
+from fedtailor.report.names import (
+    NOT_RECORDED,
+    format_range,
+    format_value,
+    in_method_order,
+    in_pool_order,
+    method_name,
+    plural,
+    pool_name,
+    text,
+)
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import clients_of
 

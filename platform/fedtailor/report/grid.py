@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fedtailor.report.wording import LATEX, MARKDOWN, escape
+from fedtailor.report.names import LATEX, MARKDOWN, escape
 
 _UPRIGHT_COLUMNS, _SIDEWAYS_COLUMNS = 10, 14
 

@@ -13,15 +13,15 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedtailor.report import cost, names, significance
+from fedtailor.report import names, significance, summary
 from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
 from fedtailor.report.metrics import ACCURACY, Measure
+from fedtailor.report.names import ABSENT, budget_title, leaves, percent, plural, points, text
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
 from fedtailor.report.significance import Pair, against, rule
 from fedtailor.report.style import Drawing, Missing
 from fedtailor.report.tables import SEPARATOR, languages_of
-from fedtailor.report.wording import ABSENT, budget_title, leaves, percent, plural, points, text
 from fedtailor.tasks.task import TASKS
 
 
@@ -47,7 +47,7 @@ class Content:
         drawn: figures with their files (png, svg), or why there is none.
         notes: sentences on incomplete data.
         ties: (method, budget) to share of ranks tied at the threshold.
-        spent: `cost.cost_table`.
+        spent: `summary.cost_table`.
         grids: pool to its table.
         measures: all measures of a generation run.
         measure_grids: pool to their table.
@@ -107,8 +107,8 @@ def render(content: Content) -> str:
             provenance=[(key, leaves(run.get(key))) for key in ("hardware", "git", "versions") if run.get(key)],
             tie_rule=TIE_RULE,
             comparison_rule=rule(content.measure),
-            cost_rule=cost.RULE,
-            load_rule=cost.LOAD_RULE,
+            cost_rule=summary.COST_RULE,
+            load_rule=summary.LOAD_RULE,
         )
     )
     return page

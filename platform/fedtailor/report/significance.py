@@ -20,10 +20,18 @@ from scipy import stats
 
 from fedtailor.report.grid import Grid
 from fedtailor.report.metrics import ACCURACY, Measure, primary
-from fedtailor.report.names import in_budget_order, in_method_order, in_pool_order, method_name, pool_name
+from fedtailor.report.names import (
+    ABSENT,
+    budget_title,
+    in_budget_order,
+    in_method_order,
+    in_pool_order,
+    method_name,
+    points,
+    pool_name,
+)
 from fedtailor.report.scores import REFERENCE, Block, client_scores
 from fedtailor.report.tables import file_label
-from fedtailor.report.wording import ABSENT, budget_title, points
 
 LEVEL = 0.05
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import Any
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib import font_manager, ft2font
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fedtailor.methods import METHODS
 from fedtailor.report.names import in_method_order, language_name, method_name, shortened
@@ -186,6 +189,43 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 def plain(value: float, position: int | None = None) -> str:
     """A tick label without mathematical notation, e.g. ``0.002`` or ``2e-05``."""
     return f"{value:g}"
+
+
+def panels(n: int, columns: int, width: float, height: float, **share: bool) -> tuple[Figure, list[Axes]]:
+    """A figure of ``n`` panels in rows of ``columns``.
+
+    Args:
+        n: panels, at least one.
+        columns: panels beside each other.
+        width: of the figure in inches; ``height``: of one row of panels.
+        share: ``sharex`` and ``sharey``, as in matplotlib.
+    """
+    rows = -(-n // columns)
+    figure = Figure(figsize=(width, height * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False, **share).flat)
+    for axis in axes[n:]:
+        axis.remove()
+    return figure, axes[:n]
+
+
+def language_rows(axis: Axes, codes: Sequence[str]) -> None:
+    """Names the rows of a panel, one per language."""
+    axis.set_yticks(range(len(codes)), [language_label(code) for code in codes])
+    axis.set_ylim(-0.6, len(codes) - 0.4)
+
+
+def open_rows(axis: Axes) -> None:
+    """Takes the lines away that would run along rows."""
+    axis.tick_params(axis="y", length=0)
+    axis.grid(False, axis="y")
+    axis.spines["left"].set_visible(False)
+
+
+def log_ticks(axis: Axis, numticks: int | None = None) -> None:
+    """Ticks at 1, 2 and 5 of every decade, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=numticks))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def styled(texts: Iterable[str] = ()) -> Any:

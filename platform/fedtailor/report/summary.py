@@ -1,8 +1,10 @@
-"""What a run amounts to: a record per pool, budget and method, what is missing, how many ranks tie."""
+"""What a run amounts to: a record per pool, budget and method, what is missing, how many ranks tie, what it cost."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import pandas as pd
@@ -11,6 +13,26 @@ from fedtailor.report.metrics import primary
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.report.scores import Block
 from fedtailor.report.significance import Pair, against
+from fedtailor.storage.round_store import TIMING_COLUMNS
+
+COST_COLUMNS = (
+    "stage", "seeds", "clients", "client_seconds", "wall_seconds", "clients_per_second", "seconds_per_client",
+    "tokens_per_second", "mb_down", "mb_up", "peak_rss_mb", "peak_gpu_mb", "repeated",
+)  # fmt: skip
+
+COST_RULE = (
+    "Clients: how often a client was trained or personalised. Client time: seconds that workers spent on clients, a "
+    "group's time shared equally. Wall time: from a stage's start to its end, where the run saw both without a break; "
+    "clients per second are over wall time. A stage that was reused from an earlier run took no time here."
+)
+
+LOAD_RULE = (
+    "Tokens: of the clients' training texts, each text once for every time its client was called, however many "
+    "epochs or budgets read it, without padding; per second of wall time. Down and up: float32 bytes of common "
+    "parameters that a real client would receive and send for one call; what it keeps to itself and the frozen base "
+    "do not travel. Peak memory: the largest worker process so far, its model and libraries included. Repeated: "
+    "clients whose call had been lost before."
+)
 
 
 def summary_records(
@@ -78,3 +100,62 @@ def tied_shares(frame: pd.DataFrame) -> dict[tuple[str, int], float]:
     means = rows.groupby(["method", "budget"], as_index=False)["value"].mean()
     cells = zip(means["method"], means["budget"], means["value"], strict=True)
     return {(str(method), int(budget)): float(value) for method, budget, value in cells}
+
+
+def cost_table(
+    stages: Sequence[Mapping[str, Any]], times: pd.DataFrame, events: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
+    """`COST_COLUMNS`, a row per stage (its seeds together) that has times, in the order of the run; NaN where unknown.
+
+    1 MB is 1e6 bytes; ``mb_down`` and ``mb_up`` are means over calls of clients, the peaks are the largest process.
+
+    Args:
+        stages: of run.json, each with a key such as ``strategy/fedl2p/r8/seed42``.
+        times: `TIMING_COLUMNS`, or of them stage, round, client and seconds only.
+        events: lines of events.jsonl.
+    """
+    walls, times = _walls(events), times.reindex(columns=list(TIMING_COLUMNS))
+    keys = list(dict.fromkeys(str(stage["key"]) for stage in stages)) or list(dict.fromkeys(times["stage"]))
+    rows = []
+    for name in dict.fromkeys(_without_seed(key) for key in keys):
+        own = [key for key in keys if _without_seed(key) == name]
+        timed = times[times["stage"].isin(own)]
+        if not len(timed):
+            continue
+        ran = sorted(set(timed["stage"]))
+        wall = sum(walls[key] for key in ran) if all(key in walls for key in ran) else float("nan")
+        n, seconds = len(timed), float(timed["seconds"].sum())
+        speed = (n / wall if wall else float("nan"), seconds / n)
+        rows.append((name, len(ran), n, seconds, wall, *speed, *_load(timed, wall)))
+    return pd.DataFrame(rows, columns=list(COST_COLUMNS))
+
+
+def _load(timed: pd.DataFrame, wall: float) -> tuple[float, ...]:
+    """The last six of `COST_COLUMNS`; rows of earlier versions do not say, and one of them makes a sum unknown."""
+    tokens = float(timed["tokens"].astype(float).sum(skipna=False))
+    down, up = (float(timed[name].astype(float).mean()) / 1e6 for name in ("bytes_down", "bytes_up"))
+    rss, gpu = (float(timed[name].astype(float).max()) / 1e6 for name in ("peak_rss", "peak_gpu"))
+    repeated = float("nan") if timed["attempt"].isna().all() else float((timed["attempt"].astype(float) > 0).sum())
+    return tokens / wall if wall else float("nan"), down, up, rss, gpu, repeated
+
+
+def _without_seed(key: str) -> str:
+    return re.sub(r"/seed\d+$", "", key)
+
+
+def _walls(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Stage to seconds between its only start and its end; a stage that was taken up again is left out."""
+    began: dict[str, list[str]] = {}
+    ended: dict[str, str] = {}
+    for event in events:
+        if event.get("kind") == "stage" and event.get("state") in ("running", "done"):
+            key, time = str(event["stage"]), str(event["time"])
+            if event["state"] == "running":
+                began.setdefault(key, []).append(time)
+            else:
+                ended[key] = time
+    return {
+        key: (datetime.fromisoformat(ended[key]) - datetime.fromisoformat(times[0])).total_seconds()
+        for key, times in began.items()
+        if len(times) == 1 and key in ended
+    }

@@ -15,15 +15,19 @@ from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
 from fedtailor.report.metrics import ROUGE_L, answer_measures
 from fedtailor.report.names import (
+    ABSENT,
+    NOT_RECORDED,
+    budget_title,
     in_budget_order,
     in_method_order,
     in_pool_order,
     language_name,
     method_name,
+    percent,
+    plural,
     pool_name,
 )
 from fedtailor.report.scores import AVERAGE, Block, Cell, blocks
-from fedtailor.report.wording import ABSENT, NOT_RECORDED, budget_title, percent, plural
 
 SEPARATOR = " / "
 """Between the measures of one cell."""
