@@ -198,14 +198,14 @@ def test_the_difference_is_tested_over_clients_after_averaging_the_shared_seeds(
     lab.run("one", one, words=["seeds=[42,52]"])
     lab.run("two", two, words=["seeds=[42,52,62]", "lora.lr=0.5"])
     content = lab.compare("one", "two")
-    (pair,) = (p for p in content.pairs if p.result.method == "lora" and p.result.budget == 8)
+    (pair,) = (p for p in content.pairs if p.method == "lora" and p.budget == 8)
     gains = [np.mean([two("lora", 8, s, c) - one("lora", 8, s, c) for s in (42, 52)]) for c in CLIENTS]
     test = stats.ttest_1samp(gains, 0.0)
-    assert (pair.run, pair.other, pair.seeds, pair.result.n_clients) == ("two", "one", (42, 52), 6)
-    assert pair.result.difference == pytest.approx(np.mean(gains))
-    assert pair.result.p == pytest.approx(test.pvalue)
-    assert pair.result.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert pair.result.verdict == "better"
+    assert (pair.run, pair.earlier, pair.seeds, pair.n_clients) == ("two", "one", (42, 52), 6)
+    assert pair.difference == pytest.approx(np.mean(gains))
+    assert pair.p == pytest.approx(test.pvalue)
+    assert pair.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert pair.verdict == "better"
 
 
 def test_p_values_are_corrected_over_the_pairs_of_a_budget_and_methods_without_one_by_themselves(lab: Lab) -> None:
@@ -213,7 +213,7 @@ def test_p_values_are_corrected_over_the_pairs_of_a_budget_and_methods_without_o
         lab.run(name, noisy(0.01 * number, number), words=[f"lora.lr=0.{number + 1}"])
     pairs = lab.compare("one", "two", "three").pairs
     for budget, method in ((2, "lora"), (8, "lora"), (None, "base")):
-        family = [p.result for p in pairs if p.result.budget == budget]
+        family = [p for p in pairs if p.budget == budget]
         assert [p.method for p in family] == [method] * 3
         smallest = min(family, key=lambda p: p.p or 0.0)
         assert smallest.p_holm == pytest.approx(min(1.0, 3 * (smallest.p or 0.0)))
@@ -223,7 +223,7 @@ def test_results_taken_from_the_same_stages_are_named_so_and_not_tested(lab: Lab
     lab.run("one", artifacts={"base": "shared"})
     lab.run("two", noisy(0.1, 2), words=["lora.lr=0.5"], artifacts={"base": "shared"})
     content = lab.compare("one", "two")
-    told = {p.result.method: (p.same, p.result.p is None) for p in content.pairs}
+    told = {p.method: (p.same, p.p is None) for p in content.pairs}
     assert told == {"base": (True, True), "lora": (False, False)}
     assert "same stages" in printed(content)
 
@@ -255,7 +255,7 @@ def test_clients_that_cannot_be_told_are_taken_for_different(lab: Lab) -> None:
 def test_majority_is_a_floor_and_not_compared(lab: Lab) -> None:
     lab.run("one", words=["methods=[majority,lora]"])
     lab.run("two", noisy(0, 2), words=["methods=[majority,lora]", "lora.lr=0.5"])
-    assert {p.result.method for p in lab.compare("one", "two").pairs} == {"lora"}
+    assert {p.method for p in lab.compare("one", "two").pairs} == {"lora"}
 
 
 # ---- what is written ---------------------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_runs_of_generation_are_compared_by_rouge_l(tmp_path: Path) -> None:
     for run, scores in zip(names, (plain, better), strict=True):
         lab.run(run, scores, words, clients, labels=("en", "te"), metric="rougeL")
     content = lab.compare(*names)
-    (lora,) = {pair.result.difference for pair in content.pairs if pair.result.method == "lora"}
+    (lora,) = {pair.difference for pair in content.pairs if pair.method == "lora"}
     assert lora == pytest.approx(0.1)
     assert "ROUGE-L in %, mean over languages" in " ".join(printed(content).split())
     out = tmp_path / "out"

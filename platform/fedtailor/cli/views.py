@@ -189,7 +189,7 @@ def show_comparison(console: Console, content: Comparison, out: Path) -> None:
         if pairs.rows:
             console.print(_table(pairs, f"{pool_name(pool)}: paired differences in points (corrected p)"))
     if content.pairs:
-        rest = f", and differences not from {letters[0]}," if any(p.other != ids[0] for p in content.pairs) else ""
+        rest = f", and differences not from {letters[0]}," if any(p.earlier != ids[0] for p in content.pairs) else ""
         console.print(
             f"[dim]▲ better, ▼ worse (p < {LEVEL:g}). 95 % intervals{rest} are in {TEXT}.[/]", highlight=False
         )

@@ -7,7 +7,7 @@ which two runs have the same clients, which their contents decide.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, groupby
 from typing import Any
 
@@ -73,20 +73,19 @@ class ComparedRun:
 
 
 @dataclass(frozen=True)
-class RunPair:
-    """One method at one budget in a run against an earlier run.
+class RunPair(Pair):
+    """One method at one budget in a run against an earlier run; ``method`` and ``other`` are the method.
 
     Args:
+        run: the later run; ``earlier``: the run that is subtracted.
         seeds: for which both runs have the same clients.
         same: both runs took their results from the same stages, so there is nothing to test.
-        result: the comparison; its ``method`` and ``other`` are the method.
     """
 
-    run: str
-    other: str
-    seeds: tuple[int, ...]
-    same: bool
-    result: Pair
+    run: str = ""
+    earlier: str = ""
+    seeds: tuple[int, ...] = ()
+    same: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,29 +252,28 @@ def _without_strays(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 def _paired_runs(runs: Sequence[ComparedRun]) -> tuple[tuple[RunPair, ...], list[str]]:
     """All pairs of runs, corrected over those of a pool and budget; and why two runs have none."""
-    own = {s.run_id: _without_strays(client_scores(s.values), ["pool", "method"]) for s in runs}
+    own = {run.run_id: _without_strays(client_scores(run.values), ["pool", "method"]) for run in runs}
     pairs, reasons = list[RunPair](), list[str]()
     for a, b in combinations(runs, 2):
         seeds, why = _shared_seeds(a, b)
-        both = own[a.run_id].merge(own[b.run_id], on=_CLIENT, suffixes=("_other", ""))
+        both = own[a.run_id].merge(own[b.run_id], on=_CLIENT, suffixes=("_earlier", ""))
         both = both[both["seed"].isin(seeds) & ~both["method"].isin(NOT_COMPARED)]
         if both.empty:
             other = f"{a.run_id} and {b.run_id} have no method, budget and client in common: no paired test."
             reasons.append(why or other)
         for method in in_method_order(both["method"]):
             same = _origins(a, method, seeds) == _origins(b, method, seeds)
-            for (pool, _), rows in both[both["method"] == method].groupby(["pool", "budget"]):
-                gain = (rows["value"] - rows["value_other"]).groupby(rows["client"]).mean().to_numpy(float)
-                r = int(rows["budget"].iloc[0])
-                result = Pair(str(pool), None if r == -1 else r, method, method, len(gain), 0.0, None, None, None)
-                pairs.append(RunPair(b.run_id, a.run_id, seeds, same, result if same else paired(result, gain)))
-    pools, found = in_pool_order(pair.result.pool for pair in pairs), []
-    pairs.sort(key=lambda pair: (pools.index(pair.result.pool), pair.result.budget or -1))
-    for _, family in groupby(pairs, key=lambda pair: (pair.result.pool, pair.result.budget)):
-        members = list(family)
-        results = corrected([pair.result for pair in members])
-        found += [replace(pair, result=result) for pair, result in zip(members, results, strict=True)]
-    return tuple(found), reasons
+            for (pool, r), rows in both[both["method"] == method].groupby(["pool", "budget"]):
+                gain = (rows["value"] - rows["value_earlier"]).groupby(rows["client"]).mean().to_numpy(float)
+                pair = RunPair(
+                    str(pool), None if r == -1 else int(r), method, method, len(gain), 0.0, None, None, None,
+                    run=b.run_id, earlier=a.run_id, seeds=seeds, same=same,
+                )  # fmt: skip
+                pairs.append(pair if same else paired(pair, gain))
+    pools = in_pool_order(pair.pool for pair in pairs)
+    pairs.sort(key=lambda pair: (pools.index(pair.pool), pair.budget or -1))
+    families = groupby(pairs, key=lambda pair: (pair.pool, pair.budget))
+    return tuple(pair for _, family in families for pair in corrected(list(family))), reasons
 
 
 def _shared_seeds(a: ComparedRun, b: ComparedRun) -> tuple[tuple[int, ...], str]:

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import staged_folder
 from fedtailor.experiment.stages import short_hash
+from fedtailor.report import refuse_used
 from fedtailor.report.compare import Comparison, Rows, RunPair, compare
 from fedtailor.report.compare_wandb import on_wandb
-from fedtailor.report.curves import PERCENT
+from fedtailor.report.curves import budget_panels, without_floor
 from fedtailor.report.grid import Grid, markdown
 from fedtailor.report.names import (
     ABSENT,
@@ -34,7 +34,7 @@ from fedtailor.report.names import (
     pool_name,
     shortened,
 )
-from fedtailor.report.significance import LEVEL, MARKS, NOT_COMPARED, interval_text, p_text, table
+from fedtailor.report.significance import LEVEL, MARKS, interval_text, p_text, table
 from fedtailor.report.style import MUTED, Drawing, drawable, looks, save, styled
 from fedtailor.storage.files import Storage
 
@@ -89,27 +89,24 @@ def write(content: Comparison, folder: Path) -> None:
 
 
 def _folder(storage: Storage, names: Sequence[str], out: Path | None) -> Path:
-    if out is None:
-        if not storage.is_local:
-            raise StorageError(f"{storage.url} is not a local folder; give --out a new folder for the comparison")
-        own = storage.local_path(f"compare-{short_hash(list(names))[:8]}")
-        if not own.exists() or (own / TEXT).is_file():
-            return own
+    if out is not None:
+        refuse_used(out)
+        return out
+    if not storage.is_local:
+        raise StorageError(f"{storage.url} is not a local folder; give --out a new folder for the comparison")
+    own = storage.local_path(f"compare-{short_hash(list(names))[:8]}")
+    if own.exists() and not (own / TEXT).is_file():
         raise StorageError(f"{own} is there and is no comparison; give --out a new folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"--out {out} is there already and not an empty folder")
-    return out
+    return own
 
 
 def _pairs_csv(pairs: Sequence[RunPair]) -> pd.DataFrame:
     """The columns of ``significance.csv`` with run, earlier run and seeds in place of the other method."""
-    frame = table([pair.result for pair in pairs]).drop(columns="other")
+    frame = table(pairs).drop(columns="other")
     frame.loc[[pair.same for pair in pairs], "verdict"] = "same"
-    for k, (name, values) in enumerate({
-        "run": [pair.run for pair in pairs], "other_run": [pair.other for pair in pairs],
-        "seeds": [" ".join(map(str, pair.seeds)) for pair in pairs],
-    }.items()):  # fmt: skip
-        frame.insert(3 + k, name, values)
+    frame.insert(3, "run", [pair.run for pair in pairs])
+    frame.insert(4, "other_run", [pair.earlier for pair in pairs])
+    frame.insert(5, "seeds", [" ".join(map(str, pair.seeds)) for pair in pairs])
     return frame
 
 
@@ -186,34 +183,34 @@ def pairs_grid(content: Comparison, pool: str, names: Mapping[str, str], brief: 
         brief: no intervals, and differences to the first run alone, unless there are none.
     """
     budgets, ids = sorted(set(at_every_budget(content.results)["budget"])), content.run_ids
-    pairs = [pair for pair in content.pairs if pair.result.pool == pool]
+    pairs = [pair for pair in content.pairs if pair.pool == pool]
     if brief:
-        pairs = [pair for pair in pairs if pair.other == ids[0]] or pairs
+        pairs = [pair for pair in pairs if pair.earlier == ids[0]] or pairs
     found: dict[tuple[str, str, str], dict[int, RunPair]] = {}
-    order = in_method_order(pair.result.method for pair in pairs)
-    for pair in sorted(pairs, key=lambda p: (order.index(p.result.method), ids.index(p.other), ids.index(p.run))):
-        where = budgets if pair.result.budget is None else [pair.result.budget]
-        found.setdefault((pair.result.method, pair.other, pair.run), {}).update(dict.fromkeys(where, pair))
+    order = in_method_order(pair.method for pair in pairs)
+    for pair in sorted(pairs, key=lambda p: (order.index(p.method), ids.index(p.earlier), ids.index(p.run))):
+        where = budgets if pair.budget is None else [pair.budget]
+        found.setdefault((pair.method, pair.earlier, pair.run), {}).update(dict.fromkeys(where, pair))
     rows = []
-    for (method, other, run), at in found.items():
-        clients = format_range(p.result.n_clients for p in at.values())
-        size = f"{clients} × {format_range(len(p.seeds) for p in at.values())}"
+    for (method, earlier, run), at in found.items():
         cells = [_difference(at.get(budget), brief) for budget in budgets]
-        rows.append([f"{names[run]} – {names[other]}", method_name(method), *cells, *([] if brief else [size])])
-    header = ["Runs", "Method", *map(_title, budgets), *([] if brief else ["Clients × seeds"])]
-    return Grid(header, rows, labels=2)
+        clients = format_range(pair.n_clients for pair in at.values())
+        seeds = format_range(len(pair.seeds) for pair in at.values())
+        rows.append([f"{names[run]} – {names[earlier]}", method_name(method), *cells, f"{clients} × {seeds}"])
+    end = -1 if brief else None
+    header = ["Runs", "Method", *map(_title, budgets), "Clients × seeds"]
+    return Grid(header[:end], [row[:end] for row in rows], labels=2)
 
 
 def _difference(pair: RunPair | None, brief: bool) -> str:
     """``+1.20 ▲ [+0.40, +2.06] p 0.003``, in brief ``+1.20▲ (0.003)``; or that there is nothing to test."""
     if pair is None or pair.same:
         return "same stages" if pair else ABSENT
-    result = pair.result
-    mark, p = MARKS[result.verdict], p_text(result.p_holm)
+    gain, mark, p = points(pair.difference), MARKS[pair.verdict], p_text(pair.p_holm)
     if brief:
-        return f"{points(result.difference)}{mark}" + ("" if result.p_holm is None else f" ({p})")
-    rest = ABSENT if result.p_holm is None else f"{interval_text(result)} p {p}"
-    return " ".join(filter(None, [points(result.difference), mark, rest]))
+        return f"{gain}{mark}" + ("" if pair.p_holm is None else f" ({p})")
+    rest = ABSENT if pair.p_holm is None else f"{interval_text(pair)} p {p}"
+    return " ".join(filter(None, [gain, mark, rest]))
 
 
 def _title(budget: int) -> str:
@@ -227,11 +224,11 @@ def _plain(word: str) -> str:
 def _draw(content: Comparison) -> Drawing:
     """Scores against the budget, a panel per pool: colour shows the method, dashes and marker the run."""
     frame, ids, measure = at_every_budget(content.results), content.run_ids, content.measure
-    frame = frame[~frame["method"].isin(_hidden(content))]
+    frame = frame[frame["method"].isin(without_floor(frame["method"])[0])]
     budgets, pools, look = sorted(set(frame["budget"])), in_pool_order(frame["pool"]), looks(frame["method"])
-    figure = Figure(figsize=(0.6 + 5.6 * len(pools), 5.0))
-    axes = figure.subplots(1, len(pools), squeeze=False, sharey=True)[0]
     steep = in_method_order(frame.loc[~frame["flat"], "method"])
+    figure, axes = budget_panels(pools, [None if r == -1 else r for r in budgets], measure, 5.0)
+    figure.set_figwidth(0.6 + figure.get_figwidth())
     for axis, pool in zip(axes, pools, strict=True):
         for (run, method), rows in frame[frame["pool"] == pool].groupby(["run", "method"], sort=False):
             k, flat = ids.index(str(run)), bool(rows["flat"].all())
@@ -247,13 +244,7 @@ def _draw(content: Comparison) -> Drawing:
                 color=look[str(method)].colour, alpha=0.75 if flat else 1, linewidth=1.0 if flat else 1.5,
                 elinewidth=1.0, **_style(k) | ({"marker": "none"} if flat else {}),
             )  # fmt: skip
-        axis.set_title(pool_name(pool))
-        axis.yaxis.set_major_formatter(PERCENT)
-        axis.tick_params(labelleft=True)
-        axis.set_xticks(range(len(budgets)), ["" if r == -1 else str(r) for r in budgets])
         axis.set_xlim(-0.5, len(budgets) - 0.5)
-        axis.set_xlabel("" if budgets == [-1] else "budget r (ranks per adapted layer)")
-    axes[0].set_ylabel(f"{measure.phrase}, {measure.mean}")
     names = [shortened(drawable(run_id), 44) for run_id in ids]
     runs = [Line2D([], [], color=MUTED, label=name, **_style(k)) for k, name in enumerate(names)]
     columns = max(1, min(len(runs), 120 // (max(map(len, names)) + 8)))
@@ -264,21 +255,13 @@ def _draw(content: Comparison) -> Drawing:
 
 
 def _caption(content: Comparison) -> str:
-    shown = content.results[~content.results["method"].isin(_hidden(content))]
+    methods, hidden = without_floor(content.results["method"])
+    shown = content.results[content.results["method"].isin(methods)]
     bars = "one seed, so no error bars" if shown["sd"].isna().all() else "error bars: ± SD over seeds"
     flat = "; thin lines without markers: methods without a budget" if (shown["budget"] == -1).any() else ""
-    rest = [f"{method_name(method)} is in the table only." for method in _hidden(content)]
-    words = (
-        f"Colour: method; dashes and marker: run. {content.measure.mean.capitalize()}, then over seeds; {bars}{flat}."
-    )
-    return " ".join([words, *rest])
-
-
-def _hidden(content: Comparison) -> list[str]:
-    """The floor, which no figure needs beside a method."""
-    methods = in_method_order(content.results["method"])
-    floor = [method for method in methods if method in NOT_COMPARED]
-    return floor if len(floor) < len(methods) else []
+    mean = content.measure.mean.capitalize()
+    rest = [f"{method_name(method)} is in the table only." for method in hidden]
+    return " ".join([f"Colour: method; dashes and marker: run. {mean}, then over seeds; {bars}{flat}.", *rest])
 
 
 def _style(run: int) -> dict[str, Any]:

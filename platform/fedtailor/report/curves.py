@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -151,13 +151,17 @@ def _language_figure(found: Sequence[Block]) -> Drawing:
     )  # fmt: skip
 
 
+def without_floor(methods: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Methods that a figure shows, and the floor, which would squeeze the others and is left to the tables."""
+    names = in_method_order(methods)
+    others = tuple(name for name in names if name not in NOT_COMPARED)
+    return others or names, tuple(name for name in names if others and name not in others)
+
+
 def _shown(found: Sequence[Block]) -> tuple[dict[str, Look], str]:
-    """Looks of the methods that a figure shows, and a sentence on the floor, which would squeeze the others."""
-    methods = {m for block in found for m in block.methods}
-    others = methods - set(NOT_COMPARED)
-    hidden = methods - others if others else set()
-    names = ", ".join(method_name(m) for m in in_method_order(hidden))
-    return looks(methods - hidden), f" {names} is in the tables only." if hidden else ""
+    """Looks of the methods that a figure shows, and a sentence on those that it does not."""
+    methods, hidden = without_floor(m for block in found for m in block.methods)
+    return looks(methods), f" {', '.join(map(method_name, hidden))} is in the tables only." if hidden else ""
 
 
 def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, Look]) -> None:
@@ -193,19 +197,13 @@ def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
     look, floor = _shown(found)
     pools = in_pool_order(block.pool for block in found)
     flat = {m for block in found for m in block.without_budget}
-    figure, axes = style.panels(len(pools), len(pools), 5.6 * len(pools), 4.1, sharey=True)
+    figure, axes = budget_panels(pools, budgets, measure, 4.1)
     for axis, pool in zip(axes, pools, strict=True):
         here = [b for b in found if b.pool == pool and b.budget is not None]
         for number, (method, mark) in enumerate(look.items()):
             # Error bars of close methods stay apart.
             shift = 0.0 if method in flat else 0.035 * (number - (len(look) - 1) / 2)
             _budget_line(axis, [b for b in here if method in b.average], budgets, method, mark, shift, method in flat)
-        axis.set_title(pool_name(pool))
-        axis.set_xticks(range(len(budgets)), [str(b) for b in budgets])
-        axis.set_xlabel("budget r (ranks per adapted layer)")
-        axis.yaxis.set_major_formatter(PERCENT)
-        axis.tick_params(labelleft=True)
-    axes[0].set_ylabel(f"{measure.phrase}, {measure.mean}")
     _legend(figure, look, dashed=flat)
     several = max(len(block.seeds) for block in found) > 1
     caption = (
@@ -215,6 +213,21 @@ def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
         + floor
     )
     return [Drawing(f"{measure.name}_vs_budget", _by_budget(measure), caption, figure)]
+
+
+def budget_panels(
+    pools: Sequence[str], budgets: Sequence[int | None], measure: Measure, height: float
+) -> tuple[Figure, list[Axes]]:
+    """A panel per pool with a place per budget on its x axis (None: no method has one), the measure on the y axis."""
+    figure, axes = style.panels(len(pools), len(pools), 5.6 * len(pools), height, sharey=True)
+    for axis, pool in zip(axes, pools, strict=True):
+        axis.set_title(pool_name(pool))
+        axis.set_xticks(range(len(budgets)), ["" if b is None else str(b) for b in budgets])
+        axis.set_xlabel("" if None in budgets else "budget r (ranks per adapted layer)")
+        axis.yaxis.set_major_formatter(PERCENT)
+        axis.tick_params(labelleft=True)
+    axes[0].set_ylabel(f"{measure.phrase}, {measure.mean}")
+    return figure, axes
 
 
 def _budget_line(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,9 @@ class Pair:
         return "better" if self.difference > 0 else "worse"
 
 
+P = TypeVar("P", bound=Pair)
+
+
 def compare(scored: pd.DataFrame, found: Sequence[Block]) -> list[Pair]:
     """All pairs of every block, in order of pool, budget, method.
 
@@ -160,7 +163,7 @@ def _pair(block: Block, wide: pd.DataFrame, one: str, other: str) -> Pair:
     return paired(Pair(block.pool, block.budget, one, other, 0, 0.0, None, None, None), gain.to_numpy(np.float64))
 
 
-def paired(blank: Pair, gain: npt.NDArray[np.float64]) -> Pair:
+def paired(blank: P, gain: npt.NDArray[np.float64]) -> P:
     """``blank`` with the paired t-test over clients (Student, 1908); without two clients there is no test.
 
     Args:
@@ -182,7 +185,7 @@ def paired(blank: Pair, gain: npt.NDArray[np.float64]) -> Pair:
     return replace(known, standard_error=error, interval=(float(low), float(high)), p=float(test.pvalue))
 
 
-def corrected(pairs: Sequence[Pair]) -> list[Pair]:
+def corrected(pairs: Sequence[P]) -> list[P]:
     """The pairs that have a client in common, with `Pair.p_holm` over all that were tested."""
     tested = [pair.p for pair in pairs if pair.p is not None]
     found = iter(holm(tested))
