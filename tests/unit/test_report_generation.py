@@ -17,10 +17,11 @@ from fedtailor.core.errors import DataError
 from fedtailor.core.messages import metric_row
 from fedtailor.experiment.config import Experiment
 from fedtailor.models.families import locate_module
-from fedtailor.report import metrics, significance, write_report
+from fedtailor.report import significance, write_report
 from fedtailor.report.facts import RunData
 from fedtailor.report.heatmaps import rank_structure
-from fedtailor.report.scores import blocks, checked, results_table, scored_rows
+from fedtailor.report.names import GENERATION
+from fedtailor.report.scores import blocks, checked, primary, results_table, scored_rows
 from fedtailor.report.tables import measure_blocks
 from fedtailor.report.wandb import final_results
 
@@ -55,7 +56,7 @@ def whole() -> Iterator[Any]:
                 for method, budget in ((m, r) for m, budgets in plan.items() for r in budgets):
                     here: dict[str, Any] = {"method": method, "budget": budget, "seed": seed}
                     for language in spoken:
-                        for name in (*(m.name for m in metrics.GENERATION), "loss"):
+                        for name in (*(m.name for m in GENERATION), "loss"):
                             yield scored(own, language, float(rng.random()), 7, **here, metric=name)
                     for module in MODULES if method == "fedp2eft" else ():
                         yield scored(own, spoken[0], budget, 20, **here, metric="kept_rank", module=module)
@@ -74,16 +75,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_accuracy_leads_where_there_is_any_else_rouge_l() -> None:
     rouge = scored("seen/en/0", "en", 0.5, 3)
-    assert metrics.primary(pd.DataFrame([rouge])).name == "rougeL"
-    assert (
-        metrics.primary(pd.DataFrame([rouge, scored("seen/en/0", "en", 0.5, 3, metric="accuracy")])).name == "accuracy"
-    )
-    assert metrics.primary(pd.DataFrame([rouge]).iloc[:0]).name == "accuracy"
+    assert primary(pd.DataFrame([rouge])).name == "rougeL"
+    assert primary(pd.DataFrame([rouge, scored("seen/en/0", "en", 0.5, 3, metric="accuracy")])).name == "accuracy"
+    assert primary(pd.DataFrame([rouge]).iloc[:0]).name == "accuracy"
 
 
 def test_results_are_by_language_where_the_groups_are_languages_else_by_group() -> None:
-    assert metrics.primary(pd.DataFrame([scored("seen/en/0", "te", 0.5, 3)])).group == "language"
-    assert metrics.primary(pd.DataFrame([scored("seen/en/0", "open_qa", 0.5, 3)])).group == "group"
+    assert primary(pd.DataFrame([scored("seen/en/0", "te", 0.5, 3)])).group == "language"
+    assert primary(pd.DataFrame([scored("seen/en/0", "open_qa", 0.5, 3)])).group == "group"
 
 
 def test_a_sample_counts_for_its_own_language_whichever_client_has_it() -> None:
@@ -176,7 +175,7 @@ def test_w_and_b_gets_every_measure() -> None:
             "mean"
         ].item()
     )
-    assert {name.rsplit("/", 1)[1] for name in summary} == {*(m.name for m in metrics.GENERATION), "loss"}
+    assert {name.rsplit("/", 1)[1] for name in summary} == {*(m.name for m in GENERATION), "loss"}
 
 
 def test_llama_modules_are_placed_by_block_and_projection() -> None:

@@ -21,10 +21,18 @@ from fedtailor.report.curves import per_budget, per_language, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
 from fedtailor.report.heatmaps import Strategies, lambda_distance, population_figures, rank_structure
-from fedtailor.report.metrics import Measure, answer_measures, primary
 from fedtailor.report.names import in_pool_order
-from fedtailor.report.page import Content, render
-from fedtailor.report.scores import TIE_RULE, Block, blocks, checked, results_table, scored_rows
+from fedtailor.report.page import render
+from fedtailor.report.scores import (
+    TIE_RULE,
+    Block,
+    answer_measures,
+    blocks,
+    checked,
+    primary,
+    results_table,
+    scored_rows,
+)
 from fedtailor.report.style import Drawing, Missing, class_label, language_label, save, styled
 from fedtailor.report.summary import cost_table, gaps, summary_records, tied_shares
 from fedtailor.report.tables import file_label, measure_blocks, measures_data, measures_grid, table_data, table_grid
@@ -74,9 +82,14 @@ def write_report(
     pairs = significance.compare(scored, found)
     spent = cost_table(run.get("stages") or (), data.times, data.events)
     out.mkdir(parents=True, exist_ok=True)
-    _remove_earlier(out)
+    for path in _report_files(out):
+        path.unlink()
     _csv(out / "results.csv", results_table(scored))
-    whole = _summary(facts.run_id, measure, found, pairs, all_measures)
+    whole = {
+        "run_id": facts.run_id, "metric": measure.name, "unit": "fraction",
+        "seeds": sorted({seed for block in found for seed in block.seeds}), "tie_rule": TIE_RULE,
+        "comparison_rule": significance.rule(measure), "results": summary_records(found, pairs, all_measures),
+    }  # fmt: skip
     _write(out / "summary.json", json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     grids = {pool: table_grid(facts, own) for pool, own in pools.items()}
     measure_grids = {pool: measures_grid(own, grids[pool].caption) for pool, own in all_measures.items()}
@@ -90,11 +103,12 @@ def write_report(
     if len(spent):
         _csv(out / "cost.csv", spent)
     drawn = _draw(frame, found, strategies, modules, data, out / "figures")
-    content = Content(
-        facts, run, pools, pairs, drawn, gaps(scored), tied_shares(frame), spent, grids, answer_measures(scored),
-        measure_grids,
+    page = render(
+        facts, run, pools, pairs, drawn, spent, notes=gaps(scored), ties=tied_shares(frame),
+        captions={pool: grid.caption for pool, grid in grids.items()}, measures=answer_measures(scored),
+        measure_grids=measure_grids,
     )  # fmt: skip
-    _write(out / PAGE, render(content))
+    _write(out / PAGE, page)
     return {path.relative_to(out).as_posix(): path for path in _report_files(out)}
 
 
@@ -118,33 +132,10 @@ def _draw(
         return [(e, save(e, folder) if isinstance(e, Drawing) else ()) for e in entries]
 
 
-def _summary(
-    run_id: str,
-    measure: Measure,
-    found: list[Block],
-    pairs: list[significance.Pair],
-    all_measures: Mapping[str, Sequence[Block]],
-) -> dict[str, Any]:
-    return {
-        "run_id": run_id,
-        "metric": measure.name,
-        "unit": "fraction",
-        "seeds": sorted({seed for block in found for seed in block.seeds}),
-        "tie_rule": TIE_RULE,
-        "comparison_rule": significance.rule(measure),
-        "results": summary_records(found, pairs, all_measures),
-    }
-
-
 def _report_files(out: Path) -> list[Path]:
     stems = ("report.html", "results.csv", "summary.json", "cost.csv", "significance.*")
     patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "metrics_*", "figures/*.png", "figures/*.svg")
     return sorted(path for pattern in patterns for path in out.glob(pattern))
-
-
-def _remove_earlier(out: Path) -> None:
-    for path in _report_files(out):
-        path.unlink()
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,9 +19,8 @@ from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
 from fedtailor.methods import METHODS
 from fedtailor.report.facts import base_line, strategy_line
-from fedtailor.report.metrics import Measure, primary
-from fedtailor.report.names import get_path, in_method_order, in_pool_order, leaves, text
-from fedtailor.report.scores import AVERAGE, checked, client_scores, in_table_order, results_table, scored_rows
+from fedtailor.report.names import Measure, get_path, in_method_order, in_pool_order, leaves, text
+from fedtailor.report.scores import AVERAGE, checked, client_scores, in_table_order, primary, results_table, scored_rows
 from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
 from fedtailor.storage.digest import committed_stages, digest
 from fedtailor.storage.files import Storage

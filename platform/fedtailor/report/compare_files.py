@@ -13,9 +13,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.files import staged_folder
+from fedtailor.core.files import refuse_used, staged_folder
 from fedtailor.experiment.stages import short_hash
-from fedtailor.report import refuse_used
 from fedtailor.report.compare import Comparison, Rows, RunPair, compare
 from fedtailor.report.compare_wandb import on_wandb
 from fedtailor.report.curves import budget_panels, without_floor

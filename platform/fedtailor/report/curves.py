@@ -13,8 +13,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedtailor.report import style
-from fedtailor.report.metrics import ACCURACY, Measure
-from fedtailor.report.names import in_method_order, in_pool_order, method_name, metric_name, pool_name
+from fedtailor.report.names import (
+    ACCURACY,
+    Measure,
+    in_method_order,
+    in_pool_order,
+    method_name,
+    metric_name,
+    pool_name,
+)
 from fedtailor.report.scores import Block
 from fedtailor.report.significance import NOT_COMPARED
 from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, looks

@@ -17,17 +17,8 @@ from fedtailor.core.errors import DataError
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of, seen_clients
-from fedtailor.report.names import (
-    NOT_RECORDED,
-    format_range,
-    format_value,
-    in_method_order,
-    in_pool_order,
-    method_name,
-    plural,
-    pool_name,
-    text,
-)
+from fedtailor.report import names
+from fedtailor.report.names import NOT_RECORDED
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import clients_of
 
@@ -47,18 +38,18 @@ def base_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
     if base.name == "none":
         return OFF_THE_SHELF
     planned, done = scaled(base.rounds, exp.scale), _done(frame, "base")
-    partly = f"{format_range(done)} of " if set(done) - {planned} else ""
+    partly = f"{names.format_range(done)} of " if set(done) - {planned} else ""
     shared = "" if base.seed is None else f", one base of seed {base.seed} for all seeds"
-    return f"{method_name(base.name)}, {partly}{plural(planned, 'round')}{shared}"
+    return f"{names.method_name(base.name)}, {partly}{names.plural(planned, 'round')}{shared}"
 
 
 def strategy_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
     """``150 rounds``, and the methods that ended earlier: ``150 rounds (FedL2P: 61 to 88)``."""
     planned = scaled(exp.strategy.rounds, exp.scale)
-    methods = in_method_order(frame.loc[frame["stage"] == "strategy", "method"])
+    methods = names.in_method_order(frame.loc[frame["stage"] == "strategy", "method"])
     done = {method: _done(frame, "strategy", method) for method in methods}
-    early = [f"{method_name(m)}: {format_range(n)}" for m, n in done.items() if set(n) != {planned}]
-    return plural(planned, "round") + (f" ({', '.join(early)})" if early else "")
+    early = [f"{names.method_name(m)}: {names.format_range(n)}" for m, n in done.items() if set(n) != {planned}]
+    return names.plural(planned, "round") + (f" ({', '.join(early)})" if early else "")
 
 
 def scale_sentence(exp: ExperimentBase) -> str:
@@ -111,7 +102,7 @@ def duplicates_sentence(notes: Mapping[str, Any]) -> str:
     for key, n in leaks.items():
         where = key.removeprefix("leak_").removesuffix("_train_test")
         words = "both pools" if key == "leak_seen_unseen" else f"train and test of the {where} pool"
-        parts += [f"{plural(n, 'text')} {'is' if n == 1 else 'are'} in {words}"] if n else []
+        parts += [f"{names.plural(n, 'text')} {'is' if n == 1 else 'are'} in {words}"] if n else []
     if parts:
         return f"Repeated texts: {'; '.join(parts)}."
     return "No text is in two pools, or in train and test." if leaks or found == 0 else ""
@@ -122,13 +113,11 @@ def fallback_sentences(frame: pd.DataFrame) -> dict[str, str]:
     tested = frame[frame["stage"] == "personalise"]
     initial = tested[(tested["metric"] == "initial_overlay") & (tested["value"] > 0)]
     sentences = {}
-    for pool in in_pool_order(initial["pool"]):
+    for pool in names.in_pool_order(initial["pool"]):
         counts = initial[initial["pool"] == pool].groupby("seed")["client"].nunique()
         total = tested.loc[tested["pool"] == pool, "client"].nunique()
-        sentences[pool] = (
-            f"{format_range(counts)} of {total} {pool_name(pool).lower()} were never sampled for the base and have its "
-            "initial private state."
-        )
+        whose = f"{names.format_range(counts)} of {total} {names.pool_name(pool).lower()}"
+        sentences[pool] = f"{whose} were never sampled for the base and have its initial private state."
     return sentences
 
 
@@ -161,9 +150,9 @@ def _dp_sentence(exp: ExperimentBase, frame: pd.DataFrame, seen: int) -> str:
         return f"Central DP over clients ({mechanism.clipping}) without noise: no guarantee."
     least = rows.groupby(["stage", "method"])["value"].max()
     parts = [
-        f"{least[stage, method]:.3g} ({'base alone' if stage == 'base' else method_name(method)})"
+        f"{least[stage, method]:.3g} ({'base alone' if stage == 'base' else names.method_name(method)})"
         for stage in ("base", "strategy")
-        for method in in_method_order(rows.loc[rows["stage"] == stage, "method"])
+        for method in names.in_method_order(rows.loc[rows["stage"] == stage, "method"])
     ]
     return (
         f"Central DP over clients ({mechanism.clipping}, {mechanism.sampler} cohorts, {mechanism.relation}): epsilon "
@@ -287,13 +276,14 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
     exp, seen = found.experiment, sum(found.clients["pool"] == "seen")
     return RunFacts(
         experiment=exp,
-        run_id=text(run.get("run_id")),
-        status=text(run.get("status")),
+        run_id=names.text(run.get("run_id")),
+        status=names.text(run.get("status")),
         base_line=base_line(exp, frame),
         strategy_line=strategy_line(exp, frame),
         n_modules=n_modules,
         overrides=tuple(
-            (o["key"], format_value(o["default"]), format_value(o["value"])) for o in run.get("overrides", ())
+            (o["key"], names.format_value(o["default"]), names.format_value(o["value"]))
+            for o in run.get("overrides", ())
         ),
         versions=tuple(sorted(run.get("versions", {}).items())),
         scale=scale_sentence(exp),

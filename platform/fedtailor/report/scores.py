@@ -9,15 +9,25 @@ change a byte.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS
-from fedtailor.report.metrics import ACCURACY, LOSS, SCORES, SHARES, Measure, primary
-from fedtailor.report.names import in_method_order, in_pool_order
+from fedtailor.report import names
+from fedtailor.report.names import (
+    ACCURACY,
+    GENERATION,
+    LOSS,
+    ROUGE_L,
+    SCORES,
+    SHARES,
+    Measure,
+    in_method_order,
+    in_pool_order,
+)
 
 AVERAGE = "average"
 
@@ -75,6 +85,33 @@ class Block:
     def cell(self, language: str, method: str) -> Cell | None:
         """Of a language, or of `AVERAGE`; None where nothing was measured."""
         return self.average.get(method) if language == AVERAGE else self.cells.get((language, method))
+
+
+def primary(rows: pd.DataFrame) -> Measure:
+    """The measure of a run: ``accuracy`` where it has such rows, else ``rougeL``; accuracy for a run without scores.
+
+    Args:
+        rows: metric rows; those of the personalising stage are looked at.
+    """
+    scored = rows[rows["stage"] == "personalise"]
+    found = set(scored["metric"])
+    if ACCURACY.name in found or ROUGE_L.name not in found:
+        return ACCURACY
+    return replace(ROUGE_L, group=_group(set(scored.loc[scored["metric"] == ROUGE_L.name, "language"])))
+
+
+def answer_measures(rows: pd.DataFrame) -> tuple[Measure, ...]:
+    """The measures of a generation run, primary one included; empty for classification."""
+    main = primary(rows)
+    if main.name == ACCURACY.name:
+        return ()
+    found = set(rows.loc[rows["stage"] == "personalise", "metric"])
+    return tuple(replace(measure, group=main.group) for measure in GENERATION if measure.name in found)
+
+
+def _group(codes: set[str]) -> str:
+    """``language`` where Unicode CLDR knows every code."""
+    return "language" if all(names.language_name(code) != code for code in codes) else "group"
 
 
 def checked(metrics: pd.DataFrame) -> pd.DataFrame:

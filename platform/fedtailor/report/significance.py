@@ -19,9 +19,10 @@ import pandas as pd
 from scipy import stats
 
 from fedtailor.report.grid import Grid
-from fedtailor.report.metrics import ACCURACY, Measure, primary
 from fedtailor.report.names import (
     ABSENT,
+    ACCURACY,
+    Measure,
     budget_title,
     in_budget_order,
     in_method_order,
@@ -30,7 +31,7 @@ from fedtailor.report.names import (
     points,
     pool_name,
 )
-from fedtailor.report.scores import REFERENCE, Block, client_scores
+from fedtailor.report.scores import REFERENCE, Block, client_scores, primary
 from fedtailor.report.tables import file_label
 
 LEVEL = 0.05

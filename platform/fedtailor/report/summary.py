@@ -9,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from fedtailor.report.metrics import primary
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
-from fedtailor.report.scores import Block
+from fedtailor.report.scores import Block, primary
 from fedtailor.report.significance import Pair, against
 from fedtailor.storage.round_store import TIMING_COLUMNS
 
@@ -94,12 +93,11 @@ def gaps(scored: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def tied_shares(frame: pd.DataFrame) -> dict[tuple[str, int], float]:
-    """(method, budget) to the share of ranks that tie with the last one kept, mean over clients and seeds."""
+def tied_shares(frame: pd.DataFrame) -> list[tuple[str, int, float]]:
+    """Method, budget, and the share of ranks that tie with the last one kept, mean over clients and seeds."""
     rows = frame[(frame["stage"] == "personalise") & (frame["metric"] == "tied_at_threshold")]
     means = rows.groupby(["method", "budget"], as_index=False)["value"].mean()
-    cells = zip(means["method"], means["budget"], means["value"], strict=True)
-    return {(str(method), int(budget)): float(value) for method, budget, value in cells}
+    return list(means[["method", "budget", "value"]].itertuples(index=False, name=None))
 
 
 def cost_table(

@@ -11,23 +11,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from fedtailor.report import names
 from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
-from fedtailor.report.metrics import ROUGE_L, answer_measures
-from fedtailor.report.names import (
-    ABSENT,
-    NOT_RECORDED,
-    budget_title,
-    in_budget_order,
-    in_method_order,
-    in_pool_order,
-    language_name,
-    method_name,
-    percent,
-    plural,
-    pool_name,
-)
-from fedtailor.report.scores import AVERAGE, Block, Cell, blocks
+from fedtailor.report.names import ABSENT, NOT_RECORDED, ROUGE_L
+from fedtailor.report.scores import AVERAGE, Block, Cell, answer_measures, blocks
 
 SEPARATOR = " / "
 """Between the measures of one cell."""
@@ -52,13 +40,13 @@ def table_grid(facts: RunFacts, found: Sequence[Block]) -> Grid:
     bold |= {(len(rows), j, 0) for j, (b, m) in enumerate(columns, 1) if b.wins[m] == max(b.wins.values())}
     rows.append(["Wins", *(str(block.wins[method]) for block, method in columns)])
     return Grid(
-        header=[measure.group.capitalize(), *(method_name(method) for _, method in columns)],
+        header=[measure.group.capitalize(), *(names.method_name(method) for _, method in columns)],
         rows=rows,
         bold=bold,
         caption=_caption(facts, found),
-        title=f"{pool_name(found[0].pool)}: {measure.phrase} (%)",
+        title=f"{names.pool_name(found[0].pool)}: {measure.phrase} (%)",
         label=file_label(found[0].pool),
-        groups=[(budget_title(block.budget), len(block.methods)) for block in found],
+        groups=[(names.budget_title(block.budget), len(block.methods)) for block in found],
         rules={len(codes)},
     )
 
@@ -66,17 +54,16 @@ def table_grid(facts: RunFacts, found: Sequence[Block]) -> Grid:
 def _caption(facts: RunFacts, found: Sequence[Block]) -> list[str]:
     """Sentences that let a table stand alone: numbers, task, model, base, scale, data, departures, run."""
     block, measure, exp = found[0], found[0].measure, facts.experiment
-    clients = plural(block.n_clients, "client")
+    clients, pool = names.plural(block.n_clients, "client"), names.pool_name(block.pool).lower()
     seeds = ", ".join(str(seed) for seed in block.seeds)
     spread = "mean (SD) over seeds" if len(block.seeds) > 1 else "one seed, so no SD (–)"
     changed = "; ".join(f"{key}: {default} → {value}" for key, default, value in facts.overrides)
     sentences = [
-        f"{measure.title} in percent on {pool_name(block.pool).lower()}: {spread}; the best of each {measure.group} "
-        "and budget in bold.",
+        f"{measure.title} in percent on {pool}: {spread}; the best of each {measure.group} and budget in bold.",
         facts.scale,
         facts.privacy,
         f"Task {exp.task.name}, model {exp.model.name} with L = {facts.n_modules} adapted layers, budget rL ranks; "
-        f"{clients} in {plural(len(languages_of(found)), measure.group)}; seeds {seeds}.",
+        f"{clients} in {names.plural(len(languages_of(found)), measure.group)}; seeds {seeds}.",
         facts.pretrained,
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
         facts.fallbacks.get(block.pool, ""),
@@ -102,7 +89,7 @@ def table_data(found: Sequence[Block]) -> pd.DataFrame:
     codes = languages_of(found)
     columns: dict[str, list[object]] = {
         "language": [*codes, AVERAGE, "wins"],
-        "name": [*map(language_name, codes), "Average", "Wins"],
+        "name": [*map(names.language_name, codes), "Average", "Wins"],
     }
     for block in found:
         for method in block.methods:
@@ -120,7 +107,7 @@ def languages_of(found: Sequence[Block]) -> tuple[str, ...]:
 
 def language_title(code: str) -> str:
     """``Amharic (amh)``."""
-    return code if (name := language_name(code)) == code else f"{name} ({code})"
+    return code if (name := names.language_name(code)) == code else f"{name} ({code})"
 
 
 def in_percent(cell: Cell | None) -> tuple[float | None, float | None]:
@@ -131,7 +118,7 @@ def in_percent(cell: Cell | None) -> tuple[float | None, float | None]:
 
 
 def _score(cell: Cell | None) -> str:
-    return ABSENT if cell is None else f"{percent(cell.mean)} ({percent(cell.sd)})"
+    return ABSENT if cell is None else f"{names.percent(cell.mean)} ({names.percent(cell.sd)})"
 
 
 def file_label(pool: str) -> str:
@@ -140,13 +127,13 @@ def file_label(pool: str) -> str:
 
 
 def measure_blocks(scored: pd.DataFrame) -> dict[str, tuple[Block, ...]]:
-    """Pool to the blocks of all measures, in the order of `metrics.GENERATION`; empty for a classification run.
+    """Pool to the blocks of all measures, in the order of `GENERATION`; empty for a classification run.
 
     Args:
         scored: rows of `scores.scored_rows`.
     """
     found = [block for measure in answer_measures(scored) for block in blocks(scored, measure)]
-    pools = in_pool_order(block.pool for block in found)
+    pools = names.in_pool_order(block.pool for block in found)
     return {pool: tuple(block for block in found if block.pool == pool) for pool in pools}
 
 
@@ -163,15 +150,10 @@ def measures_grid(found: Sequence[Block], caption: Sequence[str]) -> Grid:
         cells = [[block.cell(code, method) for block in here] for code in (*codes, AVERAGE)]
         places = [(j, k, cell) for j, at in enumerate(cells, 2) for k, cell in enumerate(at)]
         bold |= {(i, j, 2 * k) for j, k, cell in places if cell is not None and cell.best}  # slashes are words too
-        texts = [[percent(None if cell is None else cell.mean) for cell in at] for at in cells]
+        texts = [[names.percent(None if cell is None else cell.mean) for cell in at] for at in cells]
         texts.append([str(block.wins.get(method, ABSENT)) for block in here])
-        rows.append(
-            [
-                ABSENT if budget is None else budget_title(budget),
-                method_name(method),
-                *map(SEPARATOR.join, texts),
-            ]
-        )
+        title = ABSENT if budget is None else names.budget_title(budget)
+        rows.append([title, names.method_name(method), *map(SEPARATOR.join, texts)])
     titles, (first, *rest) = SEPARATOR.join(measure.title for measure in measures), caption
     means = "; ".join(f"{m.title}: {m.value[0].lower()}{m.value[1:]}" for m in measures)
     return Grid(
@@ -179,7 +161,7 @@ def measures_grid(found: Sequence[Block], caption: Sequence[str]) -> Grid:
         rows=rows,
         bold=bold,
         caption=[first.replace(ROUGE_L.title, f"{titles}, in this order,", 1), f"{means}.", *rest],
-        title=f"{pool_name(found[0].pool)}: {titles} (%)",
+        title=f"{names.pool_name(found[0].pool)}: {titles} (%)",
         label=f"metrics-{file_label(found[0].pool)}",
         rules={i for i, row in enumerate(rows) if i and row[0] != rows[i - 1][0]},
         labels=2,
@@ -206,8 +188,9 @@ def measures_data(found: Sequence[Block]) -> pd.DataFrame:
 
 def _rows(found: Sequence[Block]) -> list[Row]:
     """Budget, method and the blocks of the budget; methods without a budget stand at every one."""
-    rows: list[Row] = []
-    for budget in in_budget_order(block.budget for block in found):
-        here = tuple(block for block in found if block.budget == budget)
-        rows += [(budget, name, here) for name in in_method_order(name for block in here for name in block.methods)]
-    return rows
+    return [
+        (budget, method, here)
+        for budget in names.in_budget_order(block.budget for block in found)
+        if (here := tuple(block for block in found if block.budget == budget))
+        for method in names.in_method_order(name for block in here for name in block.methods)
+    ]
