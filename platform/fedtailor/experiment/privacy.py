@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from fedtailor.core.errors import ConfigError
-from fedtailor.experiment.config import ExperimentBase, clients_per_language, cohort_size, method_section, scaled
-from fedtailor.methods import build_method
+from fedtailor.experiment.config import ExperimentBase, clients_per_language, cohort_size, method_of, scaled
 from fedtailor.privacy.accounting import Mechanism, Spent, default_delta, epsilon, noise_for
 from fedtailor.privacy.secure_aggregation import Traffic, degree, traffic
 
@@ -134,7 +133,7 @@ def _pipelines(exp: ExperimentBase, seen: int) -> dict[str, tuple[Spent, ...]]:
     )
     pipelines = {}
     for name in exp.methods:
-        method = build_method(name, method_section(exp, name), exp.r_max)
+        method = method_of(exp, name)
         trained = 0 if method.local_update is None else len(exp.budgets) if method.per_budget else 1
         pipelines[name] = (base,) * (exp.base.name != "none") + (strategy,) * trained
     return pipelines

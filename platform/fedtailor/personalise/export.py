@@ -18,11 +18,10 @@ from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
 from fedtailor.core.files import refuse_used, staged_folder
 from fedtailor.core.messages import Row
 from fedtailor.core.settings import ModelConfig
-from fedtailor.experiment.config import ExperimentBase, method_section
+from fedtailor.experiment.config import ExperimentBase, method_of
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stage_results import write_merged
 from fedtailor.federated.method import Overlay
-from fedtailor.methods import build_method
 from fedtailor.models.load import load_classifier, load_tokenizer, quiet, save_folder
 from fedtailor.personalise.generator import labels_of, model_of
 from fedtailor.storage.commit_log import CommitLog
@@ -110,9 +109,7 @@ def _own_part(
     run: RunFolder, exp: ExperimentBase, artifact: str, client: str, base: Path
 ) -> tuple[Overlay, Mapping[str, Row], Sequence[str]] | None:
     """What a client keeps of its base: how to merge it, its tensors, the labels; None if there is nothing."""
-    if exp.base.name == "none":
-        return None
-    overlay = build_method(exp.base.name, method_section(exp, exp.base.name), exp.r_max).overlay
+    overlay = None if exp.base.name == "none" else method_of(exp, exp.base.name).overlay
     if overlay is None:
         return None
     rounds = CommittedRounds(CommitLog(run.storage, f"artifacts/{artifact}"), (), 1)
