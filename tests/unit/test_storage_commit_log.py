@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fedtailor.core import faults, files
+from fedtailor.core import faults
 from fedtailor.core.errors import ConfigError, StorageError
-from fedtailor.storage import payloads
+from fedtailor.storage import backends, payloads
 from fedtailor.storage.commit import RECORD, DamagedError, compose, folder, load, seal
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.digest import commits_digest
@@ -492,12 +492,12 @@ def test_a_real_write_that_fails_shows_nothing_half_written(
 ) -> None:
     log = filled(Storage(tmp_path), 1)
     fsync = os.fsync
-    monkeypatch.setattr(files.os, "fsync", lambda handle: _fail(code))
+    monkeypatch.setattr(backends.os, "fsync", lambda handle: _fail(code))
     with pytest.raises(StorageError, match="free space" if code == errno.ENOSPC else "writable"):
         log.commit(1, objects(1), record(1))
     with pytest.raises(StorageError, match=r"status\.json"):
         log.storage.write_json("status.json", {"state": "running"})
-    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(backends.os, "fsync", fsync)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["artifacts"]
     assert os.listdir(tmp_path / PATH / "rounds") == ["000000"]
 
@@ -515,8 +515,8 @@ def test_a_rename_that_fails_in_passing_is_tried_again(tmp_path: Path, monkeypat
             _fail(code)
         link(source, target)
 
-    monkeypatch.setattr(files, "PAUSES", (0, 0, 0))
-    monkeypatch.setattr(files.os, "link", sometimes)
+    monkeypatch.setattr(backends, "PAUSES", (0, 0, 0))
+    monkeypatch.setattr(backends.os, "link", sometimes)
     assert filled(Storage(tmp_path), 1).newest() is not None
 
 

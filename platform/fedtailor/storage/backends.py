@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +22,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedtailor.core.errors import StorageError, TailorError
-from fedtailor.core.files import link_new, retry_local, sync, write_whole
+from fedtailor.core.files import sync
 
 T = TypeVar("T")
 
 PAUSES = (0.2, 0.8, 2.0)
-"""Seconds before each further try on a store; stores' own libraries often retry below that."""
+"""Seconds before each further try; stores' own libraries often retry below that."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
 
 _LASTING = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP,
@@ -39,8 +42,8 @@ _FINAL = (
 )  # fmt: skip
 
 
-def retry_remote(action: Callable[[], T]) -> T:
-    """Does one thing on a store, up to ``len(PAUSES) + 1`` times.
+def retry(action: Callable[[], T]) -> T:
+    """Does one thing on a disk or store, up to ``len(PAUSES) + 1`` times.
 
     Args:
         action: must be safe to repeat: the answer to an earlier try may be what was lost.
@@ -81,20 +84,48 @@ def kind_of(fs: Any, full: str) -> str | None:
 class LocalFiles:
     """Files of a POSIX file system."""
 
-    retry = staticmethod(retry_local)
-
     def write(self, full: str, data: bytes, durable: bool) -> None:
         """Writes and renames."""
-        write_whole(full, data, os.replace, durable)
+        self._write(full, data, durable, lambda temp: os.replace(temp, full))
 
     def create(self, full: str, data: bytes, before_visible: Callable[[], None]) -> None:
         """Writes and links, which fails if the name is taken."""
 
-        def appear(temp: str, name: str) -> None:
+        def appear(temp: str) -> None:
             before_visible()
-            link_new(temp, name)
+            try:
+                os.link(temp, full)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if os.path.exists(full):
+                    raise FileExistsError(full) from None
+                os.replace(temp, full)
 
-        write_whole(full, data, appear)
+        self._write(full, data, True, appear)
+
+    def _write(self, full: str, data: bytes, durable: bool, appear: Callable[[str], None]) -> None:
+        """Writes a temporary file beside ``full``, which then appears; with ``durable`` both survive a power cut."""
+
+        def fill() -> None:
+            with open(temp, "wb") as file:
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+
+        folder, name = os.path.split(full)
+        new_folders = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+        os.makedirs(folder, exist_ok=True)
+        temp = os.path.join(folder, f".{name}.{secrets.token_hex(6)}.tmp")
+        try:
+            retry(fill)
+            retry(lambda: appear(temp))
+        finally:
+            Path(temp).unlink(missing_ok=True)
+        if durable:
+            for changed in (folder, *(path.parent for path in new_folders)):
+                sync(changed)
 
     def flush(self, files: Iterable[str], root: str) -> None:
         """Files first, then their folders, the deepest first."""
@@ -120,7 +151,7 @@ class LocalFiles:
     def move(self, old: str, new: str) -> None:
         """At once."""
         os.makedirs(os.path.dirname(new), exist_ok=True)
-        retry_local(lambda: os.rename(old, new))
+        retry(lambda: os.rename(old, new))
         sync(os.path.dirname(new))
         sync(os.path.dirname(old))
 
@@ -133,15 +164,13 @@ class RemoteFiles:
         url: address of the store, for messages.
     """
 
-    retry = staticmethod(retry_remote)
-
     def __init__(self, fs: Any, url: str) -> None:
         self._fs, self._url = fs, url
         self._exclusive = False
 
     def write(self, full: str, data: bytes, durable: bool = True) -> None:
         """One request."""
-        retry_remote(lambda: self._put(full, data))
+        retry(lambda: self._put(full, data))
 
     def create(self, full: str, data: bytes, before_visible: Callable[[], None]) -> None:
         """One conditional request.
@@ -155,13 +184,13 @@ class RemoteFiles:
         if "mode" not in signature(self._fs.pipe_file).parameters:
             raise StorageError(f"{self._url}: the store has no exclusive writes, so no run can be locked on it")
         try:
-            retry_remote(lambda: self._put(full, data, mode="create"))
+            retry(lambda: self._put(full, data, mode="create"))
         except FileExistsError:
             if self._content(full) != data:
                 raise
         if not self._exclusive:
             with suppress(FileExistsError):
-                retry_remote(lambda: self._put(full, data, mode="create"))
+                retry(lambda: self._put(full, data, mode="create"))
                 raise StorageError(f"{self._url}: the store ignores exclusive writes, so no run can be locked on it")
             self._exclusive = True
 
@@ -183,17 +212,17 @@ class RemoteFiles:
                 elif kind is not None:
                     self._fs.rm(full, recursive=True)
 
-        retry_remote(rm)
+        retry(rm)
 
     def move(self, old: str, new: str) -> None:
         """File by file; the old ones go when all are there."""
         for name in self._tree(old):
-            self.write(new + name[len(old) :], retry_remote(partial(self._fs.cat_file, name)))
+            self.write(new + name[len(old) :], retry(partial(self._fs.cat_file, name)))
         self.delete(old)
 
     def _tree(self, full: str) -> Iterator[str]:
         # fsspec's own `find` leaves out what it fails to list, and then a move would lose it.
-        for info in retry_remote(lambda: fresh(self._fs).ls(full, detail=True)):
+        for info in retry(lambda: fresh(self._fs).ls(full, detail=True)):
             if info["type"] != "directory":
                 yield str(info["name"])
             elif str(info["name"]).rstrip("/") != full:  # a marker of the folder itself
@@ -201,7 +230,7 @@ class RemoteFiles:
 
     def _content(self, full: str) -> bytes:
         try:
-            return bytes(retry_remote(lambda: fresh(self._fs).cat_file(full)))
+            return bytes(retry(lambda: fresh(self._fs).cat_file(full)))
         except FileNotFoundError:
             return b""
 

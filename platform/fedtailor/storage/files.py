@@ -15,7 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from fedtailor.core.errors import StorageError
-from fedtailor.storage.backends import LocalFiles, RemoteFiles, fresh, kind_of
+from fedtailor.storage.backends import LocalFiles, RemoteFiles, fresh, kind_of, retry
 from fedtailor.storage.provenance import scrub
 
 T = TypeVar("T")
@@ -222,7 +222,7 @@ class Storage:
 
     def _look(self, doing: str, path: str, action: Callable[[Any, str], T]) -> T:
         """Repeatable work of fsspec; listings are never taken from its memory."""
-        return self._do(doing, path, lambda full: self._files.retry(lambda: action(fresh(self._fs), full)))
+        return self._do(doing, path, lambda full: retry(lambda: action(fresh(self._fs), full)))
 
     def _do(self, doing: str, path: str, action: Callable[[str], T]) -> T:
         full = self.full(path)
