@@ -21,7 +21,7 @@ from fedtailor.tasks import dolly, fed_aya, instructions
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.dolly import DOLLY_CATEGORIES
 from fedtailor.tasks.fed_aya import FED_AYA_LANGUAGES
-from fedtailor.tasks.instruction_rows import read_turn
+from fedtailor.tasks.instructions import read_example
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example, NaturalClient, Source
 from fedtailor.tasks.task import fingerprint, prepare, task_config
@@ -68,29 +68,29 @@ def test_the_last_assistant_message_is_the_response_and_the_last_user_message_th
         {"role": "assistant", "content": "4"},
     ]
     for messages in (talk, json.dumps(talk), [*talk, {"role": "user", "content": "left out"}]):
-        turn = read_turn(Row("here", {"messages": messages}))
-        assert (turn.text, turn.response) == ("2 + 2?", "4")
-        assert json.loads(turn.history or "") == talk[:3]
-    assert read_turn(Row("here", {"messages": talk[1:3]})).history is None
+        found = read_example(Row("here", {"messages": messages}))
+        assert (found.text, found.pair) == ("2 + 2?", "4")
+        assert json.loads(found.history or "") == talk[:3]
+    assert read_example(Row("here", {"messages": talk[1:3]})).history is None
 
 
 def test_prompt_and_completion_may_be_texts_or_lists_of_messages() -> None:
-    assert read_turn(Row("here", {"prompt": "p", "completion": "c"})) == ("p", "c", None)
+    assert read_example(Row("here", {"prompt": "p", "completion": "c"})) == Example("p", 0, "c")
     asked, said = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "c"}]
-    assert read_turn(Row("here", {"prompt": asked, "completion": said})) == ("p", "c", None)
+    assert read_example(Row("here", {"prompt": asked, "completion": said})) == Example("p", 0, "c")
 
 
 @pytest.mark.parametrize("context", ["input", "context"])
 @pytest.mark.parametrize("response", ["response", "output"])
 def test_the_context_belongs_to_the_instruction_and_a_blank_one_adds_nothing(context: str, response: str) -> None:
     fields = {"instruction": "Sum up.", context: "A text.", response: "A."}
-    assert read_turn(Row("here", fields)) == ("Sum up.\n\nA text.", "A.", None)
-    assert read_turn(Row("here", fields | {context: " "})).text == "Sum up."
+    assert read_example(Row("here", fields)) == Example("Sum up.\n\nA text.", 0, "A.")
+    assert read_example(Row("here", fields | {context: " "})).text == "Sum up."
 
 
 def test_fields_that_are_null_leave_room_for_another_shape() -> None:
     fields = {"messages": None, "prompt": "p", "completion": "c", "instruction": None, "response": None}
-    assert read_turn(Row("here", fields)) == ("p", "c", None)
+    assert read_example(Row("here", fields)) == Example("p", 0, "c")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_fields_that_are_null_leave_room_for_another_shape() -> None:
 )
 def test_rows_of_no_known_shape_are_refused_with_their_place(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=f"^here, line 3.*{said}"):
-        read_turn(Row("here, line 3", fields))
+        read_example(Row("here, line 3", fields))
 
 
 # --- instructions: files ------------------------------------------------------------------------------------------
@@ -484,21 +484,6 @@ def test_damaged_fed_aya_is_refused(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:-40])
     with pytest.raises(DataError, match=r"aya_38c_25k.json: damaged JSON"):
         fed_aya.load(cfg, 0)
-
-
-def test_evaluation_prompts_are_read_by_language_and_damaged_ones_refused(tmp_path: Path) -> None:
-    file = tmp_path / "test_datasets.json"
-    file.write_text(json.dumps({"Standard_Arabic": [{"instruction": "q", "reference": "a"}]}))
-    assert fed_aya.evaluation_prompts(tmp_path) == (fed_aya.EvaluationPrompt("ar", "q", "a"),)
-    file.write_text(json.dumps({"English": [{"instruction": "q", "reference": ""}]}))
-    with pytest.raises(DataError, match="language 'English', row 0: a prompt has"):
-        fed_aya.evaluation_prompts(file)
-
-
-@needs("fed_aya_eval")
-def test_the_real_evaluation_prompts_are_20_in_each_of_the_8_languages() -> None:
-    prompts = fed_aya.evaluation_prompts()
-    assert Counter(p.language for p in prompts) == dict.fromkeys(FED_AYA_LANGUAGES, 20)
 
 
 # --- dolly --------------------------------------------------------------------------------------------------------

@@ -7,15 +7,14 @@ random and in equal sizes. Results are reported by category.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
-from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.instruction_rows import Dropped, read_turn
+from fedtailor.tasks.instructions import is_complete, none_dropped, read_example
 from fedtailor.tasks.partition import MIN_EXAMPLES, held_out
 from fedtailor.tasks.rows import Row, hub_rows, read_rows
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, find_file
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, find_file, seeded_halves
 
 DOLLY_CATEGORIES: tuple[str, ...] = (
     "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",
@@ -31,7 +30,7 @@ FILES = ("databricks-dolly-15k.jsonl", "databricks-dolly-15k.json")
 def load(cfg: TaskConfig, seed: int) -> Source:
     """Instructions by pool and category from ``task.path``, else $FEDTAILOR_DATA/dolly, else the hub.
 
-    The context of an instruction belongs to it (see `instruction_rows`). Rows without a response or an instruction, and
+    The context of an instruction belongs to it (see `instructions`). Rows without a response or an instruction, and
     rows that repeat an earlier one, are dropped and counted.
 
     Args:
@@ -45,15 +44,10 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     """
     _check(cfg)
     file = find_file(cfg.path, "dolly", FILES)
-    rows = read_rows(file) if file else hub_rows(HUB_ID, split="train")
-    notes: dict[str, int | str] = {}
-    by_category = _by_category(rows, cfg.languages, notes)
+    by_category, notes = _by_category(read_rows(file) if file else hub_rows(HUB_ID, split="train"), cfg.languages)
     pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
     for category, examples in by_category.items():
-        order = numpy_rng(seed, "dolly", category).permutation(len(examples))
-        shuffled = [examples[i] for i in order]
-        middle = (len(shuffled) + 1) // 2
-        for pool, half in zip(POOLS, (shuffled[:middle], shuffled[middle:]), strict=True):
+        for pool, half in seeded_halves(examples, seed, "dolly", category).items():
             pools[pool][category] = _pool(half, f"{pool} pool of category {category!r}", cfg)
     return Source(labels=cfg.languages, pools=pools, notes=notes, disjoint=True, kind="generation")
 
@@ -73,11 +67,10 @@ def _check(cfg: TaskConfig) -> None:
         raise ConfigError(problems)
 
 
-def _by_category(
-    rows: Iterator[Row], categories: Sequence[str], notes: dict[str, int | str]
-) -> dict[str, list[Example]]:
+def _by_category(rows: Iterable[Row], categories: Sequence[str]) -> tuple[dict[str, list[Example]], dict[str, int]]:
+    """The usable examples of each category, and counts of the rows that were read and dropped."""
     found: dict[str, list[Example]] = {category: [] for category in categories}
-    dropped, repeated, read = Dropped(), 0, 0
+    dropped, repeated, read = none_dropped(), 0, 0
     known: set[str] = set()
     for row in rows:
         read += 1
@@ -85,17 +78,14 @@ def _by_category(
         if category not in DOLLY_CATEGORIES:
             allowed = ", ".join(DOLLY_CATEGORIES)
             raise DataError(f"{row.where}: 'category' is {category!r}; allowed: {allowed}")
-        turn = read_turn(row)
-        if category not in found or not dropped.keeps(turn):
-            continue
-        example = Example(turn.text, categories.index(category), turn.response, turn.history)
-        if example.normal in known:
-            repeated += 1
-            continue
-        known.add(example.normal)
-        found[category].append(example)
-    notes |= {"rows_read": read, **dropped.notes, "dropped_repeated_rows": repeated}
-    return found
+        example = read_example(row)
+        if category in found and is_complete(example, dropped):
+            if example.normal in known:
+                repeated += 1
+            else:
+                known.add(example.normal)
+                found[category].append(example._replace(label=categories.index(category)))
+    return found, {"rows_read": read, **dropped, "dropped_repeated_rows": repeated}
 
 
 def _pool(examples: Sequence[Example], where: str, cfg: TaskConfig) -> LanguagePool:

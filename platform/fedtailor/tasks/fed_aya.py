@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.cldr import FED_AYA
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.instruction_rows import Dropped, read_turn
+from fedtailor.tasks.instructions import is_complete, none_dropped, read_example
 from fedtailor.tasks.partition import MIN_EXAMPLES, LabelledSplit, check_unseen, natural_clients
 from fedtailor.tasks.rows import Row, list_rows, parse_json, read_text
-from fedtailor.tasks.source import Example, Source, TaskEntry, find_file
+from fedtailor.tasks.source import Source, TaskEntry, find_file
 
 FED_AYA_LANGUAGES: tuple[str, ...] = ("ar", "en", "es", "fr", "pt", "ru", "te", "zh")
 """ISO 639-1 codes of the languages that FedP2EFT keeps of Fed-Aya (A.1)."""
@@ -45,9 +44,6 @@ _HOW_TO_GET_IT = (
 )
 
 
-EVALUATION_FILE = "test_datasets.json"
-
-
 def language_code(name: str) -> str:
     """ISO 639-1 code of one of the 8 languages, from its code or English name; another name in lower case.
 
@@ -69,21 +65,6 @@ def language_of(row: Row) -> str:
         keys = ", ".join(row.values)
         raise DataError(f"{row.where}: no language; one of {', '.join(_LANGUAGE_KEYS)} is needed, keys: {keys}")
     return language_code(value)
-
-
-def find(path: str | None) -> Path:
-    """The file: `path` (``task.path``, the file or its folder), else $FEDTAILOR_DATA/fed_aya.
-
-    Raises:
-        DataError: it is not there; says where to get it.
-    """
-    try:
-        file = find_file(path, "fed_aya", (FILE,))
-    except DataError as error:
-        raise DataError(f"{error}. {_HOW_TO_GET_IT}") from error
-    if file is None:
-        raise DataError(f"the data of task=fed_aya are not on this machine. {_HOW_TO_GET_IT}")
-    return file
 
 
 def read_clients(path: Path) -> dict[str, list[Row]]:
@@ -117,21 +98,6 @@ def client_name(number: int, clients: int) -> str:
     return f"{number:0{max(2, len(str(clients - 1)))}d}"
 
 
-@dataclass(frozen=True)
-class EvaluationPrompt:
-    """One open-ended question of FedLLM-Bench's evaluation of Fed-Aya.
-
-    Args:
-        language: ISO 639-1 code.
-        instruction: the question.
-        reference: an answer by a person.
-    """
-
-    language: str
-    instruction: str
-    reference: str
-
-
 def load(cfg: TaskConfig, seed: int) -> Source:
     """The clients of Fed-Aya from ``task.path``, else $FEDTAILOR_DATA/fed_aya.
 
@@ -148,23 +114,34 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         DataError: no file (says where to get it), a damaged file, a row of another shape (names client and row), a
             client with too few examples, or an unseen client that does not exist.
     """
-    languages = _languages(cfg.languages)
-    path = find(cfg.path)
+    path = _find(cfg.path)
     clients = read_clients(path)
-    counts = Counter(language_of(row) for rows in clients.values() for row in rows)
-    _check_languages(languages, counts, path)
+    examples = {name: [(language_of(row), read_example(row)) for row in rows] for name, rows in clients.items()}
+    counts = Counter(language for rows in examples.values() for language, _ in rows)
+    languages = _languages(cfg.languages, counts, path)
     unseen = [client_name(int(name), len(clients)) if name.isdecimal() else name for name in cfg.unseen]
     check_unseen(unseen, clients)
-    dropped = Dropped()
-    held = {name: _held(rows, languages, dropped) for name, rows in clients.items()}
-    few = [name for name in held if len(held[name]) < MIN_EXAMPLES <= _usable(clients[name])]
-    kept = {name: examples for name, examples in held.items() if name not in few}
+    dropped = none_dropped()
+    held = {
+        name: [
+            LabelledSplit(example._replace(label=languages.index(language)))
+            for language, example in rows
+            if language in languages and is_complete(example, dropped)
+        ]
+        for name, rows in examples.items()
+    }
+    few = [
+        name
+        for name, kept in held.items()
+        if len(kept) < MIN_EXAMPLES <= sum(is_complete(example, Counter()) for _, example in examples[name])
+    ]
+    kept = {name: found for name, found in held.items() if name not in few}
     if not kept:
         raise DataError(f"{path}: no client has {MIN_EXAMPLES} examples in {', '.join(languages)} (task.languages)")
     notes: dict[str, int | str] = {
         "rows_read": counts.total(),
         "dropped_other_languages": sum(n for code, n in counts.items() if code not in languages),
-        **dropped.notes,
+        **dropped,
         "clients_without_these_languages": ", ".join(few) or "none",
     }
     cfg = cfg.model_copy(update={"unseen": tuple(name for name in unseen if name in kept)})
@@ -172,71 +149,31 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     return Source(labels=languages, notes=notes, kind="generation", natural_clients=tuple(found))
 
 
-def evaluation_prompts(path: Path | str | None = None) -> tuple[EvaluationPrompt, ...]:
-    """FedLLM-Bench's open-ended evaluation prompts of Fed-Aya, 20 in each of 8 languages, in the file's order.
-
-    Args:
-        path: the file ``test_datasets.json`` or ``.json.gz``, or its folder; default: $FEDTAILOR_DATA/fed_aya_eval.
-
-    Raises:
-        DataError: no such file (says where to get it), or a damaged one.
-    """
-    file = find_file(None if path is None else str(path), "fed_aya_eval", (EVALUATION_FILE,))
-    if file is None:
-        raise DataError(
-            f"the evaluation prompts of Fed-Aya are evaluation/open_ended/aya_evaluation/{EVALUATION_FILE} of "
-            "https://github.com/rui-ye/FedLLM-Bench; put that file into fed_aya_eval/ in the folder that "
-            "FEDTAILOR_DATA names"
-        )
-    content = parse_json(read_text(file), str(file))
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: expected an object language -> list of prompts, found {type(content).__name__}")
-    return tuple(
-        _prompt(language_code(language), row)
-        for language, rows in content.items()
-        for row in list_rows(rows, f"{file}, language {language!r}")
-    )
+def _find(path: str | None) -> Path:
+    try:
+        if file := find_file(path, "fed_aya", (FILE,)):
+            return file
+    except DataError as error:
+        raise DataError(f"{error}. {_HOW_TO_GET_IT}") from error
+    raise DataError(f"the data of task=fed_aya are not on this machine. {_HOW_TO_GET_IT}")
 
 
-def _prompt(language: str, row: Row) -> EvaluationPrompt:
-    instruction, reference = row.values.get("instruction"), row.values.get("reference")
-    if isinstance(instruction, str) and isinstance(reference, str) and instruction.strip() and reference.strip():
-        return EvaluationPrompt(language, instruction, reference)
-    raise DataError(f"{row.where}: a prompt has a text 'instruction' and a text 'reference'")
-
-
-def _languages(names: Sequence[str]) -> tuple[str, ...]:
+def _languages(names: Sequence[str], found: Mapping[str, int], path: Path) -> tuple[str, ...]:
+    """The codes of ``task.languages``, each once and each in the file."""
     codes = tuple(map(language_code, names))
     twice = sorted(code for code, n in Counter(codes).items() if n > 1)
     if twice:
         raise ConfigError(f"'task.languages' ({', '.join(names)}) names a language twice: {', '.join(twice)}")
-    return codes
-
-
-def _check_languages(languages: Sequence[str], found: Mapping[str, int], path: Path) -> None:
-    problems = []
-    for language in languages:
-        if language not in found:
-            hint = did_you_mean(language, [*found, *CODES])
-            there = ", ".join(sorted(found))
-            problems.append(f"'task.languages' has {language!r}, which no row of {path} has; allowed: {there}{hint}")
+    there = ", ".join(sorted(found))
+    problems = [
+        f"'task.languages' has {code!r}, which no row of {path} has; allowed: {there}"
+        f"{did_you_mean(code, [*found, *CODES])}"
+        for code in codes
+        if code not in found
+    ]
     if problems:
         raise ConfigError(problems)
-
-
-def _held(rows: Sequence[Row], languages: Sequence[str], dropped: Dropped) -> list[LabelledSplit]:
-    """A client's usable examples in these languages."""
-    held = []
-    for row in rows:
-        language, turn = language_of(row), read_turn(row)
-        if language in languages and dropped.keeps(turn):
-            held.append(LabelledSplit(Example(turn.text, languages.index(language), turn.response, turn.history)))
-    return held
-
-
-def _usable(rows: Sequence[Row]) -> int:
-    """A client's examples in any language."""
-    return sum(map(Dropped().keeps, map(read_turn, rows)))
+    return codes
 
 
 ENTRY = TaskEntry(

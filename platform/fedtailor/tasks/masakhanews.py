@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fedtailor.core.errors import DataError
-from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks.rows import Row, hub_rows, separated_rows
 from fedtailor.tasks.source import (
@@ -20,8 +19,10 @@ from fedtailor.tasks.source import (
     Pool,
     Source,
     TaskEntry,
+    check_languages,
     language_file,
     language_folders,
+    seeded_halves,
 )
 
 LABELS: tuple[str, ...] = (
@@ -52,9 +53,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         DataError: unknown language, missing folder or file, damaged file (names file and line), or the hub
             cannot be reached.
     """
-    unknown = [language for language in cfg.languages if language not in MASAKHANEWS_LANGUAGES]
-    if unknown:
-        raise DataError(f"task.languages: {unknown} not in masakhanews; allowed: {', '.join(MASAKHANEWS_LANGUAGES)}")
+    check_languages(cfg.languages, "masakhanews", MASAKHANEWS_LANGUAGES)
     folder = language_folders(cfg.path, "masakhanews")
     notes = {"dropped_empty": 0, "found_duplicates": 0, "dropped_duplicates": 0}
     splits = {
@@ -67,9 +66,9 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     _duplicates(splits, cfg.drop_duplicates, notes)
     pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
     for language, parts in splits.items():
-        halves = {split: _halves(parts[split], seed, language, split) for split in _FILES}
-        for i, pool in enumerate(POOLS):
-            pools[pool][language] = LanguagePool(train=halves["train"][i], test=halves["test"][i])
+        halves = {split: seeded_halves(part, seed, "masakhanews", language, split) for split, part in parts.items()}
+        for pool in POOLS:
+            pools[pool][language] = LanguagePool(train=halves["train"][pool], test=halves["test"][pool])
     return Source(labels=LABELS, pools=pools, notes=notes)
 
 
@@ -120,13 +119,6 @@ def _duplicates(splits: dict[str, dict[str, list[Example]]], drop: bool, notes: 
         if drop:
             parts["test"] = kept
     notes["dropped_duplicates"] = notes["found_duplicates"] if drop else 0
-
-
-def _halves(examples: list[Example], seed: int, language: str, split: str) -> tuple[list[Example], list[Example]]:
-    order = numpy_rng(seed, "masakhanews", language, split).permutation(len(examples))
-    shuffled = [examples[i] for i in order]
-    middle = (len(shuffled) + 1) // 2
-    return shuffled[:middle], shuffled[middle:]
 
 
 ENTRY = TaskEntry(load, "classification")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fedtailor.core.errors import DataError
+from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 
 Pool = Literal["seen", "unseen"]
@@ -151,6 +152,19 @@ class TaskEntry:
     embedded: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     published_clients: int | None = None
+
+
+def seeded_halves(examples: Sequence[Example], seed: int, *place: str) -> dict[Pool, list[Example]]:
+    """Texts by pool: shuffled by (seed, place), the first half seen, the second unseen."""
+    shuffled = [examples[i] for i in numpy_rng(seed, *place).permutation(len(examples))]
+    middle = (len(shuffled) + 1) // 2
+    return {"seen": shuffled[:middle], "unseen": shuffled[middle:]}
+
+
+def check_languages(given: Sequence[str], task: str, allowed: Sequence[str]) -> None:
+    """Raises DataError for a language of ``task.languages`` that a task lacks."""
+    if unknown := [language for language in given if language not in allowed]:
+        raise DataError(f"task.languages: {unknown} not in {task}; allowed: {', '.join(allowed)}")
 
 
 def check_leakage(source: Source) -> dict[str, int]:

@@ -38,6 +38,7 @@ from fedtailor.tasks.source import (
     Source,
     Split,
     TaskEntry,
+    check_languages,
     first_file,
     language_file,
     language_folders,
@@ -182,9 +183,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         DataError: unknown language, missing folder or file, damaged file (names file and line), rows that are
             not parallel, or the hub cannot be reached.
     """
-    unknown = [language for language in cfg.languages if language not in XNLI_LANGUAGES]
-    if unknown:
-        raise DataError(f"task.languages: {unknown} not in xnli; allowed: {', '.join(XNLI_LANGUAGES)}")
+    check_languages(cfg.languages, "xnli", XNLI_LANGUAGES)
     folder = language_folders(cfg.path, "xnli")
     read: Reader = partial(_local, folder) if folder else _hub
     stems = _stems(folder, cfg.languages) if folder else _WITH_TRAIN
