@@ -13,9 +13,7 @@ language form a group, and a group goes to one pool and one split: no premise is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +45,9 @@ from fedtailor.tasks.source import (
 
 Ints = npt.NDArray[np.int64]
 
-Keys = npt.NDArray[np.uint64]
-
+Premises = tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]
+"""Of one split's rows over all languages: keys (languages, n), equal where premises are the same normalised text, and
+usable (n,), False where some language lacks a text."""
 
 XNLI_LANGUAGES: tuple[str, ...] = (
     "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
@@ -66,93 +65,6 @@ _WITH_TRAIN: Mapping[Split, str] = {"train": "train", "test": "test"}
 _WITHOUT_TRAIN: Mapping[Split, str] = {"train": "test", "test": "dev"}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one split, over all languages.
-
-    Args:
-        keys: uint64 (languages, n), equal where two premises are the same normalised text (`premise_keys`).
-        usable: bool (n,), False where some language has no text.
-    """
-
-    keys: Keys
-    usable: npt.NDArray[np.bool_]
-
-
-def premise_keys(texts: Iterable[str]) -> Keys:
-    """A 64-bit hash of each text's normalised form, (n,)."""
-    known: dict[str, int] = {}
-    for text in (texts := list(texts)):
-        if text not in known:
-            digest = hashlib.blake2b(normalise(text).encode(), digest_size=8).digest()
-            known[text] = int.from_bytes(digest, "little")
-    return np.array([known[text] for text in texts], dtype=np.uint64)
-
-
-def places(splits: Mapping[Split, Rows], wanted: Mapping[Split, int], seed: int) -> dict[tuple[Pool, Split], Ints]:
-    """Row numbers of each pool and split, in seeded order.
-
-    Places are filled one after another, train before test and seen before unseen, with whole groups in a seeded
-    order; what is left of the last group when the place is full is not used, nor is a row that lacks a text.
-
-    Args:
-        splits: all rows.
-        wanted: rows of each pool; half of the usable rows where there are fewer than twice as many.
-        seed: run seed.
-
-    Returns:
-        (pool, split) -> (n,) int64; fewer than wanted where test premises are used up by train rows.
-    """
-    groups = dict(zip(SPLITS, _groups([splits[split].keys for split in SPLITS]), strict=True))
-    taken: set[int] = set()
-    result: dict[tuple[Pool, Split], Ints] = {}
-    for split in SPLITS:
-        members = _members(groups[split], splits[split].usable, seed, split)
-        target = min(wanted[split], int(splits[split].usable.sum()) // 2)
-        for pool in POOLS:
-            rows = _fill(members, target, taken)
-            result[pool, split] = numpy_rng(seed, "parallel", pool, split).permutation(rows)
-    return result
-
-
-def _groups(keys: Sequence[Keys]) -> list[Ints]:
-    """The group number of each row, (n,) per split: connected components of rows and premises."""
-    sizes = [k.shape[1] for k in keys]
-    every = np.concatenate(keys, axis=1)
-    unique, premise = np.unique(every, return_inverse=True)
-    rows = np.tile(np.arange(every.shape[1]), every.shape[0])
-    links = (np.ones(len(rows), dtype=np.bool_), (rows, premise.ravel() + every.shape[1]))
-    nodes = every.shape[1] + len(unique)
-    _, group = connected_components(coo_array(links, shape=(nodes, nodes)), directed=False)
-    return [part.astype(np.int64) for part in np.split(group[: sum(sizes)], np.cumsum(sizes)[:-1])]
-
-
-def _members(group: Ints, usable: npt.NDArray[np.bool_], seed: int, split: Split) -> list[tuple[int, Ints]]:
-    """(group, its usable rows), ordered by a draw for the group's first row.
-
-    A draw per row number, not a permutation of the groups: a language that links two groups more moves only these.
-    """
-    draws = numpy_rng(seed, "parallel", split).random(len(group))
-    names, first, inverse = np.unique(group, return_index=True, return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    rows = np.split(order, np.cumsum(np.bincount(inverse))[:-1]) if len(group) else []
-    return [(int(names[i]), rows[i][usable[rows[i]]]) for i in np.argsort(draws[first], kind="stable")]
-
-
-def _fill(members: Sequence[tuple[int, Ints]], target: int, taken: set[int]) -> Ints:
-    """Rows of the first groups that are not taken, (at most target,); marks them as taken."""
-    pieces: list[Ints] = [np.empty(0, dtype=np.int64)]
-    room = target
-    for name, rows in members:
-        if not room:
-            break
-        if name not in taken and len(rows):
-            taken.add(name)
-            pieces.append(rows[:room])
-            room -= len(pieces[-1])
-    return np.concatenate(pieces)
-
-
 class _Table(NamedTuple):
     """Rows of one file in `PAIRS`' columns, the file's name, and what its rows are called in messages."""
 
@@ -163,10 +75,6 @@ class _Table(NamedTuple):
     def where(self, row: int) -> str:
         # Lines are counted from 1, as editors do; the hub's viewer counts rows from 0.
         return f"{self.name}, {self.unit} {row + (self.unit == 'line')}"
-
-
-Reader = Callable[[str, str], _Table]
-"""(language, file stem) -> rows."""
 
 
 def load(cfg: TaskConfig, seed: int) -> Source:
@@ -185,23 +93,53 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     """
     check_languages(cfg.languages, "xnli", XNLI_LANGUAGES)
     folder = language_folders(cfg.path, "xnli")
-    read: Reader = partial(_local, folder) if folder else _hub
-    stems = _stems(folder, cfg.languages) if folder else _WITH_TRAIN
-    rows = {split: _rows(read, stems[split], cfg.languages) for split in SPLITS}
-    wanted: dict[Split, int] = {"train": cfg.train_per_pool, "test": cfg.test_per_pool}
-    chosen = places(rows, wanted, seed)
+    stems = _stems(folder, cfg.languages)
+    premises = {split: _premises(folder, stems[split], cfg.languages) for split in SPLITS}
+    places = _places(premises, {"train": cfg.train_per_pool, "test": cfg.test_per_pool}, seed)
     pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
     for language in cfg.languages:
-        parts = {split: read(language, stems[split]).pairs for split in SPLITS}
+        parts = {split: _read(folder, language, stems[split]).pairs for split in SPLITS}
         for pool in POOLS:
-            train, test = (_examples(parts[split], chosen[pool, split]) for split in SPLITS)
+            train, test = (_examples(parts[split], places[pool, split]) for split in SPLITS)
             pools[pool][language] = LanguagePool(train, test)
     notes: dict[str, int | str] = {
         "train_texts_from": stems["train"],
         "test_texts_from": stems["test"],
-        "dropped_empty": sum(int((~r.usable).sum()) for r in rows.values()),
+        "dropped_empty": sum(int((~usable).sum()) for _, usable in premises.values()),
     }
     return Source(labels=LABELS, pools=pools, notes=notes, disjoint=True)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def _stems(folder: Path | None, languages: Sequence[str]) -> Mapping[Split, str]:
+    """Split -> file that it comes from, one rule for all languages."""
+    if folder is None:
+        return _WITH_TRAIN
+    have = [language for language in languages if first_file(folder / language, ("train.tsv",))]
+    lack = [language for language in languages if language not in have]
+    if have and lack:
+        raise DataError(
+            f"{folder}: {', '.join(have)} with a train file, {', '.join(lack)} without; "
+            "it is needed for all languages of the task or for none"
+        )
+    return _WITH_TRAIN if have else _WITHOUT_TRAIN
+
+
+def _read(folder: Path | None, language: str, stem: str) -> _Table:
+    """One language's rows of one file, or of one split of the hub's data set."""
+    if folder:
+        path = language_file(folder, language, (f"{stem}.tsv",))
+        return _Table(read_tsv(path), str(path))
+    found = load_hub(HUB_ID, language, split=stem).with_format("arrow")[:].select(PAIRS.names).cast(PAIRS)
+    table = _Table(found, hub_name(HUB_ID, language, split=stem), "row")
+    labels = table.pairs["label"].to_numpy()
+    unknown = np.flatnonzero((labels < 0) | (labels >= len(LABELS)))
+    if len(unknown):
+        row = int(unknown[0])
+        raise DataError(f"{table.where(row)}: unknown label {labels[row]}; allowed: 0 to 2, {', '.join(LABELS)}")
+    return table
 
 
 def read_tsv(path: Path) -> pa.Table:
@@ -225,63 +163,82 @@ def read_tsv(path: Path) -> pa.Table:
     return pa.table([list(column) for column in columns], schema=PAIRS)
 
 
-def _local(folder: Path, language: str, stem: str) -> _Table:
-    path = language_file(folder, language, (f"{stem}.tsv",))
-    return _Table(read_tsv(path), str(path))
-
-
-def _stems(folder: Path, languages: tuple[str, ...]) -> Mapping[Split, str]:
-    """Split -> file that it comes from, one rule for all languages."""
-    have = [language for language in languages if first_file(folder / language, ("train.tsv",))]
-    lack = [language for language in languages if language not in have]
-    if have and lack:
-        raise DataError(
-            f"{folder}: {', '.join(have)} with a train file, {', '.join(lack)} without; "
-            "it is needed for all languages of the task or for none"
-        )
-    return _WITH_TRAIN if have else _WITHOUT_TRAIN
-
-
-def _hub(language: str, stem: str) -> _Table:
-    found = load_hub(HUB_ID, language, split=stem)
-    table = _Table(
-        found.with_format("arrow")[:].select(PAIRS.names).cast(PAIRS), hub_name(HUB_ID, language, split=stem), "row"
-    )
-    labels = table.pairs["label"].to_numpy()
-    strange = np.flatnonzero((labels < 0) | (labels >= len(LABELS)))
-    if len(strange):
-        row = int(strange[0])
-        raise DataError(f"{table.where(row)}: unknown label {labels[row]}; allowed: 0 to 2, {', '.join(LABELS)}")
-    return table
-
-
-def _rows(read: Reader, stem: str, languages: tuple[str, ...]) -> Rows:
-    """Premises and usable rows over all languages; one language's texts are in memory at a time."""
-    keys, usable, labels = [], [], None
+def _premises(folder: Path | None, stem: str, languages: Sequence[str]) -> Premises:
+    """Checks that rows are parallel; one language's texts are in memory at a time."""
+    keys, usable = [], []
+    first: _Table | None = None
     for language in languages:
-        table = read(language, stem)
-        found = table.pairs["label"].to_numpy()
-        if labels is None:
-            labels, first = found, table
-        _check_parallel(labels, first.name, found, table)
+        table = _read(folder, language, stem)
+        first = first or table._replace(pairs=table.pairs.select(["label"]))
+        _check_parallel(first, table)
         texts = [[text or "" for text in table.pairs[column].to_pylist()] for column in PAIRS.names[:2]]
-        keys.append(premise_keys(texts[0]))
+        hashes = {text: hashlib.blake2b(normalise(text).encode(), digest_size=8).digest() for text in set(texts[0])}
+        keys.append(np.array([int.from_bytes(hashes[text], "little") for text in texts[0]], dtype=np.uint64))
         usable.append(np.array([bool(a.strip() and b.strip()) for a, b in zip(*texts, strict=True)], dtype=np.bool_))
-    return Rows(np.stack(keys), np.logical_and.reduce(usable))
+    return np.stack(keys), np.logical_and.reduce(usable)
 
 
-def _check_parallel(labels: npt.NDArray[np.int64], first: str, found: npt.NDArray[np.int64], table: _Table) -> None:
+def _check_parallel(first: _Table, table: _Table) -> None:
+    labels, found = first.pairs["label"].to_numpy(), table.pairs["label"].to_numpy()
     if len(found) != len(labels):
         raise DataError(
-            f"{table.name}: {len(found)} rows, but {first} has {len(labels)}; rows must be parallel across languages"
+            f"{table.name}: {len(found)} rows, but {first.name} has {len(labels)}; rows must be parallel across "
+            "languages"
         )
     differ = np.flatnonzero(found != labels)
     if len(differ):
         row = int(differ[0])
         here, there = LABELS[found[row]], LABELS[labels[row]]
         raise DataError(
-            f"{table.where(row)}: label {here}, but {first} has {there} there; rows must be parallel across languages"
+            f"{table.where(row)}: label {here}, but {first.name} has {there} there; rows must be parallel across "
+            "languages"
         )
+
+
+# ---- who gets which rows -------------------------------------------------------------------------------------------
+
+
+def _places(
+    premises: Mapping[Split, Premises], wanted: Mapping[Split, int], seed: int
+) -> dict[tuple[Pool, Split], Ints]:
+    """Row numbers of each pool and split, (n,) int64 in seeded order.
+
+    Places are filled one after another, train before test and seen before unseen, with whole groups in a seeded
+    order; what is left of the last group when the place is full is not used, nor is a row that lacks a text.
+
+    Args:
+        premises: all rows.
+        wanted: rows of each pool; half of the usable rows where there are fewer than twice as many. There are fewer
+            where test premises are used up by train rows.
+        seed: run seed.
+    """
+    taken = np.empty(0, dtype=np.int64)
+    result: dict[tuple[Pool, Split], Ints] = {}
+    for split, group in zip(SPLITS, _groups([premises[split][0] for split in SPLITS]), strict=True):
+        usable = premises[split][1]
+        # A draw per row number, not a permutation of the groups: a language that links two groups more moves only
+        # these.
+        draws = numpy_rng(seed, "parallel", split).random(len(group))
+        _, first, member = np.unique(group, return_index=True, return_inverse=True)
+        order = np.lexsort((member, draws[first][member]))
+        order = order[usable[order]]
+        for pool in POOLS:
+            rows = order[~np.isin(group[order], taken)][: min(wanted[split], len(order) // 2)]
+            taken = np.append(taken, group[rows])
+            result[pool, split] = numpy_rng(seed, "parallel", pool, split).permutation(rows)
+    return result
+
+
+def _groups(keys: Sequence[npt.NDArray[np.uint64]]) -> list[Ints]:
+    """The group number of each row, (n,) per split: connected components of rows and premises."""
+    sizes = [k.shape[1] for k in keys]
+    every = np.concatenate(keys, axis=1)
+    unique, premise = np.unique(every, return_inverse=True)
+    rows = np.tile(np.arange(every.shape[1]), every.shape[0])
+    links = (np.ones(len(rows), dtype=np.bool_), (rows, premise.ravel() + every.shape[1]))
+    nodes = every.shape[1] + len(unique)
+    _, group = connected_components(coo_array(links, shape=(nodes, nodes)), directed=False)
+    return [part.astype(np.int64) for part in np.split(group[: sum(sizes)], np.cumsum(sizes)[:-1])]
 
 
 def _examples(pairs: pa.Table, rows: npt.NDArray[np.int64]) -> list[Example]:
