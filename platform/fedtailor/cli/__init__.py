@@ -6,16 +6,16 @@ Heavy imports are inside the commands, so that help and errors come at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from fedtailor import __version__
-from fedtailor.cli.models import personalise, pretrain
-from fedtailor.cli.options import AllowCode, RunId, StorageUrl, console, open_run
-from fedtailor.cli.results import compare, digest, export, judge, report, status, sync
+from fedtailor.cli import commands
+from fedtailor.cli.commands import AllowCode, RunId, StorageUrl, open_run
+from fedtailor.cli.terminal import console, listing, show_error, show_header, summary_table
 from fedtailor.core.errors import Interrupted, TailorError
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except TailorError as error:
-            from fedtailor.cli.terminal import show_error
-
             show_error(console(stderr=True), error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -63,20 +61,9 @@ Address = Annotated[
     str | None, typer.Option(help="Ray cluster: auto, HOST:PORT, ray://HOST:PORT or local; the same as engine.address.")
 ]
 
-Words = Annotated[
-    list[str],
-    typer.Argument(metavar="[PRESET|KEY=VALUE]...", help="Presets (later ones win) and dotted overrides."),
-]
+_WORDS = typer.Argument(metavar="[PRESET|KEY=VALUE]...", help="Presets (later ones win) and dotted overrides.")
 
-
-class Listing(StrEnum):
-    """What ``list`` can show."""
-
-    methods = "methods"
-    tasks = "tasks"
-    models = "models"
-    presets = "presets"
-    sweeps = "sweeps"
+Words = Annotated[list[str], _WORDS]
 
 
 def _version(wanted: bool) -> None:
@@ -126,10 +113,7 @@ def resume(
 
 def sweep(
     grid: Annotated[str, typer.Argument(metavar="PAPER/GRID", help="One of: fedtailor list sweeps.")],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PRESET|KEY=VALUE]...", help="Presets (later ones win) and dotted overrides."),
-    ] = None,
+    words: Annotated[list[str] | None, _WORDS] = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -177,17 +161,16 @@ def doctor_(
         raise typer.Exit(1)
 
 
-def list_(what: Annotated[Listing, typer.Argument()]) -> None:
+def list_(what: Literal["methods", "tasks", "models", "presets", "sweeps"]) -> None:
     """List what can be named in a configuration."""
-    from fedtailor.cli.terminal import listing
     from fedtailor.core.config import resolve
 
-    console().print(resolve(SWEEPS["list"])() if what is Listing.sweeps else listing(what.value))
+    console().print(resolve(SWEEPS["list"])() if what == "sweeps" else listing(what))
 
 
 COMMANDS: Final[tuple[Callable[..., None], ...]] = (
-    run, resume, sweep, status, digest, report, compare, sync, plan, doctor_, list_,
-    export, judge, personalise, pretrain,
+    run, resume, sweep, commands.status, commands.digest, commands.report, commands.compare, commands.sync, plan,
+    doctor_, list_, commands.export, commands.judge, commands.personalise, commands.pretrain,
 )  # fmt: skip
 """In the order of ``fedtailor --help``."""
 for _command in COMMANDS:
@@ -208,7 +191,6 @@ def _compose(words: list[str]) -> tuple[list[str], ExperimentBase]:
 
 def _conduct(exp: ExperimentBase, run_id: str, make_folder: Callable[[Any], RunFolder], json_log: bool) -> None:
     """Opens, runs, reports; every way out tells what to do next."""
-    from fedtailor.cli.terminal import show_header, summary_table
     from fedtailor.core.config import resolve
     from fedtailor.core.faults import planned
     from fedtailor.experiment.launch import StopSignals, launch, modules_of
@@ -217,6 +199,7 @@ def _conduct(exp: ExperimentBase, run_id: str, make_folder: Callable[[Any], RunF
     from fedtailor.tracking.progress import reporter
 
     planned()
+    where = "" if exp.storage == "./runs" else f" --storage {exp.storage}"
     terminal = console(stderr=json_log)
     backend = resolve(BACKENDS[exp.engine.backend])
     show = reporter(console() if json_log else terminal, json_log, run_id)
@@ -231,7 +214,6 @@ def _conduct(exp: ExperimentBase, run_id: str, make_folder: Callable[[Any], RunF
             if isinstance(error, Interrupted):
                 error.exit_code = stop.exit_code
             if folder is not None:
-                where = "" if exp.storage == "./runs" else f" --storage {exp.storage}"
                 code = "".join(f" --allow-code {module}" for module in modules_of(exp))
                 error.add_note(f"Resume with: fedtailor resume {run_id}{where}{code}")
             raise
@@ -243,9 +225,6 @@ def _conduct(exp: ExperimentBase, run_id: str, make_folder: Callable[[Any], RunF
     if table is not None:
         terminal.print(table)
     if problem:
-        from rich.markup import escape
-
-        where = "" if exp.storage == "./runs" else f" --storage {exp.storage}"
         again = f"The run is complete without it; repeat with: fedtailor sync {run_id}{where}"
         terminal.print("[yellow]W&B:[/]", escape(problem), again, highlight=False, soft_wrap=True, sep="\n     ")
     terminal.print(f"[green]complete[/]  report: {path}", highlight=False, soft_wrap=True)

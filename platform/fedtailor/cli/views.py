@@ -1,24 +1,26 @@
-"""What `status`, `judge` and `compare` show."""
+"""What `status`, `judge`, `compare` and `pretrain` show."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from fedtailor.cli.terminal import STATES, plain_table, status_table
+from fedtailor.cli.terminal import plain_table
 from fedtailor.report.compare import Comparison, Rows
 from fedtailor.report.compare_files import TEXT, by_key, pairs_grid, results_grid
 from fedtailor.report.grid import Grid
@@ -28,16 +30,21 @@ from fedtailor.report.scores import AVERAGE
 from fedtailor.report.significance import LEVEL
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
-from fedtailor.tracking.progress import eta_text
+from fedtailor.tracking.progress import Throughput, eta_text
 from fedtailor.tracking.status import EXIT_CODES, State, Status, all_states, status_of
 
-Show = Callable[[Status], None]
+STATES = {
+    "complete": "green", "running": "cyan", "interrupted": "yellow", "failed": "red", "dead": "bold red",
+    "created": "dim",
+}  # fmt: skip
 
 REFRESH_S = 2.0
 
 _PAUSES = 5.0
 """Pause between two looks, at least so many times as long as one look took."""
 
+LINE_EVERY_S = 30.0
+"""Between two lines of a pretraining where there is no terminal."""
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -52,77 +59,61 @@ def show_runs(console: Console, storage: Storage, as_json: bool) -> None:
         return
     table = plain_table("run", "state", "updated", "message")
     for state in states:
-        table.add_row(escape(state.run), _word(state), _ago(state.updated), Text(_first_line(state.message)))
+        table.add_row(escape(state.run), _word(state), _ago(state.updated), Text(state.message.partition("\n")[0]))
     console.print(table if states else f"no runs in {escape(storage.url)}")
 
 
-def show_run(console: Console, run: RunFolder, as_json: bool) -> None:
-    """One run, now."""
-    status = status_of(run)
-    if as_json:
-        _print_json(console, asdict(status))
-    else:
-        console.print(rendered(status))
-
-
-def watch_run(console: Console, run: RunFolder, as_json: bool) -> int:
-    """Shows a run until it ends, as JSON one line per look; returns the exit code of its state, see `EXIT_CODES`."""
-    if as_json:
-        return _until_the_end(run, lambda status: _print_json(console, asdict(status), indent=None))
-    with Live(console=console, auto_refresh=False) as live:
-        return _until_the_end(run, lambda status: live.update(rendered(status), refresh=True))
+def show_run(console: Console, run: RunFolder, as_json: bool = False, watch: bool = False) -> int:
+    """Shows a run, now or until it ends (as JSON one line per look); returns the exit code of `status --watch`."""
+    with Live(console=console, auto_refresh=False) if watch and not as_json else nullcontext() as live:
+        while True:
+            began = time.monotonic()
+            status = status_of(run)
+            if as_json:
+                _print_json(console, asdict(status), None if watch else 2)
+            elif live is not None:
+                live.update(rendered(status), refresh=True)
+            else:
+                console.print(rendered(status))
+            if not watch or status.state in EXIT_CODES:
+                return EXIT_CODES.get(status.state, 0)
+            time.sleep(max(REFRESH_S, _PAUSES * (time.monotonic() - began)))
 
 
 def rendered(status: Status) -> RenderableType:
     """A run's state, its stages and the rest in a few lines."""
+    table = plain_table("stage", "committed", "artifact", numbers=("committed",))
+    for stage in status.stages:
+        committed = f"{stage['committed']}/{stage['total']}" if stage["total"] else str(stage["committed"])
+        mark = "[green]done[/] " if stage["done"] else ""
+        table.add_row(escape(stage["key"]), mark + committed, stage["artifact"])
+    running = driver = ""
+    if status.clients_per_second is not None:
+        running = f"{status.stage}: {status.clients_per_second:.1f} clients/s, {eta_text(status.seconds_left)}"
+    if (holder := status.holder) is not None:
+        known = {True: "alive", False: "gone", None: "on another machine"}[holder["present"]]
+        driver = f"process {holder['pid']} on {holder['host']}, {known}, heartbeat {holder['silent_s']} s ago"
+    recoveries = {"segments retried": str(status.retries or ""), "actors lost": _counts(status.losses)}
+    last = status.last_event
     rows = {
-        "running": _throughput(status),
-        "recoveries": _recoveries(status),
-        "rejected": ", ".join(f"{count} {kind}" for kind, count in sorted(status.rejected.items())),
-        "driver": _driver(status.holder),
-        "last event": f"{_ago(status.last_event['time'])}: {status.last_event['text']}" if status.last_event else "",
-        "disk": _size(status.disk_bytes),
+        "running": running,
+        "recoveries": ", ".join(f"{what}: {counts}" for what, counts in recoveries.items() if counts),
+        "rejected": _counts(status.rejected),
+        "driver": driver,
+        "last event": f"{_ago(last['time'])}: {last['text']}" if last else "",
+        "disk": decimal(status.disk_bytes),
     }
     lines = [Text.assemble((f"  {name:<11}", "dim"), value) for name, value in rows.items() if value]
     head = Text.from_markup(f"[bold]{escape(status.run)}[/]  {_word(status)}  ") + Text(status.message)
-    return Group(head, status_table(status.stages), *lines)
+    return Group(head, table, *lines)
 
 
-def _until_the_end(run: RunFolder, show: Show) -> int:
-    while True:
-        began = time.monotonic()
-        status = status_of(run)
-        show(status)
-        if status.state in EXIT_CODES:
-            return EXIT_CODES[status.state]
-        time.sleep(max(REFRESH_S, _PAUSES * (time.monotonic() - began)))
-
-
-def _throughput(status: Status) -> str:
-    if status.stage is None or status.clients_per_second is None:
-        return ""
-    return f"{status.stage}: {status.clients_per_second:.1f} clients/s, {eta_text(status.seconds_left)}"
-
-
-def _recoveries(status: Status) -> str:
-    lost = ", ".join(f"{count} {kind}" for kind, count in sorted(status.losses.items()))
-    parts = [f"segments retried: {status.retries}"] if status.retries else []
-    return ", ".join(parts + ([f"actors lost: {lost}"] if lost else []))
-
-
-def _driver(holder: Mapping[str, object] | None) -> str:
-    if holder is None:
-        return ""
-    known = {True: "alive", False: "gone", None: "on another machine"}[holder["present"]]  # type: ignore[index]
-    return f"process {holder['pid']} on {holder['host']}, {known}, heartbeat {holder['silent_s']} s ago"
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _word(state: State) -> str:
     return f"[{STATES.get(state.state, 'white')}]{escape(state.state)}[/]"
-
-
-def _first_line(text: str) -> str:
-    return text.split("\n")[0]
 
 
 def _ago(stamp: str) -> str:
@@ -133,17 +124,67 @@ def _ago(stamp: str) -> str:
     return f"{timedelta(seconds=max(0, round((datetime.now(UTC) - then).total_seconds())))} ago"
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
 def _print_json(console: Console, value: object, indent: int | None = 2) -> None:
     console.file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
     console.file.flush()
+
+
+class PretrainView:
+    """Receives the events of `models.pretrain`; ``with PretrainView(console) as show: ...``.
+
+    A bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: where to show.
+        clock: seconds, for the speeds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock, self._throughput = console, clock, Throughput(clock)
+        columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+        self._bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
+        self._loss: float | None = None
+        self._tokens, self._line_at = 0, 0.0
+
+    def __enter__(self) -> PretrainView:
+        """Takes the terminal's last line."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the terminal as it was."""
+        self._bar.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Shows one event."""
+        if event["kind"] == "note":
+            self._console.print(escape(event["text"]), highlight=False)
+        elif event["kind"] == "start":
+            self._throughput.begin("", event["step"])
+            self._tokens, self._line_at = event["tokens"], self._clock()
+            self._bar.add_task("", total=event["steps"], completed=event["step"])
+        elif event["kind"] == "step":
+            self._step(event["step"], event["loss"])
+        elif event["kind"] == "measure":
+            self._console.print(
+                f"step {event['step']}: train loss {event['train_loss']:.3f}, held-out loss "
+                f"{event['held_out_loss']:.3f}, accuracy {event['held_out_accuracy']:.1%} of masked tokens",
+                highlight=False,
+            )
+
+    def _step(self, step: int, loss: float) -> None:
+        (task,) = self._bar.tasks
+        self._loss = loss if self._loss is None else 0.98 * self._loss + 0.02 * loss
+        self._throughput.advance(step, steps := int(task.total or 0))
+        rate = self._throughput.per_second
+        speed = (
+            f"loss {self._loss:.3f}  {rate:.2f} steps/s  {rate * self._tokens:,.0f} tokens/s  "
+            f"{eta_text(self._throughput.seconds_left)}"
+        )
+        self._bar.update(task.id, completed=step, description=speed, refresh=True)
+        if not self._console.is_terminal and self._clock() - self._line_at >= LINE_EVERY_S:
+            self._line_at = self._clock()
+            self._console.print(f"step {step}/{steps}  {speed}", highlight=False)
 
 
 @contextmanager
