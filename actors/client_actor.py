@@ -16,6 +16,7 @@ import numpy as np
 import ray
 
 from actors.metrics import ActorMetrics
+from actors.placement import THREAD_VARIABLES
 from fedtailor.core.config import resolve
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.scope import Ranks
@@ -25,8 +26,6 @@ FORWARDED = (
     "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "CUBLAS_WORKSPACE_CONFIG", "FEDTAILOR_FAULT",
 )  # fmt: skip
 """Variables that follow the run onto a cluster that was started elsewhere. No secret is among them."""
-
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 @dataclass(frozen=True)

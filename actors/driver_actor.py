@@ -69,7 +69,7 @@ class DriverActor:
         """
         adopt_environment(environment, folder)
         run = str(payload.get("run_id", ""))
-        return resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(self._reporter, run), self._stop)
+        return resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(self._reporter.event, run), self._stop)
 
     def events(self, since: int, wait_s: float) -> list[dict[str, Any]]:
         """See `Reporter.read`."""

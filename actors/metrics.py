@@ -10,50 +10,37 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from fedtailor.core.messages import SegmentResult
+from fedtailor.federated.pool import OnEvent
 from fedtailor.worker.segment import peak_rss
-
-PREFIX = "fedtailor_"
 
 TAGS = ("run", "stage")
 
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
-"""Upper ends of the classes of `fedtailor_round_seconds`."""
-
-
-class Sink(Protocol):
-    """Takes events."""
-
-    def event(self, event: dict[str, Any]) -> None:
-        """Takes one."""
+"""Upper ends of the classes of ``fedtailor_round_seconds``."""
 
 
 class PoolMetrics:
-    """Metrics of the process that drives a run: clients, segments, losses.
-
-    ``fedtailor_clients_total``, ``fedtailor_rejected_clients_total`` (kind), ``fedtailor_clients_per_second``,
-    ``fedtailor_round_seconds``, ``fedtailor_segments_waiting``, ``fedtailor_retries_total``,
-    ``fedtailor_losses_total`` (kind), each with run and stage.
+    """Metrics of the process that drives a run: clients, segments, losses, each with run and stage.
 
     Args:
         run: run id, ``""`` for none.
     """
 
     def __init__(self, run: str) -> None:
-        self._tags = {"run": run, "stage": ""}
-        self._clients = Counter(f"{PREFIX}clients_total", "Clients with a valid result.", TAGS)
-        self._rejected = Counter(f"{PREFIX}rejected_clients_total", "Clients without one.", (*TAGS, "kind"))
-        self._rate = Gauge(f"{PREFIX}clients_per_second", "Of the newest round or chunk.", TAGS)
-        self._seconds = Histogram(
-            f"{PREFIX}round_seconds", "From a round's first segment to its last, without its commit.", SECONDS, TAGS
-        )
-        self._waiting = Gauge(f"{PREFIX}segments_waiting", "Segments that no actor has yet.", TAGS)
-        self._retries = Counter(f"{PREFIX}retries_total", "Segments that were lost and went out again.", TAGS)
-        self._losses = Counter(f"{PREFIX}losses_total", "Actors lost.", (*TAGS, "kind"))
+        self._tags, by_kind = {"run": run, "stage": ""}, (*TAGS, "kind")
+        self._clients = Counter("fedtailor_clients_total", "Clients with a valid result.", TAGS)
+        self._rejected = Counter("fedtailor_rejected_clients_total", "Clients without one.", by_kind)
+        self._rate = Gauge("fedtailor_clients_per_second", "Of the newest round or chunk.", TAGS)
+        text = "From a round's first segment to its last, without its commit."
+        self._seconds = Histogram("fedtailor_round_seconds", text, SECONDS, TAGS)
+        self._waiting = Gauge("fedtailor_segments_waiting", "Segments that no actor has yet.", TAGS)
+        self._retries = Counter("fedtailor_retries_total", "Segments that were lost and went out again.", TAGS)
+        self._losses = Counter("fedtailor_losses_total", "Actors lost.", by_kind)
 
     def open(self, stage: str) -> None:
         """Everything from now on belongs to a stage."""
@@ -84,7 +71,7 @@ class PoolMetrics:
 
 
 class ActorMetrics:
-    """Memory of a client actor: ``fedtailor_peak_rss_bytes`` and ``fedtailor_gpu_bytes``, with run, stage and actor.
+    """Memory of a client actor, with run, stage and actor.
 
     Args:
         run: run id.
@@ -92,10 +79,9 @@ class ActorMetrics:
     """
 
     def __init__(self, run: str, actor: int) -> None:
-        self._tags = {"run": run, "actor": str(actor)}
-        tags = (*TAGS, "actor")
-        self._rss = Gauge(f"{PREFIX}peak_rss_bytes", "Highest resident memory since the process started.", tags)
-        self._gpu = Gauge(f"{PREFIX}gpu_bytes", "GPU memory that torch holds, its cache included.", tags)
+        self._tags, tags = {"run": run, "actor": str(actor)}, (*TAGS, "actor")
+        self._rss = Gauge("fedtailor_peak_rss_bytes", "Highest resident memory since the process started.", tags)
+        self._gpu = Gauge("fedtailor_gpu_bytes", "GPU memory that torch holds, its cache included.", tags)
 
     def played(self, stage: str) -> None:
         """Notes what the process holds after a call."""
@@ -107,19 +93,19 @@ class ActorMetrics:
 
 
 class CommitMetrics:
-    """Hands events on and counts ``fedtailor_commits_total``, with run and stage.
+    """A sink of events that hands them on and counts ``fedtailor_commits_total``, with run and stage.
 
     Args:
-        sink: who gets them.
+        on_event: who gets them.
         run: run id.
     """
 
-    def __init__(self, sink: Sink, run: str) -> None:
-        self._sink, self._run = sink, run
-        self._commits = Counter(f"{PREFIX}commits_total", "Rounds and chunks that were committed.", TAGS)
+    def __init__(self, on_event: OnEvent, run: str) -> None:
+        self._on_event, self._run = on_event, run
+        self._commits = Counter("fedtailor_commits_total", "Rounds and chunks that were committed.", TAGS)
 
     def event(self, event: dict[str, Any]) -> None:
         """Takes one event."""
-        self._sink.event(event)
+        self._on_event(event)
         if event.get("kind") == "progress":
             self._commits.inc(1, {"run": self._run, "stage": event["stage"]})

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from fedtailor.core.errors import PlacementError, listed
 from fedtailor.core.settings import EngineConfig
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+"""Variables that pin the BLAS and OpenMP threads of a process."""
+
 MAX_DEFAULT_ACTORS = 8
 """Actors on a machine without GPU where the configuration names no number."""
 

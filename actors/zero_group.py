@@ -75,7 +75,7 @@ class ZeroGroup:
             WorkerError: the ranks computed different things.
         """
         reference = None if shared is None else ray.put(shared)
-        answers: list[RankAnswer] = self._all([rank.run.remote(list(jobs), reference) for rank in self._ranks])
+        answers: list[RankAnswer] = self._all([rank.play.remote(list(jobs), reference) for rank in self._ranks])
         first = answers[0]
         for index, answer in enumerate(answers):
             if answer.hashes != first.hashes:
@@ -129,8 +129,8 @@ class ZeroGroup:
         self._ranks = [
             ray.remote(**options)(ZeroRank).remote(self._setup, index, plan.ranks) for index in range(plan.ranks)
         ]
-        (meeting,) = self._all([self._ranks[0].call_meeting.remote()])
-        self._all([rank.join.remote(meeting, self._deadline_s, device) for rank in self._ranks])
+        ((host, port),) = self._all([self._ranks[0].call_meeting.remote()])
+        self._all([rank.join.remote(host, port, self._deadline_s, device) for rank in self._ranks])
 
     def _all(self, refs: list[Any]) -> list[Any]:
         """What all ranks answer; the end of the group if one does not."""

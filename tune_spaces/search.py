@@ -278,6 +278,6 @@ def _backend(exp: ExperimentBase) -> Backend:
         entry: str, payload: Mapping[str, Any], _: EngineConfig, on_event: OnEvent, should_stop: Callable[[], bool]
     ) -> None:
         here, run = InProcess(on_event, should_stop), str(payload["run_id"])
-        resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(here, run), here)
+        resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(on_event, run), here)
 
     return drive

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).resolve().parents[2]
 PROVIDE = """
 import os
-from actors.join import provide_token
+from actors.session import provide_token
 from fedtailor.core.errors import PlacementError
 from ray._raylet import AuthenticationTokenLoader
 try:

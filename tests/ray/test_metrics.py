@@ -42,7 +42,7 @@ class Played:
 def played(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """Two rounds of four segments, 2 + 3 + 4 + 5 clients; an actor dies once; then what the node says."""
     events: list[dict[str, Any]] = []
-    sink = CommitMetrics(type("Sink", (), {"event": staticmethod(events.append)})(), "r1")
+    sink = CommitMetrics(events.append, "r1")
     pool = RayPool(
         EngineConfig(actors=2, num_cpus=0.5), events.append, worker="costly_worker:CostlyWorker",
         merge="fake_worker:merge", run="r1",

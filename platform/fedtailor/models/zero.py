@@ -96,7 +96,7 @@ def load_partitioned(
 
     No rank holds more than one whole weight at a time: a module's weights are cut up as soon as it is made, and of the
     files a rank reads only the rows that its part overlaps. All ranks of the group call this together, after
-    `actors.zero_rank.join`.
+    `actors.zero_rank.ZeroRank.join`.
 
     Args:
         folder: model folder, complete, with one safetensors file or several and their index.
