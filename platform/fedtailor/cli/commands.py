@@ -218,7 +218,7 @@ def personalise(
     allow_code: AllowCode = None,
 ) -> None:
     """Give a client of your own the adapter that a trained strategy generator chooses for it."""
-    from fedtailor.cli.personalise_view import show_ready, show_result
+    from fedtailor.cli.plan_views import show_ready, show_result
     from fedtailor.personalise.data import Columns
     from fedtailor.personalise.new_client import Request, carry_out, check
 
