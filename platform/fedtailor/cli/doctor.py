@@ -14,11 +14,10 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from secrets import token_hex
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
@@ -55,13 +54,16 @@ ASK_S = 3.0
 
 _ADVICE = f"Start Ray with --dashboard-host=127.0.0.1 and {MODE}=token"
 
+Level = Literal["ok", "note", "fail"]
 
-@dataclass(frozen=True)
-class Finding:
+Verdict = tuple[Level, str]
+
+
+class Finding(NamedTuple):
     """One thing that was looked at; ``fail`` makes `doctor` exit with 1."""
 
     what: str
-    level: Literal["ok", "note", "fail"]
+    level: Level
     text: str
 
 
@@ -72,8 +74,9 @@ def examine(storage: str, address: str | None = None) -> list[Finding]:
         storage: where runs would be kept.
         address: Ray cluster that would be joined; default: $RAY_ADDRESS.
     """
+    here = [Finding("gpu", *_gpu()), *_storage(storage), Finding("data", *_data()), Finding("threads", *_threads())]
     ray = examine_ray(address or os.environ.get("RAY_ADDRESS"))
-    return [*_versions(), *_machine(), *_storage(storage), *_environment(), *ray, _wandb()]
+    return [*_versions(), *_machine(), *here, *ray, Finding("W&B", *_wandb())]
 
 
 def show_findings(console: Console, findings: list[Finding]) -> bool:
@@ -104,22 +107,24 @@ def _versions() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
-    import torch
-
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("cpu", "ok", f"{usable} of {os.cpu_count()} usable")
     memory = psutil.virtual_memory()
-    yield _enough("memory", memory.available / 1e9, f" of {memory.total / 1e9:.1f}", LEAST_MEMORY_GB)
-    if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        yield Finding("gpu", "ok", ", ".join(f"{gpu.name} {gpu.total_memory / 1e9:.1f} GB" for gpu in gpus))
-    else:
-        yield Finding("gpu", "note", "none that torch can use; runs go on the CPU")
+    yield Finding("memory", *_free(memory.available, LEAST_MEMORY_GB, f" of {memory.total / 1e9:.1f}"))
 
 
-def _enough(what: str, free_gb: float, total: str, least_gb: float) -> Finding:
-    level: Literal["ok", "fail"] = "ok" if free_gb >= least_gb else "fail"
-    return Finding(what, level, f"{free_gb:.1f}{total} GB free (at least {least_gb:g})")
+def _free(count: float, least_gb: float, total: str = "") -> Verdict:
+    text = f"{count / 1e9:.1f}{total} GB free (at least {least_gb:g})"
+    return "ok" if count >= 1e9 * least_gb else "fail", text
+
+
+def _gpu() -> Verdict:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "note", "none that torch can use; runs go on the CPU"
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return "ok", ", ".join(f"{gpu.name} {gpu.total_memory / 1e9:.1f} GB" for gpu in gpus)
 
 
 def _storage(url: str) -> Iterator[Finding]:
@@ -145,32 +150,34 @@ def _storage(url: str) -> Iterator[Finding]:
     if storage.is_local:
         path = storage.local_path().absolute()
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-        yield _enough("disk", shutil.disk_usage(nearest).free / 1e9, "", LEAST_DISK_GB)
+        yield Finding("disk", *_free(shutil.disk_usage(nearest).free, LEAST_DISK_GB))
 
 
-def _environment() -> Iterator[Finding]:
-    import torch
-
+def _data() -> Verdict:
     folder = os.environ.get("FEDTAILOR_DATA")
     if not folder:
-        yield Finding("data", "note", "FEDTAILOR_DATA is not set: all tasks but cldr need task.path or the hub")
-    elif not Path(folder).is_dir():
-        yield Finding("data", "fail", f"FEDTAILOR_DATA={folder} is not a folder")
-    else:
-        held = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-        yield Finding("data", "ok", f"FEDTAILOR_DATA={folder}: {', '.join(held) or 'empty'}")
+        return "note", "FEDTAILOR_DATA is not set: all tasks but cldr need task.path or the hub"
+    if not Path(folder).is_dir():
+        return "fail", f"FEDTAILOR_DATA={folder} is not a folder"
+    held = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+    return "ok", f"FEDTAILOR_DATA={folder}: {', '.join(held) or 'empty'}"
+
+
+def _threads() -> Verdict:
+    import torch
+
     pinned = ", ".join(f"{name}={os.environ[name]}" for name in THREADS if name in os.environ)
     text = f"{pinned or 'not pinned'}; torch would use {torch.get_num_threads()}. Workers are pinned to engine.threads"
-    yield Finding("threads", "ok" if pinned else "note", text)
+    return "ok" if pinned else "note", text
 
 
-def _wandb() -> Finding:
-    held = next((name for name in (KEY, KEY_FILE) if os.environ.get(name)), None)
-    text = f"a key is given by {held}" if held else f"no {KEY} or {KEY_FILE}: wandb.mode offline and disabled work"
-    return Finding("W&B", "ok" if held else "note", text)
+def _wandb() -> Verdict:
+    if held := next((name for name in (KEY, KEY_FILE) if os.environ.get(name)), None):
+        return "ok", f"a key is given by {held}"
+    return "note", f"no {KEY} or {KEY_FILE}: wandb.mode offline and disabled work"
 
 
-def examine_ray(address: str | None) -> Iterator[Finding]:
+def examine_ray(address: str | None) -> list[Finding]:
     """Looks at the ports of this machine, at the token, and at the cluster that would be joined.
 
     Args:
@@ -179,15 +186,16 @@ def examine_ray(address: str | None) -> Iterator[Finding]:
     mode = os.environ.get(MODE)
     # Ray asks for tokens where it is told to, and by itself where there is one.
     tokens = mode.lower() == "token" if mode else bool(os.environ.get(TOKEN)) or os.path.isfile(_token_path())
-    if address in (None, "", "auto", "local"):
-        yield from _dashboard(f"http://127.0.0.1:{DASHBOARD}", loopback=True)
+    verdicts: list[tuple[str, Verdict | None]] = []
+    if address is None or address in ("", "auto", "local"):
+        verdicts.append(("ray dashboard", _dashboard(f"http://127.0.0.1:{DASHBOARD}", loopback=True)))
     else:
-        assert address
-        yield from _joined(address, tokens)
-    yield from _token(mode or "")
-    exposed = [_exposure(port, tokens) for port in PORTS if port in _beyond_loopback()]
-    text = "no Ray port listens beyond loopback; local runs bind to 127.0.0.1"
-    yield from exposed or [Finding("ray exposure", "ok", text)]
+        verdicts += _joined(address, tokens)
+    verdicts.append(("ray token", _token(mode or "")))
+    open_ports = [port for port in PORTS if port in _beyond_loopback()]
+    safe: Verdict = ("ok", "no Ray port listens beyond loopback; local runs bind to 127.0.0.1")
+    verdicts += [("ray exposure", _exposure(port, tokens)) for port in open_ports] or [("ray exposure", safe)]
+    return [Finding(what, *verdict) for what, verdict in verdicts if verdict is not None]
 
 
 def _token_path() -> Path:
@@ -201,18 +209,16 @@ def _beyond_loopback() -> set[int]:
     return {port for port, ip in addresses if not (getattr(ip, "ipv4_mapped", None) or ip).is_loopback}
 
 
-def _exposure(port: int, tokens: bool) -> Finding:
+def _exposure(port: int, tokens: bool) -> Verdict:
     name = f"{PORTS[port]} port {port}"
     if port == DASHBOARD and (status := _status(f"http://127.0.0.1:{port}")) is not None:
         tokens = tokens and status in (401, 403)
     if not tokens:
-        text = f"{name} listens beyond loopback without tokens: whoever reaches it runs code here. {_ADVICE}"
-        return Finding("ray exposure", "fail", text)
+        return "fail", f"{name} listens beyond loopback without tokens: whoever reaches it runs code here. {_ADVICE}"
     own = [entry.address for entries in psutil.net_if_addrs().values() for entry in entries]
     if public := [text for text in own if _is_public(text.partition("%")[0])]:
-        text = f"{name} listens at a public address ({', '.join(public)}), with unencrypted tokens. {_ADVICE}"
-        return Finding("ray exposure", "fail", text)
-    return Finding("ray exposure", "note", f"{name} listens beyond loopback, with unencrypted tokens")
+        return "fail", f"{name} listens at a public address ({', '.join(public)}), with unencrypted tokens. {_ADVICE}"
+    return "note", f"{name} listens beyond loopback, with unencrypted tokens"
 
 
 def _is_public(text: str) -> bool:
@@ -223,38 +229,32 @@ def _is_public(text: str) -> bool:
         return False  # a hardware address
 
 
-def _joined(address: str, tokens: bool) -> Iterator[Finding]:
+def _joined(address: str, tokens: bool) -> list[tuple[str, Verdict | None]]:
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     try:
         ip = ipaddress.ip_address(socket.gethostbyname(parts.hostname or ""))
     except OSError as error:
-        yield Finding("ray address", "fail", f"{address}: the host cannot be resolved ({error})")
-        return
+        return [("ray address", ("fail", f"{address}: the host cannot be resolved ({error})"))]
     if ip.is_global:
-        yield Finding("ray address", "fail", f"{address} is a public address ({ip}); use a private network")
-        return
+        return [("ray address", ("fail", f"{address} is a public address ({ip}); use a private network"))]
+    found: Verdict = ("ok", f"{address} ({'token' if tokens else 'loopback'})")
     if not ip.is_loopback and not tokens:
-        yield Finding("ray address", "fail", f"{address} is joined without tokens; set {MODE}=token")
-    else:
-        yield Finding("ray address", "ok", f"{address} ({'token' if tokens else 'loopback'})")
+        found = ("fail", f"{address} is joined without tokens; set {MODE}=token")
     web = parts.scheme.startswith("http")
-    port = parts.port if web and parts.port else DASHBOARD
-    yield from _dashboard(f"{parts.scheme if web else 'http'}://{parts.hostname}:{port}", ip.is_loopback)
+    url = f"{parts.scheme if web else 'http'}://{parts.hostname}:{parts.port if web and parts.port else DASHBOARD}"
+    return [("ray address", found), ("ray dashboard", _dashboard(url, ip.is_loopback))]
 
 
-def _dashboard(url: str, loopback: bool) -> Iterator[Finding]:
-    """Whether a dashboard answers somebody who shows no token; nothing if there is no dashboard."""
+def _dashboard(url: str, loopback: bool) -> Verdict | None:
+    """Whether a dashboard answers somebody who shows no token; None if there is no dashboard."""
     status = _status(url)
-    if status in (401, 403):
-        yield Finding("ray dashboard", "ok", f"{url} wants a token")
-    elif status == 200 and loopback:
-        text = f"{url} answers without a token: all users of this machine can run code. Set {MODE}=token"
-        yield Finding("ray dashboard", "note", text)
-    elif status == 200:
-        text = f"{url} answers without a token: whoever reaches it runs code there. {_ADVICE}"
-        yield Finding("ray dashboard", "fail", text)
-    elif status is not None:
-        yield Finding("ray dashboard", "note", f"{url} answers with HTTP {status}: is this a Ray dashboard?")
+    if status in (None, 401, 403):
+        return ("ok", f"{url} wants a token") if status else None
+    if status != 200:
+        return "note", f"{url} answers with HTTP {status}: is this a Ray dashboard?"
+    if loopback:
+        return "note", f"{url} answers without a token: all users of this machine can run code. Set {MODE}=token"
+    return "fail", f"{url} answers without a token: whoever reaches it runs code there. {_ADVICE}"
 
 
 def _status(url: str) -> int | None:
@@ -269,28 +269,20 @@ def _status(url: str) -> int | None:
         return None
 
 
-def _token(mode: str) -> Iterator[Finding]:
+def _token(mode: str) -> Verdict | None:
     """A token that others can read, or that is not there, protects nothing."""
     path = _token_path()
     if mode and mode.lower() not in MODES:
-        yield Finding("ray token", "fail", f"{MODE}={mode} is none of {', '.join(MODES)}: Ray uses no tokens then")
-    elif mode.lower() == "disabled":
-        return
-    elif os.environ.get(TOKEN):
-        text = f"the token is in the environment ({TOKEN}), which child processes inherit; prefer {TOKEN_PATH}"
-        yield Finding("ray token", "note", text)
-    elif not os.path.isfile(path) or not os.path.getsize(path):
-        if mode or os.environ.get(TOKEN_PATH):
-            yield Finding("ray token", "fail", f"{path}: no token there; ray get-auth-token --generate")
-    elif _others_can_read(path):
-        yield Finding("ray token", "fail", f"{path} can be read by other users: chmod 600 {path}")
-    else:
-        yield Finding("ray token", "ok", f"{path}: other users cannot read it")
-
-
-def _others_can_read(path: Path) -> bool:
-    """Whether the modes let somebody else reach and read a file."""
-    return any(
-        path.stat().st_mode & read and all(folder.stat().st_mode & enter for folder in path.resolve().parents)
-        for read, enter in ((stat.S_IROTH, stat.S_IXOTH), (stat.S_IRGRP, stat.S_IXGRP))
-    )
+        return "fail", f"{MODE}={mode} is none of {', '.join(MODES)}: Ray uses no tokens then"
+    if mode.lower() == "disabled":
+        return None
+    if os.environ.get(TOKEN):
+        return "note", f"the token is in the environment ({TOKEN}), which child processes inherit; prefer {TOKEN_PATH}"
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        wanted = mode or os.environ.get(TOKEN_PATH)
+        return ("fail", f"{path}: no token there; ray get-auth-token --generate") if wanted else None
+    # Whether the modes let somebody else reach and read it.
+    for read, enter in ((stat.S_IROTH, stat.S_IXOTH), (stat.S_IRGRP, stat.S_IXGRP)):
+        if path.stat().st_mode & read and all(folder.stat().st_mode & enter for folder in path.resolve().parents):
+            return "fail", f"{path} can be read by other users: chmod 600 {path}"
+    return "ok", f"{path}: other users cannot read it"
