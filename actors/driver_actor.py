@@ -103,25 +103,18 @@ def run_on_driver(
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     session = ensure_ray(config.address, config.threads)
     try:
-        driver = _make_driver()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # Threads: the run, a waiting reader of events, and room for `stop`.
+        options: dict[str, Any] = {
+            "num_cpus": 0, "max_restarts": 0, "max_concurrency": 4, "scheduling_strategy": here,
+        }  # fmt: skip
+        driver = ray.remote(**options)(DriverActor).remote()
         try:
             return _follow(driver, entry, payload, on_event, should_stop)
         finally:
             ray.kill(driver, no_restart=True)
     finally:
         session.close()
-
-
-def _make_driver() -> Any:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Threads: the run, a waiting reader of events, and room for `stop`.
-    options: dict[str, Any] = {
-        "num_cpus": 0,
-        "max_restarts": 0,
-        "max_concurrency": 4,
-        "scheduling_strategy": here,
-    }
-    return ray.remote(**options)(DriverActor).remote()
 
 
 def _follow(
@@ -143,10 +136,6 @@ def _follow(
         if not stopping and should_stop():
             stopping = True
             driver.stop.remote()
-    return _result(done)
-
-
-def _result(done: Any) -> Any:
     try:
         return ray.get(done)
     except Exception as error:

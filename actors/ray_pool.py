@@ -110,7 +110,7 @@ class RayPool:
     ) -> None:
         # Calls that are given up on purpose are no news; losses are reported as events.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        self._config, self._on_event, self._run = config, self._counted(on_event), run
+        self._config, self._on_event, self._run = config, on_event, run
         self._metrics = PoolMetrics(run)
         self._worker, self._merge = worker, merge
         self._costs = CostModel()
@@ -120,7 +120,7 @@ class RayPool:
             self._nodes = cluster_nodes(gpu_memory=config.memory_gb is not None)
             self._plan: ActorPlan = plan_actors(config, self._nodes, 1 if self._per_client else None)
             self._supervisor = ActorSupervisor(
-                self._make_actor, config.deadline_s, config.retries, self._on_event, all_needed=self._per_client
+                self._make_actor, config.deadline_s, config.retries, self._report, all_needed=self._per_client
             )
             self._supervisor.grow(self._plan.count)
         except BaseException:
@@ -131,11 +131,6 @@ class RayPool:
     def size(self) -> int:
         """Number of actors now."""
         return len(self._supervisor.slots)
-
-    @property
-    def plan(self) -> ActorPlan:
-        """Where the actors were meant to go."""
-        return self._plan
 
     def hosts(self) -> list[Host]:
         """Where the actors that are up run, by actor number."""
@@ -175,12 +170,9 @@ class RayPool:
     def _per_client(self) -> bool:
         return self._config.mode == "per_client"
 
-    def _counted(self, on_event: OnEvent) -> OnEvent:
-        def count_and_report(event: dict[str, Any]) -> None:
-            self._metrics.event(event)
-            on_event(event)
-
-        return count_and_report
+    def _report(self, event: dict[str, Any]) -> None:
+        self._metrics.event(event)
+        self._on_event(event)
 
     def _make_actor(self, number: int) -> Any:
         config, together = self._config, self._plan.ranks > 1
@@ -253,12 +245,12 @@ class RayPool:
                 self._metrics.taken(result)
                 accepted(position, result)
             else:
-                self._on_event(_about("result_dropped", queue.job(position), slot, "a second result"))
+                self._report(_about("result_dropped", queue.job(position), slot, "a second result"))
 
     def _report_retries(self, answer: Answer, queue: JobQueue) -> None:
         assert answer.loss is not None
         for position in answer.call.positions:
-            self._on_event(_about("job_retried", queue.job(position), answer.slot, answer.loss.kind))
+            self._report(_about("job_retried", queue.job(position), answer.slot, answer.loss.kind))
 
 
 def _about(event: str, job: SegmentJob, slot: ActorSlot, reason: str) -> dict[str, Any]:

@@ -200,6 +200,7 @@ def head() -> Iterator[Head]:
 
 def answers(head: Head) -> bool:
     try:
+        socket.create_connection(("127.0.0.1", head.client), 5).close()
         return bool(head.ask("/api/version"))
     except OSError:
         return False
