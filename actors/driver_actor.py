@@ -108,7 +108,7 @@ def run_on_driver(
         options: dict[str, Any] = {
             "num_cpus": 0, "max_restarts": 0, "max_concurrency": 4, "scheduling_strategy": here,
         }  # fmt: skip
-        driver = ray.remote(**options)(DriverActor).remote()
+        driver: Any = ray.remote(**options)(DriverActor).remote()
         try:
             return _follow(driver, entry, payload, on_event, should_stop)
         finally:

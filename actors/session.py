@@ -138,10 +138,9 @@ def _join(address: str) -> None:
         )
     code: dict[str, Any] = {}
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # as Ray sets it for a job, whose working directory is there
-        folders = [
-            place for name in PACKAGES if (spec := find_spec(name)) for place in spec.submodule_search_locations or ()
-        ]
-        code = {"runtime_env": {"py_modules": [str(Path(place).resolve()) for place in (*folders, *packages())]}}
+        specs = filter(None, map(find_spec, PACKAGES))
+        folders = [Path(place).resolve() for spec in specs for place in spec.submodule_search_locations or ()]
+        code = {"runtime_env": {"py_modules": [str(place) for place in (*folders, *packages())]}}
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **code)
