@@ -114,11 +114,14 @@ def _tuner(plan: SweepPlan, folder: Path, trainable: Any, at_once: int | None) -
         return tune.Tuner.restore(str(own), trainable, resume_unfinished=True, restart_errored=True)
     if own.exists():  # killed before Tune had written its first state: no trial has a run that it could lose
         shutil.rmtree(own)
-    # Larger than any share: a trial that has done all of its steps is not stopped but done.
     asha = ASHAScheduler(
-        time_attr="share", metric="progress", mode="max", max_t=2, grace_period=REDUCTION**-2,
+        time_attr="share",
+        metric="progress",
+        mode="max",
+        max_t=2,  # larger than any share: a trial that has done all of its steps is not stopped but done
+        grace_period=REDUCTION**-2,  # type: ignore[arg-type]  # Tune only compares and multiplies it
         reduction_factor=REDUCTION,
-    )  # fmt: skip
+    )
     return tune.Tuner(
         trainable,
         param_space={key: tune.grid_search(list(values)) for key, values in plan.grid.space.items()},

@@ -1,4 +1,4 @@
-"""One client's adapter as a peft LoRA folder, and the base model it belongs to.
+"""One client's adapter as a peft LoRA folder.
 
 ``peft.PeftModel.from_pretrained(base, folder)`` computes W x + scale * B' A x with alpha / r = scale in
 every module. peft finds modules by the *end* of their path, in lists of targets and in patterns alike; what

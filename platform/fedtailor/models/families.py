@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,8 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
     """
     candidates = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
     if targets == "all-linear":
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        getter: Any = getattr(model, "get_output_embeddings", None)
+        output = getter() if getter else None
         chosen = [(name, layer) for name, layer in candidates if layer is not output]
     else:
         names = [name for name, _ in candidates]

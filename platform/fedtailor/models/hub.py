@@ -42,14 +42,15 @@ def check_available(cfg: ModelConfig, max_length: int | None = None, kind: TaskK
     if source.kind == "embedded":
         _check_embedded(cfg, kind)
         return
-    folder: Path | None = Path(source.location)
+    folder = Path(source.location)
     if source.kind == "hub":
         if (known := packaged_config(cfg.name)) is not None:
             check_kind(known, kind, f"model={cfg.name}")
-        folder = _cached(source)
-        if folder is None or not (constants.HF_HUB_OFFLINE or _complete(folder, kind)):
+        cached = _cached(source)
+        if cached is None or not (constants.HF_HUB_OFFLINE or _complete(cached, kind)):
             check_listing(_title(source), _remote(source, kind)[1])
             return
+        folder = cached
     check_folder(folder, max_length, kind)
     if cfg.checkpointing and not meta_model(cfg, kind=kind).supports_gradient_checkpointing:
         raise ModelError(f"'model.checkpointing': transformers cannot do that with model={cfg.name}; set it to false")
