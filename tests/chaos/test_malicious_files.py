@@ -91,18 +91,18 @@ def test_weights_that_are_no_safetensors_are_refused(
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         hub.check_available(ModelConfig(name="mbert", path=str(model)), 32)
     with pytest.raises(ModelError):
-        load_classifier(model, 3, LABELS)
+        load_classifier(model, LABELS)
 
 
 def test_pickled_weights_are_refused_alone_and_ignored_beside_good_ones(model: Path, canary: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(poison(canary))
     (model / "training_args.bin").write_bytes(poison(canary))
-    load_classifier(model, 3, LABELS)
+    load_classifier(model, LABELS)
     (model / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickle, which is never loaded"):
         hub.check_available(ModelConfig(name="mbert", path=str(model)), 32)
     with pytest.raises(ModelError):
-        load_classifier(model, 3, LABELS)
+        load_classifier(model, LABELS)
 
 
 @pytest.mark.parametrize("name", ["../../evil.safetensors", "/tmp/evil.safetensors", "sub/../../evil.safetensors"])
@@ -121,7 +121,7 @@ def test_code_that_comes_with_a_model_does_not_run(model: Path, canary: Path, ke
     evil: Any = ["evil.Evil", "evil.Evil"] if key == "AutoTokenizer" else "evil.Evil"
     place.write_text(json.dumps({**content, "auto_map": {key: evil}}))
     with suppress(ModelError):  # refused or loaded with transformers' own code: both are right
-        load_classifier(model, 3, LABELS)
+        load_classifier(model, LABELS)
         load_tokenizer(model)
 
 
@@ -177,8 +177,8 @@ def test_an_adapter_with_a_pickle_in_place_of_its_weights_is_refused(tmp_path: P
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors import SafetensorError
 
-    base = load_classifier(model, 3, LABELS)
+    base = load_classifier(model, LABELS)
     get_peft_model(base, LoraConfig(target_modules=["query"], r=2)).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(poison(canary))
     with pytest.raises(SafetensorError):
-        PeftModel.from_pretrained(load_classifier(model, 3, LABELS), tmp_path / "adapter")
+        PeftModel.from_pretrained(load_classifier(model, LABELS), tmp_path / "adapter")

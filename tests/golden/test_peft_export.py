@@ -30,12 +30,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("export")
     cfg = ModelConfig(hidden_size=16, heads=2, layers=12, intermediate_size=24, vocab_size=200)
     made = embedded.build_tiny_bert(["one two three four"] * 5, LABELS, cfg, 16, 1, home / "made")
-    save_folder(hub.load_classifier(made, 3, LABELS), hub.load_tokenizer(made), home / "base")
+    save_folder(hub.load_classifier(made, LABELS), hub.load_tokenizer(made), home / "base")
     return home / "base"
 
 
 def load(base: Path) -> PreTrainedModel:
-    return hub.load_classifier(base, 3, LABELS)
+    return hub.load_classifier(base, LABELS)
 
 
 def random_parts(model: nn.Module) -> Parts:

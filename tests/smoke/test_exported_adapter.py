@@ -62,7 +62,7 @@ def test_peft_reproduces_the_test_loss_of_the_run(run: RunFolder, tmp_path: Path
             folder.mkdir(parents=True)
             for name in (n for n in objects if n.startswith(prefix)):
                 (folder / name.removeprefix(prefix)).write_bytes(objects[name].bytes(name))
-            model = PeftModel.from_pretrained(load_classifier(base, data.num_labels, data.labels), str(folder)).eval()
+            model = PeftModel.from_pretrained(load_classifier(base, data.labels), str(folder)).eval()
             assert loss_of(model, data, client) == pytest.approx(float(losses[client, budget]), abs=1e-5)
 
 

@@ -460,11 +460,11 @@ def test_the_record_says_what_it_was_made_from_and_neither_when_nor_where(made: 
 
 def test_the_folder_is_an_ordinary_one_and_loads_as_a_classifier_with_a_fresh_head(made: Path) -> None:
     body = BertForMaskedLM.from_pretrained(made)
-    model = load_classifier(made, 3, ["x", "y", "z"], seed=5)
+    model = load_classifier(made, ["x", "y", "z"], seed=5)
     assert model.classifier.out_features == 3
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, body.bert.embeddings.word_embeddings.weight)
     assert model.bert.pooler.dense.weight.std() > 0
-    other = load_classifier(made, 3, ["x", "y", "z"], seed=6)
+    other = load_classifier(made, ["x", "y", "z"], seed=6)
     assert not torch.equal(other.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
     assert not (made / "checkpoint").exists()
     assert {path.suffix for path in made.iterdir()} == {".json", ".safetensors"}

@@ -135,7 +135,7 @@ def materialise(
     check_folder(folder, kind=kind)
     if kind == "generation":
         return write_causal(folder, out)
-    model = load_classifier(folder, len(labels), labels, seed=seed, replace_head=True)
+    model = load_classifier(folder, labels, seed=seed, replace_head=True)
     tokenizer = load_tokenizer(folder)
     # Decoder-only classifiers read the last token that is not padding and need to know which that is.
     if model.config.pad_token_id is None:

@@ -70,8 +70,7 @@ def first_line(error: Exception) -> str:
 
 def load_classifier(
     source: str | Path,
-    num_labels: int,
-    label_names: Sequence[str],
+    labels: Sequence[str],
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     *,
@@ -86,8 +85,7 @@ def load_classifier(
 
     Args:
         source: folder or hub id; weights must be safetensors.
-        num_labels: number of classes C; the head ends in C outputs.
-        label_names: C names in the order of their ids, written to the config.
+        labels: C class names in the order of their ids, written to the config; the head ends in C outputs.
         dtype: type of all weights.
         seed: run seed of a fresh head.
         attn_implementation: ``eager``, ``sdpa``, ...; default: transformers' choice.
@@ -97,23 +95,23 @@ def load_classifier(
         ModelError: nothing loadable there, the body lacks weights or has other shapes than the config says,
             or the head was made for other labels.
     """
-    if len(label_names) != num_labels or num_labels < 1:
-        raise ModelError(f"{num_labels} labels need as many names, got {list(label_names)}")
+    if not labels:
+        raise ModelError(f"{source}: the task has no labels, which a classifier needs")
     config = load_config(source)
     stored = [str(name) for _, name in sorted(dict(config.id2label or {}).items())]
-    name_labels(config, label_names)
+    name_labels(config, labels)
     model, missing, misshapen = _read(AutoModelForSequenceClassification, source, config, dtype, attn_implementation)
     absent = missing | misshapen
     # A masked-language-model checkpoint has no pooler; it is then as new as the classifier.
     body, pooler = model.base_model_prefix + ".", model.base_model_prefix + ".pooler."
     _refuse_absent(model, source, {name for name in absent if name.startswith(body) and not name.startswith(pooler)})
     unnamed = stored == [f"LABEL_{i}" for i in range(len(stored))]
-    same = len(stored) == num_labels and (unnamed or stored == list(label_names))
+    same = len(stored) == len(labels) and (unnamed or stored == list(labels))
     if absent or not same:
         head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
         if head - missing and not replace_head:
             raise ModelError(
-                f"{source}: the classification head was made for the labels {stored}, the task has {list(label_names)}"
+                f"{source}: the classification head was made for the labels {stored}, the task has {list(labels)}"
             )
         _initialise(model, head | missing, float(getattr(config, "initializer_range", 0.02)), seed)
     return model.eval()  # type: ignore[no-any-return]
@@ -251,4 +249,4 @@ def load_base(
     """
     if kind == "generation":
         return load_causal(folder, dtype, attn_implementation=attn_implementation, quantisation=quantisation)
-    return load_classifier(folder, len(labels), labels, dtype, attn_implementation=attn_implementation)
+    return load_classifier(folder, labels, dtype, attn_implementation=attn_implementation)

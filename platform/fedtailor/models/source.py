@@ -69,7 +69,15 @@ def resolve(cfg: ModelConfig) -> ModelSource:
         sizes = (cfg.hidden_size, cfg.layers, cfg.heads, cfg.intermediate_size, cfg.vocab_size)
         return ModelSource("embedded", cfg.name, "x".join(str(size) for size in sizes))
     if cfg.name == PRETRAINED and cfg.path is None:
-        return ModelSource("folder", cfg.name, str(_pretrained_there()))
+        made = pretrained_folder()
+        if not made.is_dir():
+            command = f"fedtailor pretrain --task masakhanews --task xnli --out {shlex.quote(str(made))}"
+            raise ModelError(
+                f"model={PRETRAINED}: there is no folder {made}; make it with '{command}' (about half an hour on two "
+                f"idle cores; its texts are found through FEDTAILOR_DATA), or name a copy with model.path=FOLDER or "
+                f"FEDTAILOR_MODELS=PARENT_FOLDER"
+            )
+        return ModelSource("folder", cfg.name, str(made))
     written = cfg.path or cfg.name
     folder = Path(written).expanduser()
     like_a_path = written.startswith((".", "/", "~")) or written.count("/") > 1
@@ -86,19 +94,3 @@ def resolve(cfg: ModelConfig) -> ModelSource:
 def pretrained_folder() -> Path:
     """Where ``mini-mbert`` is looked for and made: below $FEDTAILOR_MODELS, else below ./models."""
     return Path(os.environ.get("FEDTAILOR_MODELS") or "models").expanduser() / PRETRAINED
-
-
-def pretrain_command(out: Path) -> str:
-    """The command line that makes ``mini-mbert`` in ``out``."""
-    return f"fedtailor pretrain --task masakhanews --task xnli --out {shlex.quote(str(out))}"
-
-
-def _pretrained_there() -> Path:
-    folder = pretrained_folder()
-    if not folder.is_dir():
-        raise ModelError(
-            f"model={PRETRAINED}: there is no folder {folder}; make it with '{pretrain_command(folder)}' "
-            f"(about half an hour on two idle cores; its texts are found through FEDTAILOR_DATA), "
-            f"or name a copy with model.path=FOLDER or FEDTAILOR_MODELS=PARENT_FOLDER"
-        )
-    return folder

@@ -178,7 +178,7 @@ def readme(record: Mapping[str, Any], base: Path) -> str:
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     """Writes a classifier with its peft adapter merged, as a whole."""
     labels = labels_of(base)
-    model = load_classifier(base, len(labels), labels)
+    model = load_classifier(base, labels)
     with quiet(), warnings.catch_warnings():
         # peft asks transformers for a name that transformers is about to change; nothing for the user to do.
         warnings.simplefilter("ignore", FutureWarning)
