@@ -492,12 +492,12 @@ def test_a_real_write_that_fails_shows_nothing_half_written(
 ) -> None:
     log = filled(Storage(tmp_path), 1)
     fsync = os.fsync
-    monkeypatch.setattr(backends.os, "fsync", lambda handle: _fail(code))
+    monkeypatch.setattr(os, "fsync", lambda handle: _fail(code))
     with pytest.raises(StorageError, match="free space" if code == errno.ENOSPC else "writable"):
         log.commit(1, objects(1), record(1))
     with pytest.raises(StorageError, match=r"status\.json"):
         log.storage.write_json("status.json", {"state": "running"})
-    monkeypatch.setattr(backends.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["artifacts"]
     assert os.listdir(tmp_path / PATH / "rounds") == ["000000"]
 
@@ -516,7 +516,7 @@ def test_a_rename_that_fails_in_passing_is_tried_again(tmp_path: Path, monkeypat
         link(source, target)
 
     monkeypatch.setattr(backends, "PAUSES", (0, 0, 0))
-    monkeypatch.setattr(backends.os, "link", sometimes)
+    monkeypatch.setattr(os, "link", sometimes)
     assert filled(Storage(tmp_path), 1).newest() is not None
 
 

@@ -124,7 +124,7 @@ class LocalFiles:
         finally:
             Path(temp).unlink(missing_ok=True)
         if durable:
-            for changed in (folder, *(path.parent for path in new_folders)):
+            for changed in (Path(folder), *(path.parent for path in new_folders)):
                 sync(changed)
 
     def flush(self, files: Iterable[str], root: str) -> None:
