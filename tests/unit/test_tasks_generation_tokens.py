@@ -73,7 +73,7 @@ def tokens(data: TaskData, tmp_path_factory: pytest.TempPathFactory) -> TokenDat
 def samples(data: TaskData, client: str, split: Any) -> list[Sample]:
     texts, _ = data.texts(client, split)
     turns = [tuple(json.loads(history)) if history else () for history in data.history(client, split)]
-    return [Sample(*each) for each in zip(texts, data.responses(client, split), turns, strict=True)]
+    return [Sample(*each) for each in zip(texts, data.pairs(client, split) or (), turns, strict=True)]
 
 
 def test_every_example_is_its_templates_encoding(data: TaskData, tokens: TokenData) -> None:
@@ -101,7 +101,7 @@ def test_questions_and_answers_are_read_from_the_tokens_alone(data: TaskData, to
     for client in data.clients:
         for split in SPLITS:
             assert opened.questions(client.id, split) == data.texts(client.id, split)[0]  # type: ignore[arg-type]
-            assert opened.answers(client.id, split) == data.responses(client.id, split)  # type: ignore[arg-type]
+            assert opened.answers(client.id, split) == data.pairs(client.id, split)  # type: ignore[arg-type]
 
 
 def test_the_targets_of_a_batch_are_the_responses(tokens: TokenData) -> None:

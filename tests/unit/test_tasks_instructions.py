@@ -72,7 +72,7 @@ def test_a_client_holds_its_own_examples_in_their_order(monkeypatch: pytest.Monk
     texts, groups = data.texts("seen/en/a", "test")
     assert texts == [f"a asks test {i}?" for i in range(4)]
     assert groups.tolist() == [0, 0, 1, 0]
-    assert data.responses("seen/en/a", "test") == [f"a says test {i}." for i in range(4)]
+    assert data.pairs("seen/en/a", "test") == [f"a says test {i}." for i in range(4)]
     assert data.history("seen/en/a", "test") == [None, None, HISTORY, None]
 
 
@@ -113,8 +113,7 @@ def test_classification_has_no_kind_in_its_manifest_and_no_responses(tmp_path: P
     data = prepare(TaskConfig(languages=("eng",), clients_per_language=2), 0, tmp_path)
     assert data.kind == "classification"
     assert not {"kind", "unseen", "template"} & {*data.manifest, *data.manifest["config"]}
-    with pytest.raises(DataError, match="classification task has labels and no responses"):
-        data.responses("seen/eng/00", "train")
+    assert data.pairs("seen/eng/00", "train") is None
 
 
 def test_equal_sources_give_equal_bytes_and_any_change_another_hash(
@@ -158,7 +157,7 @@ def test_instructions_that_are_dealt_to_clients_are_stored_alike(
     assert [c.id for c in data.clients] == ["seen/qa/00", "seen/qa/01", "unseen/qa/00", "unseen/qa/01"]
     held = [data.texts(c, "train")[0] for c in ("seen/qa/00", "seen/qa/01")]
     assert sorted(held[0] + held[1]) == [f"q{i}" for i in range(6)]
-    assert data.responses("seen/qa/00", "train") == ["a" + text[1:] for text in held[0]]
+    assert data.pairs("seen/qa/00", "train") == ["a" + text[1:] for text in held[0]]
     assert data.history("seen/qa/00", "test") == [None, None]
 
 

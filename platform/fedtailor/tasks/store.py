@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -83,74 +82,40 @@ def write_examples(path: Path, rows: Sequence[Sequence[npt.NDArray[Any]]]) -> No
     write_stream(path, EXAMPLES, (pa.record_batch([clients[b], test[b], every[b]], schema=EXAMPLES) for b in blocks))
 
 
-@dataclass(frozen=True)
-class ClientIndex:
-    """Which rows belong to which client: two offsets per client into examples.arrow."""
+class Partitioned:
+    """What the texts and the tokens of partitioned clients have in common: folder, manifest, who holds which rows.
 
-    clients: tuple[Client, ...]
-    index: Mapping[str, int]
-    starts: Ints
-    rows: tuple[Ints, ...]
+    Args:
+        path: the folder; its tables are mapped read-only.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest: Mapping[str, Any] = read_manifest(self.path / "manifest.json")
+        self.clients = clients_of(self.manifest)
+        """All clients by (pool, language, index)."""
+        self._index = {client.id: i for i, client in enumerate(self.clients)}
+        self._starts = np.cumsum([0] + [c.n_train + c.n_test for c in self.clients], dtype=np.int64)
+        batches = open_stream(self.path / "examples.arrow", int(self._starts[-1]))
+        self._rows = pa.chunked_array([batch.column("row") for batch in batches], pa.int32())
 
     @classmethod
-    def open(cls, path: Path, clients: tuple[Client, ...]) -> ClientIndex:
-        """Maps ``path/examples.arrow``. Clients are in file order."""
-        starts = np.cumsum([0] + [c.n_train + c.n_test for c in clients], dtype=np.int64)
-        batches = open_stream(path / "examples.arrow", int(starts[-1]))
-        rows = tuple(batch.column("row").to_numpy() for batch in batches)
-        return cls(clients, {c.id: i for i, c in enumerate(clients)}, starts, rows)
-
-    def client(self, client_id: str) -> Client:
-        """The client of this id.
-
-        Raises:
-            DataError: no such client.
-        """
-        if client_id not in self.index:
-            known = f"{self.clients[0].id} .. {self.clients[-1].id}" if self.clients else "none"
-            raise DataError(f"no client {client_id!r} in this task; clients: {known}")
-        return self.clients[self.index[client_id]]
-
-    def rows_of(self, client_id: str, split: Split) -> Ints:
-        """Rows of the text table that a client holds, (n,) int64, in the client's order."""
-        client = self.client(client_id)
-        start = int(self.starts[self.index[client_id]])
-        if split == "test":
-            start += client.n_train
-        return self._slice(start, client.n_train if split == "train" else client.n_test)
-
-    def _slice(self, start: int, n: int) -> Ints:
-        pieces = []
-        while n:
-            block, at = divmod(start, BLOCK)
-            piece = self.rows[block][at : at + n]
-            pieces.append(piece)
-            start, n = start + len(piece), n - len(piece)
-        return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Partitioned:
-    """What the texts and the tokens of partitioned clients have in common: folder, manifest, who holds which rows."""
-
-    path: Path
-    manifest: Mapping[str, Any] = field(repr=False)
-    members: ClientIndex = field(repr=False)
+    def open(cls, path: Path | str) -> Self:
+        """Opens a folder that `prepare` or `tokenise` wrote."""
+        return cls(path)
 
     @property
     def kind(self) -> TaskKind:
-        """What the task asks for: a class, or a response."""
-        return kind_of(self.manifest)
+        """What the task asks for: a class, or a response. Manifests that do not name it are of classification."""
+        return "generation" if self.manifest.get("kind") == "generation" else "classification"
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names; of a generation task the groups that results are reported by."""
         return tuple(self.manifest["labels"])
-
-    @property
-    def clients(self) -> tuple[Client, ...]:
-        """All clients by (pool, language, index)."""
-        return self.members.clients
 
     @property
     def hash(self) -> str:
@@ -162,27 +127,38 @@ class Partitioned:
         return tuple(client for client in self.clients if client.pool == name)
 
     def client(self, client_id: str) -> Client:
-        """The client of this id."""
-        return self.members.client(client_id)
+        """The client of this id.
+
+        Raises:
+            DataError: no such client.
+        """
+        return self.clients[self._number(client_id)]
+
+    def rows_of(self, client_id: str, split: Split) -> Ints:
+        """Rows of the table that a client holds, (n,) int64, in the client's order."""
+        number = self._number(client_id)
+        client, start = self.clients[number], int(self._starts[number])
+        rows = self._rows.slice(start, client.n_train + client.n_test).to_numpy().astype(np.int64)
+        return rows[: client.n_train] if split == "train" else rows[client.n_train :]
+
+    def entry(self, client_id: str) -> Mapping[str, Any]:
+        """What the manifest says of a client."""
+        found: Mapping[str, Any] = self.manifest["clients"][self._number(client_id)]
+        return found
+
+    def _number(self, client_id: str) -> int:
+        if client_id not in self._index:
+            known = f"{self.clients[0].id} .. {self.clients[-1].id}" if self.clients else "none"
+            raise DataError(f"no client {client_id!r} in this task; clients: {known}")
+        return self._index[client_id]
 
 
-@dataclass(frozen=True)
 class TaskData(Partitioned):
     """A prepared task, opened read-only; texts stay on disk until asked for."""
 
-    batches: tuple[pa.RecordBatch, ...] = field(repr=False)
-
-    @classmethod
-    def open(cls, path: Path | str) -> TaskData:
-        """Opens a folder that `prepare` wrote.
-
-        Raises:
-            DataError: a file is missing or damaged.
-        """
-        path = Path(path)
-        manifest = read_manifest(path / "manifest.json")
-        members = ClientIndex.open(path, clients_of(manifest))
-        return cls(path, manifest, members, tuple(open_stream(path / "texts.arrow", manifest["rows"])))
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self.batches = open_stream(self.path / "texts.arrow", self.manifest["rows"])
 
     @property
     def paired(self) -> bool:
@@ -191,34 +167,16 @@ class TaskData(Partitioned):
 
     def texts(self, client_id: str, split: Split) -> tuple[list[str], Ints]:
         """A client's texts (of a pair the first one, see `pairs`) or instructions, and their labels, (n,) int64."""
-        rows = self.members.rows_of(client_id, split)
+        rows = self.rows_of(client_id, split)
         return cells(self.batches, "text", rows), np.array(cells(self.batches, "label", rows), dtype=np.int64)
 
     def pairs(self, client_id: str, split: Split) -> list[str] | None:
-        """The second texts in the order of `texts`; None where texts are single."""
-        rows = self.members.rows_of(client_id, split)
-        return cells(self.batches, "pair", rows) if self.paired else None
-
-    def responses(self, client_id: str, split: Split) -> list[str]:
-        """The responses in the order of `texts`.
-
-        Raises:
-            DataError: the task asks for classes.
-        """
-        return self._of_instructions("pair", client_id, split)
+        """The second texts, or the responses, in the order of `texts`; None where texts are single."""
+        return cells(self.batches, "pair", self.rows_of(client_id, split)) if self.paired else None
 
     def history(self, client_id: str, split: Split) -> list[str | None]:
-        """The turns before each instruction in the order of `texts`: JSON, or None where it is the first.
-
-        Raises:
-            DataError: the task asks for classes.
-        """
-        return self._of_instructions("history", client_id, split)
-
-    def _of_instructions(self, column: str, client_id: str, split: Split) -> list[Any]:
-        if self.kind != "generation":
-            raise DataError(f"{self.path}: a {self.kind} task has labels and no responses")
-        return cells(self.batches, column, self.members.rows_of(client_id, split))
+        """The turns before each instruction in the order of `texts`: JSON, or None where it is the first."""
+        return cells(self.batches, "history", self.rows_of(client_id, split))
 
     def train_texts(self, pool: str = "seen") -> Iterator[str]:
         """The pool's train texts (both of a pair, an instruction and its response), each row once, in table order."""
@@ -242,11 +200,6 @@ def clients_of(manifest: Mapping[str, Any]) -> tuple[Client, ...]:
         pool, language, _ = entry["id"].split("/")
         clients.append(Client(entry["id"], pool, language, entry["n_train"], entry["n_test"]))
     return tuple(clients)
-
-
-def kind_of(manifest: Mapping[str, Any]) -> TaskKind:
-    """The kind of a task or of its tokens; manifests that do not name one are of classification."""
-    return "generation" if manifest.get("kind") == "generation" else "classification"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

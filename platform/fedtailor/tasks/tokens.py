@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,7 @@ from fedtailor.lanes.batches import Examples
 from fedtailor.tasks.encoding import Encoded, Encoder, Overlong, Sample, check_pad, check_texts, encode_texts
 from fedtailor.tasks.prompts import identity, resolve
 from fedtailor.tasks.source import SPLITS, Split
-from fedtailor.tasks.store import (
-    BLOCK,
-    ClientIndex,
-    Partitioned,
-    TaskData,
-    cells,
-    clients_of,
-    kind_of,
-    open_stream,
-    read_manifest,
-    write_examples,
-    write_stream,
-)
+from fedtailor.tasks.store import BLOCK, Partitioned, TaskData, cells, open_stream, write_examples, write_stream
 
 Ints = npt.NDArray[np.int64]
 
@@ -74,7 +61,7 @@ def tokenise(
     """
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(data.hash.encode())
-    held = [[data.members.rows_of(client.id, split) for split in SPLITS] for client in data.clients]
+    held = [[data.rows_of(client.id, split) for split in SPLITS] for client in data.clients]
     notes: dict[str, Any] = {}
     if data.kind == "generation":
         check_pad(tokenizer)
@@ -196,32 +183,20 @@ def examples_of(
     return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
 
 
-@dataclass(frozen=True)
 class TokenData(Partitioned):
     """Tokenised clients, opened read-only through memory maps; cheap enough for every worker."""
 
-    batches: tuple[tuple[Ints, Ids, Ids, Ids | None], ...] = field(repr=False)
-    """(offsets, ids, labels, tokens of the first segments or of the prompts) of each block."""
-    texts: tuple[pa.RecordBatch, ...] = field(repr=False, default=())
-    """Of instructions: question and answer of each row."""
-
-    @classmethod
-    def open(cls, path: Path | str) -> TokenData:
-        """Opens a folder that `tokenise` wrote.
-
-        Raises:
-            DataError: a file is missing or damaged.
-        """
-        path = Path(path)
-        manifest = read_manifest(path / "manifest.json")
-        members = ClientIndex.open(path, clients_of(manifest))
-        blocks = []
-        for batch in open_stream(path / "tokens.arrow", manifest["rows"]):
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self._blocks: list[tuple[Ints, Ids, Ids, Ids | None]] = []
+        """(offsets, ids, labels, tokens of the first segments or of the prompts) of each block."""
+        for batch in open_stream(self.path / "tokens.arrow", self.manifest["rows"]):
             ids, label = batch.column("ids"), batch.column("label")
             part = next((batch.column(n).to_numpy() for n in ("first", "prompt") if n in batch.schema.names), None)
-            blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy(), part))
-        texts = open_stream(path / "answers.arrow", manifest["rows"]) if kind_of(manifest) == "generation" else ()
-        return cls(path, manifest, members, tuple(blocks), tuple(texts))
+            self._blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy(), part))
+        self._texts: list[pa.RecordBatch] = []
+        if self.kind == "generation":
+            self._texts = open_stream(self.path / "answers.arrow", self.manifest["rows"])
 
     @property
     def num_labels(self) -> int:
@@ -235,22 +210,20 @@ class TokenData(Partitioned):
 
     def longest(self, client_id: str) -> int:
         """Tokens of the client's longest text in train and test, the T of its `Examples`."""
-        self.members.client(client_id)
-        return int(self.manifest["clients"][self.members.index[client_id]]["longest"])
+        return int(self.entry(client_id)["longest"])
 
     def train_tokens(self, client_id: str) -> int:
         """Real tokens of the client's train texts, a measure of its cost."""
-        self.members.client(client_id)
-        return int(self.manifest["clients"][self.members.index[client_id]]["train_tokens"])
+        return int(self.entry(client_id)["train_tokens"])
 
     def examples(self, client_id: str, split: Split) -> Examples:
         """The client's texts or pairs of one split as fresh, writable arrays."""
-        rows = self.members.rows_of(client_id, split)
+        rows = self.rows_of(client_id, split)
         input_ids = np.full((len(rows), self.longest(client_id)), self.pad_id, dtype=np.int64)
         lengths = np.empty(len(rows), dtype=np.int64)
         labels, part = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
-            offsets, ids, block_labels, block_part = self.batches[row // BLOCK]
+            offsets, ids, block_labels, block_part = self._blocks[row // BLOCK]
             start, end = offsets[row % BLOCK], offsets[row % BLOCK + 1]
             input_ids[i, : end - start] = ids[start:end]
             lengths[i], labels[i] = end - start, block_labels[row % BLOCK]
@@ -258,13 +231,13 @@ class TokenData(Partitioned):
                 part[i] = block_part[row % BLOCK]
         if self.kind == "generation":
             return Examples(input_ids, lengths, labels, prompt_length=part)
-        segments = bool(self.batches) and self.batches[0][3] is not None
+        segments = bool(self._blocks) and self._blocks[0][3] is not None
         return Examples(input_ids, lengths, labels, part if segments else None)
 
     def answers(self, client_id: str, split: Split) -> list[str]:
         """The reference responses, in the order of `examples`; whole, even where tokens were cut."""
-        return cells(self.texts, "answer", self.members.rows_of(client_id, split))
+        return cells(self._texts, "answer", self.rows_of(client_id, split))
 
     def questions(self, client_id: str, split: Split) -> list[str]:
         """The instructions without template and history, in the order of `examples`."""
-        return cells(self.texts, "question", self.members.rows_of(client_id, split))
+        return cells(self._texts, "question", self.rows_of(client_id, split))
