@@ -93,7 +93,7 @@ def languages_of(cfg: TaskConfig, seed: int) -> tuple[dict[str, Language], dict[
     languages = {}
     for code, locale in locales_of(cfg.languages).items():
         names, lost = names_of(locale)
-        dropped += lost
+        dropped.update(lost)
         stock: dict[tuple[Pool, Split], dict[str, Sequence[Any]]] = {(p, s): {} for p in POOLS for s in SPLITS}
         for kind in KINDS:
             for pool in POOLS:
@@ -105,7 +105,7 @@ def languages_of(cfg: TaskConfig, seed: int) -> tuple[dict[str, Language], dict[
                 stock[pool, "train"][kind] = [s for s, tests in zip(able, test, strict=True) if not tests]
                 stock[pool, "test"][kind] = [s for s, tests in zip(able, test, strict=True) if tests]
         languages[code] = Language(code, str(locale.english_name), locale, names, stock)
-    return languages, {name: dropped[name] for name in ("dropped_inherited", "dropped_english", "dropped_long")}
+    return languages, dict(dropped)
 
 
 @cache
@@ -200,20 +200,16 @@ def _client(
     parts: dict[Split, tuple[Example, ...]] = {}
     for split, n in sizes.items():
         rng = numpy_rng(seed, "cldr_instruct", split, pool, main, index)
+        others = len(who.languages) - 1
+        # The predominant language has more than half of the examples.
+        side = rng.multinomial(int(who.side * n), np.full(others, 1 / others)).tolist() if others else []
         drawn: list[Example] = []
-        for code, quota in zip(who.languages, _quotas(who, n, rng), strict=True):
+        for code, quota in zip(who.languages, [n - sum(side), *side], strict=True):
             label = cfg.languages.index(code)
             drawn += [Example(q, label, a) for q, a in _answers(languages[code], (pool, split), who, quota, rng)]
         parts[split] = tuple(drawn[i] for i in rng.permutation(len(drawn)))
     name = client_id(pool, main, index, cfg.clients_per_language).rsplit("/", 1)[1]
     return NaturalClient(name, pool, main, parts["train"], parts["test"])
-
-
-def _quotas(who: Profile, n: int, rng: np.random.Generator) -> list[int]:
-    """Examples of each language; the predominant one has more than half."""
-    others = len(who.languages) - 1
-    side = rng.multinomial(int(who.side * n), np.full(others, 1 / others)).tolist() if others else []
-    return [n - sum(side), *side]
 
 
 def _answers(
