@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -158,7 +159,16 @@ def as_parquet(path: Path, values: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", [as_jsonl, as_gzip, as_json_list, as_json_lines, as_csv, as_parquet])
+def as_semicolons_in_utf16(path: Path, values: list[dict[str, Any]]) -> Path:
+    path = path.with_suffix(".csv.gz")
+    pd.DataFrame(values).to_csv(path, sep=";", index=False, encoding="utf-16")
+    return path
+
+
+FORMS = [as_jsonl, as_gzip, as_json_list, as_json_lines, as_csv, as_parquet, as_semicolons_in_utf16]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_the_same_rows_in_any_form_of_file_are_the_same_task(
     form: Callable[[Path, list[dict[str, Any]]], Path], tmp_path: Path
 ) -> None:
@@ -250,6 +260,17 @@ def test_a_group_column_gives_examples_their_group_and_clients_the_one_they_have
     assert source.labels == ("en", "te", "te%2Fx")
     assert [o.language for o in source.natural_clients] == ["en", "te%2Fx"]
     assert Counter(source.labels[e.label] for e in examples(source.natural_clients[0])) == {"en": 3, "te": 2}
+
+
+def test_whole_numbers_that_pandas_wrote_as_floats_name_clients(tmp_path: Path) -> None:
+    frame = pd.DataFrame([*rows(1, 3), *rows(2, 3), *rows(None, 1)])
+    assert frame["client"].dtype == float
+    frame.to_parquet(tmp_path / "all.parquet")
+    with pytest.raises(DataError, match=r"all.parquet, row 6: 'client' \(task.client_column\) is None"):
+        instructions.load(task_config("instructions", path=str(tmp_path / "all.parquet")), 0)
+    frame.dropna().to_parquet(tmp_path / "some.parquet")
+    source = instructions.load(task_config("instructions", path=str(tmp_path / "some.parquet")), 0)
+    assert [client.name for client in source.natural_clients] == ["1", "2"]
 
 
 def test_unseen_clients_are_named_as_in_the_data_and_numbers_may_be_numbers(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class Partitioned:
         """Rows of the table that a client holds, (n,) int64, in the client's order."""
         number = self._number(client_id)
         client, start = self.clients[number], int(self._starts[number])
-        rows = self._rows.slice(start, client.n_train + client.n_test).to_numpy().astype(np.int64)
+        rows: Ints = self._rows.slice(start, client.n_train + client.n_test).to_numpy().astype(np.int64)
         return rows[: client.n_train] if split == "train" else rows[client.n_train :]
 
     def entry(self, client_id: str) -> Mapping[str, Any]:
