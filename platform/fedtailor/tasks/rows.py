@@ -97,15 +97,17 @@ def separated_rows(path: Path, expected: Sequence[str] = ()) -> Iterator[Row]:
     try:
         for cells in lines:
             where, line = f"{path}, line {line}", lines.line_num + 1
-            if header is None and cells:
+            if not cells:
+                continue
+            if header is None:
                 header = _header(cells, where, expected)
-            elif header is not None and cells:
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"{where}: {len(cells)} columns, expected {len(header)}; the file may be truncated, or a text "
-                        f"that holds {separator!r} or a line break lacks its quotes"
-                    )
+            elif len(cells) == len(header):
                 yield Row(where, dict(zip(header, cells, strict=True)))
+            else:
+                raise DataError(
+                    f"{where}: {len(cells)} columns, expected {len(header)}; the file may be truncated, or a text that "
+                    f"holds {separator!r} or a line break lacks its quotes"
+                )
         if header is None:
             _header([], f"{path}, line 1", expected)
     except csv.Error as error:
