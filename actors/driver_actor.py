@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.client_actor import adopt_environment, forwarded_environment
-from actors.metrics import CommitMetrics
+from actors.metrics import counting_commits
 from actors.ray_errors import ActorLoss, classify_error
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
@@ -57,19 +57,20 @@ class DriverActor:
         self._stop = threading.Event()
 
     def run(self, entry: str, payload: Mapping[str, Any], environment: Mapping[str, str], folder: str) -> Any:
-        """Calls ``entry(payload, make_pool, reporter, stop)`` and returns what it returns.
+        """Calls ``entry(payload, make_pool, on_event, should_stop)`` and returns what it returns.
 
         Args:
             entry: ``module:function``. ``make_pool(engine_config, on_event)`` makes a pool on this
-                cluster whose actors end with this process; ``reporter.event`` sends an event;
-                ``stop`` is a `threading.Event` that asks for an orderly end.
+                cluster whose actors end with this process; ``on_event`` sends an event; ``should_stop`` says
+                whether an orderly end is asked for.
             payload: what the function takes.
             environment: variables to set unless they are set here.
             folder: working directory of whoever asks, used if it exists here.
         """
         adopt_environment(environment, folder)
         run = str(payload.get("run_id", ""))
-        return resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(self._reporter.event, run), self._stop)
+        on_event = counting_commits(self._reporter.event, run)
+        return resolve(entry)(payload, partial(RayPool, run=run), on_event, self._stop.is_set)
 
     def events(self, since: int, wait_s: float) -> list[dict[str, Any]]:
         """See `Reporter.read`."""

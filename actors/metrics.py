@@ -92,20 +92,18 @@ class ActorMetrics:
             self._gpu.set(torch.cuda.memory_reserved(), tags)
 
 
-class CommitMetrics:
-    """A sink of events that hands them on and counts ``fedtailor_commits_total``, with run and stage.
+def counting_commits(on_event: OnEvent, run: str) -> OnEvent:
+    """Hands events on and counts ``fedtailor_commits_total``, with run and stage.
 
     Args:
         on_event: who gets them.
         run: run id.
     """
+    commits = Counter("fedtailor_commits_total", "Rounds and chunks that were committed.", TAGS)
 
-    def __init__(self, on_event: OnEvent, run: str) -> None:
-        self._on_event, self._run = on_event, run
-        self._commits = Counter("fedtailor_commits_total", "Rounds and chunks that were committed.", TAGS)
-
-    def event(self, event: dict[str, Any]) -> None:
-        """Takes one event."""
-        self._on_event(event)
+    def take(event: dict[str, Any]) -> None:
+        on_event(event)
         if event.get("kind") == "progress":
-            self._commits.inc(1, {"run": self._run, "stage": event["stage"]})
+            commits.inc(1, {"run": run, "stage": event["stage"]})
+
+    return take

@@ -22,7 +22,7 @@ from fedtailor.core.config import resolve
 from fedtailor.core.errors import DataError, Interrupted, LockedError, StorageError
 from fedtailor.core.settings import EngineConfig
 from fedtailor.experiment.config import ExperimentBase, overrides_of, to_json
-from fedtailor.experiment.launch import Backend, InProcess, launch, run_serial
+from fedtailor.experiment.launch import Backend, launch, run_serial
 from fedtailor.federated.pool import OnEvent
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRICS
@@ -274,13 +274,13 @@ def _backend(exp: ExperimentBase) -> Backend:
     """Drives a run in this process; its client actors, if any, take the bundles of this trial."""
     if exp.engine.backend == "serial":
         return run_serial
-    from actors.metrics import CommitMetrics
+    from actors.metrics import counting_commits
     from actors.ray_pool import RayPool
 
     def drive(
         entry: str, payload: Mapping[str, Any], _: EngineConfig, on_event: OnEvent, should_stop: Callable[[], bool]
     ) -> None:
-        here, run = InProcess(on_event, should_stop), str(payload["run_id"])
-        resolve(entry)(payload, partial(RayPool, run=run), CommitMetrics(on_event, run), here)
+        run = str(payload["run_id"])
+        resolve(entry)(payload, partial(RayPool, run=run), counting_commits(on_event, run), should_stop)
 
     return drive

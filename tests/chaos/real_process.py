@@ -100,16 +100,6 @@ def _drive_on(node: str) -> None:
     driver_actor.NodeAffinitySchedulingStrategy = lambda *_, **__: there  # type: ignore[assignment,misc]
 
 
-class _Here:
-    def __init__(self, on_event: Any, should_stop: Any) -> None:
-        self._on_event, self.is_set = on_event, should_stop
-        self._trace = open(TRACE, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
-
-    def event(self, event: dict[str, Any]) -> None:
-        self._trace.write(json.dumps({"at": time.time(), "by": os.getpid(), **event}, default=str) + "\n")
-        self._on_event(event)
-
-
 def run_here(entry: str, payload: Mapping[str, Any], config: Any, on_event: Any, should_stop: Any) -> None:
     """The Ray backend with the round loop in this process."""
     from ray._private import ray_constants
@@ -122,8 +112,13 @@ def run_here(entry: str, payload: Mapping[str, Any], config: Any, on_event: Any,
         # Ray would replace the address of a cluster on the loopback interface by the one that other machines see.
         ray_constants.ENABLE_RAY_CLUSTER = False
     ensure_ray(config.address, config.threads)
-    here = _Here(on_event, should_stop)
-    resolve(entry)(payload, RayPool, here, here)
+    file = open(TRACE, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
+
+    def traced(event: dict[str, Any]) -> None:
+        file.write(json.dumps({"at": time.time(), "by": os.getpid(), **event}, default=str) + "\n")
+        on_event(event)
+
+    resolve(entry)(payload, RayPool, traced, should_stop)
 
 
 def trace(folder: Path) -> list[dict[str, Any]]:

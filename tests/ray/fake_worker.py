@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.driver_actor import Reporter
 from fedtailor.core.errors import ClientError, Interrupted
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import EngineConfig
+from fedtailor.federated.pool import OnEvent
 
 WIDTH = 4
 
@@ -107,28 +106,36 @@ def merge(parts: Sequence[SegmentResult]) -> SegmentResult:
     return whole
 
 
-def drive(payload: Mapping[str, Any], make_pool: Any, reporter: Reporter, stop: threading.Event) -> Any:
+def drive(payload: Mapping[str, Any], make_pool: Any, on_event: OnEvent, should_stop: Callable[[], bool]) -> Any:
     """A run for `DriverActor`: does what ``payload["do"]`` says."""
     what = payload["do"]
     if what == "count":
         for i in range(payload["events"]):
-            reporter.event({"number": i})
+            on_event({"number": i})
         return payload["events"]
     if what == "wait for stop":
-        reporter.event({"event": "ready", "driver": os.getpid()})
-        if not stop.wait(30):
+        on_event({"event": "ready", "driver": os.getpid()})
+        if not stopped(should_stop):
             return "nobody asked"
         raise Interrupted("stopped at a commit")
     if what == "fail":
         raise ClientError("seen/amh/00", "base/seed1", 3, "no examples")
     if what == "pool":
-        pool = make_pool(EngineConfig(actors=2, num_cpus=0.5), reporter.event, worker="fake_worker:FakeWorker")
+        pool = make_pool(EngineConfig(actors=2, num_cpus=0.5), on_event, worker="fake_worker:FakeWorker")
         pool.open(stage(Path(payload["folder"])))
         while len(pool.hosts()) < 2:
             pool.run([SegmentJob("strategy/fake/seed1", 0, 0, ("a",))], None, lambda _: None)
-        reporter.event({"driver": os.getpid(), "clients": [host.pid for host in pool.hosts()]})
-        stop.wait(30)
+        on_event({"driver": os.getpid(), "clients": [host.pid for host in pool.hosts()]})
+        stopped(should_stop)
     return None
+
+
+def stopped(should_stop: Callable[[], bool]) -> bool:
+    """Whether a stop is asked for within half a minute."""
+    until = time.monotonic() + 30
+    while not should_stop() and time.monotonic() < until:
+        time.sleep(0.02)
+    return should_stop()
 
 
 def play_in_bundles(folder: str) -> tuple[int, int, float]:

@@ -16,7 +16,7 @@ from event_schema import problems
 from fake_worker import stage
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.metrics import CommitMetrics
+from actors.metrics import counting_commits
 from actors.ray_pool import RayPool
 from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.core.settings import EngineConfig
@@ -42,7 +42,7 @@ class Played:
 def played(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """Two rounds of four segments, 2 + 3 + 4 + 5 clients; an actor dies once; then what the node says."""
     events: list[dict[str, Any]] = []
-    sink = CommitMetrics(events.append, "r1")
+    tell = counting_commits(events.append, "r1")
     pool = RayPool(
         EngineConfig(actors=2, num_cpus=0.5), events.append, worker="costly_worker:CostlyWorker",
         merge="fake_worker:merge", run="r1",
@@ -53,7 +53,7 @@ def played(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             clients = [tuple(f"c{i}-{k}" for k in range(i + 2)) for i in range(4)]
             jobs = [SegmentJob(STAGE, round, i, names) for i, names in enumerate(clients)]
             results = pool.run(jobs, None, lambda _: None)
-            sink.event({"kind": "progress", "stage": STAGE, "done": round + 1, "total": 2, "clients": 13})
+            tell({"kind": "progress", "stage": STAGE, "done": round + 1, "total": 2, "clients": 13})
         scraper.wait_for("commits_total", "peak_rss_bytes", "losses_total", "clients_per_second")
     yield Played(results, scraper.values, [event for event in events if "event" in event])
     pool.close()

@@ -124,7 +124,7 @@ def test_a_stored_run_may_not_import_it(finished: RunFolder) -> None:
         lambda: launch.load_experiment(finished),
         lambda: report_of(finished),
         lambda: launch.execute_on(
-            {"storage": finished.storage.url, "run_id": "run", "allow_code": []}, SerialPool, None, None
+            {"storage": finished.storage.url, "run_id": "run", "allow_code": []}, SerialPool, print, lambda: False
         ),
     )
     for use in opening:

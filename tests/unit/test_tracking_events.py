@@ -37,7 +37,7 @@ class TroubledPool(SerialPool):
 
     def __init__(self, config: EngineConfig, on_event: OnEvent) -> None:
         super().__init__(config, on_event)
-        self._worker = BreakingWorker()
+        self._worker, self._on_event = BreakingWorker(), on_event
 
     def run(self, *call: Any, **named: Any) -> list[SegmentResult]:
         self._on_event(RETRIED)
@@ -71,8 +71,7 @@ def run_shown(storage: Path, pool: Callable[[EngineConfig, OnEvent], Pool] = Ser
     run, shown = open_run(exp), []
 
     def backend(entry: str, payload: Any, config: Any, on_event: OnEvent, should_stop: Any) -> None:
-        here = launch.InProcess(on_event, should_stop)
-        resolve(entry)(payload, pool, here, here)
+        resolve(entry)(payload, pool, on_event, should_stop)
 
     launch.launch(backend, run, exp, shown.append, lambda: False)
     return run, shown

@@ -6,9 +6,10 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from fedtailor.core.config import resolve
 from fedtailor.core.errors import ConfigError, Interrupted, LockedError, StorageError, TailorError
@@ -39,20 +40,6 @@ GRACE_S = 20.0
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 ENTRY = "fedtailor.experiment.launch:execute_on"
-
-
-class EventSink(Protocol):
-    """Takes events from wherever the run is driven."""
-
-    def event(self, event: dict[str, Any]) -> None:
-        """Takes one event."""
-
-
-class StopFlag(Protocol):
-    """Says whether the run should stop, e.g. `threading.Event`."""
-
-    def is_set(self) -> bool:
-        """Whether to stop."""
 
 
 def load_experiment(run: RunFolder) -> ExperimentBase:
@@ -135,14 +122,14 @@ def _give_back_status(run: RunFolder, before: Mapping[str, Any], me: LockHolder)
         run.set_status(before["state"], before["message"], before["progress"])
 
 
-def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink, stop: StopFlag) -> None:
+def execute_on(payload: Mapping[str, Any], make_pool: MakePool, on_event: OnEvent, should_stop: ShouldStop) -> None:
     """Runs all stages of a run in this process; the pool may be anywhere.
 
     Args:
         payload: ``storage``, ``run_id`` and ``allow_code``, the modules that whoever asks has allowed.
         make_pool: builds a pool from the engine's configuration.
-        sink: receives every event as it is kept in the run folder, and those of `events.QUIET`, which are not.
-        stop: looked at between segments.
+        on_event: receives every event as it is kept in the run folder, and those of `events.QUIET`, which are not.
+        should_stop: looked at between segments.
 
     Raises:
         TailorError: what ended the run; commits made before it stay.
@@ -155,27 +142,16 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, sink: EventSink,
     def emit(event: dict[str, Any]) -> None:
         told = run.shown(event) if event["kind"] in QUIET else run.event(event)
         progress(event)
-        sink.event(told)
+        on_event(told)
 
-    def pool(on_event: OnEvent) -> Pool:
-        return make_pool(exp.engine, on_event)
-
-    Execution(exp, run, pool, emit, stop.is_set).execute()
-
-
-class InProcess:
-    """Sink and flag of a run that is driven in this process."""
-
-    def __init__(self, emit: OnEvent, should_stop: ShouldStop) -> None:
-        self.event, self.is_set = emit, should_stop
+    Execution(exp, run, partial(make_pool, exp.engine), emit, should_stop).execute()
 
 
 def run_serial(
     entry: str, payload: Mapping[str, Any], config: EngineConfig, on_event: OnEvent, should_stop: ShouldStop
 ) -> None:
     """The backend without Ray: everything in this process. Arguments: `actors.driver_actor.run_on_driver`."""
-    here = InProcess(on_event, should_stop)
-    resolve(entry)(payload, SerialPool, here, here)
+    resolve(entry)(payload, SerialPool, on_event, should_stop)
 
 
 @dataclass
