@@ -16,12 +16,15 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 Row = npt.NDArray[np.float32]
 
-METRIC_COLUMNS: tuple[str, ...] = (
-    "stage", "method", "seed", "round", "pool", "language", "client", "budget", "module", "metric", "value", "weight",
-)  # fmt: skip
+_BLANK_METRIC: dict[str, Any] = {
+    "stage": "", "method": "", "seed": 0, "round": 0, "pool": "", "language": "", "client": "",
+    "budget": -1, "module": "", "metric": "", "value": 0.0, "weight": 0.0,
+}  # fmt: skip
 """One row per measured number. ``stage`` is base | strategy | personalise; ``round`` the round or chunk;
 ``budget`` -1 and strings "" where they do not apply; ``value`` float64; ``weight`` the number of examples
 behind it. Every column is deterministic: times and hosts live elsewhere."""
+
+METRIC_COLUMNS: tuple[str, ...] = tuple(_BLANK_METRIC)
 
 
 @dataclass(frozen=True)
@@ -172,14 +175,9 @@ class SegmentResult:
 
 def metric_row(**values: Any) -> dict[str, Any]:
     """A row of METRIC_COLUMNS with the blanks filled in."""
-    row: dict[str, Any] = {
-        "stage": "", "method": "", "seed": 0, "round": 0, "pool": "", "language": "", "client": "",
-        "budget": -1, "module": "", "metric": "", "value": 0.0, "weight": 0.0,
-    }  # fmt: skip
-    unknown = values.keys() - row.keys()
-    if unknown:
+    if unknown := values.keys() - _BLANK_METRIC.keys():
         raise KeyError(f"not metric columns: {sorted(unknown)}")
-    return row | values
+    return {**_BLANK_METRIC, **values}
 
 
 @dataclass(frozen=True)
