@@ -226,5 +226,5 @@ def _conduct(exp: ExperimentBase, run_id: str, make_folder: Callable[[Any], RunF
         terminal.print(table)
     if problem:
         again = f"The run is complete without it; repeat with: fedtailor sync {run_id}{where}"
-        terminal.print("[yellow]W&B:[/]", escape(problem), again, highlight=False, soft_wrap=True, sep="\n     ")
-    terminal.print(f"[green]complete[/]  report: {path}", highlight=False, soft_wrap=True)
+        terminal.print("[yellow]W&B:[/]", escape(problem), again, soft_wrap=True, sep="\n     ")
+    terminal.print(f"[green]complete[/]  report: {path}", soft_wrap=True)

@@ -287,4 +287,4 @@ def pretrain(
             error.exit_code = stop.exit_code
             raise
     outcome = "made" if made else "there already, made with these options; nothing done"
-    console().print(f"[green]{outcome}[/]  model: {folder}", highlight=False, soft_wrap=True)
+    console().print(f"[green]{outcome}[/]  model: {folder}", soft_wrap=True)

@@ -57,7 +57,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     _show_memory(console, plan, stages)
     _show_work(console, plan, stages)
     for note in plan.notes:
-        console.print(f"[yellow]•[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]•[/] {escape(note)}")
 
 
 def _show_header(console: Console, plan: Plan) -> None:
@@ -77,7 +77,7 @@ def _show_header(console: Console, plan: Plan) -> None:
         **({} if exp.attack.name == "none" else {"attack": str(exp.attack)}),
     }
     for name, value in rows.items():
-        console.print(f"[bold]{name:<8}[/] {escape(value)}", highlight=False)
+        console.print(f"[bold]{name:<8}[/] {escape(value)}")
     show_privacy(console, exp, 6, people.seen)
 
 
@@ -110,8 +110,7 @@ def _show_stages(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> N
         if masked is not None:
             console.print(
                 f"[dim]{escape(_name(row))}: under masks a client sends {size(masked.up)} a round instead of "
-                f"{size(4 * shared)}, and receives {size(masked.down)} of keys and shares[/]",
-                highlight=False,
+                f"{size(4 * shared)}, and receives {size(masked.down)} of keys and shares[/]"
             )
     if any(row.there is None for row in plan.stages):
         console.print("[dim]? unknown without weights: names and what is already there follow from their hash[/]")
@@ -145,13 +144,12 @@ def _show_memory(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> N
             table.add_row(holder, *cells(needs), "[green]yes[/]" if fit.fits[ranks] else "[red]no[/]")
         console.print(table)
     else:
-        console.print(f"[dim]A worker has {size(fit.capacity)} {escape(source)}.[/]", highlight=False)
+        console.print(f"[dim]A worker has {size(fit.capacity)} {escape(source)}.[/]")
     for sentence in fit.advice:
-        console.print(f"[bold cyan]•[/] {escape(sentence)}", highlight=False)
+        console.print(f"[bold cyan]•[/] {escape(sentence)}")
     console.print(
         "[dim]Rows at their longest, every token a response. A stage trains, then answers: the larger of the two "
-        "counts. Without Python and its libraries.[/]",
-        highlight=False,
+        "counts. Without Python and its libraries.[/]"
     )
 
 
@@ -174,7 +172,7 @@ def _show_work(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> Non
     if not known:
         console.print("[dim]No earlier run of this task and model in the storage: no time can be given.[/]")
     elif workers > 1:
-        console.print(f"[dim]{workers} workers need about 1/{workers} of the time.[/]", highlight=False)
+        console.print(f"[dim]{workers} workers need about 1/{workers} of the time.[/]")
 
 
 def _work_cells(counts: Sequence[float], seconds: float) -> tuple[str, str, str, str]:
@@ -195,13 +193,12 @@ def show_ready(console: Console, ready: Ready) -> None:
     train, test = record["data"], record["test"]
     console.print(
         f"[bold]{escape(record['run'])}[/]  generator for r <= {exp.r_max}, seed {record['seed']}, "
-        f"L = {record['base']['layers']} layers, {escape(exp.task.name)}",
-        highlight=False,
+        f"L = {record['base']['layers']} layers, {escape(exp.task.name)}"
     )
     for part in (train,) if ready.request.test is None else (train, test):
-        console.print(f"[dim]read[/] {escape(_rows_read(part, record['max_length']))}", highlight=False)
+        console.print(f"[dim]read[/] {escape(_rows_read(part, record['max_length']))}")
     for note in notes(train, test):
-        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]note[/] {escape(note)}")
     table = plain_table("class", "train", "held out", numbers=("train", "held out"))
     for name in record["base"]["labels"]:
         counts = [part["classes"][name] for part in (train, test)]
@@ -232,17 +229,15 @@ def show_result(console: Console, ready: Ready, record: Mapping[str, Any]) -> No
     console.print(score_table(record["scores"]))
     console.print(rank_table(record["ranks"], record["budget"]))
     for warning in record["warnings"]:
-        console.print(f"[yellow]warning[/] {escape(warning)}", highlight=False)
+        console.print(f"[yellow]warning[/] {escape(warning)}")
     if record["tied_at_threshold"] == 1:
-        console.print(
-            "[yellow]note[/] the generator gives every rank the same weight here: this is plain LoRA", highlight=False
-        )
+        console.print("[yellow]note[/] the generator gives every rank the same weight here: this is plain LoRA")
     out = ready.request.out.expanduser().resolve()
     merged = f"; the merged model is in {escape(MERGED)}/" if ready.request.merge else ""
     written = f"[green]written[/]  {escape(str(out))} (peft adapter; all numbers in {RECORD}{merged})"
-    console.print(written, highlight=False, soft_wrap=True)
+    console.print(written, soft_wrap=True)
     for line in loading(ready.generator.base, str(out)):
-        console.print(f"  [cyan]{escape(line)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"  [cyan]{escape(line)}[/]", soft_wrap=True)
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:

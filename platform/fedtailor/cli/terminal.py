@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 def console(stderr: bool = False) -> Console:
     """A console that does not squeeze tables to 80 columns where nobody set a width (files, pipes, CI)."""
-    found = Console(stderr=stderr)
-    return found if found.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=120)
+    found = Console(stderr=stderr, highlight=False)
+    wide = found.is_terminal or "COLUMNS" in os.environ
+    return found if wide else Console(stderr=stderr, highlight=False, width=120)
 
 
 def show_error(console: Console, error: TailorError) -> None:
@@ -36,13 +37,13 @@ def show_error(console: Console, error: TailorError) -> None:
 
     if isinstance(error, ConfigError):
         count = "1 problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
-        console.print(f"[bold red]The configuration cannot run:[/] {count}", highlight=False)
+        console.print(f"[bold red]The configuration cannot run:[/] {count}")
     else:
-        console.print(f"[bold red]{type(error).__name__.removesuffix('Error') or 'Error'}[/]", highlight=False)
+        console.print(f"[bold red]{type(error).__name__.removesuffix('Error') or 'Error'}[/]")
     for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
-        console.print(f"  [red]•[/] {escape(scrub(problem))}", highlight=False, soft_wrap=not console.is_terminal)
+        console.print(f"  [red]•[/] {escape(scrub(problem))}", soft_wrap=not console.is_terminal)
     for note in getattr(error, "__notes__", []):
-        console.print(f"  [dim]{escape(note)}[/]", highlight=False, soft_wrap=not console.is_terminal)
+        console.print(f"  [dim]{escape(note)}[/]", soft_wrap=not console.is_terminal)
 
 
 def plain_table(*columns: str, title: str = "", numbers: Sequence[str] = ()) -> Table:
@@ -58,7 +59,7 @@ def plain_table(*columns: str, title: str = "", numbers: Sequence[str] = ()) -> 
 
 def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
     """What is about to run, in some lines."""
-    console.print(f"[bold]{escape(run_id)}[/]  [dim]in {escape(exp.storage)}[/]", highlight=False)
+    console.print(f"[bold]{escape(run_id)}[/]  [dim]in {escape(exp.storage)}[/]")
     rows = {
         "task, model": f"{exp.task.name}, {exp.model.name} (base dropout {exp.model.base_dropout:g})",
         "methods": ", ".join(exp.methods),
@@ -67,7 +68,7 @@ def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
         "engine": f"{exp.engine.backend}, {exp.engine.threads} thread(s) per worker, {exp.engine.dtype}",
     }
     for name, value in rows.items():
-        console.print(f"  [dim]{name:<14}[/] {escape(value)}", highlight=False)
+        console.print(f"  [dim]{name:<14}[/] {escape(value)}")
     show_privacy(console, exp, 14)
 
 
@@ -86,7 +87,7 @@ def show_privacy(console: Console, exp: ExperimentBase, width: int, seen: int | 
         return  # how many clients there are is not known before the data is
     for number, line in enumerate(privacy_lines(exp, seen or seen_clients(exp))):
         name = "privacy" if not number else ""
-        console.print(f"  [dim]{name:<{width}}[/] {escape(line)}", highlight=False)
+        console.print(f"  [dim]{name:<{width}}[/] {escape(line)}")
 
 
 def summary_table(metrics: pd.DataFrame) -> Table | None:

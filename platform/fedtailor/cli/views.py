@@ -158,7 +158,7 @@ class PretrainView:
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Shows one event."""
         if event["kind"] == "note":
-            self._console.print(escape(event["text"]), highlight=False)
+            self._console.print(escape(event["text"]))
         elif event["kind"] == "start":
             self._throughput.begin("", event["step"])
             self._tokens, self._line_at = event["tokens"], self._clock()
@@ -168,8 +168,7 @@ class PretrainView:
         elif event["kind"] == "measure":
             self._console.print(
                 f"step {event['step']}: train loss {event['train_loss']:.3f}, held-out loss "
-                f"{event['held_out_loss']:.3f}, accuracy {event['held_out_accuracy']:.1%} of masked tokens",
-                highlight=False,
+                f"{event['held_out_loss']:.3f}, accuracy {event['held_out_accuracy']:.1%} of masked tokens"
             )
 
     def _step(self, step: int, loss: float) -> None:
@@ -184,7 +183,7 @@ class PretrainView:
         self._bar.update(task.id, completed=step, description=speed, refresh=True)
         if not self._console.is_terminal and self._clock() - self._line_at >= LINE_EVERY_S:
             self._line_at = self._clock()
-            self._console.print(f"step {step}/{steps}  {speed}", highlight=False)
+            self._console.print(f"step {step}/{steps}  {speed}")
 
 
 @contextmanager
@@ -205,10 +204,9 @@ def show_judged(console: Console, judged: Judged, model: str, scale: int) -> Non
     console.print(table)
     counts = judged.counts
     console.print(
-        f"[dim]judgements[/] {counts['wanted']}, {counts['there']} of them there before, {counts['missing']} missing",
-        highlight=False,
+        f"[dim]judgements[/] {counts['wanted']}, {counts['there']} of them there before, {counts['missing']} missing"
     )
-    console.print(f"[green]written[/]  {escape(judged.place)}", highlight=False, soft_wrap=True)
+    console.print(f"[green]written[/]  {escape(judged.place)}", soft_wrap=True)
 
 
 def show_comparison(console: Console, content: Comparison, out: Path) -> None:
@@ -222,7 +220,7 @@ def show_comparison(console: Console, content: Comparison, out: Path) -> None:
         rows = _cut(tuple((key, _without_common_start(values)) for key, values in content.changed))
         console.print(_table(by_key("Key", letters, rows), "What differs"))
     else:
-        console.print("[bold]What differs[/]  no key that can change a number", highlight=False)
+        console.print("[bold]What differs[/]  no key that can change a number")
     for pool in in_pool_order(content.results["pool"]):
         title = f"{pool_name(pool)}: {measure.phrase} in %, {measure.mean} (SD over seeds)"
         console.print(_table(results_grid(content, pool, names), title))
@@ -231,14 +229,12 @@ def show_comparison(console: Console, content: Comparison, out: Path) -> None:
             console.print(_table(pairs, f"{pool_name(pool)}: paired differences in points (corrected p)"))
     if content.pairs:
         rest = f", and differences not from {letters[0]}," if any(p.earlier != ids[0] for p in content.pairs) else ""
-        console.print(
-            f"[dim]▲ better, ▼ worse (p < {LEVEL:g}). 95 % intervals{rest} are in {TEXT}.[/]", highlight=False
-        )
+        console.print(f"[dim]▲ better, ▼ worse (p < {LEVEL:g}). 95 % intervals{rest} are in {TEXT}.[/]")
     for note in content.notes:
-        console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
+        console.print(f"[yellow]note[/] {escape(note)}")
     for sentence in content.wandb:
-        console.print(f"[cyan]W&B[/]  {escape(sentence)}", highlight=False, soft_wrap=True)
-    console.print(f"[green]written[/]  {escape(str(out / TEXT))}", highlight=False, soft_wrap=True)
+        console.print(f"[cyan]W&B[/]  {escape(sentence)}", soft_wrap=True)
+    console.print(f"[green]written[/]  {escape(str(out / TEXT))}", soft_wrap=True)
 
 
 def _table(grid: Grid, title: str) -> Table:
