@@ -135,7 +135,10 @@ class ClientActor:
     @ray.method(concurrency_group="watch")
     def stack(self) -> str:
         """What every thread does now; answers while `run` hangs, unless that holds the interpreter's lock."""
-        return stacks()
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read().decode(errors="replace")
 
     def _start(self) -> Any:
         for name in THREAD_VARIABLES:
@@ -154,14 +157,6 @@ class ClientActor:
         torch.set_num_threads(self._setup.threads)
         if self._setup.memory_fraction is not None and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(self._setup.memory_fraction)
-
-
-def stacks() -> str:
-    """What every thread of this process does now."""
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode(errors="replace")
 
 
 def here() -> Host:
