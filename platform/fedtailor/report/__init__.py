@@ -16,23 +16,14 @@ import pandas as pd
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import refuse_used
 from fedtailor.methods.external import add_stored
-from fedtailor.report import significance
+from fedtailor.report import scores, significance
 from fedtailor.report.curves import per_budget, per_language, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
 from fedtailor.report.heatmaps import Strategies, lambda_distance, population_figures, rank_structure
 from fedtailor.report.names import in_pool_order
 from fedtailor.report.page import render
-from fedtailor.report.scores import (
-    TIE_RULE,
-    Block,
-    answer_measures,
-    blocks,
-    checked,
-    primary,
-    results_table,
-    scored_rows,
-)
+from fedtailor.report.scores import TIE_RULE, Block
 from fedtailor.report.style import Drawing, Missing, class_label, language_label, save, styled
 from fedtailor.report.summary import cost_table, gaps, summary_records, tied_shares
 from fedtailor.report.tables import file_label, measure_blocks, measures_data, measures_grid, table_data, table_grid
@@ -73,9 +64,9 @@ def write_report(
     Raises:
         DataError: a metric column is missing, a number is given twice, or a share is outside [0, 1].
     """
-    frame = checked(metrics)
-    scored = scored_rows(frame)
-    measure, found = primary(scored), blocks(scored)
+    frame = scores.checked(metrics)
+    scored = scores.scored_rows(frame)
+    measure, found = scores.primary(scored), scores.blocks(scored)
     pools = {pool: [b for b in found if b.pool == pool] for pool in in_pool_order(b.pool for b in found)}
     all_measures = measure_blocks(scored)
     facts = read_facts(run, len(modules), frame, data)
@@ -84,7 +75,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     for path in _report_files(out):
         path.unlink()
-    _csv(out / "results.csv", results_table(scored))
+    _csv(out / "results.csv", scores.results_table(scored))
     whole = {
         "run_id": facts.run_id, "metric": measure.name, "unit": "fraction",
         "seeds": sorted({seed for block in found for seed in block.seeds}), "tie_rule": TIE_RULE,
@@ -105,7 +96,7 @@ def write_report(
     drawn = _draw(frame, found, strategies, modules, data, out / "figures")
     page = render(
         facts, run, pools, pairs, drawn, spent, notes=gaps(scored), ties=tied_shares(frame),
-        captions={pool: grid.caption for pool, grid in grids.items()}, measures=answer_measures(scored),
+        captions={pool: grid.caption for pool, grid in grids.items()}, measures=scores.answer_measures(scored),
         measure_grids=measure_grids,
     )  # fmt: skip
     _write(out / PAGE, page)

@@ -15,24 +15,12 @@ from matplotlib.lines import Line2D
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import refuse_used, staged_folder
 from fedtailor.experiment.stages import short_hash
+from fedtailor.report import names
 from fedtailor.report.compare import Comparison, Rows, RunPair, compare
 from fedtailor.report.compare_wandb import on_wandb
 from fedtailor.report.curves import budget_panels, without_floor
 from fedtailor.report.grid import Grid, markdown
-from fedtailor.report.names import (
-    ABSENT,
-    MARKDOWN,
-    budget_title,
-    escape,
-    format_range,
-    in_method_order,
-    in_pool_order,
-    method_name,
-    percent,
-    points,
-    pool_name,
-    shortened,
-)
+from fedtailor.report.names import ABSENT, MARKDOWN
 from fedtailor.report.significance import LEVEL, MARKS, interval_text, p_text, table
 from fedtailor.report.style import MUTED, Drawing, drawable, looks, save, styled
 from fedtailor.storage.files import Storage
@@ -55,12 +43,12 @@ _DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
 )  # fmt: skip
 
 
-def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None) -> tuple[Comparison, Path]:
+def compare_runs(storage: Storage, run_ids: Sequence[str], out: Path | None = None) -> tuple[Comparison, Path]:
     """Compares runs and writes ``compare.md``, ``.csv``, ``.png``, ``.svg`` and ``compare_pairs.csv``.
 
     Args:
         storage: where the runs are.
-        names: run ids, two or more; a difference is a later one minus an earlier one.
+        run_ids: two or more; a difference is a later one minus an earlier one.
         out: new folder; default: ``compare-<hash of the run ids>`` in the storage, which replaces an earlier one.
 
     Returns:
@@ -70,8 +58,8 @@ def compare_runs(storage: Storage, names: Sequence[str], out: Path | None = None
         ConfigError, StorageError: see `compare`; also if ``out`` is not empty, or the storage is not local and
             ``out`` is not given.
     """
-    folder = _folder(storage, names, out)
-    content = compare(storage, names)
+    folder = _folder(storage, run_ids, out)
+    content = compare(storage, run_ids)
     content = replace(content, wandb=on_wandb(content.runs, document(content)))
     with staged_folder(folder) as stage:
         write(content, stage)
@@ -87,13 +75,13 @@ def write(content: Comparison, folder: Path) -> None:
     (folder / TEXT).write_text(document(content), encoding="utf-8", newline="\n")
 
 
-def _folder(storage: Storage, names: Sequence[str], out: Path | None) -> Path:
+def _folder(storage: Storage, run_ids: Sequence[str], out: Path | None) -> Path:
     if out is not None:
         refuse_used(out)
         return out
     if not storage.is_local:
         raise StorageError(f"{storage.url} is not a local folder; give --out a new folder for the comparison")
-    own = storage.local_path(f"compare-{short_hash(list(names))[:8]}")
+    own = storage.local_path(f"compare-{short_hash(list(run_ids))[:8]}")
     if own.exists() and not (own / TEXT).is_file():
         raise StorageError(f"{own} is there and is no comparison; give --out a new folder")
     return own
@@ -118,20 +106,20 @@ def document(content: Comparison) -> str:
     parts += ["## What differs", changed]
     if content.neutral:
         parts.append(f"Differ too, but change no number here: {_plain(', '.join(content.neutral))}.")
-    pools, names = in_pool_order(content.results["pool"]), {run_id: run_id for run_id in ids}
+    pools, called = names.in_pool_order(content.results["pool"]), {run_id: run_id for run_id in ids}
     rule = (
         f"{measure.title} in percent, {measure.mean}: mean (SD) over seeds; the best of each budget in bold. Clients "
         "and seeds are those behind a row. A method without budgets has the same number at each."
     )
     for pool in pools:
-        parts.append(f"## {_plain(pool_name(pool))}: {measure.phrase} (%)")
-        parts.append(markdown(replace(results_grid(content, pool, names), caption=[rule])))
+        parts.append(f"## {_plain(names.pool_name(pool))}: {measure.phrase} (%)")
+        parts.append(markdown(replace(results_grid(content, pool, called), caption=[rule])))
     parts += [f"![{measure.title} per budget](compare.svg)", _plain(_caption(content))]
     rule = _RULE.format(phrase=measure.phrase, level=LEVEL)
     for pool in pools:
-        grid = pairs_grid(content, pool, names)
+        grid = pairs_grid(content, pool, called)
         if grid.rows:
-            parts.append(f"## {_plain(pool_name(pool))}: paired differences")
+            parts.append(f"## {_plain(names.pool_name(pool))}: paired differences")
             parts.append(markdown(replace(grid, caption=[rule])))
     if content.wandb:
         parts += ["## W&B", "\n".join(f"- {sentence}" for sentence in content.wandb)]
@@ -152,8 +140,8 @@ def by_key(title: str, names: Sequence[str], rows: Rows) -> Grid:
     return Grid([title, *names], [[key, *values] for key, values in rows], labels=1 + len(names))
 
 
-def results_grid(content: Comparison, pool: str, names: Mapping[str, str]) -> Grid:
-    """Results of a pool, a row per run and method; ``names``: run id to what it is called."""
+def results_grid(content: Comparison, pool: str, called: Mapping[str, str]) -> Grid:
+    """Results of a pool, a row per run and method; ``called``: run id to what it is called."""
     frame = at_every_budget(content.results)
     budgets, here = sorted(set(frame["budget"])), frame[frame["pool"] == pool]
     rows: list[list[str]] = []
@@ -162,23 +150,24 @@ def results_grid(content: Comparison, pool: str, names: Mapping[str, str]) -> Gr
     for (run, method), line in here.groupby(["run", "method"], sort=False):
         cells = dict(zip(line["budget"], line.itertuples(), strict=True))
         bold |= {(len(rows), 2 + k, 0) for k, budget in enumerate(budgets) if budget in cells and cells[budget].best}
-        shown = [
-            ABSENT if cell is None else percent(cell.mean) + ("" if np.isnan(cell.sd) else f" ({percent(cell.sd)})")
-            for cell in map(cells.get, budgets)
-        ]
-        clients = format_range(round(n) for n in line["n_clients"])
-        rows.append([names[str(run)], method_name(str(method)), *shown, f"{clients} × {line['n_seeds'].max()}"])
+        shown = [ABSENT if budget not in cells else _mean(cells[budget]) for budget in budgets]
+        clients = names.format_range(round(n) for n in line["n_clients"])
+        rows.append([called[str(run)], names.method_name(str(method)), *shown, f"{clients} × {line['n_seeds'].max()}"])
         runs.append(run)
     rules = {k + 1 for k, (before, run) in enumerate(pairwise(runs)) if run != before}
     return Grid(["Run", "Method", *map(_title, budgets), "Clients × seeds"], rows, bold, rules=rules, labels=2)
 
 
-def pairs_grid(content: Comparison, pool: str, names: Mapping[str, str], brief: bool = False) -> Grid:
+def _mean(cell: Any) -> str:
+    return names.percent(cell.mean) + ("" if np.isnan(cell.sd) else f" ({names.percent(cell.sd)})")
+
+
+def pairs_grid(content: Comparison, pool: str, called: Mapping[str, str], brief: bool = False) -> Grid:
     """Paired differences in a pool, methods together.
 
     Args:
         content: the comparison; ``pool``: one of its pools.
-        names: run id to what it is called.
+        called: run id to its name in the table.
         brief: no intervals, and differences to the first run alone, unless there are none.
     """
     budgets, ids = sorted(set(at_every_budget(content.results)["budget"])), content.run_ids
@@ -186,16 +175,16 @@ def pairs_grid(content: Comparison, pool: str, names: Mapping[str, str], brief: 
     if brief:
         pairs = [pair for pair in pairs if pair.earlier == ids[0]] or pairs
     found: dict[tuple[str, str, str], dict[int, RunPair]] = {}
-    order = in_method_order(pair.method for pair in pairs)
+    order = names.in_method_order(pair.method for pair in pairs)
     for pair in sorted(pairs, key=lambda p: (order.index(p.method), ids.index(p.earlier), ids.index(p.run))):
         where = budgets if pair.budget is None else [pair.budget]
         found.setdefault((pair.method, pair.earlier, pair.run), {}).update(dict.fromkeys(where, pair))
     rows = []
     for (method, earlier, run), at in found.items():
         cells = [_difference(at.get(budget), brief) for budget in budgets]
-        clients = format_range(pair.n_clients for pair in at.values())
-        seeds = format_range(len(pair.seeds) for pair in at.values())
-        rows.append([f"{names[run]} – {names[earlier]}", method_name(method), *cells, f"{clients} × {seeds}"])
+        clients = names.format_range(pair.n_clients for pair in at.values())
+        seeds = names.format_range(len(pair.seeds) for pair in at.values())
+        rows.append([f"{called[run]} – {called[earlier]}", names.method_name(method), *cells, f"{clients} × {seeds}"])
     end = -1 if brief else None
     header = ["Runs", "Method", *map(_title, budgets), "Clients × seeds"]
     return Grid(header[:end], [row[:end] for row in rows], labels=2)
@@ -205,7 +194,7 @@ def _difference(pair: RunPair | None, brief: bool) -> str:
     """``+1.20 ▲ [+0.40, +2.06] p 0.003``, in brief ``+1.20▲ (0.003)``; or that there is nothing to test."""
     if pair is None or pair.same:
         return "same stages" if pair else ABSENT
-    gain, mark, p = points(pair.difference), MARKS[pair.verdict], p_text(pair.p_holm)
+    gain, mark, p = names.points(pair.difference), MARKS[pair.verdict], p_text(pair.p_holm)
     if brief:
         return f"{gain}{mark}" + ("" if pair.p_holm is None else f" ({p})")
     rest = ABSENT if pair.p_holm is None else f"{interval_text(pair)} p {p}"
@@ -213,19 +202,19 @@ def _difference(pair: RunPair | None, brief: bool) -> str:
 
 
 def _title(budget: int) -> str:
-    return budget_title(None if budget == -1 else budget)
+    return names.budget_title(None if budget == -1 else budget)
 
 
 def _plain(word: str) -> str:
-    return escape(word, MARKDOWN)
+    return names.escape(word, MARKDOWN)
 
 
 def _draw(content: Comparison) -> Drawing:
     """Scores against the budget, a panel per pool: colour shows the method, dashes and marker the run."""
     frame, ids, measure = at_every_budget(content.results), content.run_ids, content.measure
     frame = frame[frame["method"].isin(without_floor(frame["method"])[0])]
-    budgets, pools, look = sorted(set(frame["budget"])), in_pool_order(frame["pool"]), looks(frame["method"])
-    steep = in_method_order(frame.loc[~frame["flat"], "method"])
+    budgets, pools, look = sorted(set(frame["budget"])), names.in_pool_order(frame["pool"]), looks(frame["method"])
+    steep = names.in_method_order(frame.loc[~frame["flat"], "method"])
     figure, axes = budget_panels(pools, [None if r == -1 else r for r in budgets], measure, 5.0)
     figure.set_figwidth(0.6 + figure.get_figwidth())
     for axis, pool in zip(axes, pools, strict=True):
@@ -244,9 +233,9 @@ def _draw(content: Comparison) -> Drawing:
                 elinewidth=1.0, **_style(k) | ({"marker": "none"} if flat else {}),
             )  # fmt: skip
         axis.set_xlim(-0.5, len(budgets) - 0.5)
-    names = [shortened(drawable(run_id), 44) for run_id in ids]
-    runs = [Line2D([], [], color=MUTED, label=name, **_style(k)) for k, name in enumerate(names)]
-    columns = max(1, min(len(runs), 120 // (max(map(len, names)) + 8)))
+    labels = [names.shortened(drawable(run_id), 44) for run_id in ids]
+    runs = [Line2D([], [], color=MUTED, label=name, **_style(k)) for k, name in enumerate(labels)]
+    columns = max(1, min(len(runs), 120 // (max(map(len, labels)) + 8)))
     figure.legend(handles=runs, loc="outside upper left", ncols=columns, columnspacing=1.6, handlelength=3.2)
     methods = [Line2D([], [], color=own.colour, linewidth=3.5, label=own.label) for own in look.values()]
     figure.legend(handles=methods, loc="outside lower left", ncols=min(len(methods), 7), handlelength=1.3)
@@ -259,7 +248,7 @@ def _caption(content: Comparison) -> str:
     bars = "one seed, so no error bars" if shown["sd"].isna().all() else "error bars: ± SD over seeds"
     flat = "; thin lines without markers: methods without a budget" if (shown["budget"] == -1).any() else ""
     mean = content.measure.mean.capitalize()
-    rest = [f"{method_name(method)} is in the table only." for method in hidden]
+    rest = [f"{names.method_name(method)} is in the table only." for method in hidden]
     return " ".join([f"Colour: method; dashes and marker: run. {mean}, then over seeds; {bars}{flat}.", *rest])
 
 

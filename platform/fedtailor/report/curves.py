@@ -12,16 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedtailor.report import style
-from fedtailor.report.names import (
-    ACCURACY,
-    Measure,
-    in_method_order,
-    in_pool_order,
-    method_name,
-    metric_name,
-    pool_name,
-)
+from fedtailor.report import names, style
+from fedtailor.report.names import ACCURACY, Measure
 from fedtailor.report.scores import Block
 from fedtailor.report.significance import NOT_COMPARED
 from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, looks
@@ -50,7 +42,7 @@ def training_curves(frame: pd.DataFrame) -> list[Drawing | Missing]:
     return [
         _figure(stage, look[method], method, series[(series["stage"] == stage) & (series["method"] == method)])
         for stage in ("base", "strategy")
-        for method in in_method_order(series.loc[series["stage"] == stage, "method"])
+        for method in names.in_method_order(series.loc[series["stage"] == stage, "method"])
     ]
 
 
@@ -77,7 +69,7 @@ def _figure(stage: str, look: Look, method: str, series: pd.DataFrame) -> Drawin
     figure, axes = style.panels(len(metrics), columns, 4.1 * max(columns, 2 if len(budgets) > 1 else 1), 2.6)
     for axis, metric in zip(axes, metrics, strict=True):
         _panel(axis, series[series["metric"] == metric], colours)
-        axis.set_title(drawable(metric_name(metric)))
+        axis.set_title(drawable(names.metric_name(metric)))
     if len(budgets) > 1:
         handles = axes[0].get_legend_handles_labels()[0]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
@@ -116,19 +108,12 @@ def _panel(axis: Axes, series: pd.DataFrame, colours: dict[int, str]) -> None:
     axis.set_xlabel("round")
 
 
-def _per_group(measure: Measure) -> str:
-    return f"{measure.title} per {measure.group}"
-
-
-def _by_budget(measure: Measure) -> str:
-    return f"{measure.title} against the budget"
-
-
 def per_language(found: Sequence[Block]) -> list[Drawing | Missing]:
     """One figure per pool, a panel per budget: a row per language, a mark per method."""
     if not found:
-        return [Missing(_per_group(ACCURACY), "no personalised client was tested")]
-    return [_language_figure([b for b in found if b.pool == pool]) for pool in in_pool_order(b.pool for b in found)]
+        return [Missing(f"{ACCURACY.title} per {ACCURACY.group}", "no personalised client was tested")]
+    pools = names.in_pool_order(block.pool for block in found)
+    return [_language_figure([block for block in found if block.pool == pool]) for pool in pools]
 
 
 def _language_figure(found: Sequence[Block]) -> Drawing:
@@ -149,7 +134,7 @@ def _language_figure(found: Sequence[Block]) -> Drawing:
     pool, several = found[0].pool, len(found[0].seeds) > 1
     return Drawing(
         f"{measure.name}_per_{measure.group}_{''.join(c for c in pool if c.isalnum()) or 'all'}",
-        f"{_per_group(measure)}: {pool_name(pool).lower()}",
+        f"{measure.title} per {measure.group}: {names.pool_name(pool).lower()}",
         f"{measure.title} pooled over a {measure.group}'s {'examples' if measure.own_groups else 'clients'}, mean over "
         "seeds"
         + (", bars: ± SD over seeds" if several else "")
@@ -160,15 +145,15 @@ def _language_figure(found: Sequence[Block]) -> Drawing:
 
 def without_floor(methods: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Methods that a figure shows, and the floor, which would squeeze the others and is left to the tables."""
-    names = in_method_order(methods)
-    others = tuple(name for name in names if name not in NOT_COMPARED)
-    return others or names, tuple(name for name in names if others and name not in others)
+    ordered = names.in_method_order(methods)
+    others = tuple(name for name in ordered if name not in NOT_COMPARED)
+    return others or ordered, tuple(name for name in ordered if others and name not in others)
 
 
 def _shown(found: Sequence[Block]) -> tuple[dict[str, Look], str]:
     """Looks of the methods that a figure shows, and a sentence on those that it does not."""
     methods, hidden = without_floor(m for block in found for m in block.methods)
-    return looks(methods), f" {', '.join(map(method_name, hidden))} is in the tables only." if hidden else ""
+    return looks(methods), f" {', '.join(map(names.method_name, hidden))} is in the tables only." if hidden else ""
 
 
 def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, Look]) -> None:
@@ -198,11 +183,11 @@ def _language_panel(axis: Axes, block: Block, codes: list[str], look: dict[str, 
 def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
     """A panel per pool: mean over languages against the budget, error bars of one SD over seeds."""
     measure = found[0].measure if found else ACCURACY
-    budgets = sorted({b.budget for b in found if b.budget is not None})
+    title, budgets = f"{measure.title} against the budget", sorted({b.budget for b in found if b.budget is not None})
     if len(budgets) < 2:
-        return [Missing(_by_budget(measure), "needs two budgets or more")]
+        return [Missing(title, "needs two budgets or more")]
     look, floor = _shown(found)
-    pools = in_pool_order(block.pool for block in found)
+    pools = names.in_pool_order(block.pool for block in found)
     flat = {m for block in found for m in block.without_budget}
     figure, axes = budget_panels(pools, budgets, measure, 4.1)
     for axis, pool in zip(axes, pools, strict=True):
@@ -219,7 +204,7 @@ def per_budget(found: Sequence[Block]) -> list[Drawing | Missing]:
         + ". Dashed: methods without a budget. Whether two methods differ is a matter of the paired comparisons."
         + floor
     )
-    return [Drawing(f"{measure.name}_vs_budget", _by_budget(measure), caption, figure)]
+    return [Drawing(f"{measure.name}_vs_budget", title, caption, figure)]
 
 
 def budget_panels(
@@ -228,7 +213,7 @@ def budget_panels(
     """A panel per pool with a place per budget on its x axis (None: no method has one), the measure on the y axis."""
     figure, axes = style.panels(len(pools), len(pools), 5.6 * len(pools), height, sharey=True)
     for axis, pool in zip(axes, pools, strict=True):
-        axis.set_title(pool_name(pool))
+        axis.set_title(names.pool_name(pool))
         axis.set_xticks(range(len(budgets)), ["" if b is None else str(b) for b in budgets])
         axis.set_xlabel("" if None in budgets else "budget r (ranks per adapted layer)")
         axis.yaxis.set_major_formatter(PERCENT)

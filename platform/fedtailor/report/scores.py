@@ -17,17 +17,7 @@ import pandas as pd
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS
 from fedtailor.report import names
-from fedtailor.report.names import (
-    ACCURACY,
-    GENERATION,
-    LOSS,
-    ROUGE_L,
-    SCORES,
-    SHARES,
-    Measure,
-    in_method_order,
-    in_pool_order,
-)
+from fedtailor.report.names import ACCURACY, GENERATION, LOSS, ROUGE_L, SCORES, SHARES, Measure
 
 AVERAGE = "average"
 
@@ -199,8 +189,8 @@ def in_table_order(table: pd.DataFrame, by: Sequence[str], runs: Sequence[str] =
         runs: order of column ``run``.
     """
     orders: dict[Hashable, Callable[[Iterable[str]], Sequence[str]]] = {
-        "pool": in_pool_order,
-        "method": in_method_order,
+        "pool": names.in_pool_order,
+        "method": names.in_method_order,
         "run": lambda _: runs,
         "language": lambda codes: sorted(set(codes), key=lambda code: (code == AVERAGE, code)),
     }
@@ -222,7 +212,7 @@ def blocks(scored: pd.DataFrame, measure: Measure | None = None) -> list[Block]:
     of_pool = {str(pool): rows for pool, rows in scored.groupby("pool")}
     return [
         _block(of_pool[pool], budget, table[table["pool"] == pool], measure)
-        for pool in in_pool_order(values["pool"])
+        for pool in names.in_pool_order(values["pool"])
         for budget in budgets
         if ((values["pool"] == pool) & values["budget"].isin([budget, -1])).any()
     ]
@@ -234,7 +224,7 @@ def _block(scored: pd.DataFrame, budget: int, table: pd.DataFrame, measure: Meas
     # A method with budgets and a stray row without is shown at its budget.
     here = here.sort_values("budget", ascending=False, kind="stable").drop_duplicates(["language", "method", "metric"])
     values = here[here["metric"] == measure.name]
-    methods = in_method_order(values["method"])
+    methods = names.in_method_order(values["method"])
     languages = tuple(sorted(set(values["language"]) - {AVERAGE}))
     cells: dict[tuple[str, str], Cell] = {}
     for name in (*languages, AVERAGE):

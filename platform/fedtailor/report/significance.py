@@ -18,19 +18,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
+from fedtailor.report import names
 from fedtailor.report.grid import Grid
-from fedtailor.report.names import (
-    ABSENT,
-    ACCURACY,
-    Measure,
-    budget_title,
-    in_budget_order,
-    in_method_order,
-    in_pool_order,
-    method_name,
-    points,
-    pool_name,
-)
+from fedtailor.report.names import ABSENT, ACCURACY, Measure
 from fedtailor.report.scores import REFERENCE, Block, client_scores, primary
 from fedtailor.report.tables import file_label
 
@@ -153,7 +143,7 @@ def against(pairs: Sequence[Pair], other: str = REFERENCE) -> Mapping[tuple[str,
 
 def _opponents(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Later method against earlier one, in the order of the tables."""
-    ordered = [name for name in in_method_order(methods) if name not in NOT_COMPARED]
+    ordered = [name for name in names.in_method_order(methods) if name not in NOT_COMPARED]
     chosen = [(b, a) for a, b in combinations(ordered, 2) if a in CENTRES or b in CENTRES]
     return sorted(chosen, key=lambda pair: (ordered.index(pair[0]), ordered.index(pair[1])))
 
@@ -207,12 +197,12 @@ def p_text(p: float | None) -> str:
 
 def interval_text(pair: Pair) -> str:
     """``[+0.40, +2.06]`` in points."""
-    return ABSENT if pair.interval is None else f"[{points(pair.interval[0])}, {points(pair.interval[1])}]"
+    return ABSENT if pair.interval is None else f"[{names.points(pair.interval[0])}, {names.points(pair.interval[1])}]"
 
 
 def pair_title(key: Key) -> str:
     """``FedP²EFT – LoRA``, the order of the subtraction."""
-    return f"{method_name(key[0])} – {method_name(key[1])}"
+    return f"{names.method_name(key[0])} – {names.method_name(key[1])}"
 
 
 def by_pair(pairs: Sequence[Pair], pool: str) -> tuple[list[int | None], dict[Key, dict[int | None, Pair]]]:
@@ -221,8 +211,8 @@ def by_pair(pairs: Sequence[Pair], pool: str) -> tuple[list[int | None], dict[Ke
     rows: dict[Key, dict[int | None, Pair]] = {}
     for pair in here:
         rows.setdefault((pair.method, pair.other), {})[pair.budget] = pair
-    order = in_method_order(name for key in rows for name in key)
-    return in_budget_order(pair.budget for pair in here), dict(
+    order = names.in_method_order(name for key in rows for name in key)
+    return names.in_budget_order(pair.budget for pair in here), dict(
         sorted(rows.items(), key=lambda row: tuple(map(order.index, row[0])))
     )
 
@@ -231,16 +221,16 @@ def sentences(pairs: Sequence[Pair], pool: str) -> list[str]:
     """A sentence per method of a pool: against whom it is better, worse or undecided, and at which budgets."""
     _, rows = by_pair(pairs, pool)
     found = []
-    for method in reversed(in_method_order(key[0] for key in rows)):
+    for method in reversed(names.in_method_order(key[0] for key in rows)):
         parts = []
         for verdict, words in (("better", "better than"), ("worse", "worse than"), ("undecided", "undecided against")):
             whom = [
-                f"{method_name(other)}{_where(at, verdict)}"
+                f"{names.method_name(other)}{_where(at, verdict)}"
                 for (one, other), at in rows.items()
                 if one == method and any(pair.verdict == verdict for pair in at.values())
             ]
             parts += [f"{words} {', '.join(whom)}"] if whom else []
-        found.append(f"{method_name(method)}: {'; '.join(parts)}.")
+        found.append(f"{names.method_name(method)}: {'; '.join(parts)}.")
     return found
 
 
@@ -262,11 +252,11 @@ def pairs_grids(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCUR
     rules = [f"Mean difference in {measure.phrase} (points), its 95 % interval, and the corrected p; "
              "▲ better, ▼ worse, no mark undecided.", *filter(None, [scale]), rule(measure)]  # fmt: skip
     found = []
-    for pool in in_pool_order(pair.pool for pair in pairs):
-        (budgets, rows), who = by_pair(pairs, pool), f"{pool_name(pool)} ({_clients(pairs, pool)})"
+    for pool in names.in_pool_order(pair.pool for pair in pairs):
+        (budgets, rows), who = by_pair(pairs, pool), f"{names.pool_name(pool)} ({_clients(pairs, pool)})"
         found.append(
             Grid(
-                header=["Pair", *map(budget_title, budgets)],
+                header=["Pair", *map(names.budget_title, budgets)],
                 rows=[[pair_title(key), *(_cell(at.get(b)) for b in budgets)] for key, at in rows.items()],
                 caption=[f"{who}.", *rules],
                 title=f"{who}: paired comparisons",
@@ -286,4 +276,4 @@ def _cell(pair: Pair | None) -> str:
     if pair is None:
         return ABSENT
     mark = MARKS[pair.verdict]
-    return f"{points(pair.difference)}{f' {mark}' if mark else ''} {interval_text(pair)} p {p_text(pair.p_holm)}"
+    return f"{names.points(pair.difference)}{f' {mark}' if mark else ''} {interval_text(pair)} p {p_text(pair.p_holm)}"
