@@ -237,6 +237,7 @@ class RunFacts:
         base_line: base method, its rounds, whose seed; ``strategy_line``: rounds of the strategies.
         n_modules: L, the number of adapted linear layers.
         overrides: choices that depart from the default: key, default, value.
+        version_line: ``fedtailor 0.1.0, torch 2.13.0``.
         scale: a sentence on a run that was made smaller, empty at scale 1.
         privacy: a sentence on what was done to hide clients, empty without.
         pretrained: a sentence on what the model was pretrained on, empty where it does not say.
@@ -251,17 +252,12 @@ class RunFacts:
     strategy_line: str
     n_modules: int
     overrides: tuple[tuple[str, str, str], ...]
-    versions: tuple[tuple[str, str], ...]
+    version_line: str
     scale: str
     privacy: str
     pretrained: str
     duplicates: str
     fallbacks: Mapping[str, str]
-
-    @property
-    def version_line(self) -> str:
-        """``fedtailor 0.1.0, torch 2.13.0``."""
-        return ", ".join(f"{name} {version}" for name, version in self.versions) or NOT_RECORDED
 
 
 def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, found: RunData) -> RunFacts:
@@ -274,6 +270,8 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         found: what else the run folder holds.
     """
     exp, seen = found.experiment, sum(found.clients["pool"] == "seen")
+    shown = names.format_value
+    versions = sorted(run.get("versions", {}).items())
     return RunFacts(
         experiment=exp,
         run_id=names.text(run.get("run_id")),
@@ -281,11 +279,8 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         base_line=base_line(exp, frame),
         strategy_line=strategy_line(exp, frame),
         n_modules=n_modules,
-        overrides=tuple(
-            (o["key"], names.format_value(o["default"]), names.format_value(o["value"]))
-            for o in run.get("overrides", ())
-        ),
-        versions=tuple(sorted(run.get("versions", {}).items())),
+        overrides=tuple((o["key"], shown(o["default"]), shown(o["value"])) for o in run.get("overrides", ())),
+        version_line=", ".join(f"{name} {version}" for name, version in versions) or NOT_RECORDED,
         scale=scale_sentence(exp),
         privacy=privacy_sentence(exp, frame, seen or None),
         pretrained=pretrain_sentence(found.pretrain),

@@ -66,9 +66,7 @@ def _metrics(block: Block, method: str, all_measures: Mapping[str, Sequence[Bloc
 
 
 def _comparison(pair: Pair | None) -> dict[str, Any] | None:
-    if pair is None:
-        return None
-    return {
+    return None if pair is None else {
         "mean_difference": pair.difference, "standard_error": pair.standard_error,
         "ci95": pair.interval and list(pair.interval), "p": pair.p, "p_holm": pair.p_holm,
         "n_clients": pair.n_clients, "verdict": pair.verdict,
@@ -112,29 +110,26 @@ def cost_table(
         times: `TIMING_COLUMNS`, or of them stage, round, client and seconds only.
         events: lines of events.jsonl.
     """
-    walls, times = _walls(events), times.reindex(columns=list(TIMING_COLUMNS))
+    nan, walls, times = float("nan"), _walls(events), times.reindex(columns=list(TIMING_COLUMNS))
     keys = list(dict.fromkeys(str(stage["key"]) for stage in stages)) or list(dict.fromkeys(times["stage"]))
     rows = []
-    for name in dict.fromkeys(_without_seed(key) for key in keys):
-        own = [key for key in keys if _without_seed(key) == name]
-        timed = times[times["stage"].isin(own)]
-        if not len(timed):
+    for name in dict.fromkeys(map(_without_seed, keys)):
+        timed = times[times["stage"].isin([key for key in keys if _without_seed(key) == name])]
+        if timed.empty:
             continue
-        ran = sorted(set(timed["stage"]))
-        wall = sum(walls[key] for key in ran) if all(key in walls for key in ran) else float("nan")
-        n, seconds = len(timed), float(timed["seconds"].sum())
-        speed = (n / wall if wall else float("nan"), seconds / n)
-        rows.append((name, len(ran), n, seconds, wall, *speed, *_load(timed, wall)))
+        # Rows of earlier versions do not say everything, and one of them makes a sum unknown.
+        known = timed[["seconds", "tokens", "bytes_down", "bytes_up", "peak_rss", "peak_gpu", "attempt"]].astype(float)
+        ran, n, seconds = sorted(set(timed["stage"])), len(timed), float(known["seconds"].sum())
+        wall = sum(walls.get(key, nan) for key in ran)
+        rows.append({
+            "stage": name, "seeds": len(ran), "clients": n, "client_seconds": seconds, "wall_seconds": wall,
+            "clients_per_second": n / (wall or nan), "seconds_per_client": seconds / n,
+            "tokens_per_second": known["tokens"].sum(skipna=False) / (wall or nan),
+            "mb_down": known["bytes_down"].mean() / 1e6, "mb_up": known["bytes_up"].mean() / 1e6,
+            "peak_rss_mb": known["peak_rss"].max() / 1e6, "peak_gpu_mb": known["peak_gpu"].max() / 1e6,
+            "repeated": float((known["attempt"] > 0).sum()) if known["attempt"].notna().any() else nan,
+        })  # fmt: skip
     return pd.DataFrame(rows, columns=list(COST_COLUMNS))
-
-
-def _load(timed: pd.DataFrame, wall: float) -> tuple[float, ...]:
-    """The last six of `COST_COLUMNS`; rows of earlier versions do not say, and one of them makes a sum unknown."""
-    tokens = float(timed["tokens"].astype(float).sum(skipna=False))
-    down, up = (float(timed[name].astype(float).mean()) / 1e6 for name in ("bytes_down", "bytes_up"))
-    rss, gpu = (float(timed[name].astype(float).max()) / 1e6 for name in ("peak_rss", "peak_gpu"))
-    repeated = float("nan") if timed["attempt"].isna().all() else float((timed["attempt"].astype(float) > 0).sum())
-    return tokens / wall if wall else float("nan"), down, up, rss, gpu, repeated
 
 
 def _without_seed(key: str) -> str:
@@ -143,17 +138,13 @@ def _without_seed(key: str) -> str:
 
 def _walls(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Stage to seconds between its only start and its end; a stage that was taken up again is left out."""
-    began: dict[str, list[str]] = {}
-    ended: dict[str, str] = {}
+    times: dict[tuple[str, Any], list[datetime]] = {}
     for event in events:
-        if event.get("kind") == "stage" and event.get("state") in ("running", "done"):
-            key, time = str(event["stage"]), str(event["time"])
-            if event["state"] == "running":
-                began.setdefault(key, []).append(time)
-            else:
-                ended[key] = time
+        if event.get("kind") == "stage":
+            moment = datetime.fromisoformat(event["time"])
+            times.setdefault((str(event["stage"]), event.get("state")), []).append(moment)
     return {
-        key: (datetime.fromisoformat(ended[key]) - datetime.fromisoformat(times[0])).total_seconds()
-        for key, times in began.items()
-        if len(times) == 1 and key in ended
+        stage: (times[stage, "done"][-1] - began[0]).total_seconds()
+        for (stage, state), began in times.items()
+        if state == "running" and len(began) == 1 and (stage, "done") in times
     }
