@@ -262,10 +262,11 @@ def _paired_runs(runs: Sequence[ComparedRun]) -> tuple[tuple[RunPair, ...], list
             reasons.append(why or other)
         for method in in_method_order(both["method"]):
             same = _origins(a, method, seeds) == _origins(b, method, seeds)
-            for (pool, r), rows in both[both["method"] == method].groupby(["pool", "budget"]):
+            for (pool, _), rows in both[both["method"] == method].groupby(["pool", "budget"]):
+                r = int(rows["budget"].iloc[0])
                 gain = (rows["value"] - rows["value_earlier"]).groupby(rows["client"]).mean().to_numpy(float)
                 pair = RunPair(
-                    str(pool), None if r == -1 else int(r), method, method, len(gain), 0.0, None, None, None,
+                    str(pool), None if r == -1 else r, method, method, len(gain), 0.0, None, None, None,
                     run=b.run_id, earlier=a.run_id, seeds=seeds, same=same,
                 )  # fmt: skip
                 pairs.append(pair if same else paired(pair, gain))

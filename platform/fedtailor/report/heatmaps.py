@@ -114,10 +114,12 @@ def lambda_distance(frame: pd.DataFrame, strategies: Strategies) -> list[Drawing
     figures: list[Drawing | Missing] = []
     for method in in_method_order(method for method, _ in strategies):
         own = [strategies[method, seed] for seed in sorted(seed for name, seed in strategies if name == method)]
-        maps = {}
+        maps: dict[str, pd.DataFrame] = {}
         for pool in in_pool_order(homes["pool"]):
-            languages = homes[homes["pool"] == pool].set_index("client")["language"].to_dict()
-            mean = pd.concat([language_distances(clients, languages) for clients in own]).groupby(level=0).mean()
+            here = homes[homes["pool"] == pool]
+            languages = dict(zip(map(str, here["client"]), map(str, here["language"]), strict=True))
+            per_seed = [language_distances(clients, languages) for clients in own]
+            mean: pd.DataFrame = pd.concat(per_seed).groupby(level=0).mean()
             if len(mean) > 1 and (mean.to_numpy() > 0).any():
                 maps[pool] = mean.loc[:, list(mean.index)]
         title = f"{DISTANCE}: {method_name(method)}"
@@ -260,7 +262,8 @@ def _classes_figure(data: RunData) -> Drawing | Missing:
     height = 1.3 + max(0.25 * len(codes), 0.8)
     figure, axes = style.panels(len(pools), len(pools), 2.2 + 3.9 * len(pools), height, sharey=True)
     for axis, pool in zip(axes, pools, strict=True):
-        _shares(axis, totals.loc[pool].reindex(codes).fillna(0.0), colours)
+        here = totals[totals.index.get_level_values(0) == pool].droplevel(0)
+        _shares(axis, here.reindex(codes).fillna(0.0), colours)
         axis.set_title(pool_name(pool))
     style.language_rows(axes[0], codes)
     figure.legend(

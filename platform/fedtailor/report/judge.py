@@ -235,11 +235,11 @@ def kept_answers(run: RunFolder, methods: Sequence[str], limit: int | None, orde
     ]
     if not any(map(len, frames)):
         raise StorageError(f"{name} has no answers of {', '.join(methods) or 'any method'}")
-    answers = pd.concat(frames, ignore_index=True)
+    answers: pd.DataFrame = pd.concat(frames, ignore_index=True)
     questions = answers[_QUESTION].drop_duplicates().sort_values(_QUESTION)
     drawn = questions.iloc[numpy_rng(order, "judge", "order").permutation(len(questions))[:limit]]
-    answers = answers.merge(drawn.assign(place=range(len(drawn))), on=_QUESTION)
-    return answers.sort_values(["place", "method", "budget"], ignore_index=True).drop(columns="place")
+    drawn = answers.merge(drawn.assign(place=range(len(drawn))), on=_QUESTION)
+    return drawn.sort_values(["place", "method", "budget"], ignore_index=True).drop(columns="place")
 
 
 def results(judgements: pd.DataFrame) -> pd.DataFrame:

@@ -162,7 +162,7 @@ class Endpoint:
 
         # What goes wrong is raised without its cause, which holds the request, and with it the key.
         try:
-            answer = self._client.chat.completions.create(
+            answer: Any = self._client.chat.completions.create(
                 model=self.model,
                 messages=messages,  # type: ignore[arg-type]  # the library's own types are dicts like these
                 temperature=0,

@@ -191,18 +191,20 @@ def plain(value: float, position: int | None = None) -> str:
     return f"{value:g}"
 
 
-def panels(n: int, columns: int, width: float, height: float, **share: bool) -> tuple[Figure, list[Axes]]:
+def panels(
+    n: int, columns: int, width: float, height: float, sharex: bool = False, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure of ``n`` panels in rows of ``columns``.
 
     Args:
         n: panels, at least one.
         columns: panels beside each other.
         width: of the figure in inches; ``height``: of one row of panels.
-        share: ``sharex`` and ``sharey``, as in matplotlib.
+        sharex: one x axis for all; ``sharey``: one y axis.
     """
     rows = -(-n // columns)
     figure = Figure(figsize=(width, height * rows))
-    axes = list(figure.subplots(rows, columns, squeeze=False, **share).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for axis in axes[n:]:
         axis.remove()
     return figure, axes[:n]

@@ -73,7 +73,7 @@ def settled_mode(mode: str) -> Mode:
         return "online" if os.environ.get("WANDB_MODE", "online") == "online" and find_key() else "offline"
     if mode not in ("online", "offline"):
         raise ConfigError(f"'wandb.mode': {mode} cannot be synced; use --mode auto, offline or online")
-    return mode
+    return "online" if mode == "online" else "offline"
 
 
 def check_wandb(config: WandbConfig, save_adapters: bool) -> None:
