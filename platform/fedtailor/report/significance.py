@@ -253,7 +253,8 @@ def pairs_grids(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCUR
              "▲ better, ▼ worse, no mark undecided.", *filter(None, [scale]), rule(measure)]  # fmt: skip
     found = []
     for pool in names.in_pool_order(pair.pool for pair in pairs):
-        (budgets, rows), who = by_pair(pairs, pool), f"{names.pool_name(pool)} ({_clients(pairs, pool)})"
+        (budgets, rows), sizes = by_pair(pairs, pool), (pair.n_clients for pair in pairs if pair.pool == pool)
+        who = f"{names.pool_name(pool)} ({names.format_range(sizes)} clients)"
         found.append(
             Grid(
                 header=["Pair", *map(names.budget_title, budgets)],
@@ -265,11 +266,6 @@ def pairs_grids(pairs: Sequence[Pair], scale: str = "", measure: Measure = ACCUR
             )
         )
     return found
-
-
-def _clients(pairs: Sequence[Pair], pool: str) -> str:
-    counts = sorted({pair.n_clients for pair in pairs if pair.pool == pool})
-    return f"{counts[0]} clients" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} clients"
 
 
 def _cell(pair: Pair | None) -> str:
