@@ -32,7 +32,7 @@ def local_lora(monkeypatch: pytest.MonkeyPatch) -> None:
         shared = StrategyGenerator(2, PsgConfig())
         return replace(method, adapter=LoraAdapter(2, 2.0, Scope.PRIVATE), modules=(shared,))
 
-    for module in ("worker.open_stage", "methods.build", "experiment.stages"):
+    for module in ("worker.open_stage", "methods.build", "experiment.config"):
         monkeypatch.setattr(f"fedtailor.{module}.build_method", build)
 
 
