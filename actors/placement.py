@@ -16,7 +16,6 @@ MAX_DEFAULT_ACTORS = 8
 """Actors on a machine without GPU where the configuration names no number."""
 
 _STEP = 10_000  # Ray counts resources in steps of 1e-4.
-
 _SHOWN_NODES = 8
 
 

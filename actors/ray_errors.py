@@ -17,9 +17,7 @@ _LOST = (
 )
 
 _OOM_SIGNS = ("memory monitor", "running low on memory", "out of memory", "(oom)", "oom-kill", "outofmemory")
-
 _STARTS = ("The actor is dead because ", "The actor died because ", "Worker exit detail: ")
-
 _ENDS = (" Some common causes", " Object store memory usage", " The actor never ran", " Refer to the doc")
 
 

@@ -27,9 +27,7 @@ from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.pool import Meanwhile, OnEvent, OnResult, nothing
 
 WORKER = "fedtailor.worker.worker:Worker"
-
 MERGE = "fedtailor.worker.worker:merge_results"
-
 Accepted = Callable[[int, SegmentResult], None]
 
 

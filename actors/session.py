@@ -34,15 +34,10 @@ from fedtailor.core.errors import PlacementError
 from fedtailor.core.outside import packages
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-
 PACKAGES = ("fedtailor", "actors", "tune_spaces")
-
 KNOCK_S, PROBE_S = 5.0, 30.0
-
 CLIENT = "ray://"
-
 _MIB = 2**20
-
 _PORTS = "host:port is the head's port (6379), ray://host:port the client server's (10001)"
 
 

@@ -20,7 +20,6 @@ START_S = 120.0
 """Seconds until an actor that Ray does not start is an event, or an error if the run cannot go on without."""
 
 STACK_S = 3.0
-
 _CHECK_S = 5.0
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from fedtailor.core.files import staged_folder
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.context import ClientContext, Lane, Received, open_params
@@ -142,3 +144,10 @@ def toy_context(
         warn=Warnings(),
         **more,  # type: ignore[arg-type]
     )
+
+
+def write_adapter(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes the files of ``export_adapter`` to ``folder``, replacing it as a whole or not at all."""
+    with staged_folder(folder) as stage:
+        for name, content in files.items():
+            (stage / name).write_bytes(content)

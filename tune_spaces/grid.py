@@ -17,9 +17,7 @@ from fedtailor.report.names import SHARES
 from fedtailor.report.scores import averages, checked
 
 Row = TypeVar("Row")
-
 Value = int | float
-
 Space = Mapping[str, tuple[Value, ...]]
 """Dotted key to the values that were tried; the trials are all combinations, the last key fastest."""
 

@@ -19,12 +19,10 @@ from tune_spaces.grid import Value, score
 from tune_spaces.plan import SweepPlan
 
 SCHEMA: Final = 1
-
 RECORD, BEST, TUNE = "sweep.json", "best.yaml", "tune"
 """Files of a sweep's folder; ``tune/`` is Ray Tune's own, written and read by Ray only."""
 
 State = Literal["complete", "stopped", "failed", "unfinished"]
-
 STOPPED: Final = "stopped early: hopeless beside the other trials (ASHA)"
 
 

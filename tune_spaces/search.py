@@ -49,7 +49,6 @@ _FREE = ("storage", "wandb")
 """Keys that may differ when a trial is taken up again."""
 
 _DYING_S = 60.0
-
 _ROUND_LOSSES = ("val_loss", "train_loss")
 """Metrics of a round that tell how it goes, the first that a method has."""
 

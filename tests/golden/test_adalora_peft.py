@@ -11,9 +11,8 @@ import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from toy import toy_context, toy_lanes, toy_net
+from toy import toy_context, toy_lanes, toy_net, write_adapter
 
-from fedtailor.adapters.peft_export import write_adapter
 from fedtailor.adapters.svd_lora import SvdLora
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.batches import LaneBatch

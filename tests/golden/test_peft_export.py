@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from toy import write_adapter
 from transformers import PreTrainedModel
 
-from fedtailor.adapters.peft_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter, write_adapter
+from fedtailor.adapters.peft_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import embedded, hub

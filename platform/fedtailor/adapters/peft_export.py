@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedtailor.core.errors import ModelError
-from fedtailor.core.files import staged_folder
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -75,13 +73,6 @@ def export_adapter(
         CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
         WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
     }
-
-
-def write_adapter(files: Mapping[str, bytes], folder: Path) -> None:
-    """Writes the files of ``export_adapter`` to ``folder``, replacing it as a whole or not at all."""
-    with staged_folder(folder) as stage:
-        for name, content in files.items():
-            (stage / name).write_bytes(content)
 
 
 def _trim(name: str, a: Tensor, b: Tensor, lam: Tensor, client: str) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,6 @@ Address = Annotated[
 ]
 
 _WORDS = typer.Argument(metavar="[PRESET|KEY=VALUE]...", help="Presets (later ones win) and dotted overrides.")
-
 Words = Annotated[list[str], _WORDS]
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from fedtailor.storage.run_folder import RunFolder
 
 RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="Name of a run's folder in the storage.")]
-
 StorageUrl = Annotated[str, typer.Option(help="Where runs are kept; the key 'storage' of the configuration.")]
 
 

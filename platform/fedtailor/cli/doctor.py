@@ -37,25 +37,15 @@ PACKAGES = {
 """Package to the least version; ray below 2.54 lets anybody use the dashboard's DELETE (CVE-2026-27482)."""
 
 OPTIONAL = frozenset({"deepspeed", "wandb"})
-
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
 LEAST_DISK_GB, LEAST_MEMORY_GB = 2.0, 2.0
-
 PORTS = {8265: "dashboard and jobs", 10001: "client", 6379: "head"}
-
 DASHBOARD = 8265
-
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-
 MODES = ("token", "disabled")
-
 ASK_S = 3.0
-
 _ADVICE = f"Start Ray with --dashboard-host=127.0.0.1 and {MODE}=token"
-
 Level = Literal["ok", "note", "fail"]
-
 Verdict = tuple[Level, str]
 
 

@@ -39,7 +39,6 @@ STATES = {
 }  # fmt: skip
 
 REFRESH_S = 2.0
-
 _PAUSES = 5.0
 """Pause between two looks, at least so many times as long as one look took."""
 
@@ -47,7 +46,6 @@ LINE_EVERY_S = 30.0
 """Between two lines of a pretraining where there is no terminal."""
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
 _LONGEST = 60
 
 

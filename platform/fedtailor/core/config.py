@@ -21,7 +21,6 @@ from yaml import YAMLError
 from fedtailor.core.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="Config")
-
 _MOST_HINTS = 3
 """Keys of one name that are worth naming."""
 

@@ -53,9 +53,7 @@ UPDATE = ("nan", "inf", "absent")
 """To a client's SHARED parameters; ``absent``: its result is set aside before anybody looks at it."""
 
 UNKNOWN_CLIENT = "nobody/asked/00"
-
 _HOG_STEP_MB = 64
-
 _passes: Counter[str] = Counter()
 """Commit points that this process has passed."""
 

@@ -13,7 +13,6 @@ from fedtailor.core.scope import ParamSpec
 from fedtailor.core.settings import DecodingConfig, EngineConfig, ModelConfig, PersonaliseStageConfig
 
 FloatArray = npt.NDArray[np.floating[Any]]
-
 Row = npt.NDArray[np.float32]
 
 _BLANK_METRIC: dict[str, Any] = {

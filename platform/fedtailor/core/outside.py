@@ -10,7 +10,6 @@ from typing import Any
 from fedtailor.core.errors import ConfigError
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-
 _packages: dict[str, tuple[Path, ...]] = {}
 
 

@@ -10,11 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from fedtailor.core.config import Config
 
 Positive = Annotated[int, Field(ge=1)]
-
 Natural = Annotated[int, Field(ge=0)]
-
 Rate = Annotated[float, Field(gt=0)]
-
 _WANDB_KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_")
 
 

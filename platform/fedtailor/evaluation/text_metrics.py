@@ -39,7 +39,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize as _tokenize_ascii
 
 Words = Callable[[str], list[str]]
-
 Tokenizer = Literal["unicode", "ascii"]
 
 _UNSPACED: Final = (
@@ -48,12 +47,10 @@ _UNSPACED: Final = (
 )
 
 _INVISIBLE: Final = regex.compile(r"\p{Cf}+", regex.V1)
-
 _WORD: Final = regex.compile(rf"{_UNSPACED}\p{{M}}*|(?:[[\p{{L}}\p{{N}}]--{_UNSPACED}]\p{{M}}*)+", regex.V1)
 
 
 NAMES: Final = ("rouge1", "rouge2", "rougeL")
-
 _STEMMER: Final = PorterStemmer()
 
 

@@ -29,11 +29,8 @@ from fedtailor.models.dimensions import ModelDimensions
 from fedtailor.models.families import locate_module
 
 FLOAT: Final = 4
-
 WEIGHT_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
-
 COMPUTE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
-
 USABLE: Final = 0.9
 """Share of the memory that is planned with; the rest is for libraries, buffers and fragmentation."""
 

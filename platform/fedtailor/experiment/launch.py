@@ -29,16 +29,12 @@ from fedtailor.tracking.progress import ProgressFile
 from fedtailor.worker.worker import SerialPool
 
 MakePool = Callable[[EngineConfig, OnEvent], Pool]
-
 ShouldStop = Callable[[], bool]
-
 Backend = Callable[[str, Mapping[str, Any], EngineConfig, OnEvent, ShouldStop], Any]
-
 GRACE_S = 20.0
 """Seconds between the wish to stop and the moment when the segment under way is given up."""
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-
 ENTRY = "fedtailor.experiment.launch:execute_on"
 
 

@@ -15,7 +15,6 @@ from fedtailor.federated.method import Capability, Method
 from fedtailor.methods import METHODS, build_method
 
 _QUANTISED = ("8bit", "4bit")
-
 _FEWEST_MASKED = 3
 
 

@@ -28,7 +28,6 @@ from fedtailor.experiment.config import (
 from fedtailor.experiment.privacy import resolved
 
 NUMERIC_ENGINE_KEYS = ("threads", "token_budget", "max_lanes", "segments", "min_segment", "dtype")
-
 _LISTED = ("key", "kind", "method", "seed", "artifact", "parent", "strategy", "rounds", "cohort")
 
 

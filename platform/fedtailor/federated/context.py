@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import Client
-from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.core.scope import ParamSpec
 from fedtailor.core.seeding import numpy_rng, torch_rng
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, lane_batches, training_indices
 from fedtailor.lanes.net import LaneNet
@@ -226,8 +226,3 @@ def open_params(
     if adapter:
         adapter.bind(net, params)
     return params
-
-
-def shared_row(params: LaneParams, lane: int) -> Tensor:
-    """A copy of a lane's SHARED row (P,); never a live view."""
-    return params.flat(Scope.SHARED)[lane].detach().clone()

@@ -8,9 +8,7 @@ from typing import Any, Protocol
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 
 OnResult = Callable[[SegmentResult], None]
-
 Meanwhile = Callable[[], None]
-
 OnEvent = Callable[[dict[str, Any]], None]
 
 

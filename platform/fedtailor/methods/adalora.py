@@ -39,9 +39,7 @@ from fedtailor.training.finetune import budget_lanes, budgets_of
 from fedtailor.training.local import Training, train
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-
 Decay = Annotated[float, Field(gt=0, lt=1)]
-
 REFERENCE: Final[Mapping[str, Any]] = {"alpha": 8.0, "max_grad_norm": 1.0, "orth": 0.0, "final_mask": "if_reached"}
 """Switches that give FedP2EFT's public code's behaviour. It sets gamma but no task type, and peft then never calls the
 forward that adds the penalty (peft's issue 432)."""

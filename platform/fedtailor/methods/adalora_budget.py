@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 NAME = "default"
-
 Pattern = dict[str, list[bool]]
 
 

@@ -20,7 +20,6 @@ GROUP = "fedtailor.methods"
 """Entry points of this group, ``name = package.module:ENTRY``, are methods."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-
 _allowed: set[str] = set()
 
 

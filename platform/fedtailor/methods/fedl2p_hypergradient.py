@@ -58,7 +58,6 @@ from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.lanes.params import LaneParams
 
 Tensors = Sequence[Tensor]
-
 HessianProduct = Callable[[Tensors], list[Tensor]]
 
 

@@ -32,11 +32,8 @@ from fedtailor.core.settings import ModelConfig
 from fedtailor.models.load import save_folder
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
 _PRIVATE_USE = 0xF0000
-
 LLAMA_SPECIAL = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
-
 PAD, BOS, EOS = 0, 1, 2
 
 CHAT_TEMPLATE = (

@@ -26,7 +26,6 @@ from fedtailor.models.load import load_config, load_tokenizer, quiet
 from fedtailor.tasks.source import TaskKind
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 TOKENIZERS = (
@@ -34,7 +33,6 @@ TOKENIZERS = (
 )  # fmt: skip
 
 PAD = "<pad>"
-
 RECORD = "padding.json"
 """Which token pads, and how it came to do so."""
 

@@ -41,14 +41,11 @@ from fedtailor.models.pretrain_data import (
 from fedtailor.models.pretrain_learner import Learner, PretrainOptions, Score, flag, special_ids
 
 RECORD = "pretrain.json"
-
 STATE, TENSORS, PREPARED = "state.json", "learner.safetensors", "prepared"
-
 MEASURES = 12
 """Points of the loss curve, about."""
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn")
-
 Show = Callable[[Mapping[str, Any]], None]
 """Receives events: ``note`` (text), ``start``, ``step`` and ``measure`` (step, steps, loss ...)."""
 

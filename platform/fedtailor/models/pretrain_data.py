@@ -31,11 +31,8 @@ Document = tuple[str, ...]
 """Texts that belong together: an article, or a premise and its hypotheses."""
 
 Rows = npt.NDArray[np.int32]
-
 Floats = npt.NDArray[np.float32]
-
 WINDOW = 5
-
 SMOOTHING = 0.75
 
 

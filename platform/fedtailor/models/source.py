@@ -14,9 +14,7 @@ from fedtailor.core.settings import ModelConfig
 from fedtailor.tasks.source import TaskKind
 
 EMBEDDED = "tiny-bert"
-
 EMBEDDED_CAUSAL = "tiny-llama"
-
 EMBEDDED_KINDS: dict[str, TaskKind] = {EMBEDDED: "classification", EMBEDDED_CAUSAL: "generation"}
 """Models that are built from a task's texts, and the kind of task that each is for."""
 

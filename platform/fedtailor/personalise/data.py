@@ -23,9 +23,7 @@ SPLIT_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 """Splits of a Hugging Face data set that may stand for each use, in order of preference."""
 
 Use = Literal["train", "test"]
-
 _HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
-
 TEXT_NAMES: Final = ("text", "sentence", "premise", "sentence1", "text1", "content", "headline", "title")
 """Columns that are taken for the text, in order of preference, whatever their case."""
 

@@ -37,9 +37,7 @@ CLIENT = "newcomer"
 """Client id of every new client, a coordinate of its random streams."""
 
 TEST_FRACTION = 0.2
-
 README, MERGED = "README.md", "merged"
-
 SCHEMA = 1
 
 

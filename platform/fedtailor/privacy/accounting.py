@@ -22,7 +22,6 @@ from math import ceil, inf
 from typing import Any, Literal
 
 Sampler = Literal["fixed", "poisson"]
-
 _FINE = 1e-3
 
 ORDERS = (

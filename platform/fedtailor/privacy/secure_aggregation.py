@@ -36,7 +36,6 @@ Vector = npt.NDArray[np.unsignedinteger[Any]]
 """Numbers modulo 2^bits: the type's own overflow is the modulus."""
 
 Bits = Literal[32, 64]
-
 KEY, SHARE = 32, 32
 """Bytes of a public key (X25519) and of a share of a 256-bit secret: a_K = a_S = 256 bits, as in the paper."""
 

@@ -32,7 +32,6 @@ from fedtailor.storage.files import join
 from fedtailor.storage.run_folder import RunFolder
 
 __all__ = ["RunData", "gather", "report_of", "write_report"]
-
 PAGE = "report.html"
 
 

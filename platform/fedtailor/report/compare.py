@@ -30,14 +30,11 @@ Rows = tuple[tuple[str, tuple[str, ...]], ...]
 """Name or key, and a text per run."""
 
 COLUMNS = ("pool", "run", "method", "budget", "mean", "sd", "n_clients", "n_examples", "n_seeds")
-
 _NEUTRAL = ("storage", "save_adapters", "wandb.")
-
 _ENGINE = ("micro_batch", "zero.ranks", "on_client_failure", "quorum", "num_gpus", "memory_gb", *NUMERIC_ENGINE_KEYS)
 """Keys of the engine that can change a number; GPU keys choose the device."""
 
 _ORIGINS = ("versions.fedtailor", "versions.torch", "git.sha")
-
 _CLIENT = ["pool", "method", "budget", "seed", "client"]
 
 

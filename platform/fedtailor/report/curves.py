@@ -19,13 +19,9 @@ from fedtailor.report.significance import NOT_COMPARED
 from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, looks
 
 CURVES = "Training curves"
-
 _FIRST = ("train_loss", "psg_loss")
-
 _KEYS = ["stage", "method", "budget", "metric", "seed", "round"]
-
 PERCENT = FuncFormatter(lambda value, position: f"{100 * value:g}%")
-
 _FLAT = ("majority", "base")
 
 

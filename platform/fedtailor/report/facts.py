@@ -26,9 +26,7 @@ OFF_THE_SHELF = "off the shelf"
 """How a caption calls a base that no federated training has changed."""
 
 PRETRAIN = "pretrain.json"
-
 _CLIENT_COLUMNS = ("client", "pool", "language", "n_train", "n_test")
-
 _TIME_COLUMNS = ("stage", "round", "client", "seconds")
 
 

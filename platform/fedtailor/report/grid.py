@@ -14,9 +14,7 @@ import pandas as pd
 from fedtailor.report.names import LATEX, MARKDOWN, escape
 
 _UPRIGHT_COLUMNS, _SIDEWAYS_COLUMNS = 10, 14
-
 _plain, _tex = partial(escape, rules=MARKDOWN), partial(escape, rules=LATEX)
-
 _PREAMBLE = r"% needs \usepackage[utf8]{inputenc} and the packages amssymb, booktabs, graphicx, rotating"
 
 

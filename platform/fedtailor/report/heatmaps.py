@@ -26,15 +26,10 @@ from fedtailor.report.names import in_method_order, in_pool_order, method_name, 
 from fedtailor.report.style import GRID, MUTED, SEQUENTIAL, Drawing, Missing, class_label, drawable, language_label
 
 Strategies = Mapping[tuple[str, int], Mapping[str, FloatArray]]
-
 RANKS, DISTANCE = "Learned rank structure", "Strategy distance between languages"
-
 CLIENTS, CLASSES = "Clients and texts per language", "Classes per language"
-
 SAMPLES = "What the clients' examples are in"
-
 _POOL_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
-
 _MOST_CLASSES = 14
 
 

@@ -38,7 +38,6 @@ COLUMNS = (
 """Of ``judgements.parquet``."""
 
 RESULT_COLUMNS = ("pool", "method", "budget", "language", "mean", "sd", "clients", "answers", "failures")
-
 _CELL, _QUESTION = ["pool", "method", "budget", "language"], ["seed", "client", "row"]
 """What names a row of the table, and a question, which every method and budget answers."""
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import openai
 
 Messages: TypeAlias = list[dict[str, str]]
-
 Line: TypeAlias = dict[str, Any]
 """Of ``replies.jsonl``."""
 
@@ -49,14 +48,11 @@ Your reply could not be read: {problem}. Reply with one JSON object, {{"score": 
 a single number from 0 to {scale}."""
 
 KEY: Final = "OPENAI_API_KEY"
-
 GIVE_UP: Final = 10
 """Failed requests in a row after which the rest is not asked."""
 
 _SCORE = re.compile(r'\{\s*"score"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?)\s*\}|([+-]?[0-9]+(?:\.[0-9]+)?)')
-
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
-
 _NO_COMPLETION = "answers, but not with one chat completion; is it the right address?"
 
 

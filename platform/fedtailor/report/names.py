@@ -14,7 +14,6 @@ from babel.core import UnknownLocaleError, get_global
 from fedtailor.methods import METHODS
 
 NOT_RECORDED = "not recorded"
-
 ABSENT = "–"
 
 LATEX: Mapping[str, str] = {

@@ -20,7 +20,6 @@ from fedtailor.report import names
 from fedtailor.report.names import ACCURACY, GENERATION, LOSS, ROUGE_L, SCORES, SHARES, Measure
 
 AVERAGE = "average"
-
 REFERENCE = "base"
 
 RESULT_COLUMNS = (
@@ -33,7 +32,6 @@ TIE_RULE = (
 )
 
 _GROUP = ["pool", "language", "method", "budget", "metric", "seed"]
-
 _TIE = 1e-9
 
 

@@ -25,7 +25,6 @@ from fedtailor.report.scores import REFERENCE, Block, client_scores, primary
 from fedtailor.report.tables import file_label
 
 LEVEL = 0.05
-
 CENTRES = (REFERENCE, "lora", "fedp2eft")
 """Every other method is compared with each of these."""
 
@@ -47,9 +46,7 @@ COLUMNS = (
 )  # fmt: skip
 
 _NOISE = 12
-
 MARKS: Mapping[Verdict, str] = {"better": "▲", "undecided": "", "worse": "▼"}
-
 Key = tuple[str, str]
 """Method and the one it is compared with."""
 

@@ -29,11 +29,8 @@ _SUFFIXES = (".ttf", ".otf", ".ttc")
 
 # Their glyphs are boxes, or nothing.
 _PLACEHOLDERS = ("last resort", "lastresort", "adobe blank", "adobenotdef")
-
 INK, MUTED, GRID = "#1f2328", "#6a717c", "#dfe2e8"
-
 SEQUENTIAL = "viridis"
-
 _SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d")
 
 _RC: dict[str, Any] = {

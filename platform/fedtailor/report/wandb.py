@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ADAPTERS: Final = "adapters/"
-
 _WORK: Final = ".wandb-"
-
 _LOST: Final = ("filestream: fatal error", "sender: failed", "file transfer: upload", "runfiles:")
 """Beginnings of what wandb-core writes to its log alone when it gives something up; `finish` returns as ever."""
 

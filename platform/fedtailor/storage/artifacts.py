@@ -29,7 +29,6 @@ from fedtailor.storage.files import MissingFileError, Storage, join, safe_path, 
 from fedtailor.storage.lock import Lock
 
 ARTIFACTS, MANIFEST = "artifacts", "FILES.json"
-
 VARIABLE = "FEDTAILOR_CACHE"
 """Environment variable: this node's folder for copies."""
 
@@ -40,9 +39,7 @@ Make = Callable[[Path], None]
 """Fills the empty folder that it is given."""
 
 _AT_ONCE, _TRIES = 4, 2
-
 _log = logging.getLogger(__name__)
-
 _hashed: dict[tuple[int, ...], str] = {}
 """What this process has hashed, by device, inode, size and time: not again while these stay."""
 

@@ -25,7 +25,6 @@ from fedtailor.core.errors import StorageError, TailorError
 from fedtailor.core.files import sync
 
 T = TypeVar("T")
-
 PAUSES = (0.2, 0.8, 2.0)
 """Seconds before each further try; stores' own libraries often retry below that."""
 

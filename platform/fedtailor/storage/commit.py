@@ -15,9 +15,7 @@ from fedtailor.storage.files import MissingFileError, Storage, safe_path
 from fedtailor.storage.payloads import Array, canonical_json, read_table, read_tensors, sha256
 
 SCHEMA = 1
-
 RECORD, PRUNED = "COMMIT.json", "PRUNED.json"
-
 Bytes = bytes  # `Commit.bytes` hides the name in its class
 
 

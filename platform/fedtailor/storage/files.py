@@ -19,11 +19,8 @@ from fedtailor.storage.backends import LocalFiles, RemoteFiles, fresh, kind_of, 
 from fedtailor.storage.provenance import scrub
 
 T = TypeVar("T")
-
 Names = list[str]
-
 _FULL, _FORBIDDEN = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS, errno.EACCES, errno.EPERM}
-
 _PASSWORD = re.compile(r"://[^/@:]+:[^@]*@")
 
 # Parts without slash, backslash or control characters that are neither "." nor "..".

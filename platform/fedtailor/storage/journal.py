@@ -17,12 +17,10 @@ from fedtailor.storage.files import Storage, join
 from fedtailor.storage.provenance import redact
 
 LEDGER = "privacy.jsonl"
-
 LIMIT = 10 * 2**20
 """Bytes of a piece. A store that cannot append rewrites the piece for every line, so there it is `REMOTE_LIMIT`."""
 
 REMOTE_LIMIT = 2**18
-
 KEPT = 5
 """Full pieces that are kept beside the one that is written."""
 

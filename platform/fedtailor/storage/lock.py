@@ -27,11 +27,8 @@ from fedtailor.core.errors import LockedError, StorageError
 from fedtailor.storage.files import MissingFileError, Storage, join
 
 LOCK = "LOCK"
-
 HEARTBEAT_S, STALE_S = 3.0, 30.0
-
 _POLL_S, _REMIND_S = 0.2, 30.0
-
 _log = logging.getLogger(__name__)
 
 

@@ -19,16 +19,12 @@ from fedtailor.core.errors import StorageError
 from fedtailor.storage.files import safe_path
 
 Array = npt.NDArray[Any]
-
 Payload: TypeAlias = bytes | Mapping[str, Array] | pa.Table
-
 Entries: TypeAlias = list[tuple[str, dict[str, Any]]]
-
 Extent: TypeAlias = Mapping[str, tuple[int, ...]] | int
 """Shape of each tensor by name, the number of rows of a table, or the number of bytes."""
 
 TENSORS, TABLE = ".safetensors", ".parquet"
-
 MAX_HEADER = 16 * 2**20
 """Bytes of the largest safetensors header that is read; a header of 300 tensors has 30 kB."""
 

@@ -24,18 +24,13 @@ PACKAGES = (
 )  # fmt: skip
 
 HIDDEN = "***"
-
 _ALWAYS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
-
 _IF_TEXT = {"key", "keys", "token", "tokens"}
-
 _KNOWN = re.compile(r"\b(?:wandb_v\d_|hf_|gh[opsu]_)\w{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 """Keys that are recognised by their form: W&B, Hugging Face, GitHub, AWS (its ids; its secrets have no form)."""
 
 _USER_INFO = re.compile(r"(?<=://)[^/@:\s]+(?::[^@\s]*)?(?=@)")
-
 _ASSIGNED = re.compile(r"([\w.\-]+)=([^\s,;&'\"]+)")
-
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 

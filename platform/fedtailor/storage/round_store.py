@@ -23,9 +23,7 @@ from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.payloads import Payload
 
 SHARED, SERVER, PRIVATE = "global/shared.safetensors", "server/state.safetensors", "clients/private.safetensors"
-
 METRICS, PREDICTIONS = "metrics.parquet", "predictions.parquet"
-
 HEAVY = ("global/", "server/")
 """Beginnings of the objects that old rounds lose."""
 
@@ -34,7 +32,6 @@ TIMING_COLUMNS: tuple[str, ...] = ("stage", "round", "client", "seconds", *(fiel
 of `ClientCost`; unknown in runs that kept seconds only."""
 
 _FLOATS = {"value", "weight", "seconds"}
-
 _INTEGERS = {"seed", "round", "budget", "row", *TIMING_COLUMNS} - {"stage", "client", "host"}
 
 
@@ -44,7 +41,6 @@ def _schema(*columns: str) -> pa.Schema:
 
 
 METRIC_SCHEMA, TIMING_SCHEMA = _schema(*METRIC_COLUMNS), _schema(*TIMING_COLUMNS)
-
 PREDICTION_SCHEMA = _schema("client", "language", "budget", "method", "row", "prompt", "reference", "prediction")
 """``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
 client's test examples; ``prompt`` the instruction without its template."""

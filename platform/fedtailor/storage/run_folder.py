@@ -20,15 +20,10 @@ from fedtailor.storage.provenance import hardware, redact, source, versions
 from fedtailor.storage.round_store import METRIC_SCHEMA, METRICS, TIMING_SCHEMA, frame_of, timings_table
 
 SCHEMA = 1
-
 State = Literal["running", "complete", "failed", "interrupted"]
-
 STATES = get_args(State)
-
 STRATEGIES, LAMBDA = "strategies.safetensors", "lambda/"
-
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-
 Entries = list[dict[str, Any]]
 
 

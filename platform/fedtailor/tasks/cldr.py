@@ -38,7 +38,6 @@ FED_AYA = {
 """ISO 639-3, 8 languages."""
 
 LOCALES = MASAKHANEWS | XNLI | FED_AYA
-
 KINDS: tuple[str, ...] = ("territory", "language", "script", "currency", "time zone", "unit", "date")
 """Class names; a label is an index into them. City names are left out: half of the languages have next to none,
 and without context a city reads like a territory."""
@@ -54,7 +53,6 @@ NAME_KINDS: tuple[str, ...] = ("territory", "language", "script", "currency", "u
 """Kinds of names that instructions ask for (`cldr_instruct`)."""
 
 _NOUNS = {"territory": "", "calendar": "", **{kind: f"the {kind} " for kind in ("language", "script", "currency")}}
-
 _LONGEST = 40
 """Characters of a name; longer ones are descriptions."""
 

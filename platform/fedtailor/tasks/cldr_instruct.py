@@ -41,7 +41,6 @@ EXAMPLES: Final = (60, 150)
 """Fewest and most examples of a client, train and test together; sizes are log-normal between them."""
 
 MEDIAN: Final = 85
-
 SPREAD: Final = 0.35
 """Standard deviation of the logarithm of a client's size."""
 
@@ -58,7 +57,6 @@ _NAME_WORDINGS = (
 )
 
 _RULE_WORDINGS = ("Write {} in {language}.", "How is {} written in {language}?", "Put into {language}: {}")
-
 Floats = npt.NDArray[np.float64]
 
 

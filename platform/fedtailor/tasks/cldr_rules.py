@@ -43,7 +43,6 @@ CURRENCIES: Final = (
 )  # fmt: skip
 
 AMOUNTS: Final = (*NUMBERS, 250, 400, 500, 750, 999)
-
 CENTS: Final = ("2.50", "4.75", "9.99", "12.50", "19.95", "45.20", "99.50", "150.25")
 
 SPANS: Final = {
@@ -63,11 +62,8 @@ _LENGTHS = {
 }  # fmt: skip
 
 _JOINS = {"short": ("-narrow", "-short"), "medium": ("-short",), "long": (), "full": ()}
-
 _LIST_PARTS = {"start", "middle", "end", "2"}
-
 _ROOT_MONTH = re.compile(r"M(0\d|1[0-2])")
-
 _ENGLISH_PERIOD = re.compile(r"\b[ap]\.?m\b|\d [ap]$", re.IGNORECASE)
 
 

@@ -23,7 +23,6 @@ DOLLY_CATEGORIES: tuple[str, ...] = (
 """Categories of databricks-dolly-15k, which take the place of languages."""
 
 HUB_ID = "databricks/databricks-dolly-15k"
-
 FILES = ("databricks-dolly-15k.jsonl", "databricks-dolly-15k.json")
 
 

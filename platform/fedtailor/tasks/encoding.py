@@ -22,9 +22,7 @@ from fedtailor.core.errors import ModelError
 from fedtailor.tasks.prompts import Turn, specials, template_for
 
 Ids = npt.NDArray[np.int32]
-
 Overlong = Literal["cut_prompt", "drop"]
-
 Cut = Literal["prompt", "response"]
 
 

@@ -34,7 +34,6 @@ CODES: Mapping[str, str] = {code: code for code in FED_AYA_LANGUAGES} | FED_AYA 
 """Code or English name in lower case -> ISO 639-1 code."""
 
 _LANGUAGE_KEYS = ("language", "lang", "language_code")
-
 _RENAMED = {"inputs": "instruction", "targets": "response"}
 """Names that the Aya data set, which Fed-Aya is made from, has for the same fields."""
 

@@ -39,7 +39,6 @@ SHAPES = (
 )
 
 _CONTEXTS, _RESPONSES = ("input", "context"), ("response", "output")
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

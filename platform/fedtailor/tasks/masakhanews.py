@@ -36,9 +36,7 @@ LABELS: tuple[str, ...] = (
 )
 
 HUB_ID = "masakhane/masakhanews"
-
 COLUMNS = ("category", "headline", "text")
-
 _FILES = {"train": (("train.tsv", "train_partial.tsv"), ("dev.tsv",)), "test": (("test.tsv",),)}
 """Split -> files that make it; alternatives in order of preference."""
 

@@ -24,13 +24,9 @@ from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, NaturalClient, Pool, Source, Split
 
 Ints = npt.NDArray[np.int64]
-
 Floats = npt.NDArray[np.float64]
-
 MIN_TRAIN, MIN_TEST = 2, 1
-
 MIN_EXAMPLES = MIN_TRAIN + MIN_TEST
-
 _FLOOR = 1e-5
 """Added to the classes that are left when one is empty (reference code), so that their sum is never 0."""
 

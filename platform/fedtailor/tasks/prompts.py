@@ -22,9 +22,7 @@ Turn = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": ...}``"""
 
 INSTRUCTION: Final = "{instruction}"
-
 RESPONSE: Final = "{response}"
-
 NAMES: Final = ("alpaca", "alpaca_input", "llama3", "chat")
 """Names that ``task.template`` may have, beside ``auto``."""
 

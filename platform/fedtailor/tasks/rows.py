@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from fedtailor.core.errors import DataError
 
 _BLOCK = 1 << 16
-
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 

@@ -14,13 +14,9 @@ from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 
 Pool = Literal["seen", "unseen"]
-
 Split = Literal["train", "test"]
-
 TaskKind = Literal["classification", "generation"]
-
 POOLS: tuple[Pool, ...] = ("seen", "unseen")
-
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 

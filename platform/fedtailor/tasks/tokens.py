@@ -21,9 +21,7 @@ from fedtailor.tasks.source import SPLITS, Split
 from fedtailor.tasks.store import BLOCK, Partitioned, TaskData, cells, open_stream, write_examples, write_stream
 
 Ints = npt.NDArray[np.int64]
-
 Ids = npt.NDArray[np.int32]
-
 TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 """tokens.arrow: row i belongs to row i of texts.arrow."""
 

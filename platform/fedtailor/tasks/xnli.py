@@ -44,7 +44,6 @@ from fedtailor.tasks.source import (
 )
 
 Ints = npt.NDArray[np.int64]
-
 Premises = tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]
 """Of one split's rows over all languages: keys (languages, n), equal where premises are the same normalised text, and
 usable (n,), False where some language lacks a text."""
@@ -55,13 +54,9 @@ XNLI_LANGUAGES: tuple[str, ...] = (
 """ISO 639-1 codes, the data set's 15 languages in its order."""
 
 LABELS: tuple[str, ...] = ("entailment", "neutral", "contradiction")
-
 HUB_ID = "facebook/xnli"
-
 PAIRS = pa.schema({"premise": pa.large_string(), "hypothesis": pa.large_string(), "label": pa.int64()})
-
 _WITH_TRAIN: Mapping[Split, str] = {"train": "train", "test": "test"}
-
 _WITHOUT_TRAIN: Mapping[Split, str] = {"train": "test", "test": "dev"}
 
 

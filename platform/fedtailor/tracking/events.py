@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 from fedtailor.federated.rounds import RoundOutcome
 
 Event = Mapping[str, Any]
-
 COMMON = ("time", "seq", "run", "kind")
-
 QUIET = frozenset({"segment", "progress", "note"})
 """Events that are shown but not kept: timings and commits say the same."""
 

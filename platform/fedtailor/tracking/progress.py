@@ -22,7 +22,6 @@ from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.events import Event, describe, name_of
 
 LINE_EVERY_S = 10.0
-
 FILE_EVERY_S = 2.0
 """Shortest time between two writings of ``progress.json``."""
 

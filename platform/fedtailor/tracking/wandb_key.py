@@ -14,7 +14,6 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.core.settings import WandbConfig
 
 Mode = Literal["offline", "online"]
-
 KEY, KEY_FILE = "WANDB_API_KEY", "WANDB_API_KEY_FILE"
 
 

@@ -28,9 +28,7 @@ from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.training.local import Training, train
 
 LAMBDA_MIN, LAMBDA_MAX = 1e-4, 1e3
-
 FEW_STEPS = 3
-
 REFERENCE = {"max_grad_norm": 1.0, "forward": "raw", "target": "raw", "accumulate_lambda_grad": True}
 """Switches that give the public code's behaviour."""
 

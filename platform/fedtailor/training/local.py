@@ -17,9 +17,7 @@ from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.lanes.params import clip_lanes
 
 LaneLoss = Callable[[LaneBatch], Tensor]
-
 AfterBackward = Callable[[LaneBatch, int], None]
-
 AfterStep = Callable[[int], None]
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from fedtailor.adapters.selected_lora import RankSelection
 
 TieRule = Literal["rank_then_layer", "layer_then_rank"]
-
 RANK_BITS = 10
 """Mantissa bits of lambda that a ranking looks at: differences below 0.1 % are ties. Ranks of one layer often move
 in lockstep (Adam equalises their steps), so finer differences are rounding noise, other on every machine and in

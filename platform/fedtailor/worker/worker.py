@@ -29,7 +29,6 @@ from fedtailor.worker.open_stage import OpenStage
 from fedtailor.worker.segment import Segment
 
 WEIGHTS = "adapter_model.safetensors"
-
 MEASURED = ("seconds", "costs", "host", "attempt")
 """Parts of a result that differ between ranks and count for nothing."""
 
