@@ -7,7 +7,8 @@ random and in equal sizes. Results are reported by category.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.config import TaskConfig
@@ -23,11 +24,15 @@ DOLLY_CATEGORIES: tuple[str, ...] = (
 """Categories of databricks-dolly-15k, which take the place of languages."""
 
 HUB_ID = "databricks/databricks-dolly-15k"
+
+SAMPLE = "sample"
+"""``task.path``: the 3,003 rows that come with the package (``dolly_sample.md`` has source and licence)."""
+
 FILES = ("databricks-dolly-15k.jsonl", "databricks-dolly-15k.json")
 
 
 def load(cfg: TaskConfig, seed: int) -> Source:
-    """Instructions by pool and category from ``task.path``, else $FEDTAILOR_DATA/dolly, else the hub.
+    """Instructions by pool and category from ``task.path``, else $FEDTAILOR_DATA/dolly, else the hub (see `read`).
 
     The context of an instruction belongs to it (see `instructions`). Rows without a response or an instruction, and
     rows that repeat an earlier one, are dropped and counted.
@@ -42,13 +47,29 @@ def load(cfg: TaskConfig, seed: int) -> Source:
             too few rows for its clients, or the hub cannot be reached.
     """
     _check(cfg)
-    file = find_file(cfg.path, "dolly", FILES)
-    by_category, notes = _by_category(read_rows(file) if file else hub_rows(HUB_ID, split="train"), cfg.languages)
+    by_category, notes = read(cfg.path, cfg.languages)
     pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
     for category, examples in by_category.items():
         for pool, half in seeded_halves(examples, seed, "dolly", category).items():
             pools[pool][category] = _pool(half, f"{pool} pool of category {category!r}", cfg)
     return Source(labels=cfg.languages, pools=pools, notes=notes, disjoint=True, kind="generation")
+
+
+def read(
+    path: str | None, categories: Sequence[str], same: Callable[[Example], str] = lambda example: example.normal
+) -> tuple[dict[str, list[Example]], dict[str, int]]:
+    """The usable examples of each category, and counts of the rows that were read and dropped.
+
+    Args:
+        path: ``task.path``, which may be `SAMPLE`; None: $FEDTAILOR_DATA/dolly, else the hub.
+        categories: those to keep; their order numbers them.
+        same: of examples for which it is equal the first is kept.
+
+    Raises:
+        DataError: see `load`.
+    """
+    file = Path(__file__).with_name("dolly_sample.json.gz") if path == SAMPLE else find_file(path, "dolly", FILES)
+    return _by_category(read_rows(file) if file else hub_rows(HUB_ID, split="train"), categories, same)
 
 
 def _check(cfg: TaskConfig) -> None:
@@ -66,11 +87,12 @@ def _check(cfg: TaskConfig) -> None:
         raise ConfigError(problems)
 
 
-def _by_category(rows: Iterable[Row], categories: Sequence[str]) -> tuple[dict[str, list[Example]], dict[str, int]]:
-    """The usable examples of each category, and counts of the rows that were read and dropped."""
+def _by_category(
+    rows: Iterable[Row], categories: Sequence[str], same: Callable[[Example], str]
+) -> tuple[dict[str, list[Example]], dict[str, int]]:
     found: dict[str, list[Example]] = {category: [] for category in categories}
     dropped, repeated, read = none_dropped(), 0, 0
-    known: set[str] = set()
+    known = set[str]()
     for row in rows:
         read += 1
         category = row.values.get("category")
@@ -79,10 +101,10 @@ def _by_category(rows: Iterable[Row], categories: Sequence[str]) -> tuple[dict[s
             raise DataError(f"{row.where}: 'category' is {category!r}; allowed: {allowed}")
         example = read_example(row)
         if category in found and is_complete(example, dropped):
-            if example.normal in known:
+            if same(example) in known:
                 repeated += 1
             else:
-                known.add(example.normal)
+                known.add(same(example))
                 found[category].append(example._replace(label=categories.index(category)))
     return found, {"rows_read": read, **dropped, "dropped_repeated_rows": repeated}
 

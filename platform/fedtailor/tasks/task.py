@@ -41,6 +41,7 @@ _FILES: Final = (
     "masakhanews",
     "xnli",
     "dolly",
+    "dolly_category",
     "fed_aya",
     "instructions",
 )
