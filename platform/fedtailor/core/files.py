@@ -11,6 +11,15 @@ from pathlib import Path
 
 from fedtailor.core.errors import StorageError
 
+CACHE = "FEDTAILOR_CACHE"
+"""Environment variable with the folder that `cache_root` names."""
+
+
+def cache_root() -> Path:
+    """This node's folder for what can be made or fetched again: ``$FEDTAILOR_CACHE``, else ``~/.cache/fedtailor``."""
+    root = os.environ.get(CACHE)
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "fedtailor").absolute()
+
 
 def sync(path: str | os.PathLike[str]) -> None:
     """Flushes a file or folder to the device."""

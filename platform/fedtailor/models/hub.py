@@ -16,6 +16,8 @@ from fedtailor.models.dimensions import meta_model, packaged_config
 from fedtailor.models.families import check_kind
 from fedtailor.models.folder import check_folder, check_listing, write_causal
 from fedtailor.models.load import first_line, load_classifier, load_tokenizer, save_folder
+from fedtailor.models.packaged import PACKAGE_RECORD
+from fedtailor.models.packages import PACKAGED
 from fedtailor.models.source import EMBEDDED, EMBEDDED_CAUSAL, EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
 from fedtailor.tasks.source import TaskKind
 
@@ -141,9 +143,9 @@ def materialise(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     save_folder(model, tokenizer, out)
-    record = folder / PRETRAINING
-    if record.is_file():
-        shutil.copyfile(record, out / PRETRAINING)
+    for record in (PRETRAINING, PACKAGE_RECORD):
+        if (folder / record).is_file():
+            shutil.copyfile(folder / record, out / record)
     return out
 
 
@@ -195,7 +197,7 @@ def _title(source: ModelSource) -> str:
 
 
 def _advice(source: ModelSource, kind: TaskKind = "classification") -> str:
-    hint = did_you_mean(source.name, [*EMBEDDED_KINDS, PRETRAINED, *PRESETS]).removeprefix("; ")
+    hint = did_you_mean(source.name, [*EMBEDDED_KINDS, PRETRAINED, *PACKAGED, *PRESETS]).removeprefix("; ")
     return (
         f"{hint}{' ' * bool(hint)}Give a local folder with 'model.path=FOLDER', fetch it once with "
         f"'hf download {source.location}', or use model={EMBEDDED if kind == 'classification' else EMBEDDED_CAUSAL}"

@@ -11,6 +11,7 @@ from typing import Literal
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
+from fedtailor.models.packages import PACKAGED
 from fedtailor.tasks.source import TaskKind
 
 EMBEDDED = "tiny-bert"
@@ -51,13 +52,16 @@ class ModelSource:
 
 
 def resolve(cfg: ModelConfig) -> ModelSource:
-    """Decides which model is meant, without looking for it (but for ``mini-mbert``, which must have been made).
+    """Decides which model is meant, without looking for it.
+
+    But ``mini-mbert`` must have been made, and a packaged model is written into this node's cache if it is not there.
 
     ``model.path`` wins over a preset's hub id and over the folder of ``mini-mbert``. A name is a folder if one
     exists there or if it is written like a path (``./m``, ``~/m``, ``/data/m``), else a hub id.
 
     Raises:
-        ModelError: a name that can be neither, a path given for the embedded model, or ``mini-mbert`` not made yet.
+        ModelError: a name that can be neither, a path given for the embedded model, ``mini-mbert`` not made yet, or a
+            package that is not installed.
     """
     if cfg.name in EMBEDDED_KINDS:
         if cfg.path is not None:
@@ -76,6 +80,10 @@ def resolve(cfg: ModelConfig) -> ModelSource:
                 f"FEDTAILOR_MODELS=PARENT_FOLDER"
             )
         return ModelSource("folder", cfg.name, str(made))
+    if cfg.name in PACKAGED and cfg.path is None:
+        from fedtailor.models.packaged import packaged_folder  # loads transformers, which listing names need not
+
+        return ModelSource("folder", cfg.name, str(packaged_folder(cfg.name)))
     written = cfg.path or cfg.name
     folder = Path(written).expanduser()
     like_a_path = written.startswith((".", "/", "~")) or written.count("/") > 1
@@ -84,7 +92,7 @@ def resolve(cfg: ModelConfig) -> ModelSource:
     if not _HUB_ID.fullmatch(cfg.name):
         raise ModelError(
             f"'model.name' ({cfg.name}) is neither {EMBEDDED}, {EMBEDDED_CAUSAL}, {PRETRAINED}, a preset "
-            f"({', '.join(PRESETS)}), a hub id (owner/name) nor a folder"
+            f"({', '.join([*PACKAGED, *PRESETS])}), a hub id (owner/name) nor a folder"
         )
     return ModelSource("hub", cfg.name, PRESETS.get(cfg.name, cfg.name), cfg.revision)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -23,14 +22,12 @@ from typing import Any
 from filelock import FileLock
 
 from fedtailor.core.errors import StorageError
-from fedtailor.core.files import staged_folder
+from fedtailor.core.files import CACHE, cache_root, staged_folder
 from fedtailor.core.messages import StageSpec
 from fedtailor.storage.files import MissingFileError, Storage, join, safe_path, storage_errors
 from fedtailor.storage.lock import Lock
 
 ARTIFACTS, MANIFEST = "artifacts", "FILES.json"
-VARIABLE = "FEDTAILOR_CACHE"
-"""Environment variable: this node's folder for copies."""
 
 Files = Mapping[str, str]
 """Path below the folder, with ``/``, to the sha256 of the content."""
@@ -108,9 +105,7 @@ def read_manifest(storage: Storage, path: str) -> dict[str, str]:
 
 def cache_folder(storage: Storage) -> Path:
     """This node's folder for a storage: below ``$FEDTAILOR_CACHE``, else ``~/.cache/fedtailor``."""
-    root = os.environ.get(VARIABLE)
-    base = Path(root).expanduser() if root else Path.home() / ".cache" / "fedtailor"
-    return base.absolute() / hashlib.sha256(storage.address.encode()).hexdigest()[:16]
+    return cache_root() / hashlib.sha256(storage.address.encode()).hexdigest()[:16]
 
 
 def fetch(storage: Storage, path: str) -> Path:
@@ -138,7 +133,7 @@ def fetch(storage: Storage, path: str) -> Path:
     files, target = read_manifest(storage, path), cache_folder(storage) / path
     if _intact(target, files):
         return target
-    with storage_errors(f"filling the node's cache {target} (below ${VARIABLE})"), one_process(target):
+    with storage_errors(f"filling the node's cache {target} (below ${CACHE})"), one_process(target):
         tries = 0
         while not _intact(target, files):
             try:
