@@ -108,6 +108,8 @@ def answer_all(
 @torch.no_grad()
 def answer(net: LaneNet, prompts: Sequence[Sequence[IntArray]], how: Decoding) -> list[list[list[int]]]:
     """Answers the prompts of K lanes in one call; see `answer_all`. A lane may have fewer prompts than others."""
+    if len(prompts) > 1 and not net.state.fused:
+        return [_alone(net, k, own, how) for k, own in enumerate(prompts)]
     lanes, rows = len(prompts), max(len(lane) for lane in prompts)
     width = max(len(prompt) for lane in prompts for prompt in lane)
     ids = np.full((lanes, rows, width), how.pad_id, dtype=np.int64)
@@ -135,6 +137,13 @@ def answer(net: LaneNet, prompts: Sequence[Sequence[IntArray]], how: Decoding) -
         )
     new = out[:, width:].view(lanes, rows, -1).tolist()
     return [[how.bare(new[k][i][: limits[k, i]]) for i in range(len(lane))] for k, lane in enumerate(prompts)]
+
+
+def _alone(net: LaneNet, lane: int, prompts: Sequence[IntArray], how: Decoding) -> list[list[int]]:
+    if not prompts:
+        return []
+    with net.alone(lane):
+        return answer(net, [prompts], how)[0]
 
 
 def _generation(how: Decoding, new_tokens: int) -> GenerationConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +79,11 @@ class LaneBatch:
     def lanes(self) -> int:
         """K."""
         return self.input_ids.shape[0]
+
+    def lane(self, number: int) -> LaneBatch:
+        """One lane of the batch, padded as it is."""
+        own, values = slice(number, number + 1), {f.name: getattr(self, f.name) for f in fields(self)}
+        return LaneBatch(**{name: None if value is None else value[own] for name, value in values.items()})
 
 
 def make_batch(

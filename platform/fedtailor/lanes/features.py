@@ -84,7 +84,11 @@ def client_features(net: LaneNet, examples: Examples, pad_id: int, pad_to: int |
     mask: Tensor
 
     def count(number: int, x: Tensor) -> None:
-        moments[number].add(x if x.dim() == 2 or pad_to is not None else x[mask])
+        # What is not of one row and token each (position tables, halved sequences) counts as it is.
+        if pad_to is None and number in net.tokens_first:
+            x = x.transpose(0, 1)
+        tokens = pad_to is None and x.shape[:-1] == mask.shape
+        moments[number].add(x[mask] if tokens else x)
 
     def hook(number: int) -> Any:
         return lambda _module, inputs: count(number, inputs[0])

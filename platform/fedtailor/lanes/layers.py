@@ -20,6 +20,10 @@ class LaneState:
     """Per running lane its own (rows, tokens)."""
     rows: int = 0
     """Rows of every lane, padding included."""
+    first: int = 0
+    """Bound adapter of the first running lane: above 0 where lanes run one by one."""
+    fused: bool = True
+    """Lanes may share a forward pass: every adapted layer sees their rows side by side, see `lanes.probe`."""
     dropout: float = 0.0
     generators: list[torch.Generator] = field(default_factory=list)
     """One per lane, so that a lane draws the same mask whoever runs beside it."""
@@ -28,6 +32,11 @@ class LaneState:
     """True while the base alone is wanted, adapters staying bound."""
     overlay_rows: Tensor | None = None
     """Per lane the row of the bound overlay that belongs to its client, (K,) int64; None: no overlay."""
+
+    def running(self, values: Tensor) -> Tensor:
+        """Of values per bound lane (K, ...) those of the running ones."""
+        lanes = len(self.shapes)
+        return values if len(values) == lanes else values[self.first : self.first + lanes]
 
 
 @dataclass(frozen=True)
@@ -81,27 +90,28 @@ class LaneLinear(nn.Module):
         lanes = len(self.state.shapes)
         y = self._base(x, lanes)
         if self.under is not None and not self.state.bypass:
-            y = _low_rank(y, x, self.under.a[:lanes], self.under.b[:lanes], None, self.under.scale)
+            y = _low_rank(
+                y, x, self.state.running(self.under.a), self.state.running(self.under.b), None, self.under.scale
+            )
         if self.a is None or self.b is None or self.state.bypass:
             if not self.state.bypass:
                 # A bare layer draws too: which layers are bare depends on the other lanes' ranks.
                 self._dropout(x, lanes)
             return y
-        a, b, lam = (t if t is None or t.shape[0] == lanes else t[:lanes] for t in (self.a, self.b, self.lam))
-        assert a is not None
-        assert b is not None
+        lam = None if self.lam is None else self.state.running(self.lam)
+        a, b = self.state.running(self.a), self.state.running(self.b)
         return _low_rank(y, self._dropout(x, lanes), a, b, lam, self.scale)
 
     def _base(self, x: Tensor, lanes: int) -> Tensor:
         y: Tensor
         if self.own is not None and not self.state.bypass:
-            weight, bias = (t[:lanes] for t in self.own)
+            weight, bias = (self.state.running(t) for t in self.own)
             h = x.reshape(lanes, -1, x.shape[-1])
             y = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2)).view(*x.shape[:-1], -1)
         else:
             y = self.base(x)
         if self.overlay is not None and self.state.overlay_rows is not None:
-            rows = self.state.overlay_rows[:lanes]
+            rows = self.state.running(self.state.overlay_rows)
             y = _low_rank(y, x, self.overlay.a[rows], self.overlay.b[rows], None, self.overlay.scale)
         return y
 
@@ -109,6 +119,9 @@ class LaneLinear(nn.Module):
         p = self.state.dropout
         if not p or not self.state.training:
             return x
+        if not self.state.fused:
+            mask = torch.rand(x.shape, generator=self.state.generators[self.state.first]) >= p
+            return x * (mask.to(x) / (1 - p))
         # Each lane draws in its own shape: what is drawn must not depend on the group's padding.
         keep = torch.ones(lanes, x.shape[0] // lanes, *x.shape[1:], device=x.device, dtype=x.dtype)
         for lane, (rows, tokens) in enumerate(self.state.shapes):
@@ -164,6 +177,5 @@ class LaneEmbedding(nn.Module):
         if self.tables is None or rows is None:
             out: Tensor = self.base(ids)
             return out
-        lanes = len(self.state.shapes)
-        table = torch.repeat_interleave(rows[:lanes], self.state.rows)
+        table = torch.repeat_interleave(self.state.running(rows), self.state.rows)
         return self.tables[table.unsqueeze(1), ids.expand(len(table), -1)]

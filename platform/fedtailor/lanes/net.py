@@ -107,6 +107,10 @@ class LaneNet:
         ranks: the processes that hold this model together; None: this one alone.
         verify: raises where the base is no longer what it was; by default nothing can happen to it.
         shares_optimizer: each of the ranks keeps a part of the optimizer's state only.
+
+    Attributes:
+        one_by_one: why lanes do not share a forward pass; empty: they do. `lanes.probe` sets it, and the next.
+        tokens_first: adapted layers whose input is (T, rows, d).
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class LaneNet:
             model.gradient_checkpointing_enable(how)  # type: ignore[operator]
         self.layers = attach(model, linears, self.state)
         self.base_dropout = base_dropout
+        self.one_by_one, self.tokens_first = "", frozenset[int]()
         self.overlay_index: dict[str, int] = {}
         self._autocast = torch.bfloat16 if dtype == "bfloat16" else None
         for parameter in model.parameters():
@@ -212,6 +217,8 @@ class LaneNet:
     def logits(self, batch: LaneBatch) -> Tensor:
         """Class scores (k, m, C) of the batch's targets, float32 or the base's type if wider."""
         k, b, t = batch.input_ids.shape
+        if k > 1 and not self.state.fused:
+            return torch.cat([self.lane_logits(batch, lane) for lane in range(k)])
         self.state.shapes, self.state.rows = batch.shapes, b
         ids, mask = batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t)
         with self.autocast():
@@ -219,12 +226,26 @@ class LaneNet:
         out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
         return out.view(k, -1, out.shape[-1])
 
+    @contextmanager
+    def alone(self, lane: int) -> Iterator[None]:
+        """What runs inside is one lane, with the adapter of this one of those that are bound."""
+        self.state.first = lane
+        try:
+            yield
+        finally:
+            self.state.first = 0
+
     def hidden(self, batch: LaneBatch) -> Tensor:
         """What a language model's output embedding reads, (k b, T, d); no token is scored."""
         k, b, t = batch.input_ids.shape
         self.state.shapes, self.state.rows = batch.shapes, b
         with self.autocast():
             return self._body(batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t))
+
+    def lane_logits(self, batch: LaneBatch, lane: int) -> Tensor:
+        """`logits` of one lane of the batch, (1, m, C), computed without the others."""
+        with self.alone(lane):
+            return self.logits(batch.lane(lane))
 
     def autocast(self) -> AbstractContextManager[object]:
         """The compute type, for a forward pass."""

@@ -1,0 +1,116 @@
+"""Whether a model's layers see the rows of several clients side by side, tried out when it is loaded.
+
+A lane-wise layer takes equal pieces of its input's first axis for lanes. Most architectures hand it (rows, tokens, d)
+or (rows, d). Some do not: DeBERTa sends one table of positions for all rows through its projections, Longformer puts
+tokens first, a mixture of experts gathers tokens from all rows. There, clients would get each other's adapters,
+silently. So two lanes are run against one, and a model for which they differ runs its lanes one by one, which is exact
+for any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedtailor.core.errors import ModelError
+from fedtailor.core.seeding import torch_rng
+from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.net import LaneNet
+
+_LANES, _ROWS, _TOKENS = 2, 2, 7
+"""The rows of all lanes and their tokens differ, so that an input's shape tells which is which."""
+
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-8}
+"""Largest difference that rounding explains, as a share of the adapters' effect. Narrower types round more than a
+mix-up of positions may change: there shapes decide alone."""
+
+Shape = tuple[int, ...]
+
+
+def probe(net: LaneNet, numbers: bool = True) -> None:
+    """Sets ``net.state.fused``, ``net.one_by_one`` and ``net.tokens_first``.
+
+    Args:
+        net: just loaded, without bound adapters.
+        numbers: compare numbers too, which takes two more passes over a few tokens; False: shapes alone.
+
+    Raises:
+        ModelError: the model does not run on a tiny batch when its layers carry adapters.
+    """
+    name = type(net.model).__name__
+    seen: list[list[Shape]] = [[] for _ in net.layers]
+    handles = [layer.register_forward_pre_hook(_watch(own)) for layer, own in zip(net.layers, seen, strict=True)]
+    net.train_mode(False)
+    net.state.fused = True
+    try:
+        _bind(net)
+        batch = _batch(net)
+        with torch.no_grad():
+            try:
+                together = net.logits(batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            numbers = numbers and together.dtype in _ROUNDING and net.param_dtype == _dtype(net)
+            alone = torch.stack([net.lane_logits(batch, lane)[0] for lane in range(_LANES)]) if numbers else together
+    except Exception as error:  # any model's code may fail here in its own way
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"{name} does not run with adapters: {type(error).__name__}: {reason}") from error
+    finally:
+        net.unbind()
+    net.tokens_first = frozenset(i for i, own in enumerate(seen) if any(map(_tokens_first, own)))
+    odd = [layer.name for layer, own in zip(net.layers, seen, strict=True) if not all(map(_by_rows, own))]
+    if odd:
+        net.one_by_one = f"{name}: {odd[0]} does not get its input by rows ({len(odd)} such layers)"
+    elif numbers and not _same(together, alone):
+        net.one_by_one = f"{name}: two clients in one forward pass change each other's scores"
+    net.state.fused = not net.one_by_one
+
+
+def _watch(seen: list[Shape]) -> Callable[..., None]:
+    return lambda _module, inputs: seen.append(tuple(inputs[0].shape[:-1]))
+
+
+def _by_rows(shape: Shape) -> bool:
+    rows = _LANES * _ROWS
+    return shape[0] == rows or shape == (rows * _TOKENS,)
+
+
+def _tokens_first(shape: Shape) -> bool:
+    return len(shape) == 2 and shape[0] != shape[1] == _LANES * _ROWS
+
+
+def _same(together: Tensor, alone: Tensor) -> bool:
+    effect = (alone[0] - alone[1]).abs().max()
+    return bool((together - alone).abs().max() <= _ROUNDING[together.dtype] * effect)
+
+
+def _dtype(net: LaneNet) -> torch.dtype:
+    return next(net.model.parameters()).dtype
+
+
+def _bind(net: LaneNet) -> None:
+    """Every layer gets an adapter of rank 1 per lane, about as strong as the layer itself."""
+    rng = torch_rng("probe")
+    for layer, adapted in zip(net.layers, net.adapted, strict=True):
+        a = torch.randn(_LANES, 1, adapted.d_in, generator=rng) / adapted.d_in**0.5
+        b = torch.randn(_LANES, adapted.d_out, 1, generator=rng) / adapted.d_out**0.5
+        layer.bind(a.to(net.device, net.param_dtype), b.to(net.device, net.param_dtype), None, 1.0)
+
+
+def _batch(net: LaneNet) -> LaneBatch:
+    """The same texts for both lanes, one row of each shorter, all of them ended where the model asks for it."""
+    config = net.model.config
+    size = int(getattr(config, "vocab_size", None) or config.get_text_config().vocab_size)
+    ids = torch.randint(size // 2, size, (1, _ROWS, _TOKENS), generator=torch_rng("probe", "tokens"))
+    mask = torch.ones_like(ids)
+    mask[:, 1, _TOKENS - 2 :] = 0
+    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    ids[mask == 0] = 0 if pad is None else int(pad)
+    if isinstance(end, int):
+        ids[:, 0, -1], ids[:, 1, -3] = end, end
+    ids, mask = (t.repeat(_LANES, 1, 1).to(net.device) for t in (ids, mask))
+    labels, valid = (torch.zeros(_LANES, _ROWS, dtype=t, device=net.device) for t in (torch.int64, torch.bool))
+    return LaneBatch(ids, mask, labels, valid, ((_ROWS, _TOKENS),) * _LANES)
