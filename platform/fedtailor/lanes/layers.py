@@ -72,6 +72,11 @@ class LaneLinear(nn.Module):
         self.overlay: Branch | None = None
         self.own: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's, for code that asks a layer for its type (T5)."""
+        return self.base.weight
+
     def bind(self, a: Tensor, b: Tensor, lam: Tensor | None, scale: float) -> None:
         """Attaches A (K, r, d_in), B (K, d_out, r) and lambda (K, r), or None for all ones."""
         # Past Module.__setattr__, whose checks cost more than the rest of a round's bookkeeping.
