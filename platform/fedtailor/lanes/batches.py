@@ -53,7 +53,7 @@ class LaneBatch:
 
     Args:
         input_ids: (k, b, T) int64.
-        attention_mask: (k, b, T) int64; rows that only pad keep one token, lest a softmax divide by zero.
+        attention_mask: (k, b, T) int64; rows that only fill a lane up have that of its first row, and its text.
         labels: (k, m) int64, the classes.
         valid: (k, m) bool, False where a lane has fewer than m targets.
         shapes: per lane its own (rows, tokens), without the group's padding.
@@ -100,7 +100,9 @@ def make_batch(
     valid = np.zeros((k, b), dtype=np.bool_)
     for lane, (e, index, (n, width)) in enumerate(zip(examples, indices, shapes, strict=True)):
         ids[lane, :n, :width] = e.input_ids[index, :width]
-        lengths[lane, :n] = chosen[lane]
+        # Rows that only fill a lane up are its first text again: some models refuse a row without an end token.
+        ids[lane, n:] = ids[lane, 0]
+        lengths[lane, :n], lengths[lane, n:] = chosen[lane], chosen[lane][0]
         labels[lane, :n] = e.labels[index]
         valid[lane, :n] = True
         if e.first_segment_length is not None:

@@ -48,6 +48,15 @@ class Branch:
     scale: float
 
 
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """An adapted linear layer: module path and widths."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
 class LaneLinear(nn.Module):
     r"""Computes :math:`W x + c + s \, B_k (\lambda_k \circ A_k\, \mathrm{dropout}(x))` for the lane k of each row.
 

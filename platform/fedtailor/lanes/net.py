@@ -9,23 +9,23 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedtailor.core.scope import Ranks
 from fedtailor.lanes.batches import LaneBatch
-from fedtailor.lanes.layers import LaneEmbedding, LaneLinear, LaneState, attach
+from fedtailor.lanes.layers import AdaptedLayer, LaneEmbedding, LaneLinear, LaneState, attach
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
-
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
 """Numbers of glibc's mallopt(3)."""
+
+_signature = cache(signature)
 
 LARGEST_KEPT = 32 * 2**20
 """Bytes; glibc takes no larger threshold. Weights of large models stay above it and go back to the system."""
@@ -85,15 +85,6 @@ def _put(state: LaneState, values: LaneState) -> None:
         setattr(state, field.name, getattr(values, field.name))
 
 
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """An adapted linear layer: module path and widths."""
-
-    name: str
-    d_in: int
-    d_out: int
-
-
 class LaneNet:
     """A frozen model whose linear layers can carry one adapter per lane.
 
@@ -107,11 +98,12 @@ class LaneNet:
         ranks: the processes that hold this model together; None: this one alone.
         verify: raises where the base is no longer what it was; by default nothing can happen to it.
         shares_optimizer: each of the ranks keeps a part of the optimizer's state only.
-
-    Attributes:
-        one_by_one: why lanes do not share a forward pass; empty: they do. `lanes.probe` sets it, and the next.
-        tokens_first: adapted layers whose input is (T, rows, d).
     """
+
+    one_by_one = ""
+    """Why lanes do not share a forward pass; empty: they do. `lanes.probe` sets it, and the next."""
+    tokens_first: frozenset[int] = frozenset()
+    """Adapted layers whose input is (T, rows, d)."""
 
     def __init__(
         self,
@@ -133,7 +125,6 @@ class LaneNet:
             model.gradient_checkpointing_enable(how)  # type: ignore[operator]
         self.layers = attach(model, linears, self.state)
         self.base_dropout = base_dropout
-        self.one_by_one, self.tokens_first = "", frozenset[int]()
         self.overlay_index: dict[str, int] = {}
         self._autocast = torch.bfloat16 if dtype == "bfloat16" else None
         for parameter in model.parameters():
@@ -220,7 +211,7 @@ class LaneNet:
         if k > 1 and not self.state.fused:
             return torch.cat([self.lane_logits(batch, lane) for lane in range(k)])
         self.state.shapes, self.state.rows = batch.shapes, b
-        ids, mask = batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t)
+        ids, mask = batch.input_ids.reshape(-1, t), batch.attention_mask.reshape(-1, t)
         with self.autocast():
             out = self._pooled(batch, ids, mask) if batch.positions is None else self._at(batch.positions, ids, mask)
         out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
@@ -281,12 +272,7 @@ def _bit_sum(weight: Tensor) -> Tensor:
 def _takes_segments(model: nn.Module) -> bool:
     """The model has embeddings for two segments."""
     types = getattr(getattr(model, "config", None), "type_vocab_size", 0)
-    return isinstance(types, int) and types > 1 and "token_type_ids" in _arguments(type(model).forward)
-
-
-@cache
-def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(signature(forward).parameters)
+    return isinstance(types, int) and types > 1 and "token_type_ids" in _signature(type(model).forward).parameters
 
 
 def keep_freed_memory() -> bool:

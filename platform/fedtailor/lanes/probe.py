@@ -10,9 +10,11 @@ for any of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import torch_rng
@@ -26,18 +28,23 @@ _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Largest difference that rounding explains, as a share of the adapters' effect. Narrower types round more than a
 mix-up of positions may change: there shapes decide alone."""
 
+_PADDING = 1e-2
+"""Largest change of scores by padding that rounding explains, as a share of their size."""
+
 Shape = tuple[int, ...]
 
 
-def probe(net: LaneNet, numbers: bool = True) -> None:
+def probe(net: LaneNet, pad_id: int, numbers: bool = True) -> None:
     """Sets ``net.state.fused``, ``net.one_by_one`` and ``net.tokens_first``.
 
     Args:
         net: just loaded, without bound adapters.
-        numbers: compare numbers too, which takes two more passes over a few tokens; False: shapes alone.
+        pad_id: padding token of the tokenizer.
+        numbers: compare numbers too, which takes three more passes over a few tokens; False: shapes alone.
 
     Raises:
-        ModelError: the model does not run on a tiny batch when its layers carry adapters.
+        ModelError: the model does not run on a tiny batch when its layers carry adapters, or a text's scores depend on
+            the padding beside it.
     """
     name = type(net.model).__name__
     seen: list[list[Shape]] = [[] for _ in net.layers]
@@ -46,7 +53,7 @@ def probe(net: LaneNet, numbers: bool = True) -> None:
     net.state.fused = True
     try:
         _bind(net)
-        batch = _batch(net)
+        batch = _batch(net, pad_id)
         with torch.no_grad():
             try:
                 together = net.logits(batch)
@@ -55,11 +62,16 @@ def probe(net: LaneNet, numbers: bool = True) -> None:
                     handle.remove()
             numbers = numbers and together.dtype in _ROUNDING and net.param_dtype == _dtype(net)
             alone = torch.stack([net.lane_logits(batch, lane)[0] for lane in range(_LANES)]) if numbers else together
+            padded = net.lane_logits(_widened(batch, pad_id), 0)[0] if numbers else alone[0]
     except Exception as error:  # any model's code may fail here in its own way
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"{name} does not run with adapters: {type(error).__name__}: {reason}") from error
     finally:
         net.unbind()
+    if len(padded) == _ROWS and (alone[0] - padded).abs().max() > _PADDING * padded.abs().max():
+        raise ModelError(
+            f"{name}: the padding beside a text changes its scores, as if padding were read; not supported"
+        )
     net.tokens_first = frozenset(i for i, own in enumerate(seen) if any(map(_tokens_first, own)))
     odd = [layer.name for layer, own in zip(net.layers, seen, strict=True) if not all(map(_by_rows, own))]
     if odd:
@@ -100,17 +112,22 @@ def _bind(net: LaneNet) -> None:
         layer.bind(a.to(net.device, net.param_dtype), b.to(net.device, net.param_dtype), None, 1.0)
 
 
-def _batch(net: LaneNet) -> LaneBatch:
+def _batch(net: LaneNet, pad_id: int) -> LaneBatch:
     """The same texts for both lanes, one row of each shorter, all of them ended where the model asks for it."""
     config = net.model.config
     size = int(getattr(config, "vocab_size", None) or config.get_text_config().vocab_size)
     ids = torch.randint(size // 2, size, (1, _ROWS, _TOKENS), generator=torch_rng("probe", "tokens"))
     mask = torch.ones_like(ids)
     mask[:, 1, _TOKENS - 2 :] = 0
-    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-    ids[mask == 0] = 0 if pad is None else int(pad)
+    ids[mask == 0] = pad_id
+    end = getattr(config, "eos_token_id", None)
     if isinstance(end, int):
         ids[:, 0, -1], ids[:, 1, -3] = end, end
     ids, mask = (t.repeat(_LANES, 1, 1).to(net.device) for t in (ids, mask))
     labels, valid = (torch.zeros(_LANES, _ROWS, dtype=t, device=net.device) for t in (torch.int64, torch.bool))
     return LaneBatch(ids, mask, labels, valid, ((_ROWS, _TOKENS),) * _LANES)
+
+
+def _widened(batch: LaneBatch, pad_id: int) -> LaneBatch:
+    ids, mask = (F.pad(t, (0, 4), value=v) for t, v in ((batch.input_ids, pad_id), (batch.attention_mask, 0)))
+    return replace(batch, input_ids=ids, attention_mask=mask)
