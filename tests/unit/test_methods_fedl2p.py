@@ -417,7 +417,7 @@ def test_bfloat16_compute_gives_nearly_the_float32_hypergradient(attention: str)
     for dtype in ("float32", "bfloat16"):
         method, net = build(outer_steps=1), toy_net(torch.float32)
         net.model.set_attn_implementation(attention)
-        net._autocast = torch.bfloat16 if dtype == "bfloat16" else None
+        net.compute_type = torch.bfloat16 if dtype == "bfloat16" else None
         ctx = context(method, [9, 5], net)
         method.local_update(ctx)
         found.append(ctx.params[MULTIPLIERS].grad.flatten())

@@ -65,6 +65,7 @@ class Execution:
         self.storage = Storage(exp.storage)
         self.artifacts = Artifacts(self.storage, run.run_id, self._waiting)
         self._earlier = EarlierStages(self.storage, exp)
+        self._one_by_one = ""
         self._make_pool = make_pool
         self._pool: Pool | None = None
         self._stages: list[Stage] = []
@@ -157,10 +158,18 @@ class Execution:
     def _tokens(self, inputs: Inputs) -> TokenData:
         return TokenData.open(fetch(self.storage, artifact_path(inputs.tokens)))
 
+    def _opened(self, stage: Stage, spec: StageSpec) -> StageInfo:
+        info = self.pool.open(spec)
+        if info.one_by_one and not self._one_by_one:
+            self._one_by_one = info.one_by_one
+            what = f"clients run one by one, which is slower: {info.one_by_one}"
+            self.emit({"kind": "warning", "stage": stage.key, "round": 0, "what": what})
+        return info
+
     def _rounds(self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog) -> StageInfo:
         seen = [c for c in data.clients if c.pool == "seen"]
         engine = self.exp.engine
-        info = self.pool.open(spec)
+        info = self._opened(stage, spec)
         plan = RoundPlan(
             stage=stage.key,
             seed=stage.seed,
@@ -224,7 +233,7 @@ class Execution:
         clients = [c.id for c in data.clients if c.pool in self.exp.personalise.pools]
         size, engine = self.exp.personalise.chunk, self.exp.engine
         chunks = [clients[i : i + size] for i in range(0, len(clients), size)]
-        info = self.pool.open(spec)
+        info = self._opened(stage, spec)
         shared = self._earlier.shared(stage, info)
         own, overlay = self._earlier.private(stage, info), self._earlier.overlay(stage)
         for index in range(len(log.all(repair=True)), len(chunks)):

@@ -126,7 +126,7 @@ class LaneNet:
         self.layers = attach(model, linears, self.state)
         self.base_dropout = base_dropout
         self.overlay_index: dict[str, int] = {}
-        self._autocast = torch.bfloat16 if dtype == "bfloat16" else None
+        self.compute_type = torch.bfloat16 if dtype == "bfloat16" else None
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
@@ -240,7 +240,7 @@ class LaneNet:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The compute type, for a forward pass."""
-        return torch.autocast(self.device.type, dtype=self._autocast) if self._autocast else nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_type) if self.compute_type else nullcontext()
 
     def _pooled(self, batch: LaneBatch, ids: Tensor, mask: Tensor) -> Tensor:
         """One prediction per row, (k b, C)."""

@@ -51,6 +51,7 @@ def probe(net: LaneNet, pad_id: int, numbers: bool = True) -> None:
     handles = [layer.register_forward_pre_hook(_watch(own)) for layer, own in zip(net.layers, seen, strict=True)]
     net.train_mode(False)
     net.state.fused = True
+    held, net.compute_type = net.compute_type, None
     try:
         _bind(net)
         batch = _batch(net, pad_id)
@@ -60,13 +61,14 @@ def probe(net: LaneNet, pad_id: int, numbers: bool = True) -> None:
             finally:
                 for handle in handles:
                     handle.remove()
-            numbers = numbers and together.dtype in _ROUNDING and net.param_dtype == _dtype(net)
+            numbers = numbers and _dtype(net) in _ROUNDING
             alone = torch.stack([net.lane_logits(batch, lane)[0] for lane in range(_LANES)]) if numbers else together
             padded = net.lane_logits(_widened(batch, pad_id), 0)[0] if numbers else alone[0]
     except Exception as error:  # any model's code may fail here in its own way
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"{name} does not run with adapters: {type(error).__name__}: {reason}") from error
     finally:
+        net.compute_type = held
         net.unbind()
     if len(padded) == _ROWS and (alone[0] - padded).abs().max() > _PADDING * padded.abs().max():
         raise ModelError(

@@ -233,7 +233,7 @@ def personalise(
     """
     exp = generator.exp
     model = ModelConfig(targets=exp.model.targets, base_dropout=exp.model.base_dropout)
-    net = load_net(generator.base, model, generator.labels, device=device)
+    net = load_net(generator.base, model, generator.labels, device=device, pad_id=pad_id)
     net.unbind()
     net.train_mode(False)
 

@@ -27,6 +27,7 @@ from fedtailor.lanes.features import FeatureCache
 from fedtailor.lanes.grouping import Load, lane_groups
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams, Parameters
+from fedtailor.lanes.probe import probe
 from fedtailor.methods import build_method
 from fedtailor.methods.build import build_server_side
 from fedtailor.methods.external import add_method
@@ -112,7 +113,9 @@ class OpenStage:
         self._reset(params, None, [None])
         initial = params.flat(Scope.SHARED)[0].detach().float().cpu().numpy().copy()
         r_init = self.method.adapter.r_init if self.method.adapter else 0
-        return StageInfo(self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init)
+        return StageInfo(
+            self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init, self.net.one_by_one
+        )
 
     def groups(self, clients: Sequence[str]) -> list[list[int]]:
         """Client indices that share a forward pass."""
@@ -234,6 +237,7 @@ def load_net(
     kind: TaskKind = "classification",
     device: str = "cpu",
     dtype: str = "float32",
+    pad_id: int | None = None,
 ) -> LaneNet:
     """A frozen model with its adapted layers wrapped.
 
@@ -244,9 +248,10 @@ def load_net(
         kind: what the model's head is for.
         device: where to compute.
         dtype: what is computed in.
+        pad_id: padding token of the tokenizer; None: nothing will be computed, so lanes are not tried.
 
     Raises:
-        ModelError: the folder cannot be loaded.
+        ModelError: the folder cannot be loaded, or the model cannot carry adapters, see `probe`.
     """
     bits = model.weights if model.weights in ("8bit", "4bit") else None
     kept = torch.float32 if model.weights == "float32" else torch.bfloat16
@@ -254,17 +259,20 @@ def load_net(
     if bits is None:  # quantised weights are made on the GPU and stay there
         base.to(torch.device(device))  # type: ignore[arg-type]
     linears = adapted_linears(base, model.targets)
-    return LaneNet(base, linears, dtype, model.base_dropout, checkpointing=model.checkpointing)
+    net = LaneNet(base, linears, dtype, model.base_dropout, checkpointing=model.checkpointing)
+    if pad_id is not None:
+        probe(net, pad_id)
+    return net
 
 
 def load_stage_net(spec: StageSpec, data: TokenData, ranks: Ranks | None) -> LaneNet:
     """The frozen model of a stage: in this process, or on a group's ranks, over which ZeRO stage 3 spreads it."""
     folder, model, engine = Path(spec.model_dir), spec.model, spec.engine
     if ranks is None or engine.zero.stage != 3:
-        net = load_net(folder, model, data.labels, data.kind, engine.device, engine.dtype)
+        net = load_net(folder, model, data.labels, data.kind, engine.device, engine.dtype, data.pad_id)
         net.ranks, net.shares_optimizer = ranks, ranks is not None
         return net
-    base, probe = load_partitioned(
+    base, gathering = load_partitioned(
         folder,
         None if data.kind == "generation" else data.labels,
         torch.bfloat16 if model.weights == "bfloat16" else torch.float32,
@@ -273,6 +281,8 @@ def load_stage_net(spec: StageSpec, data: TokenData, ranks: Ranks | None) -> Lan
         attention=model.attention,
         device=engine.device,
     )
-    probe.check()
+    gathering.check()
     linears = adapted_linears(base, model.targets)
-    return LaneNet(base, linears, engine.dtype, model.base_dropout, model.checkpointing, ranks, probe.check)
+    net = LaneNet(base, linears, engine.dtype, model.base_dropout, model.checkpointing, ranks, gathering.check)
+    probe(net, data.pad_id, numbers=False)
+    return net
