@@ -16,10 +16,11 @@ from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import DecodingConfig
-from fedtailor.evaluation.decoding import Decoding, answer, answer_all, positions_of
+from fedtailor.evaluation.decoding import Decoding, answer, answer_all
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.layers import LaneEmbedding
 from fedtailor.lanes.net import LaneNet
+from fedtailor.models.families import positions_of
 
 STOP = 2
 Prompts = list[list[np.ndarray]]
@@ -181,7 +182,7 @@ def test_beams_find_likelier_answers_than_greed() -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_no_answer_goes_beyond_what_the_model_can_position(beams: int) -> None:
     net, _ = adapted(1)
-    assert positions_of(net) == 64
+    assert positions_of(net.model.config) == 64
     asked = [np.array([9, 8, 7]), *(np.arange(first, first + 30) for first in range(3, 13))]
     settings = how(10, stop=(), positions=34, beams=beams)
     [together] = answer(net, [asked], settings)

@@ -69,12 +69,6 @@ class Decoding:
         return int(max(1, min(self.cfg.max_new_tokens, room)))
 
 
-def positions_of(net: LaneNet) -> int | None:
-    """How many tokens the model can position, as its config says."""
-    found = getattr(getattr(net.model, "config", None), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
-
-
 def answer_all(
     net: LaneNet, prompts: Sequence[Sequence[IntArray]], how: Decoding, token_budget: int
 ) -> list[list[list[int]]]:

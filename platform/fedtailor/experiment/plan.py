@@ -23,8 +23,11 @@ from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.federated.method import Method
 from fedtailor.federated.updates import attack_of
 from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.probe import probe
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
+from fedtailor.models.hub import check_available
+from fedtailor.models.load import load_causal, load_classifier, load_tokenizer
 from fedtailor.models.source import resolve
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
@@ -34,6 +37,10 @@ from fedtailor.tasks.task import prepare
 
 LOOKED_AT = 20
 """Newest runs whose times are looked at."""
+
+
+LARGEST_TRIED = 2**31
+"""Bytes of weights up to which a plan loads them to try the model."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,10 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     Raises:
         ConfigError: ``attack.clients`` names somebody whom the data does not have.
         DataError: ``task.path`` is given and unusable.
-        ModelError: no config of the model is to be had.
+        ModelError: no config of the model is to be had, or a local model cannot serve.
     """
     notes: list[str] = []
+    _try_model(exp, notes)
     data = {seed: _data(exp, seed, notes) for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds)}
     population = next(iter(data.values()))[0] or _configured_population(exp, notes)
     dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
@@ -127,6 +135,26 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     )
     sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
     return Plan(exp, dims, sizes, population, list(stages.values()), list(dict.fromkeys(notes)), fitting)
+
+
+def _try_model(exp: ExperimentBase, notes: list[str]) -> None:
+    """Checks a model whose files are here as a run does, and tries it with two clients unless it is large."""
+    source, kind = resolve(exp.model), exp.task_entry.kind
+    if source.kind != "folder":
+        return
+    check_available(exp.model, exp.task.max_length, kind)
+    folder = Path(source.location)
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) > LARGEST_TRIED:
+        notes.append("The model is large: whether its clients can share forward passes is found when it is loaded.")
+        return
+    generation = kind == "generation"
+    model = load_causal(folder) if generation else load_classifier(folder, ["a", "b"], replace_head=True)
+    pad = load_tokenizer(folder, padded=not generation).pad_token_id or 0
+    model.config.pad_token_id = pad
+    net = LaneNet(model, adapted_linears(model, exp.model.targets))
+    probe(net, pad)
+    if net.one_by_one:
+        notes.append(f"Clients run one by one, which is slower: {net.one_by_one}.")
 
 
 def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:

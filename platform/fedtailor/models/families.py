@@ -45,6 +45,10 @@ _PARTS = {
     "mlp.c_proj": "FFN\nout",
 }  # fmt: skip
 
+_POSITIONS_AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
 _PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
 
 
@@ -182,6 +186,17 @@ def _why_not(config: str, model_type: str) -> str:
         plain = len(made) == 1 and scores is made[0]
         return "" if plain else "they change the output embedding's scores (a scale or a soft cap)"
     return f"their scores cannot be followed without weights ({told})"
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Most tokens that a model can position; None: there is no limit (XLNet says -1).
+
+    The RoBERTa family counts positions from the padding token's number on, so that as many and one are never used.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    return positions - (config.pad_token_id or 0) - 1 if config.model_type in _POSITIONS_AFTER_PADDING else positions
 
 
 def locate_module(module: str) -> tuple[int | None, str]:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.files import staged_folder
-from fedtailor.models.families import check_kind, meta_causal
+from fedtailor.models.families import check_kind, meta_causal, positions_of
 from fedtailor.models.load import load_config, load_tokenizer, quiet
 from fedtailor.tasks.source import TaskKind
 
@@ -134,7 +134,7 @@ def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
             f"{folder}: its tokenizer has no end-of-text token, which closes an answer; set 'eos_token' in its "
             f"tokenizer_config.json"
         )
-    positions = min(int(tokenizer.model_max_length), getattr(config, "max_position_embeddings", 10**9))
+    positions = min(int(tokenizer.model_max_length), positions_of(config) or 10**9)
     if max_length is not None and max_length > positions:
         raise ModelError(f"'task.max_length' ({max_length}) is above what {folder} can read: {positions} tokens")
 

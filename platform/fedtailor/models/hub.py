@@ -139,9 +139,8 @@ def materialise(
         return write_causal(folder, out)
     model = load_classifier(folder, labels, seed=seed, replace_head=True)
     tokenizer = load_tokenizer(folder)
-    # Decoder-only classifiers read the last token that is not padding and need to know which that is.
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # Decoder-only classifiers read the last token that is not padding, by the config's word: what pads must be it.
+    model.config.pad_token_id = tokenizer.pad_token_id
     save_folder(model, tokenizer, out)
     for record in (PRETRAINING, PACKAGE_RECORD):
         if (folder / record).is_file():

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedtailor.evaluation.classification import evaluate
-from fedtailor.evaluation.decoding import Decoding, positions_of
+from fedtailor.evaluation.decoding import Decoding
 from fedtailor.federated.method import Personalised
+from fedtailor.models.families import positions_of
 from fedtailor.tasks.source import Split
 from fedtailor.worker.open_stage import OpenStage
 
@@ -81,7 +82,7 @@ def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
         asked.append(Asked(examples, data.answers(lane.client.id, "test")[: len(examples.labels)]))
     # An answer ends where trained responses end, or at the end of text.
     stops, closing = (tuple(map(int, data.manifest[name])) for name in ("stop_ids", "closing"))
-    how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net), closing)
+    how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net.model.config), closing)
     found = score(stage.net, made.logits, asked, data.labels, stage.tokenizer, how, spec.engine.token_budget)
     return [
         LaneScore(
