@@ -10,12 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, BertForPreTraining
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    Gemma3Config,
+    RobertaConfig,
+    XLNetConfig,
+)
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import embedded, hub
 from fedtailor.models.dimensions import dimensions
+from fedtailor.models.families import positions_of
+from fedtailor.models.load import load_tokenizer
 
 LABELS = ["a", "b", "c"]
 CFG = ModelConfig(hidden_size=16, heads=2, layers=1, intermediate_size=24, vocab_size=200)
@@ -116,6 +126,23 @@ def fewer_embeddings(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 6}))
 
 
+def quantised_already(folder: Path) -> None:
+    rewrite(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def several_parts(folder: Path) -> None:
+    Gemma3Config().save_pretrained(folder)
+
+
+def rewrite(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def only_gguf(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.Q4_1.gguf")
+
+
 @pytest.mark.parametrize(
     ("damage", "blame"),
     [
@@ -129,10 +156,14 @@ def fewer_embeddings(folder: Path) -> None:
         (without_padding, "no padding token"),
         (other_kind, "no sequence classifier of type 'clip'"),
         (fewer_embeddings, "the model only 6 embeddings"),
+        (quantised_already, r"quantised already \(bitsandbytes\); give the original ones, which 'model.weights=4bit'"),
+        (several_parts, r"a model of several parts \(gemma3\); give the folder of its language model alone"),
+        (only_gguf, "GGUF files are not read"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json lies beside"),
     ],
     ids=[
         "no folder", "no config", "no weights", "pickle", "pointer", "shards", "no tokenizer", "no pad",
-        "kind", "vocab",
+        "kind", "vocab", "quantised", "parts", "gguf", "adapter",
     ],
 )  # fmt: skip
 def test_what_is_missing_in_a_folder_is_named_before_any_work(
@@ -147,6 +178,20 @@ def test_what_is_missing_in_a_folder_is_named_before_any_work(
 def test_texts_longer_than_the_model_reads_are_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"task.max_length.*33.*32 tokens"):
         hub.check_available(at(folder), max_length=33)
+
+
+def test_the_roberta_family_counts_positions_from_the_padding_token_on() -> None:
+    assert positions_of(RobertaConfig(max_position_embeddings=66, pad_token_id=1)) == 64
+    assert positions_of(BertConfig(max_position_embeddings=66)) == 66
+    assert positions_of(XLNetConfig()) is None
+
+
+def test_what_pads_is_what_the_config_of_the_written_model_says(folder: Path, tmp_path: Path) -> None:
+    rewrite(folder, pad_token_id=5)
+    out = hub.materialise(at(folder), LABELS, 1, tmp_path / "out")
+    pad = load_tokenizer(folder).pad_token_id
+    assert pad != 5
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] == pad
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from fedtailor.tasks.source import TaskKind
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
+ADAPTER = "adapter_config.json"
 TOKENIZERS = (
     "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
 )  # fmt: skip
@@ -57,6 +58,8 @@ def check_listing(where: str, files: Set[str]) -> None:
             f"; {pickled[0]} is pickle, which is never loaded: convert it with "
             f"save_pretrained(..., safe_serialization=True)"
             if pickled
+            else "; GGUF files are not read: give the model's safetensors"
+            if any(name.endswith(".gguf") for name in files)
             else ""
         )
         raise ModelError(f"{where} has no weights: expected {WEIGHTS}, or {INDEX} and its shards{hint}")
@@ -79,6 +82,11 @@ def check_folder(folder: Path, max_length: int | None = None, kind: TaskKind = "
         raise ModelError(f"model folder {folder} does not exist")
     files = {path.name for path in folder.iterdir()}
     check_listing(f"model folder {folder}", files)
+    if ADAPTER in files:
+        raise ModelError(
+            f"model folder {folder}: {ADAPTER} lies beside the weights, so transformers would load that adapter too; "
+            f"merge it into the weights, or move it away"
+        )
     shards = [WEIGHTS] if WEIGHTS in files else sorted(set(_index(folder / INDEX).values()))
     missing = [shard for shard in shards if shard not in files]
     if missing:
@@ -123,7 +131,17 @@ def _check_header(path: Path) -> None:
 
 def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
     config = load_config(folder)
+    if (how := getattr(config, "quantization_config", None)) is not None:
+        method = dict(how).get("quant_method", "unknown")
+        raise ModelError(
+            f"{folder}: its weights are quantised already ({method}); give the original ones, which "
+            f"'model.weights=4bit' or '8bit' quantises when they are loaded"
+        )
     check_kind(config, kind, str(folder))
+    if not hasattr(config, "vocab_size"):
+        raise ModelError(
+            f"{folder}: a model of several parts ({config.model_type}); give the folder of its language model alone"
+        )
     tokenizer = load_tokenizer(folder, padded=kind == "classification")
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
