@@ -12,6 +12,7 @@ import shutil
 import site
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ PACKAGES = ("fedtailor", "actors", "tune_spaces")
 KNOCK_S, PROBE_S = 5.0, 30.0
 CLIENT = "ray://"
 _MIB = 2**20
+_LONGEST_TMP = 39
+"""Bytes: Linux takes 107 for a socket, and Ray adds up to 68 (session with date and process, ``plasma_store``)."""
 _PORTS = "host:port is the head's port (6379), ray://host:port the client server's (10001)"
 
 
@@ -83,8 +86,24 @@ def ensure_ray(address: str | None = None, threads: int = 1) -> RaySession:
             logging_level=logging.ERROR,
             object_store_memory=_object_store_bytes(),
             _node_ip_address="127.0.0.1",
+            _temp_dir=_short_folder(),
         )
     return RaySession(started=True)
+
+
+def _short_folder() -> str | None:
+    """Where Ray keeps its sockets if its own choice would be too long a name for one; None: it is not.
+
+    Raises:
+        PlacementError: /tmp cannot serve either.
+    """
+    own = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(own)) <= _LONGEST_TMP:
+        return None
+    if not os.access("/tmp", os.W_OK | os.X_OK):
+        way_out = f"set RAY_TMPDIR to a folder of at most {_LONGEST_TMP} characters"
+        raise PlacementError(f"{own} is too long a name for Ray's sockets, and /tmp cannot be written: {way_out}")
+    return f"/tmp/ray-{os.getuid()}"
 
 
 def provide_token() -> None:

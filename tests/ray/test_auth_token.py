@@ -78,7 +78,7 @@ def test_a_named_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in told
 
 
-@pytest.mark.parametrize("case", ["no home folder", "a token in the home folder", "tokens disabled"])
+@pytest.mark.parametrize("case", ["no home folder", "a token in the home folder", "tokens disabled, long $TMPDIR"])
 def test_a_local_cluster_works_with_and_without_tokens(tmp_path: Path, case: str) -> None:
     home, variables = tmp_path, {}
     if case == "no home folder":
@@ -88,7 +88,9 @@ def test_a_local_cluster_works_with_and_without_tokens(tmp_path: Path, case: str
         (home / ".ray").mkdir()
         (home / ".ray/auth_token").write_text("c" * 64)
     else:
-        variables = {"RAY_AUTH_MODE": "disabled"}
+        long = tmp_path / ("long" * 15)  # as batch systems make them: too long for a socket's name
+        long.mkdir()
+        variables = {"RAY_AUTH_MODE": "disabled", "TMPDIR": str(long)}
     process = start(RUN, home, **variables)
     out, err = process.communicate(timeout=120)
     assert out.split("\n")[:2] == ["sum 2 True", "closed"], out + err
