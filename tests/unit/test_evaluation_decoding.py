@@ -182,7 +182,7 @@ def test_beams_find_likelier_answers_than_greed() -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_no_answer_goes_beyond_what_the_model_can_position(beams: int) -> None:
     net, _ = adapted(1)
-    assert positions_of(net.model.config) == 64
+    assert positions_of(net.config) == 64
     asked = [np.array([9, 8, 7]), *(np.arange(first, first + 30) for first in range(3, 13))]
     settings = how(10, stop=(), positions=34, beams=beams)
     [together] = answer(net, [asked], settings)

@@ -15,8 +15,8 @@ from fedtailor.core.errors import ModelError
 from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.seeding import torch_rng
-from fedtailor.lanes.layers import Branch, LaneLinear
-from fedtailor.lanes.net import AdaptedLayer, LaneNet
+from fedtailor.lanes.layers import AdaptedLayer, Branch, LaneLinear
+from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
 from fedtailor.models.families import endings, ends
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +84,8 @@ class LaneBatch:
     def lane(self, number: int) -> LaneBatch:
         """One lane of the batch, padded as it is."""
         own, values = slice(number, number + 1), {f.name: getattr(self, f.name) for f in fields(self)}
-        return LaneBatch(**{name: None if value is None else value[own] for name, value in values.items()})
+        taken: dict[str, Any] = {name: None if value is None else value[own] for name, value in values.items()}
+        return LaneBatch(**taken)
 
 
 def make_batch(

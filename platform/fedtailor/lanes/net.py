@@ -15,6 +15,7 @@ from inspect import signature
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from fedtailor.core.scope import Ranks
 from fedtailor.lanes.batches import LaneBatch
@@ -143,6 +144,11 @@ class LaneNet:
         """Type of what is trained: that of the base weights, or float32 where these are narrower."""
         base = next(self.model.parameters()).dtype
         return base if base in (torch.float32, torch.float64) else torch.float32
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of the model."""
+        return self.model.config  # type: ignore[return-value]
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ def _bind(net: LaneNet) -> None:
 
 def _batch(net: LaneNet, pad_id: int) -> LaneBatch:
     """The same texts for both lanes, one row of each shorter, all of them ended where the model asks for it."""
-    config = net.model.config
+    config = net.config
     size = int(getattr(config, "vocab_size", None) or config.get_text_config().vocab_size)
     ids = torch.randint(size // 2, size, (1, _ROWS, _TOKENS), generator=torch_rng("probe", "tokens"))
     mask = torch.ones_like(ids)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedtailor.core.errors import ModelError
 
@@ -41,7 +41,7 @@ _WHOLE = {
     "output.weight": "lm_head.weight",
 }
 
-_SPLITS = {
+_SPLITS: dict[str, list[Any]] = {
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "llama-bpe": [
@@ -82,7 +82,7 @@ def convert(file: Path, folder: Path) -> None:
     config.dtype = torch.float32
     config.save_pretrained(folder)
     ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ends).save_pretrained(folder)
+    GenerationConfig(**ends).save_pretrained(folder)  # type: ignore[no-untyped-call]
     _tokenizer(reader, config, file).save_pretrained(folder)
 
 
@@ -114,7 +114,7 @@ def _config(reader: GGUFReader) -> LlamaConfig:
         max_position_embeddings=_value(reader, "llama.context_length"),
         # The file holds a float32; the shortest decimal number that it stands for was meant.
         rms_norm_eps=float(str(np.float32(_value(reader, "llama.attention.layer_norm_rms_epsilon")))),
-        rope_theta=float(_value(reader, "llama.rope.freq_base", 10000.0)),
+        rope_parameters={"rope_type": "default", "rope_theta": float(_value(reader, "llama.rope.freq_base", 1e4))},
         tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors),
         bos_token_id=_value(reader, "tokenizer.ggml.bos_token_id"),
         eos_token_id=_value(reader, "tokenizer.ggml.eos_token_id"),
@@ -136,6 +136,7 @@ def _tensors(reader: GGUFReader, config: LlamaConfig, file: Path) -> dict[str, t
             name = f"model.layers.{block[1]}.{_TENSORS[part]}.{kind}"
             if part in ("attn_q", "attn_k"):
                 heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+                assert heads is not None
                 weights = _halves(weights, heads)
         tensors[name] = torch.from_numpy(weights).contiguous()
     return tensors
@@ -148,10 +149,8 @@ def _halves(weights: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _check_shapes(config: LlamaConfig, tensors: dict[str, torch.Tensor], file: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
+        expected = LlamaForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")
     for name in sorted(expected.keys() ^ tensors.keys()):
@@ -180,7 +179,7 @@ def _tokenizer(reader: GGUFReader, config: LlamaConfig, file: Path) -> PreTraine
         "pad_token": config.pad_token_id,
         "unk_token": _value(reader, "tokenizer.ggml.unknown_token_id"),
     }
-    fast = PreTrainedTokenizerFast(
+    fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,

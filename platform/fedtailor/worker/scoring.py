@@ -82,7 +82,7 @@ def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
         asked.append(Asked(examples, data.answers(lane.client.id, "test")[: len(examples.labels)]))
     # An answer ends where trained responses end, or at the end of text.
     stops, closing = (tuple(map(int, data.manifest[name])) for name in ("stop_ids", "closing"))
-    how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net.model.config), closing)
+    how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net.config), closing)
     found = score(stage.net, made.logits, asked, data.labels, stage.tokenizer, how, spec.engine.token_budget)
     return [
         LaneScore(
