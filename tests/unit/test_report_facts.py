@@ -70,6 +70,8 @@ def test_a_smaller_run_says_by_how_much() -> None:
     (None, ""), ({}, ""), ({"vocabulary": 5}, "The model was pretrained."),
     ({"options": {"tasks": ["cldr", "xnli"], "steps": 1200}},
      "The model was pretrained on train texts of cldr, xnli, both pools (1,200 steps)."),
+    ({"title": "Toy", "package": "toy==1.0", "licences": ["MIT (model)", "BSD (package)"], "knows": "It reads."},
+     "Toy comes in the Python package toy==1.0 (MIT (model); BSD (package)). It reads."),
 ])  # fmt: skip
 def test_a_pretrained_model_says_on_what(pretrain: dict[str, Any] | None, words: str) -> None:
     assert pretrain_sentence(pretrain) == words

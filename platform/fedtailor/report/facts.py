@@ -25,7 +25,7 @@ from fedtailor.tasks.store import clients_of
 OFF_THE_SHELF = "off the shelf"
 """How a caption calls a base that no federated training has changed."""
 
-PRETRAIN = "pretrain.json"
+ORIGINS = ("pretrain.json", "package.json")
 _CLIENT_COLUMNS = ("client", "pool", "language", "n_train", "n_test")
 _TIME_COLUMNS = ("stage", "round", "client", "seconds")
 
@@ -67,7 +67,7 @@ def scale_sentence(exp: ExperimentBase) -> str:
 
 
 def pretrain_sentence(record: Mapping[str, Any] | None) -> str:
-    """What the model was pretrained on, from its ``pretrain.json``; empty where it does not say.
+    """Where the model comes from, by its ``pretrain.json`` or ``package.json``; empty where it does not say.
 
     >>> options = {"tasks": ["cldr"], "steps": 2000}
     >>> pretrain_sentence({"options": options, "tokens_read": 8192000, "final": {"held_out_loss": 3.2149}})
@@ -75,6 +75,9 @@ def pretrain_sentence(record: Mapping[str, Any] | None) -> str:
     """
     if not record:
         return ""
+    if "package" in record:
+        licences = "; ".join(record["licences"])
+        return f"{record['title']} comes in the Python package {record['package']} ({licences}). {record['knows']}"
     options = record.get("options", {})
     tasks, loss = options.get("tasks"), record.get("final", {}).get("held_out_loss")
     sizes = {"steps": options.get("steps"), "tokens": record.get("tokens_read")}
@@ -170,7 +173,7 @@ class RunData:
         labels: classes of the task, or the groups of a generation task's examples.
         kind: ``classification`` or ``generation``.
         notes: what preparing the data found or dropped, by name.
-        pretrain: content of the model folder's ``pretrain.json``.
+        pretrain: content of the model folder's ``pretrain.json`` or ``package.json``.
         times: stage, round, client, seconds: seconds of a worker per client.
         events: lines of ``events.jsonl``.
     """
@@ -194,7 +197,7 @@ def gather(run: RunFolder) -> RunData:
 
     Raises:
         ConfigError: a configuration that this version does not read.
-        DataError: a pretrain.json that is not a JSON mapping.
+        DataError: such a file that is not a JSON mapping.
     """
     exp = load_experiment(run)
     manifest = run.manifest(exp.seeds[0]) or {}
@@ -215,11 +218,11 @@ def gather(run: RunFolder) -> RunData:
 
 def _pretrain(run: RunFolder, folder: str | None) -> Mapping[str, Any] | None:
     for parent in sorted({str(stage.get("parent")) for stage in run.stages()}):
-        path = f"artifacts/{parent}/{PRETRAIN}"
-        if parent.startswith("model-") and run.storage.exists(path):
-            return dict(run.storage.read_json(path))
-    file = Path(folder) / PRETRAIN if folder else None
-    if file is None or not file.is_file():
+        for path in (f"artifacts/{parent}/{name}" for name in ORIGINS):
+            if parent.startswith("model-") and run.storage.exists(path):
+                return dict(run.storage.read_json(path))
+    file = next((file for name in ORIGINS if folder and (file := Path(folder) / name).is_file()), None)
+    if file is None:
         return None
     try:
         return dict(json.loads(file.read_text("utf-8")))
@@ -238,7 +241,7 @@ class RunFacts:
         version_line: ``fedtailor 0.1.0, torch 2.13.0``.
         scale: a sentence on a run that was made smaller, empty at scale 1.
         privacy: a sentence on what was done to hide clients, empty without.
-        pretrained: a sentence on what the model was pretrained on, empty where it does not say.
+        pretrained: a sentence on where the model comes from, empty where it does not say.
         duplicates: a sentence on repeated texts, empty where the data do not say.
         fallbacks: pool to a sentence on clients that have nothing of their own of the base.
     """
