@@ -119,7 +119,7 @@ def test_a_worker_that_hangs_meets_its_deadline_and_is_replaced(
     assert full_digest(folder) == full_digest(clean)
     [lost] = pool_events(folder, "actor_lost")
     assert lost["how"] == "hang"
-    assert ("_hang" in lost["stack"]) == (kind == "hang")
+    assert ("in strike" in lost["stack"]) == (kind == "hang")
 
 
 @pytest.mark.chaos_long
