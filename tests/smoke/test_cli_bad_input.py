@@ -72,15 +72,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if anything is built or loaded that belongs to a model."""
-    from fedtailor.experiment import inputs, prepare
+    from fedtailor.experiment import prepare
     from fedtailor.models import hub
 
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was touched")
 
-    for module, name in ((hub, "load_classifier"), (inputs, "build_tiny_bert"), (inputs, "load_tokenizer")):
+    for module, name in ((hub, "load_classifier"), (prepare, "build_tiny_bert"), (prepare, "load_tokenizer")):
         monkeypatch.setattr(module, name, loaded)
-    monkeypatch.setattr(prepare, "check_available", loaded)
+    monkeypatch.setattr(hub, "check_available", loaded)
 
 
 # ---- configuration: exit code 2, before anything else is looked at ----------------------------------------
