@@ -37,10 +37,10 @@ check: $(VENV)/.ready  ## format, lint, types
 test: check $(VENV)/.models  ## everything that decides whether a change lands; all that starts Ray is in one of the workers
 	$(PYTEST) tests -n $(WORKERS) --durations=15
 
-unit: $(VENV)/.ready   ## the fast part
+unit: $(VENV)/.ready $(VENV)/.models  ## the fast part
 	$(PYTEST) tests/unit tests/contracts tests/golden -n $(WORKERS)
 
-contracts: $(VENV)/.ready  ## every method: the kit of checks, and whole runs that are killed and on Ray
+contracts: $(VENV)/.ready $(VENV)/.models  ## every method: the kit of checks, and whole runs that are killed and on Ray
 	$(PYTEST) tests/contracts tests/ray/test_method_runs.py -m ''
 
 bench: $(VENV)/.ready  ## speed and memory beside a plain loop, Flower and pfl; a part: BENCH='--only null'
