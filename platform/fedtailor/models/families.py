@@ -191,7 +191,7 @@ def _why_not(config: str, model_type: str) -> str:
 def positions_of(config: PretrainedConfig) -> int | None:
     """Most tokens that a model can position; None: there is no limit (XLNet says -1).
 
-    The RoBERTa family counts positions from the padding token's number on, so that as many and one are never used.
+    The RoBERTa family counts from the position after the padding token's number; those before it serve no text.
     """
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:

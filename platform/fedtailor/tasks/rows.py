@@ -96,7 +96,7 @@ def separated_rows(path: Path, expected: Sequence[str] = ()) -> Iterator[Row]:
     try:
         for cells in lines:
             where, line = f"{path}, line {line}", lines.line_num + 1
-            if not cells:
+            if not cells or (header is None and not any(map(str.strip, cells))):
                 continue
             if header is None:
                 header = _header(cells, where, expected)
