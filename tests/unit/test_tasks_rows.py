@@ -74,7 +74,7 @@ def test_cells_of_separated_files_are_texts_and_names_of_columns_have_no_blanks_
         ("a.jsonl", codecs.BOM_UTF16_LE + b"{", "line 1: not UTF-16: .*truncated data"),
         ("a.jsonl", b'{"a": 1}\n7\n', "line 2: a row must be an object with named fields, found int"),
         ("a.json", b'[{"a": 1}, "b"]', "row 1: a row must be an object with named fields, found str"),
-        ("a.parquet.gz", gzip.compress(b"PAR1 not really"), "cannot be read as Parquet"),
+        ("a.parquet.gz", gzip.compress(b"PAR1 not really", mtime=0), "cannot be read as Parquet"),
         ("a.docx", b"a", r"not one of \.jsonl, .*\.parquet \(each also with \.gz\)"),
     ],
 )
