@@ -327,14 +327,15 @@ def test_prepared_instructions_keep_response_history_and_group(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("values", "change", "said"),
     [
-        (rows("a", 1), {}, "client 'a' has 1 example with a response; at least 3 are needed"),
-        (rows("a", 3) + rows("b", 3, response=""), {}, "client 'b' has 0 examples with a response"),
+        (rows("a", 1), {}, "1 of 1 clients with too few usable examples: client 'a' has 1; at least 3 are needed"),
+        (rows("a", 3) + rows("b", 3, response="") + rows("c", 2), {}, "2 of 3 clients .* 'b' has 0, 'c' has 2; at"),
         (rows("anna", 3), {"unseen": ("ana",)}, "no client 'ana' among the 1 clients .*did you mean 'anna'"),
         (rows("a", 3), {"client_column": "user"}, r"line 1: no column 'user' \(task.client_column\); columns: client,"),
         (rows("a", 3), {"group_column": "tongue"}, r"line 1: no column 'tongue' \(task.group_column\)"),
         ([*rows("a", 3), *rows(None, 1)], {}, r"line 4: 'client' \(task.client_column\) is None; it must be"),
-        (rows("a", 3, split="dev"), {}, "line 1: 'split' is 'dev'; allowed: train, test"),
-        (rows("a", 3) + rows("a", 3, split="test"), {}, "line 1: no 'split', but other rows have one"),
+        (rows("a", 3, split="live"), {}, "line 1: 'split' is 'live'; allowed: train, .*test.*task.split_column=null"),
+        (rows("a", 3, split="dev"), {}, "no row to train on: all 3 are of validation"),
+        (rows("a", 3) + rows("a", 3, split="test"), {}, "line 1: no split, but other rows have one"),
         ([*rows("a", 3), ["x"]], {}, "line 4: a row must be an object"),
     ],
 )
@@ -489,7 +490,7 @@ def test_without_its_file_fed_aya_says_where_to_get_it(
         ("text", {}, DataError, "expected an object client -> list of rows"),
         ({"a": [{"instruction": "q", "response": "a"}]}, {}, DataError, r"row 0: no language; one of language, lang"),
         ({"a": [{"text": "q", "language": "en"}]}, {"languages": ["en"], "unseen": []}, DataError, "keys text, lang"),
-        ({"a": aya_rows(0)[:1]}, {"languages": ["ar"], "unseen": []}, DataError, "client '00' has 1 example"),
+        ({"a": aya_rows(0)[:1]}, {"languages": ["ar"], "unseen": []}, DataError, "client '00' has 1; at least 3"),
     ],
 )
 def test_fed_aya_refuses_bad_files_languages_and_clients(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, zipped: bool) ->
         "e.csv": FRAME.to_csv(index=False).encode(),
         "f.csv": FRAME.to_csv(index=False, sep=";").encode("utf-8-sig"),
         "g.tsv": FRAME.to_csv(index=False, sep="\t").encode("utf-16"),
+        "h.csv": FRAME.to_csv(index=False, sep="|").encode(),
+        "i.jsonl": "\n\n".join(json.dumps(row, indent=2) for row in WANTED).encode(),
     }
     for name, content in contents.items():
         path = tmp_path / f"{name}{'.gz' * zipped}"
@@ -72,6 +75,8 @@ def test_cells_of_separated_files_are_texts_and_names_of_columns_have_no_blanks_
         ("a.csv", codecs.BOM_UTF8 + b"text\n\xe9\n", r"line 2: not UTF-8: byte 0xe9 at position 8 "),
         ("a.csv", "text\na\n".encode("utf-16-le"), "line 1: a zero byte at position 1 .*UTF-16 is read where"),
         ("a.jsonl", codecs.BOM_UTF16_LE + b"{", "line 1: not UTF-16: .*truncated data"),
+        ("a.jsonl", b'{\n "a": 1\n}\n\n{\n "a": ]\n}\n', "line 5: damaged JSON: .*line 6 column 7"),
+        ("a.json", b'[{"a": 1}] [', r"damaged JSON: '\[' follows the end of its value"),
         ("a.jsonl", b'{"a": 1}\n7\n', "line 2: a row must be an object with named fields, found int"),
         ("a.json", b'[{"a": 1}, "b"]', "row 1: a row must be an object with named fields, found str"),
         ("a.parquet.gz", gzip.compress(b"PAR1 not really", mtime=0), "cannot be read as Parquet"),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedtailor.cli.data_view import show_data
 from fedtailor.cli.terminal import plain_table, show_privacy
 from fedtailor.experiment.estimate import USABLE, Estimate
 from fedtailor.experiment.plan import Plan, StagePlan, seconds_per_client
@@ -52,6 +53,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     # One stage of each name; a base that seeds share has its own seed.
     stages = list({_name(row): row for row in reversed(plan.stages)}.values())[::-1]
     _show_header(console, plan)
+    if plan.data and "columns" in plan.data:
+        show_data(console, plan.data)
     _show_trained(console, plan)
     _show_stages(console, plan, stages)
     _show_memory(console, plan, stages)
@@ -62,13 +65,14 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 def _show_header(console: Console, plan: Plan) -> None:
     exp, people, model = plan.exp, plan.population, plan.model
-    texts = "sizes unknown"
+    texts, groups = "sizes unknown", f"{len(exp.task.languages)} languages; "
+    if plan.data and "columns" in plan.data:
+        groups = f"{len(plan.data['languages'])} groups; " if "group" in plan.data["columns"] else ""
     if people.train:
         trains = (*people.train, *people.train_unseen)
         texts = f"{int(median(trains))} training texts in the middle ({min(trains)} to {max(trains)})"
     rows = {
-        "task": f"{exp.task.name}: {people.seen} seen and {people.unseen} unseen clients, "
-        f"{len(exp.task.languages)} languages; {texts}",
+        "task": f"{exp.task.name}: {people.seen} seen and {people.unseen} unseen clients, {groups}{texts}",
         "model": f"{exp.model.name} in {exp.model.weights}: {model.parameters:,} parameters, L = {model.layers} "
         "adapted linear layers",
         "budgets": f"r = {', '.join(map(str, exp.budgets))} (r L = "

@@ -83,7 +83,7 @@ def show_privacy(console: Console, exp: ExperimentBase, width: int, seen: int | 
     """
     from fedtailor.experiment.privacy import privacy_lines, seen_clients
 
-    if seen is None and exp.task_entry.clients == "natural":
+    if seen is None and exp.task_entry.clients != "dealt":
         return  # how many clients there are is not known before the data is
     for number, line in enumerate(privacy_lines(exp, seen or seen_clients(exp))):
         name = "privacy" if not number else ""

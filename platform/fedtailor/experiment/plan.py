@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -92,6 +93,8 @@ class Plan:
     stages: Sequence[StagePlan]
     notes: Sequence[str]
     fit: Fit
+    data: Mapping[str, Any] | None = None
+    """Manifest of the first seed's data, where they are at hand."""
 
 
 def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
@@ -109,7 +112,8 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     notes: list[str] = []
     _try_model(exp, notes)
     data = {seed: _data(exp, seed, notes) for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds)}
-    population = next(iter(data.values()))[0] or _configured_population(exp, notes)
+    first = next(iter(data.values()))
+    population = first[0] or _configured_population(exp, notes)
     dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
 
     @cache
@@ -134,7 +138,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         memory_gb,
     )
     sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
-    return Plan(exp, dims, sizes, population, list(stages.values()), list(dict.fromkeys(notes)), fitting)
+    return Plan(exp, dims, sizes, population, list(stages.values()), list(dict.fromkeys(notes)), fitting, first[2])
 
 
 def _try_model(exp: ExperimentBase, notes: list[str]) -> None:
@@ -173,11 +177,13 @@ def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSiz
     return MethodSizes(total[Scope.SHARED], total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators))
 
 
-def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population | None, Inputs | None]:
-    """Clients of a seed, and the names of its inputs, each if it can be known."""
+def _data(
+    exp: ExperimentBase, seed: int, notes: list[str]
+) -> tuple[Population | None, Inputs | None, Mapping[str, Any] | None]:
+    """Clients of a seed, the names of its inputs and its data's manifest, each if it can be known."""
     if not (exp.task.path or os.environ.get("FEDTAILOR_DATA") or exp.task_entry.embedded):
         notes.append("The data is not here (task.path, FEDTAILOR_DATA): client sizes are unknown.")
-        return None, None
+        return None, None, None
     with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
         try:
             data = prepare(scaled_task(exp), seed, Path(folder) / "data")
@@ -185,7 +191,7 @@ def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population 
             if exp.task.path:
                 raise
             notes.append(f"Client sizes are unknown: {error}")
-            return None, None
+            return None, None, None
         seen, unseen = data.pool("seen"), data.pool("unseen")
         attack_of(exp.attack, [client.id for client in seen])
         population = Population(
@@ -196,7 +202,7 @@ def _data(exp: ExperimentBase, seed: int, notes: list[str]) -> tuple[Population 
             train_unseen=tuple(client.n_train for client in unseen),
             test=sum(client.n_test for client in data.clients),
         )
-        return population, _inputs(exp, seed, data, notes)
+        return population, _inputs(exp, seed, data, notes), data.manifest
 
 
 def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) -> Inputs | None:
@@ -221,7 +227,7 @@ def _configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
         unseen = len(exp.task.unseen)
         notes.append(f"{clients} clients, {unseen} of them unseen: as published, not as found in the data.")
         return Population(seen=clients - unseen, unseen=unseen)
-    if exp.task_entry.clients == "natural":
+    if exp.task_entry.clients != "dealt":
         raise DataError(
             f"task '{exp.task.name}' has the clients that its data has, and the data is not here: give task.path"
         )

@@ -191,7 +191,7 @@ def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskDat
     task = scaled_task(exp)
     with TemporaryDirectory(dir=artifacts.folder, prefix=".data-") as made:
         data = prepare_task(task, seed, Path(made))
-        if exp.task_entry.clients == "natural":
+        if exp.task_entry.clients != "dealt":
             check_population(exp, len(data.pool("seen")))
         attack_of(exp.attack, [client.id for client in data.pool("seen")])
         name = f"data-{data.hash[:16]}"

@@ -13,6 +13,9 @@ MASAKHANEWS_LANGUAGES: tuple[str, ...] = (
 )  # fmt: skip
 """ISO 639-3 codes, the paper's 16 languages."""
 
+AUTO = "auto"
+"""Value of a key that names a column: look for it by its usual names."""
+
 
 class TaskConfig(Named):
     """Which data, and how it becomes clients (FedP2EFT section 4.1.1).
@@ -23,7 +26,7 @@ class TaskConfig(Named):
     name: str = "cldr"
     path: str | None = None
     """Local folder of the dataset (``fed_aya``, ``dolly``: or the file itself); else $FEDTAILOR_DATA is looked in, else
-    the hub (not for ``fed_aya``). ``instructions`` needs it: a file, a folder of files, or a hub id."""
+    the hub (not for ``fed_aya``). ``texts`` and ``instructions`` need it: a file, a folder of files, or a hub id."""
     languages: tuple[str, ...] = MASAKHANEWS_LANGUAGES
     clients_per_language: Positive = 10
     """n clients per language and pool; 16 x 10 x 2 = 320 in the paper (xnli: 15 x 20 x 2 = 600)."""
@@ -54,17 +57,27 @@ class TaskConfig(Named):
     test alike: the prompt's instruction is cut at its end (the response then too, if it alone is too long), or the
     example is left out. Both are counted."""
     max_examples: Annotated[int, Field(ge=3)] | None = None
-    """instructions, fed_aya and dolly only, for small machines: most examples of a client, train and test together;
-    the first after shuffling by seed. None: all."""
+    """instructions, fed_aya, dolly, and texts that name their clients, for small machines: most examples of a client,
+    train and test together; the first after shuffling by seed. None: all."""
     names: Rate = 0.5
     """cldr_instruct only: concentration of each kind of names, in units of ``alpha``. At 0.5 a third of an average
     client's examples are names, which have to be known; the rest follow rules, which can be learned from others."""
     unseen: tuple[str, ...] = ()
     """Tasks whose data names the clients: ids of the unseen pool. Default of fed_aya: 21-27 and 34 (A.1)."""
-    client_column: str = "client"
-    """instructions only: column or key that names the client, as do the two below."""
+    text_column: str = AUTO
+    """texts only: column of the text. ``auto``: the first of the usual names that is there (`tasks.columns`)."""
+    pair_column: str | None = AUTO
+    """texts only: column of the second text of a pair. ``auto``: what belongs to the text column's name; None: none."""
+    label_column: str = AUTO
+    """texts only: column of the class, a name or a whole number."""
+    client_column: str | None = "client"
+    """texts and instructions only, as are the three below: column or key that names the client. ``auto`` (default of
+    texts): by its usual names. None (texts only), or none found: texts are dealt to clients."""
     group_column: str | None = None
     """Column of the group (language) that a result is reported by; None: one group."""
+    split_column: str | None = AUTO
+    """Column that says of a row whether it is for train, validation or test. ``auto``: ``split``, where there is one;
+    None: no column does."""
     split: str = "train"
     """Split of a data set from the hub."""
     reference_unseen_partition: bool = False

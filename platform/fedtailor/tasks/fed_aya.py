@@ -15,7 +15,7 @@ from pathlib import Path
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.cldr import FED_AYA
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.instructions import is_complete, none_dropped, read_example
+from fedtailor.tasks.instructions import is_complete, none_dropped, predominant, read_example
 from fedtailor.tasks.partition import MIN_EXAMPLES, LabelledSplit, check_unseen, natural_clients
 from fedtailor.tasks.rows import Row, list_rows, parse_json, read_text
 from fedtailor.tasks.source import Source, TaskEntry, find_file
@@ -144,7 +144,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         "clients_without_these_languages": ", ".join(few) or "none",
     }
     cfg = cfg.model_copy(update={"unseen": tuple(name for name in unseen if name in kept)})
-    found = natural_clients(kept, languages, cfg, seed)
+    found = natural_clients(kept, predominant(languages), cfg, seed)
     return Source(labels=languages, notes=notes, kind="generation", natural_clients=tuple(found))
 
 

@@ -2,9 +2,8 @@
 
 ``task.path`` is a file (JSON Lines, JSON, CSV, TSV, Parquet, also gzipped), a folder of such files, or the
 id of a data set on the Hugging Face hub (``task.split`` of it). A row has the client (``task.client_column``),
-optionally a group (``task.group_column``) and optionally ``split``: ``train`` or ``test``. In a folder, files named
-``train.*`` and ``test.*`` say the split of their rows. Beside these, a row has one of three shapes (the names are those
-of the common data sets):
+optionally a group (``task.group_column``) and optionally its split, which in a folder the files' names may say
+(`tasks.tables`). Beside these, a row has one of three shapes (the names are those of the common data sets):
 
 * ``messages``: a list of ``{"role": ..., "content": ...}``; the last assistant message is the response, what follows it
   is left out;
@@ -16,20 +15,17 @@ of the common data sets):
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.partition import LabelledSplit, id_part, natural_clients
-from fedtailor.tasks.rows import Row, hub_rows, is_table, parse_json, read_rows, table_files
-from fedtailor.tasks.source import SPLITS, Example, Source, Split, TaskEntry
-
-ONE_GROUP = "all"
-"""The group of every example where no column names one."""
+from fedtailor.core.errors import DataError
+from fedtailor.tasks.columns import CLIENT_NAMES, ONE_GROUP, find_column, name_cell
+from fedtailor.tasks.config import AUTO, TaskConfig
+from fedtailor.tasks.partition import GroupOf, LabelledSplit, natural_clients
+from fedtailor.tasks.rows import Row, parse_json
+from fedtailor.tasks.source import Example, Source, TaskEntry
+from fedtailor.tasks.tables import own_table
 
 ROLES: tuple[str, ...] = ("system", "user", "assistant")
 
@@ -39,16 +35,13 @@ SHAPES = (
 )
 
 _CONTEXTS, _RESPONSES = ("input", "context"), ("response", "output")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class _Entry(NamedTuple):
     """A row that was understood."""
 
-    where: str
     client: str
     group: str
-    split: Split | None
     example: Example
 
 
@@ -59,8 +52,8 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     split by ``task.test_fraction``. A slash in a name is written ``%2F``, as slashes part a client's id.
 
     Args:
-        cfg: `path`, `split`, `client_column`, `group_column`, `unseen`, `test_fraction`, `max_examples` and
-            `drop_duplicates` are used.
+        cfg: `path`, `split`, `split_column`, `client_column`, `group_column`, `unseen`, `test_fraction`, `max_examples`
+            and `drop_duplicates` are used.
         seed: run seed.
 
     Raises:
@@ -68,63 +61,41 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         DataError: a damaged file, a row without client or of no known shape (names file, line and keys), a client with
             too few examples, an unseen client that does not exist, or the hub cannot be reached.
     """
-    entries = [_entry(row, cfg) for row in _rows(cfg)]
-    splits = {entry.split for entry in entries}
-    if None in splits and len(splits) > 1:
-        where = next(entry.where for entry in entries if entry.split is None)
-        raise DataError(f"{where}: no 'split', but other rows have one; it is needed in all rows or none")
-    own_split = not splits <= {None, "train"}  # a column that says ``train`` in every row says nothing
+    table = own_table(cfg)
+    columns = {"client": _client_column(table.columns, cfg)}
+    if cfg.group_column is not None:
+        columns["group"] = cfg.group_column
+    entries = [_entry(row, columns) for row in table.rows]
     dropped = none_dropped()
-    kept = [entry for entry in entries if is_complete(entry.example, dropped)]
-    groups = sorted({entry.group for entry in kept})
+    groups = sorted({entry.group for entry in entries if is_complete(entry.example, Counter())})
     labels = {group: label for label, group in enumerate(groups)}
     clients: dict[str, list[LabelledSplit]] = {entry.client: [] for entry in entries}
-    for e in kept:
-        example = e.example._replace(label=labels[e.group])
-        clients[e.client].append(LabelledSplit(example, e.split if own_split else None))
-    notes: dict[str, int | str] = {"rows_read": len(entries), **dropped}
-    notes["split"] = "of the data" if own_split else f"{cfg.test_fraction:g} of every client for test"
-    found = natural_clients(clients, groups, cfg, seed)
-    return Source(labels=tuple(groups), notes=notes, kind="generation", natural_clients=tuple(found))
+    for entry, split in zip(entries, table.splits, strict=True):
+        if is_complete(entry.example, dropped):
+            clients[entry.client].append(LabelledSplit(entry.example._replace(label=labels[entry.group]), split))
+    found = natural_clients(clients, predominant(groups), cfg, seed)
+    notes = {**table.notes, **dropped}
+    return Source(tuple(groups), notes=notes, kind="generation", natural_clients=tuple(found), columns=columns)
 
 
-def _rows(cfg: TaskConfig) -> Iterator[Row]:
-    if cfg.path is None:
-        raise ConfigError(
-            "task=instructions needs 'task.path': a file or folder (.jsonl, .json, .csv, .tsv, .parquet), "
-            "or the id of a data set on the Hugging Face hub (owner/name)"
-        )
-    place = Path(cfg.path).expanduser()
-    if place.is_file():
-        yield from read_rows(place)
-    elif place.is_dir():
-        for path in table_files(place):
-            stem = path.name.split(".")[0]
-            named = {"split": stem} if stem in SPLITS else {}
-            yield from (Row(row.where, {**named, **row.values}) for row in read_rows(path))
-    elif cfg.path.startswith((".", "/", "~")) or is_table(place) or not _HUB_ID.fullmatch(cfg.path):
-        raise ConfigError(f"'task.path' is {cfg.path!r}: no such file or folder, nor an id on the hub (owner/name)")
-    else:
-        yield from hub_rows(cfg.path, split=cfg.split)
+def _client_column(columns: Sequence[str], cfg: TaskConfig) -> str:
+    """Where clients are named; rows without it are refused as they are read."""
+    automatic = find_column(columns, CLIENT_NAMES) if cfg.client_column == AUTO else cfg.client_column
+    return automatic or CLIENT_NAMES[0]
 
 
-def _entry(row: Row, cfg: TaskConfig) -> _Entry:
-    client = _name(row, cfg.client_column, "task.client_column")
-    group = _name(row, cfg.group_column, "task.group_column") if cfg.group_column else ONE_GROUP
-    split = row.values.get("split")
-    if split is not None and split not in SPLITS:
-        raise DataError(f"{row.where}: 'split' is {split!r}; allowed: {', '.join(SPLITS)}")
-    return _Entry(row.where, client, group, cast(Split | None, split), read_example(row))
+def predominant(groups: Sequence[str]) -> GroupOf:
+    """The group that most examples have, where `Example.label` is an index into the groups; the first of equals."""
+
+    def group_of(_: str, examples: Sequence[Example]) -> str:
+        return groups[max(range(len(groups)), key=[e.label for e in examples].count)]
+
+    return group_of
 
 
-def _name(row: Row, column: str, key: str) -> str:
-    if column not in row.values:
-        columns = ", ".join(map(str, row.values))
-        raise DataError(f"{row.where}: no column {column!r} ({key}); columns: {columns}")
-    value = row.values[column]
-    if not isinstance(value, (str, int)) or isinstance(value, bool) or not str(value).strip():
-        raise DataError(f"{row.where}: {column!r} ({key}) is {value!r}; it must be a name or a whole number")
-    return id_part(str(value).strip())
+def _entry(row: Row, columns: Mapping[str, str]) -> _Entry:
+    names = {what: name_cell(row, column, f"task.{what}_column") for what, column in columns.items()}
+    return _Entry(names["client"], names.get("group", ONE_GROUP), read_example(row))
 
 
 # ---- the shapes of rows --------------------------------------------------------------------------------------------

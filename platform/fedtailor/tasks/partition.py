@@ -10,7 +10,7 @@ Deviation from the reference code: each (pool, language) draws its own matrix, f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -223,8 +223,12 @@ def id_part(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
+GroupOf = Callable[[str, Sequence[Example]], str]
+"""Group of a client of this name with these examples."""
+
+
 def natural_clients(
-    clients: Mapping[str, Sequence[LabelledSplit]], groups: Sequence[str], cfg: TaskConfig, seed: int
+    clients: Mapping[str, Sequence[LabelledSplit]], group_of: GroupOf, cfg: TaskConfig, seed: int
 ) -> list[NaturalClient]:
     """One `NaturalClient` per client, in the order given.
 
@@ -234,24 +238,28 @@ def natural_clients(
 
     Args:
         clients: name -> its examples.
-        groups: what `Example.label` counts.
+        group_of: the group (language) of each client.
         cfg: `unseen`, `test_fraction`, `max_examples` and `drop_duplicates` are used.
         seed: run seed.
 
     Raises:
-        DataError: a client has too few examples (names it), or an unseen client does not exist.
+        DataError: clients have too few examples (names them), or an unseen client does not exist.
     """
     unseen = list(map(id_part, cfg.unseen))
     check_unseen(unseen, clients)
+    if few := [f"{name!r} has {len(held)}" for name, held in clients.items() if len(held) < MIN_EXAMPLES]:
+        raise DataError(
+            f"{len(few)} of {len(clients)} clients with too few usable examples: client {listed(few)}; at least "
+            f"{MIN_EXAMPLES} are needed, {MIN_TRAIN} to train on and {MIN_TEST} to be judged by"
+        )
     parts = {name: _train_and_test(name, held, cfg, seed) for name, held in clients.items()}
     if cfg.drop_duplicates:
         trained = {e.normal for train, _ in parts.values() for e in train}
         parts = {name: (train, [e for e in test if e.normal not in trained]) for name, (train, test) in parts.items()}
     found = []
     for name, (train, test) in parts.items():
-        counts = np.bincount([e.label for e in (*train, *test)], minlength=len(groups))
         pool: Pool = "unseen" if name in unseen else "seen"
-        found.append(NaturalClient(name, pool, groups[int(counts.argmax())], tuple(train), tuple(test)))
+        found.append(NaturalClient(name, pool, group_of(name, [*train, *test]), tuple(train), tuple(test)))
     return found
 
 
@@ -276,11 +284,6 @@ def check_unseen(unseen: Iterable[str], clients: Iterable[str]) -> None:
 def _train_and_test(
     name: str, held: Sequence[LabelledSplit], cfg: TaskConfig, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    if len(held) < MIN_EXAMPLES:
-        raise DataError(
-            f"client {name!r} has {len(held)} example{'s' * (len(held) != 1)} with a response; at least {MIN_EXAMPLES} "
-            f"are needed, {MIN_TRAIN} to train on and {MIN_TEST} to be judged by"
-        )
     shuffled = [held[i] for i in numpy_rng(seed, "client examples", name).permutation(len(held))]
     if held[0].split is None:
         kept = [h.example for h in shuffled[: cfg.max_examples]]

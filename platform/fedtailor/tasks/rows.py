@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,8 @@ class Row(NamedTuple):
 def read_rows(path: Path) -> Iterator[Row]:
     """Rows of one file, in its order; the ending of its name says how it is read.
 
-    A JSON file holds a list of rows, or one row per line. A ``.csv`` file may have ``;`` or tabs between its columns.
+    A JSON file holds a list of rows, or one row after another, each on a line of its own or indented over several. A
+    ``.csv`` file may have ``;``, ``|`` or tabs between its columns.
     Texts are UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
@@ -57,18 +59,6 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: holds no row")
 
 
-def table_files(folder: Path) -> list[Path]:
-    """The files of a folder that `read_rows` can read, by name.
-
-    Raises:
-        DataError: there is none.
-    """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and is_table(path))
-    if not files:
-        raise DataError(f"{folder}: holds no file that ends in {', '.join(ENDINGS)} (each also with .gz)")
-    return files
-
-
 def is_table(path: Path) -> bool:
     """Whether the ending of a file's name is one that `read_rows` knows."""
     return _ending(path) in ENDINGS
@@ -78,7 +68,7 @@ def separated_rows(path: Path, expected: Sequence[str] = ()) -> Iterator[Row]:
     """Rows of a CSV or TSV file with a header, possibly none; fields may be quoted and then hold line breaks.
 
     Args:
-        path: the file; if its name ends in ``.csv``, its header tells the separator: ``,``, ``;`` or a tab.
+        path: the file; if its name ends in ``.csv``, its header tells the separator: ``,``, ``;``, ``|`` or a tab.
         expected: columns that the header must have.
 
     Raises:
@@ -87,7 +77,7 @@ def separated_rows(path: Path, expected: Sequence[str] = ()) -> Iterator[Row]:
     text, kind = read_text(path), _ending(path)
     first = text.lstrip("\r\n").partition("\n")[0]
     # Spreadsheets of many countries write ';' into a .csv; the first of equals wins.
-    separator = "\t" if kind == ".tsv" else max(",;\t", key=first.count)
+    separator = "\t" if kind == ".tsv" else max(",;\t|", key=first.count)
     # The default limit of 131,072 characters guards against unbalanced quotes; strict=True reports those.
     csv.field_size_limit(2**31 - 1)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -134,10 +124,11 @@ def list_rows(values: Any, where: str) -> Iterator[Row]:
     if not isinstance(values, list):
         raise DataError(f"{where}: expected a list of rows, found {type(values).__name__}")
     for number, value in enumerate(values):
-        yield _row(value, f"{where}, row {number}")
+        yield plain_row(value, f"{where}, row {number}")
 
 
-def _row(value: Any, where: str) -> Row:
+def plain_row(value: Any, where: str) -> Row:
+    """A row with cells as `Row` describes them; raises DataError for what is no object with named fields."""
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: a row must be an object with named fields, found {type(value).__name__}")
     return Row(where, {str(name).strip(): _plain(cell) for name, cell in value.items()})
@@ -154,11 +145,13 @@ def _json(path: Path) -> Iterator[Row]:
     if text.lstrip().startswith("["):
         yield from list_rows(parse_json(text, str(path)), str(path))
         return
-    # Not splitlines(): a text may hold U+2028 and the like, which JSON does not escape.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield _row(parse_json(line, where), where)
+    end, line = 0, 1
+    while (start := _not_blank(text, end)) < len(text):
+        line += text.count("\n", end, start)
+        where = f"{path}, line {line}"
+        value, end = _value_at(text, start, where)
+        yield plain_row(value, where)
+        line += text.count("\n", start, end)
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -167,7 +160,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(pa.BufferReader(raw)) as file:
             values = (value for batch in file.iter_batches() for value in batch.to_pylist())
             for number, value in enumerate(values):
-                yield _row(value, f"{path}, row {number}")
+                yield plain_row(value, f"{path}, row {number}")
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
 
@@ -242,10 +235,23 @@ def parse_json(text: str, where: str) -> Any:
     Raises:
         DataError: damaged; says where.
     """
+    value, end = _value_at(text, _not_blank(text, 0), where)
+    if (rest := text[_not_blank(text, end) :]) != "":
+        raise DataError(f"{where}: damaged JSON: {rest[:40]!r} follows the end of its value")
+    return value
+
+
+def _value_at(text: str, at: int, where: str) -> tuple[Any, int]:
+    """The JSON value that begins at a character, and where it ends."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: damaged JSON: {error}") from error
+
+
+def _not_blank(text: str, at: int) -> int:
+    found = _NOT_BLANK.search(text, at)
+    return found.start() if found else len(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -257,10 +263,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_DECODER, _NOT_BLANK = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"\S")
+
+
 def hub_rows(*name: str, split: str) -> Iterator[Row]:
     """Rows of one split of a data set on the Hugging Face hub, see `load_hub`."""
     for number, values in enumerate(load_hub(*name, split=split)):
-        yield _row(values, f"{hub_name(*name, split=split)}, row {number}")
+        yield plain_row(values, f"{hub_name(*name, split=split)}, row {number}")
 
 
 def load_hub(*name: str, split: str) -> Any:

@@ -89,6 +89,7 @@ class Source:
         disjoint: the source promises that no normalised text occurs in two pools or two splits.
         kind: ``classification`` (text to class) or ``generation`` (instruction to response).
         natural_clients: the clients, where the data names them; `pools` is empty then.
+        columns: of a user's own table: what was taken from which column (``text``, ``label``, ``client``, ...).
     """
 
     labels: tuple[str, ...]
@@ -97,6 +98,7 @@ class Source:
     disjoint: bool = False
     kind: TaskKind = "classification"
     natural_clients: tuple[NaturalClient, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def paired(self) -> bool:
@@ -134,7 +136,8 @@ class TaskEntry:
     Args:
         load: (section ``task``, seed) to its texts.
         kind: whether it asks for a class or for a response.
-        clients: ``natural``: the data names them, so how many there are is known once it is loaded.
+        clients: ``dealt``: as many as are configured; ``natural``: the data names them, so how many there are is known
+            once it is loaded; ``either``: natural where the data names them, and known then only.
         label_skew: whether dealt clients have the label skew of ``task.alpha``.
         embedded: whether its data come with the package.
         defaults: what its section sets differently from `TaskConfig`'s own defaults (FedP2EFT A.4).
@@ -143,7 +146,7 @@ class TaskEntry:
 
     load: Callable[[TaskConfig, int], Source]
     kind: TaskKind
-    clients: Literal["dealt", "natural"] = "dealt"
+    clients: Literal["dealt", "natural", "either"] = "dealt"
     label_skew: bool = True
     embedded: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)

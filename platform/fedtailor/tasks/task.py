@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fedtailor.core.errors import ConfigError, DataError, did_you_mean
+from fedtailor.core.errors import ConfigError, DataError, did_you_mean, listed
 from fedtailor.core.messages import Client
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import (
@@ -44,6 +44,7 @@ _FILES: Final = (
     "dolly_category",
     "fed_aya",
     "instructions",
+    "texts",
 )
 """The rows: files beside this one, each with its ``ENTRY``, in the order in which they are listed."""
 
@@ -52,6 +53,9 @@ TASKS: Final[Mapping[str, TaskEntry]] = {name: import_module(f"fedtailor.tasks.{
 
 _PLACE = {"path", "max_length", "template", "overlong"}
 """Keys that say where a task is read or how it becomes tokens, not what it holds."""
+
+_NO_TABLE = {"text_column", "pair_column", "label_column", "split_column"}
+"""Keys that mean nothing to a task whose data are no table of the user's own."""
 
 _INSTRUCTIONS_ONLY = {"unseen", "names", "client_column", "group_column", "split", "max_examples"}
 
@@ -122,11 +126,13 @@ def _check_clients(cfg: TaskConfig, source: Source) -> None:
             raise DataError(f"client {client.id!r}: neither part of an id after the pool may be empty or have a slash")
         if counts[client.id] > 1:
             raise DataError(f"client {client.id!r}: {counts[client.id]} clients have this id")
-        if len(client.train) < MIN_TRAIN or len(client.test) < MIN_TEST:
-            raise DataError(
-                f"client {client.id!r} has {len(client.train)} train and {len(client.test)} test examples; at least "
-                f"{MIN_TRAIN} and {MIN_TEST} are needed"
-            )
+    few = [
+        f"client {client.id!r} has {len(client.train)} train and {len(client.test)} test examples"
+        for client in source.natural_clients
+        if len(client.train) < MIN_TRAIN or len(client.test) < MIN_TEST
+    ]
+    if few:
+        raise DataError(f"{listed(few)}; every client needs at least {MIN_TRAIN} and {MIN_TEST}")
     if all(client.pool != "seen" for client in source.natural_clients):
         count = len(source.natural_clients)
         raise DataError(f"all {count} clients are unseen; at least one must be seen (task.unseen)")
@@ -190,10 +196,11 @@ def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: in
 
 
 def _examples(source: Source) -> Iterator[tuple[str, str, str, Example]]:
+    own = source.kind == "generation" and source.natural_clients  # an instruction has a group of its own
     for pool, language, part in source.parts():
         for split in SPLITS:
             for example in part.split(split):
-                yield pool, source.labels[example.label] if source.natural_clients else language, split, example
+                yield pool, source.labels[example.label] if own else language, split, example
 
 
 def _schema(source: Source) -> pa.Schema:
@@ -219,15 +226,16 @@ def _manifest(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tuple[
     clients = [_client_entry(client, rows, digests, labels, len(source.labels)) for client, rows in dealt]
     generation = source.kind == "generation"
     content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients], *(["generation"] * generation)]
-    hidden = _PLACE if generation else _PLACE | _INSTRUCTIONS_ONLY
+    hidden = _PLACE if source.columns else _PLACE | _NO_TABLE | (set() if generation else _INSTRUCTIONS_ONLY)
     return {
         # Manifests from before there were two kinds stay what they were.
         **({"kind": source.kind} if generation else {}),
+        **({"columns": dict(source.columns)} if source.columns else {}),
         "task": cfg.name,
         "config": cfg.model_dump(mode="json", exclude=hidden),
         "seed": seed,
         "labels": list(source.labels),
-        "languages": sorted({o.language for o in source.natural_clients} or cfg.languages),
+        "languages": sorted({language for _, language, _ in source.parts()}),
         "class_counts": _class_counts(source),
         "notes": dict(source.notes) | check_leakage(source) | {"unused_test_texts": _unused(source)},
         "rows": len(examples),
