@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,23 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from toy import write_adapter
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
 
+from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.adapters.peft_export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
 from fedtailor.core.errors import ModelError
+from fedtailor.core.scope import Scope
 from fedtailor.core.settings import ModelConfig
+from fedtailor.lanes.layers import AdaptedLayer
 from fedtailor.models import embedded, hub
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.load import save_folder
 
 LABELS = ["a", "b", "c"]
 RANK, SCALE = 6, 1.7
+TRANSPOSED = [
+    f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+]
 Parts = tuple[list[str], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -42,10 +49,10 @@ def load(base: Path) -> PreTrainedModel:
 def random_parts(model: nn.Module) -> Parts:
     """Ragged ranks: module i keeps i % (RANK + 1) ranks, not the first ones; some lambdas are negative."""
     draw = torch.Generator().manual_seed(3)
-    layers = adapted_linears(model)
-    names = [name for name, _ in layers]
-    a = {name: torch.randn(RANK, layer.in_features, generator=draw) * 0.3 for name, layer in layers}
-    b = {name: torch.randn(layer.out_features, RANK, generator=draw) * 0.3 for name, layer in layers}
+    layers = [AdaptedLayer.of(*pair) for pair in adapted_linears(model)]
+    names = [layer.name for layer in layers]
+    a = {layer.name: torch.randn(RANK, layer.d_in, generator=draw) * 0.3 for layer in layers}
+    b = {layer.name: torch.randn(layer.d_out, RANK, generator=draw) * 0.3 for layer in layers}
     lam = {name: torch.randn(RANK, generator=draw) for name in names}
     for i, name in enumerate(names):
         lam[name][torch.randperm(RANK, generator=draw)[i % (RANK + 1) :]] = 0.0
@@ -80,7 +87,8 @@ def batch() -> dict[str, Tensor]:
 
 def exported(parts: Parts, client: str = "seen/amh/00") -> dict[str, bytes]:
     names, a, b, lam = parts
-    return export_adapter(names, a, b, lam, SCALE, "../base", client)
+    layers = [AdaptedLayer(name, a[name].shape[1], b[name].shape[0], name in TRANSPOSED) for name in names]
+    return export_adapter(layers, a, b, lam, SCALE, "../base", client)
 
 
 def test_peft_computes_the_adapted_model_also_after_merging(base: Path, tmp_path: Path) -> None:
@@ -215,3 +223,38 @@ def test_writing_replaces_a_folder_as_a_whole_and_a_failure_leaves_the_old_one(t
         write_adapter({WEIGHTS_FILE: b"4", "no/such": b"5"}, folder)
     assert (folder / WEIGHTS_FILE).read_bytes() == b"3"
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def gpt2() -> GPT2ForSequenceClassification:
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, num_labels=3, pad_token_id=0)
+    torch.manual_seed(1)
+    model = GPT2ForSequenceClassification(config).eval()
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "transformer.h" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def test_layers_that_keep_their_weight_transposed_are_the_same_in_peft_and_merged(tmp_path: Path) -> None:
+    """GPT-2: c_attn is (16, 48), and of the square c_proj no shape would say which way round it is."""
+    parts = random_parts(gpt2())
+    names, a, b, lam = parts
+    assert names == [*TRANSPOSED, "score"]
+    expected = expected_logits(gpt2(), parts, batch())
+    write_adapter(exported(parts), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())["fan_in_fan_out"]
+    with warnings.catch_warnings():
+        # Its head keeps it the usual way, which peft sets and says.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        adapted = PeftModel.from_pretrained(gpt2(), tmp_path / "adapter").eval()
+    whole, plain = LoraAdapter(RANK, SCALE, Scope.SHARED), gpt2()
+    values = {f"lora_A.{n}": a[n].numpy() for n in names} | {f"lora_B.{n}": (b[n] * lam[n]).numpy() for n in names}
+    with torch.no_grad():
+        whole.merge(plain, values)
+        for logits in (
+            adapted(**batch()).logits,
+            adapted.merge_and_unload()(**batch()).logits,
+            plain(**batch()).logits,
+        ):
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+        assert (expected - gpt2()(**batch()).logits).abs().max() > 0.01

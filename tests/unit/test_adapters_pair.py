@@ -44,7 +44,7 @@ def merged_logits(ctx: ClientContext, adapters: list[LoraAdapter], lane: int) ->
     for adapter in adapters:
         tensors = {name: ctx.params[name][lane].detach().numpy() for name in adapter.names(plain)}
         with torch.no_grad():
-            adapter.merge(dict(model.named_parameters()), tensors)
+            adapter.merge(model, tensors)
     return LaneNet(model, adapted_linears(model)).logits(batch_of(ctx))[lane]
 
 

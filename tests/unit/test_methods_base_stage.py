@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from toy import toy_context, toy_lanes, toy_net
 
 from fedtailor.adapters.lora import LoraAdapter
@@ -98,7 +99,7 @@ def test_an_overlay_is_the_base_with_the_clients_row_merged(name: str, config: d
             setattr(parent, layer_name.rpartition(".")[2], copy.deepcopy(linear))
         tensors = {spec.name: params[spec.name][number].float().numpy() for spec in params.specs}
         with torch.no_grad():
-            method.overlay.merge(dict(model.named_parameters()), tensors)
+            method.overlay.merge(model, tensors)
         merged = LaneNet(model, adapted_linears(model))
         wanted = merged.logits(make_batch([lanes[number].train], [torch.arange(3).numpy()], 0))
         # A lane's batch is as wide as the group's; the merged one is rounded to float32.
@@ -126,8 +127,26 @@ def test_the_heads_lora_is_merged_on_top_of_the_heads_own_weights() -> None:
     net, adapter = toy_net(), LoraAdapter(2, 2.0, Scope.SHARED, targets=("classifier",), head=True)
     draw = torch.Generator().manual_seed(5)
     values = {spec.name: torch.randn(spec.shape, generator=draw, dtype=torch.float64) for spec in adapter.specs(net)}
-    weights = {"classifier.weight": torch.zeros(4, 16, dtype=torch.float64), "classifier.bias": torch.zeros(4).double()}
-    adapter.merge(weights, {name: value.numpy() for name, value in values.items()})
+    model = nn.ModuleDict({"classifier": nn.Linear(16, 4)}).double()
+    with torch.no_grad():
+        adapter.merge(model, {name: value.numpy() for name, value in values.items()})
     low_rank = 2.0 * values["lora_B.classifier"] @ values["lora_A.classifier"]
-    torch.testing.assert_close(weights["classifier.weight"], values["classifier.weight"] + low_rank)
-    torch.testing.assert_close(weights["classifier.bias"], values["classifier.bias"])
+    torch.testing.assert_close(model["classifier"].weight.data, values["classifier.weight"] + low_rank)
+    torch.testing.assert_close(model["classifier"].bias.data, values["classifier.bias"])
+
+
+def test_a_head_without_a_bias_is_trained_too() -> None:
+    """As decoders that classify have."""
+    net, adapter = toy_net(), LoraAdapter(2, 2.0, Scope.SHARED, targets=("query",), head=True)
+    net.layers[-1].base.bias = None
+    assert [s.name for s in adapter.specs(net) if "lora" not in s.name] == ["classifier.weight"]
+    params = LaneParams(adapter.specs(net), 2, "cpu", net.param_dtype)
+    for name, value in adapter.initial(net, 3).items():
+        params.set(name, value)
+    batch = make_batch([lane.train for lane in toy_lanes([4, 4])], [torch.arange(4).numpy()] * 2, 0)
+    before = net.logits(batch)
+    adapter.bind(net, params)
+    torch.testing.assert_close(net.logits(batch), before, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        params["classifier.weight"][1] *= 2
+    torch.testing.assert_close(net.logits(batch)[1], 2 * before[1])

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from fedtailor.core.errors import ModelError
+from fedtailor.lanes.layers import AdaptedLayer
 from fedtailor.models.families import adapted_linears, embedding_names
 
 
@@ -32,6 +33,11 @@ def llama() -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, num_key_value_heads=1, **sizes))
 
 
+def gpt2() -> GPT2ForSequenceClassification:
+    with torch.device("meta"):
+        return GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+
+
 def test_a_twelve_layer_bert_classifier_has_74_with_pooler_and_classifier_last() -> None:
     names = [name for name, _ in adapted_linears(bert(12))]
     assert len(names) == 74
@@ -45,7 +51,7 @@ def test_a_llama_block_has_seven_and_the_output_embedding_none() -> None:
     assert "lm_head" not in names
 
 
-@pytest.mark.parametrize("model", [bert(), llama()], ids=["bert", "llama"])
+@pytest.mark.parametrize("model", [bert(), llama(), gpt2()], ids=["bert", "llama", "gpt2"])
 def test_the_layers_are_those_that_peft_adapts_for_all_linear(model: nn.Module) -> None:
     expected = [name for name, _ in adapted_linears(model)]
     adapted = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear"))
@@ -82,12 +88,15 @@ def test_a_model_without_linear_layers_is_refused() -> None:
         adapted_linears(nn.Sequential(nn.Embedding(3, 2)))
 
 
-def test_gpt2_convolutions_are_refused_but_its_linear_head_may_be_named() -> None:
-    with torch.device("meta"):
-        model = GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
-    with pytest.raises(ModelError, match=r"Conv1D \(first: transformer.h.0.attn.c_attn\)"):
-        adapted_linears(model)
-    assert [name for name, _ in adapted_linears(model, ("score",))] == ["score"]
+def test_a_gpt2_block_has_four_layers_whose_weight_is_transposed() -> None:
+    found = adapted_linears(gpt2())
+    assert [name.removeprefix("transformer.h.0.") for name, _ in found] == [
+        "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "score",
+    ]  # fmt: skip
+    layers = [AdaptedLayer.of(*pair) for pair in found]
+    assert [(x.d_in, x.d_out) for x in layers] == [(8, 24), (8, 8), (8, 32), (32, 8), (8, 2)]
+    assert [x.transposed for x in layers] == [True] * 4 + [False]
+    assert [name for name, _ in adapted_linears(gpt2(), ("score",))] == ["score"]
 
 
 def test_embedding_names_are_the_tables_and_not_their_layer_norm() -> None:

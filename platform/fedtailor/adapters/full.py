@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
@@ -50,8 +50,9 @@ class FullModel:
             parameter.requires_grad_(True)
             parameter.data, parameter.grad = leaf.detach()[0], leaf.grad[0]
 
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
-        """Puts trained values into plain weights, in place."""
+    def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
+        """Puts trained values into a plain model's weights, in place."""
+        weights = dict(model.named_parameters())
         for name, value in tensors.items():
             weights[name].copy_(torch.from_numpy(value))
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fedtailor.adapters.peft_export import export_adapter
 from fedtailor.core.errors import ModelError
@@ -95,7 +96,7 @@ class LoraAdapter:
         own = [
             ParamSpec(f"{name}.{part}", tuple(value.shape), self.scope)
             for name, layer in self._heads(net)
-            for part, value in (("weight", layer.base.weight), ("bias", layer.base.bias))
+            for part, value in layer.base.named_parameters()
         ]
         return low_rank + own
 
@@ -111,7 +112,7 @@ class LoraAdapter:
             for adapted, _ in chosen_layers(net, self.targets)
         }
         for name, layer in self._heads(net):
-            values |= {f"{name}.weight": layer.base.weight.detach(), f"{name}.bias": layer.base.bias.detach()}
+            values |= {f"{name}.{part}": value.detach() for part, value in layer.base.named_parameters()}
         return values
 
     def bind(self, net: LaneNet, params: LaneParams) -> None:
@@ -121,27 +122,28 @@ class LoraAdapter:
                 params[f"{self.prefix}_A.{adapted.name}"], params[f"{self.prefix}_B.{adapted.name}"], None, self.scale
             )
         for name, layer in self._heads(net):
-            layer.bind_own(params[f"{name}.weight"], params[f"{name}.bias"])
+            layer.bind_own(*(params[f"{name}.{part}"] for part, _ in layer.base.named_parameters()))
 
     def bind_frozen(self, net: LaneNet, params: LaneParams) -> None:
         """Without gradients: A and B under whatever is bound to the layers, the head's weights into the head."""
         for adapted, layer in chosen_layers(net, self.targets):
             layer.under = self.branch(adapted, params)
         for name, layer in self._heads(net):
-            layer.bind_own(params[f"{name}.weight"].detach(), params[f"{name}.bias"].detach())
+            layer.bind_own(*(params[f"{name}.{part}"].detach() for part, _ in layer.base.named_parameters()))
 
     def branch(self, adapted: AdaptedLayer, params: LaneParams) -> Branch:
         """The layer's A and B as a branch without gradients."""
         a, b = params[f"{self.prefix}_A.{adapted.name}"], params[f"{self.prefix}_B.{adapted.name}"]
         return Branch(a.detach(), b.detach(), self.scale)
 
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+    def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
         """Adds s B A to plain weights and replaces the head's, in place and in float32.
 
         Args:
-            weights: parameters of an unwrapped model by name.
+            model: unwrapped.
             tensors: values of this adapter's parameters.
         """
+        weights = dict(model.named_parameters())
         down, up = f"{self.prefix}_A.", f"{self.prefix}_B."
         # The head's weights first: its LoRA, if it has one, belongs on top of them.
         for name, value in tensors.items():
@@ -150,8 +152,9 @@ class LoraAdapter:
         for name, value in tensors.items():
             if name.startswith(down):
                 module = name.removeprefix(down)
-                b = torch.from_numpy(tensors[f"{up}{module}"])
-                weights[f"{module}.weight"].add_(self.scale * b @ torch.from_numpy(value))
+                added = self.scale * torch.from_numpy(tensors[f"{up}{module}"]) @ torch.from_numpy(value)
+                transposed = isinstance(model.get_submodule(module), Conv1D)
+                weights[f"{module}.weight"].add_(added.T if transposed else added)
 
     def export(
         self, net: LaneNet, params: LaneParams, clients: Sequence[str], lane: int, base_ref: str
@@ -170,10 +173,10 @@ class LoraAdapter:
         """
         if self._heads(net):
             raise ModelError(f"client {clients[lane]}: a head with weights of its own does not fit a LoRA folder")
-        modules = [adapted.name for adapted, _ in chosen_layers(net, self.targets)]
-        a, b = ({m: params[f"{self.prefix}_{part}.{m}"][lane] for m in modules} for part in "AB")
-        lam = dict.fromkeys(modules, torch.ones(self.rank))
-        return export_adapter(modules, a, b, lam, self.scale, base_ref, clients[lane])
+        layers = [adapted for adapted, _ in chosen_layers(net, self.targets)]
+        a, b = ({x.name: params[f"{self.prefix}_{part}.{x.name}"][lane] for x in layers} for part in "AB")
+        lam = {x.name: torch.ones(self.rank) for x in layers}
+        return export_adapter(layers, a, b, lam, self.scale, base_ref, clients[lane])
 
     def _heads(self, net: LaneNet) -> list[tuple[str, LaneLinear]]:
         layers = zip(net.modules, net.layers, strict=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.messages import Row
@@ -49,6 +49,6 @@ class AdapterPair:
         adapters: Mapping[str, LoraAdapter | AdapterPair] = {"first": self.first, "second": self.second, "both": self}
         adapters[to].bind(net, params)
 
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+    def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
         """The first's values as plain weights; see `LoraAdapter.merge`."""
-        self.first.merge(weights, tensors)
+        self.first.merge(model, tensors)

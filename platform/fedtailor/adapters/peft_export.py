@@ -18,12 +18,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedtailor.core.errors import ModelError
+from fedtailor.lanes.layers import AdaptedLayer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def export_adapter(
-    modules: Sequence[str],
+    layers: Sequence[AdaptedLayer],
     a: Mapping[str, Tensor],
     b: Mapping[str, Tensor],
     lam: Mapping[str, Tensor],
@@ -39,7 +40,7 @@ def export_adapter(
     trainable copy instead of adapting it.
 
     Args:
-        modules: full paths of the adapted linear layers in the base model, in its order.
+        layers: adapted linear layers of the base model, in its order.
         a: module -> A, (r, d_in), any float dtype and device.
         b: module -> B, (d_out, r).
         lam: module -> lambda, (r,); all ones for plain LoRA.
@@ -55,9 +56,10 @@ def export_adapter(
     """
     if not math.isfinite(scale) or scale == 0:
         raise ModelError(f"client {client}: the adapter's scale must be finite and not 0, got {scale}")
+    names = [layer.name for layer in layers]
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name in modules:
+    for name in names:
         down, up = _trim(name, a[name], b[name], lam[name], client)
         if down.shape[0]:
             ranks[name] = down.shape[0]
@@ -65,10 +67,12 @@ def export_adapter(
             tensors[f"base_model.model.{name}.lora_B.weight"] = up
     if not ranks:
         raise ModelError(
-            f"client {client}: no rank is kept in any of its {len(modules)} modules, so there is no adapter "
+            f"client {client}: no rank is kept in any of its {len(names)} modules, so there is no adapter "
             f"to export; its model is the base model"
         )
-    config = _config(ranks, [name for name in modules if name not in ranks], scale, base_ref)
+    config = _config(ranks, [name for name in names if name not in ranks], scale, base_ref)
+    # peft sets it layer by layer where a model has both kinds (GPT-2's head is no Conv1D).
+    config["fan_in_fan_out"] = any(layer.transposed and layer.name in ranks for layer in layers)
     return {
         CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
         WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),

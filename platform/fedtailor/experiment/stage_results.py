@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from fedtailor.core.messages import FloatArray, Row, StageInfo
 from fedtailor.core.scope import ParamSpec
@@ -101,8 +101,8 @@ def _is_of_one_pipeline(earlier: Stage, stage: Stage) -> bool:
 class Mergeable(Protocol):
     """Parameters that can become plain weights."""
 
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
-        """Writes ``tensors`` into ``weights``, in place and in float32."""
+    def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
+        """Writes ``tensors`` into an unwrapped model's weights, in place and in float32."""
 
 
 def write_merged(
@@ -120,5 +120,5 @@ def write_merged(
     """
     model = load_base(source, kind, labels)
     with torch.no_grad():
-        part.merge(dict(model.named_parameters()), tensors)
+        part.merge(model, tensors)
     save_folder(model, load_tokenizer(source), out)

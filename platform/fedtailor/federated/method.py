@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtailor.core.config import Config
 from fedtailor.core.errors import MethodError
@@ -93,8 +93,8 @@ class Overlay(Parameters, Protocol):
     def bind(self, net: LaneNet, params: LaneParams) -> None:
         """Makes row i of ``params`` part of the base of every lane whose ``net.state.overlay_rows`` says i."""
 
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
-        """Writes one client's row, as named tensors, into plain weights: the client's base as a model of its own."""
+    def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
+        """Writes one client's row, as named tensors, into a plain model's weights: the client's base by itself."""
 
 
 class Aggregator(Protocol):

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Linear = nn.Linear | Conv1D
+"""Layers that compute W x + c; a ``Conv1D`` keeps W transposed, (d_in, d_out)."""
 
 
 @dataclass
@@ -50,11 +54,26 @@ class Branch:
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """An adapted linear layer: module path and widths."""
+    """An adapted linear layer: module path and widths.
+
+    Args:
+        name: module path.
+        d_in: input width.
+        d_out: output width.
+        transposed: its weight is (d_in, d_out), what peft calls ``fan_in_fan_out``.
+    """
 
     name: str
     d_in: int
     d_out: int
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, name: str, layer: Linear) -> AdaptedLayer:
+        """Widths of a layer, whatever its weight looks like (quantised ones are packed)."""
+        if isinstance(layer, Conv1D):
+            return cls(name, layer.nx, layer.nf, transposed=True)
+        return cls(name, layer.in_features, layer.out_features)
 
 
 class LaneLinear(nn.Module):
@@ -70,7 +89,7 @@ class LaneLinear(nn.Module):
         state: shared by all layers of the model.
     """
 
-    def __init__(self, base: nn.Linear, name: str, state: LaneState) -> None:
+    def __init__(self, base: Linear, name: str, state: LaneState) -> None:
         super().__init__()
         self.base, self.name, self.state = base, name, state
         self.a: Tensor | None = None
@@ -79,7 +98,7 @@ class LaneLinear(nn.Module):
         self.scale = 1.0
         self.under: Branch | None = None
         self.overlay: Branch | None = None
-        self.own: tuple[Tensor, Tensor] | None = None
+        self.own: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -91,8 +110,8 @@ class LaneLinear(nn.Module):
         # Past Module.__setattr__, whose checks cost more than the rest of a round's bookkeeping.
         vars(self).update(a=a, b=b, lam=lam, scale=scale)
 
-    def bind_own(self, weight: Tensor, bias: Tensor) -> None:
-        """Gives every lane a weight (K, d_out, d_in) and bias (K, d_out) in the place of the frozen ones."""
+    def bind_own(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Gives every lane a weight (K, d_out, d_in) and, if the layer has one, a bias (K, d_out) of its own."""
         self.own = (weight, bias)
 
     def unbind(self) -> None:
@@ -119,9 +138,10 @@ class LaneLinear(nn.Module):
     def _base(self, x: Tensor, lanes: int) -> Tensor:
         y: Tensor
         if self.own is not None and not self.state.bypass:
-            weight, bias = (self.state.running(t) for t in self.own)
-            h = x.reshape(lanes, -1, x.shape[-1])
-            y = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2)).view(*x.shape[:-1], -1)
+            weight, bias = (None if t is None else self.state.running(t) for t in self.own)
+            h, w = x.reshape(lanes, -1, x.shape[-1]), weight.transpose(1, 2)
+            y = torch.bmm(h, w) if bias is None else torch.baddbmm(bias.unsqueeze(1), h, w)
+            y = y.view(*x.shape[:-1], -1)
         else:
             y = self.base(x)
         if self.overlay is not None and self.state.overlay_rows is not None:
@@ -156,7 +176,7 @@ def _low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, lam: Tensor | None, sc
     return out.view(y.shape)
 
 
-def attach(model: nn.Module, linears: Sequence[tuple[str, nn.Linear]], state: LaneState) -> list[LaneLinear]:
+def attach(model: nn.Module, linears: Sequence[tuple[str, Linear]], state: LaneState) -> list[LaneLinear]:
     """Replaces the given layers of ``model`` by `LaneLinear` wrappers, in place and in order."""
     wrapped = []
     for name, linear in linears:

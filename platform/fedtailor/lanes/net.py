@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from fedtailor.core.scope import Ranks
 from fedtailor.lanes.batches import LaneBatch
-from fedtailor.lanes.layers import AdaptedLayer, LaneEmbedding, LaneLinear, LaneState, attach
+from fedtailor.lanes.layers import AdaptedLayer, LaneEmbedding, LaneLinear, LaneState, Linear, attach
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
@@ -109,7 +109,7 @@ class LaneNet:
     def __init__(
         self,
         model: nn.Module,
-        linears: Sequence[tuple[str, nn.Linear]],
+        linears: Sequence[tuple[str, Linear]],
         dtype: str = "float32",
         base_dropout: float = 0.0,
         checkpointing: bool = False,
@@ -119,7 +119,7 @@ class LaneNet:
     ) -> None:
         self.model, self.checkpointing, self.ranks, self.verify = model, checkpointing, ranks, verify
         self.shares_optimizer = shares_optimizer
-        self.adapted = tuple(AdaptedLayer(name, linear.in_features, linear.out_features) for name, linear in linears)
+        self.adapted = tuple(AdaptedLayer.of(name, linear) for name, linear in linears)
         self.state = LaneState()
         if checkpointing:
             how = {"use_reentrant": False, "context_fn": replaying(self.state)}

@@ -115,7 +115,7 @@ class AdaptiveRanks:
         def export(lane: int, base_ref: str) -> dict[str, bytes]:
             one, modules = trained[lane], ctx.net.modules
             a, b, e = (dict(zip(modules, part, strict=True)) for part in (one.a, one.b, one.e))
-            return export_adapter(modules, a, b, e, one.scale, base_ref, own.lanes[lane].client.id)
+            return export_adapter(ctx.net.adapted, a, b, e, one.scale, base_ref, own.lanes[lane].client.id)
 
         return Personalised(
             lanes=own.lanes,

@@ -74,8 +74,9 @@ class EmbeddingOverlay:
                 setattr(parent, leaf, module)
             module.tables = params[spec.name]
 
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+    def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
         """Writes a client's tables over the common ones."""
+        weights = dict(model.named_parameters())
         for name, value in tensors.items():
             weights[name].copy_(torch.from_numpy(value))
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtailor.adapters.lora import LoraAdapter, chosen_layers
 from fedtailor.adapters.pair import AdapterPair
@@ -100,9 +100,9 @@ class LocalLoraOverlay:
         for adapted, layer in chosen_layers(net, self.local.targets):
             layer.overlay = self.local.branch(adapted, params)
 
-    def merge(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Row]) -> None:
+    def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
         """Adds a client's local LoRA to the common weights."""
-        self.local.merge(weights, tensors)
+        self.local.merge(model, tensors)
 
 
 def build(cfg: FedDpaConfig, r_max: int) -> Method:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from fedtailor.core.settings import ModelConfig
+from fedtailor.lanes.layers import AdaptedLayer
 from fedtailor.models.embedded import bert_config, llama_config
 from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal
 from fedtailor.models.load import load_config, name_labels
@@ -71,7 +72,7 @@ def dimensions(
     tables = set(embedding_names(model))
     linears = adapted_linears(model, cfg.targets)
     return ModelDimensions(
-        linears=tuple((name, layer.in_features, layer.out_features) for name, layer in linears),
+        linears=tuple((layer.name, layer.d_in, layer.d_out) for layer in (AdaptedLayer.of(*pair) for pair in linears)),
         parameters=sum(sizes.values()),
         body_parameters=sum(parameter.numel() for parameter in model.base_model.parameters()),
         embedding_parameters=sum(size for name, size in sizes.items() if name in tables),

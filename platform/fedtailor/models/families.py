@@ -25,6 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fedtailor.core.errors import ModelError
+from fedtailor.lanes.layers import Linear
 from fedtailor.tasks.source import TaskKind
 
 _SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -52,12 +53,13 @@ _POSITIONS_AFTER_PADDING = frozenset({
 _PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
 
 
-def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[tuple[str, nn.Linear]]:
+def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[tuple[str, Linear]]:
     """Lists the linear layers that carry adapters, in the order of ``model.named_modules()``.
 
-    ``all-linear`` is every ``nn.Linear`` but the output embedding (``get_output_embeddings()``), as peft
-    resolves it when no task type is set, which is how FedP2EFT's reference code runs: an mBERT classifier
-    has L = 12 * 6 + pooler + classifier = 74, a LLaMA block 7 (no ``lm_head``).
+    ``all-linear`` is every ``nn.Linear`` and ``Conv1D`` (GPT-2: a linear layer whose weight is transposed) but the
+    output embedding (``get_output_embeddings()``), as peft resolves it when no task type is set, which is how
+    FedP2EFT's reference code runs: an mBERT classifier has L = 12 * 6 + pooler + classifier = 74, a LLaMA block 7 (no
+    ``lm_head``), a GPT-2 block 4.
 
     Args:
         model: the base model, without adapters; may live on the meta device.
@@ -69,8 +71,7 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
         (full module path, layer) pairs; each name is unique.
 
     Raises:
-        ModelError: a target matches no linear layer (the message lists the endings that exist), the model
-            has none, or a chosen layer is a transformers ``Conv1D`` (GPT-2), whose weight is transposed.
+        ModelError: a target matches no linear layer (the message lists the endings that exist), or the model has none.
     """
     candidates = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)]
     if targets == "all-linear":
@@ -88,14 +89,7 @@ def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[t
         chosen = [(name, layer) for name, layer in candidates if any(ends(name, t) for t in targets)]
     if not chosen:
         raise ModelError(f"{type(model).__name__} has no linear layer that could carry an adapter")
-    convolutions = [name for name, layer in chosen if isinstance(layer, Conv1D)]
-    if convolutions:
-        raise ModelError(
-            f"{type(model).__name__}: {len(convolutions)} of {len(chosen)} adapted layers are transformers "
-            f"Conv1D (first: {convolutions[0]}), which adapters do not support; choose a model built of "
-            f"nn.Linear, or name only its nn.Linear layers in 'model.targets'"
-        )
-    return [(name, layer) for name, layer in chosen if isinstance(layer, nn.Linear)]
+    return chosen
 
 
 def endings(names: Sequence[str]) -> str:

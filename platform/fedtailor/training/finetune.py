@@ -74,7 +74,7 @@ def finetune(
             a[adapted.name] = own.params[f"lora_A.{adapted.name}"][lane].detach().cpu()
             b[adapted.name] = own.params[f"lora_B.{adapted.name}"][lane].detach().cpu()
             lam[adapted.name] = adapter.lambdas(number, width)[lane].cpu()
-        return export_adapter(ctx.net.modules, a, b, lam, cfg.scale, base_ref, ctx.lanes[lane].client.id)
+        return export_adapter(ctx.net.adapted, a, b, lam, cfg.scale, base_ref, ctx.lanes[lane].client.id)
 
     clients = [lane.client.id for lane in ctx.lanes[:: len(ctx.budgets)]]
     return Personalised(
