@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +15,31 @@ from fedtailor.core.errors import StorageError
 
 CACHE = "FEDTAILOR_CACHE"
 """Environment variable with the folder that `cache_root` names."""
+
+LONGEST_NAME = 96
+"""Characters of the longest file name that `file_name` gives; encrypted file systems allow 143 bytes."""
+
+_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_.")
+
+
+def file_name(name: str) -> str:
+    """A file or folder name for any text, another one for every other text.
+
+    Also where a file system ignores case or changes Unicode forms: all but lower-case letters, digits, ``-``, ``_`` and
+    ``.`` is written ``%xx``, as is a dot at either end. What gets too long ends in a hash instead.
+
+    >>> file_name("user7"), file_name("Ana"), file_name(".."), file_name("a/b")
+    ('user7', '%41na', '%2e%2e', 'a%2fb')
+
+    Raises:
+        UnicodeEncodeError: half a surrogate pair, which readers of data refuse.
+    """
+    raw = name.encode()
+    plain = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02x}" for byte in raw)
+    plain = re.sub(r"^\.|\.$", "%2e", plain) or "%"
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    return f"{plain[: LONGEST_NAME - 33]}~{hashlib.sha256(raw).hexdigest()[:32]}"
 
 
 def cache_root() -> Path:

@@ -31,6 +31,7 @@ from fedtailor.storage.round_store import (
     PREDICTIONS,
     SHARED,
     CommittedRounds,
+    adapter_files,
     metrics_table,
     named,
     predictions_table,
@@ -265,7 +266,7 @@ class Execution:
             objects[STRATEGIES] = strategies
         for result in results:
             for lane, files in result.adapters.items():
-                objects |= {f"adapters/{lane}/{name}": content for name, content in files.items()}
+                objects |= {f"{adapter_files(lane)}{name}": content for name, content in files.items()}
         rejected = [asdict(failure) for failure in failures]
         log.commit(index, objects, {"kind": "chunk", "cohort": list(clients), "rejected": rejected})
         seconds = {client: s for result in results for client, s in result.seconds.items()}

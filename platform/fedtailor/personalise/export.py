@@ -25,7 +25,7 @@ from fedtailor.federated.method import Overlay
 from fedtailor.models.load import load_classifier, load_tokenizer, quiet, save_folder
 from fedtailor.personalise.generator import labels_of, model_of
 from fedtailor.storage.commit_log import CommitLog
-from fedtailor.storage.round_store import CommittedRounds, named
+from fedtailor.storage.round_store import ADAPTERS, CommittedRounds, adapter_files, named
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.worker.open_stage import load_net
 
@@ -85,9 +85,14 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
     commits = run.log(stage).all(objects=False)
     chunk = next((commit for commit in commits if client in commit.record["cohort"]), None)
     if chunk is None:
-        raise StorageError(f"run '{run.run_id}' has no committed client '{client}' (ids: seen/amh/00)")
-    prefix = f"adapters/r{budget}/{client}/"
-    files = {name.removeprefix(prefix): chunk.bytes(name) for name in chunk.objects if name.startswith(prefix)}
+        known = [str(other) for commit in commits for other in commit.record["cohort"]]
+        hint = did_you_mean(client, known) or f" (one of its {len(known)}: {known[0]})" * bool(known)
+        raise StorageError(f"run '{run.run_id}' has no committed client '{client}'{hint}")
+    # Earlier versions named the files by the client's id as it is.
+    for prefix in (adapter_files(f"r{budget}/{client}"), f"{ADAPTERS}r{budget}/{client}/"):
+        files = {name.removeprefix(prefix): chunk.bytes(name) for name in chunk.objects if name.startswith(prefix)}
+        if files:
+            break
     if not files:
         raise StorageError(f"method '{method}' has no adapter for client '{client}' at budget {budget}")
     refuse_used(out)

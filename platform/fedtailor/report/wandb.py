@@ -25,13 +25,13 @@ from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import safe_path
 from fedtailor.storage.lock import Lock
 from fedtailor.storage.provenance import redact, scrub
+from fedtailor.storage.round_store import ADAPTERS
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.wandb_key import Mode, api_key, settled_mode
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ADAPTERS: Final = "adapters/"
 _WORK: Final = ".wandb-"
 _LOST: Final = ("filestream: fatal error", "sender: failed", "file transfer: upload", "runfiles:")
 """Beginnings of what wandb-core writes to its log alone when it gives something up; `finish` returns as ever."""

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
+from fedtailor.core.files import file_name
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray, Row
 from fedtailor.core.scope import ParamSpec
 from fedtailor.federated.rounds import RoundOutcome, RoundState
@@ -26,6 +27,9 @@ SHARED, SERVER, PRIVATE = "global/shared.safetensors", "server/state.safetensors
 METRICS, PREDICTIONS = "metrics.parquet", "predictions.parquet"
 HEAVY = ("global/", "server/")
 """Beginnings of the objects that old rounds lose."""
+
+ADAPTERS = "adapters/"
+"""Beginning of the names of exported adapters' files."""
 
 TIMING_COLUMNS: tuple[str, ...] = ("stage", "round", "client", "seconds", *(field.name for field in fields(ClientCost)))
 """``round``: the round or chunk. ``seconds``: wall time of a worker, a group's time shared equally. Then the fields
@@ -44,6 +48,18 @@ METRIC_SCHEMA, TIMING_SCHEMA = _schema(*METRIC_COLUMNS), _schema(*TIMING_COLUMNS
 PREDICTION_SCHEMA = _schema("client", "language", "budget", "method", "row", "prompt", "reference", "prediction")
 """``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
 client's test examples; ``prompt`` the instruction without its template."""
+
+
+def adapter_files(lane: str) -> str:
+    """Beginning of the names of the files of a client's adapter.
+
+    >>> adapter_files("r8/seen/amh/00"), adapter_files("r8/seen/all/Ana")
+    ('adapters/r8/seen/amh/00/', 'adapters/r8/seen/all/%41na/')
+
+    Args:
+        lane: ``r<budget>/<client>``.
+    """
+    return f"{ADAPTERS}{'/'.join(map(file_name, lane.split('/')))}/"
 
 
 def metrics_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
