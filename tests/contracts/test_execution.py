@@ -15,6 +15,7 @@ from fedtailor.core.errors import ClientError, Interrupted, RoundError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
 from fedtailor.storage.digest import digest
 from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tasks.tokens import TokenData
 from fedtailor.worker.worker import SerialPool, Worker
 
 
@@ -195,3 +196,21 @@ def test_a_client_that_fails_at_one_budget_leaves_no_row_of_the_others(
     rows = frame[frame.metric == "accuracy"].groupby("client").size()
     assert set(rows) == {2}
     assert 0 < len(rows) < 18
+
+
+def test_a_clients_tokens_are_those_that_its_training_steps_read(clean: RunFolder) -> None:
+    """Over all epochs and budgets; none where nothing is trained."""
+    data = TokenData.open(next((Path(clean.storage.url) / "artifacts").glob("tokens-*")))
+    times = clean.timings()
+    times["passes"] = times["tokens"] / times["client"].map(data.train_tokens)
+    passes = {stage: set(rows["passes"]) for stage, rows in times.groupby("stage")}
+    budgets = 2
+    assert passes == {
+        "base/seed42": {1},
+        "strategy/fedp2eft/seed42": {1},
+        "personalise/majority/seed42": {0},
+        "personalise/base/seed42": {0},
+        "personalise/lora/seed42": {1 * budgets},
+        "personalise/bayestune_lora/seed42": {1 + 1 * budgets},
+        "personalise/fedp2eft/seed42": {1 * budgets},
+    }

@@ -159,14 +159,14 @@ def _show_memory(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> N
 
 def _show_work(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> None:
     known, seeds, workers = seconds_per_client(plan.exp), len(plan.exp.seeds), plan.exp.engine.actors or 1
-    numbers = ("client\nupdates", "steps", "FLOP at\nmost", "time on\none worker")
+    numbers = ("client\nupdates", "training\nsteps", "training\ntokens at most", "FLOP at\nmost", "time on\none worker")
     title = f"Work, {f'all {seeds} seeds' if seeds > 1 else 'one seed'}"
     table = plain_table("stage", *numbers, title=title, numbers=numbers)
-    times, sums, total = Counter(map(_name, plan.stages)), [0.0, 0.0, 0.0], 0.0
+    times, sums, total = Counter(map(_name, plan.stages)), [0.0] * 4, 0.0
     for row in stages:
         cost, n = row.estimate, times[_name(row)]
         each = known.get((row.stage.kind, row.stage.method), nan)  # nan: not known, and neither is the sum
-        counts = [count * n for count in (cost.updates, cost.steps or 0, cost.flops or 0.0)]
+        counts = [count * n for count in (cost.updates, cost.steps or 0, cost.tokens or 0.0, cost.flops or 0.0)]
         sums = [before + count for before, count in zip(sums, counts, strict=True)]
         total += each * cost.updates * n
         table.add_row(escape(_name(row)), *_work_cells(counts, each * cost.updates * n))
@@ -179,11 +179,11 @@ def _show_work(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> Non
         console.print(f"[dim]{workers} workers need about 1/{workers} of the time.[/]")
 
 
-def _work_cells(counts: Sequence[float], seconds: float) -> tuple[str, str, str, str]:
-    updates, steps, flops = counts
+def _work_cells(counts: Sequence[float], seconds: float) -> tuple[str, ...]:
+    updates, steps, tokens, flops = counts
     return (
-        f"{updates:,.0f}", f"{steps:,.0f}" if steps else "", f"{flops:.1e}" if flops else "",
-        "" if isnan(seconds) else duration(seconds),
+        f"{updates:,.0f}", f"{steps:,.0f}" if steps else "", f"{tokens:,.0f}" if tokens else "",
+        f"{flops:.1e}" if flops else "", "" if isnan(seconds) else duration(seconds),
     )  # fmt: skip
 
 

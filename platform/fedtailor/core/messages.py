@@ -116,7 +116,8 @@ class ClientCost:
 
     Args:
         examples: its training examples.
-        tokens: their tokens, padding not counted, each example once however many epochs or budgets read it.
+        tokens: real tokens that its training steps read, in every epoch and for every budget; 0 where nothing is
+            trained. Runs of earlier versions noted the tokens of its examples, each once.
         bytes_down: SHARED float32 row that a real client would receive; 0 for methods that send none.
         bytes_up: SHARED row that came back; 0 from a failed client and where nothing is aggregated.
         bytes_kept: PRIVATE rows and its part of the base: a real client keeps them, only the simulation moves them.

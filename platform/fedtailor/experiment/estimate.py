@@ -56,6 +56,7 @@ class Estimate:
     Args:
         updates: client updates, or clients personalised.
         steps: optimizer steps of single clients.
+        tokens: that training steps read, at most: texts at their longest; 0 where nothing is trained.
         flops: floating point operations.
         wire: bytes that the server sends per round; as many come back.
         base: bytes of the resident model.
@@ -68,6 +69,7 @@ class Estimate:
 
     updates: int
     steps: int | None
+    tokens: float | None
     flops: float | None
     wire: int
     base: int
@@ -113,7 +115,7 @@ def estimate(
     else:
         passes, rows, updates = method.epochs, list(population.train), stage.rounds * stage.cohort
         trained, share = sum(numbers), updates / max(1, len(rows))
-    steps = flops = None
+    steps = tokens_read = flops = None
     if rows:
         if method.steps is not None and not personal:
             steps = updates * method.steps
@@ -121,9 +123,12 @@ def estimate(
         else:
             steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
             texts = sum(rows) * share * passes
+        tokens_read = texts * length
         whole = method.adapter is not None and method.adapter.trains_base
         scored = population.test * each if personal else 0
-        flops = (texts * (6 if whole else 4) + scored * 2) * length * (dims.parameters - dims.embedding_parameters)
+        flops = (tokens_read * (6 if whole else 4) + scored * 2 * length) * (
+            dims.parameters - dims.embedding_parameters
+        )
     fitting = engine.token_budget // (method.batch_size * length)
     alone = not method.lanes or model.base_dropout > 0
     # The widest group of lanes at full texts; a client with its budgets is never cut.
@@ -133,6 +138,7 @@ def estimate(
     return Estimate(
         updates=updates,
         steps=steps,
+        tokens=tokens_read,
         flops=flops,
         wire=numbers[0] * FLOAT * stage.cohort,
         base=base_of_rank(dims, model.weights, engine.zero),

@@ -6,8 +6,9 @@ training. Without a downlink of the method's own all lanes received one and the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -132,6 +133,7 @@ class ClientContext:
         fresh: which clients have no committed PRIVATE state yet, (K,) bool: their PRIVATE parameters are initial.
         warn: records a warning about a lane.
         micro_batch: most rows per lane of one forward pass; a larger step is cut and its gradients are added up.
+        trained: client to the real tokens that its training steps have read, over all its lanes; see `batches`.
     """
 
     net: LaneNet
@@ -150,6 +152,7 @@ class ClientContext:
     r_max: int = 0
     rounds: int = 0
     micro_batch: int | None = None
+    trained: Counter[str] = field(default_factory=Counter)
 
     @property
     def sizes(self) -> Tensor:
@@ -184,8 +187,12 @@ class ClientContext:
         return indices
 
     def batches(self, indices: Sequence[Sequence[IntArray]]) -> Iterator[LaneBatch]:
-        """Iterates over the batches of ``indices``."""
-        return lane_batches([lane.train for lane in self.lanes], indices, self.pad_id, self.net.device)
+        """Iterates over the batches of ``indices``, the rows of every step of every lane; adds them to ``trained``."""
+        made = lane_batches([lane.train for lane in self.lanes], indices, self.pad_id, self.net.device)
+        for step, batch in enumerate(made):
+            for lane, rows in zip(self.lanes[: batch.lanes], indices, strict=False):
+                self.trained[lane.client.id] += int(lane.train.lengths[rows[step]].sum())
+            yield batch
 
     def use_dropout(self, probability: float, purpose: str) -> None:
         """Gives every lane its own generator for adapter dropout."""

@@ -228,6 +228,8 @@ class OuterPairs:
 
     def _batch(self, examples: Sequence[Examples], rows: IntArray) -> LaneBatch:
         """Every pair is a lane of its own with one text; rows (K, each)."""
+        for lane, texts, chosen in zip(self.ctx.lanes, examples, rows, strict=True):
+            self.ctx.trained[lane.client.id] += int(texts.lengths[chosen].sum())
         repeated = [e for e in examples for _ in range(rows.shape[1])]
         return make_batch(repeated, list(rows.reshape(-1, 1)), self.ctx.pad_id, self.ctx.net.device)
 

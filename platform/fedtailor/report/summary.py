@@ -26,8 +26,8 @@ COST_RULE = (
 )
 
 LOAD_RULE = (
-    "Tokens: of the clients' training texts, each text once for every time its client was called, however many "
-    "epochs or budgets read it, without padding; per second of wall time. Down and up: float32 bytes of common "
+    "Training tokens: those that clients' training steps read, in every epoch and for every budget, without padding; 0 "
+    "where nothing is trained; per second of wall time. Down and up: float32 bytes of common "
     "parameters that a real client would receive and send for one call; what it keeps to itself and the frozen base "
     "do not travel. Peak memory: the largest worker process so far, its model and libraries included. Repeated: "
     "clients whose call had been lost before."

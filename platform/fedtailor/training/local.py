@@ -12,7 +12,7 @@ from torch import Tensor
 from fedtailor.federated.checks import check_loss
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
-from fedtailor.lanes.batches import IntArray, LaneBatch, lane_batches, micro_batches
+from fedtailor.lanes.batches import IntArray, LaneBatch, micro_batches
 from fedtailor.lanes.loss import lane_cross_entropy
 from fedtailor.lanes.params import clip_lanes
 
@@ -116,7 +116,7 @@ def train(
         ctx.use_dropout(how.dropout, how.purpose)
     ctx.net.train_mode(True, how.own_dropout)
     try:
-        for step, batch in enumerate(lane_batches([x.train for x in ctx.lanes], indices, ctx.pad_id, ctx.net.device)):
+        for step, batch in enumerate(ctx.batches(indices)):
             optimizer.zero_grad()
             totals[: batch.lanes] += backward(ctx, batch, loss)
             if after_backward:

@@ -108,7 +108,6 @@ class Segment:
     def _group(self, clients: Sequence[str]) -> None:
         job = self.job
         ctx = self.stage.context(clients, job.round, self.shared, job.private, self._warn, job.overlay)
-        self.tokens |= {lane.client.id: int(lane.train.lengths.sum()) for lane in ctx.lanes}
         # Of torch's global stream, which only a base's own dropout draws from (one client at a time).
         torch.manual_seed(seed_for(ctx.seed, ctx.stage, ctx.round, ctx.lanes[0].client.id, "base-dropout"))
         with self.sabotage.during(clients, self.stage.net.model) if self.sabotage else nullcontext():
@@ -116,6 +115,8 @@ class Segment:
                 self._personalise(ctx) if self.stage.spec.kind == "personalise" else self._update(ctx)
             except MethodError as broken:
                 raise MethodError(f"{self.stage.who}: {broken}") from broken
+            finally:
+                self.tokens |= {client: ctx.trained[client] for client in clients}
 
     def _update(self, ctx: ClientContext) -> None:
         update = self.stage.method.local_update
