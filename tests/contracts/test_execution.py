@@ -214,3 +214,12 @@ def test_a_clients_tokens_are_those_that_its_training_steps_read(clean: RunFolde
         "personalise/bayestune_lora/seed42": {1 + 1 * budgets},
         "personalise/fedp2eft/seed42": {1 * budgets},
     }
+
+
+def test_a_run_that_reuses_everything_tells_its_unknown_tokens_too(clean: RunFolder) -> None:
+    artifacts = Path(clean.storage.url) / "artifacts"
+    counts = clean.info()["unknown_tokens"]
+    assert list(counts) == [next(artifacts.glob("tokens-*")).name]
+    assert set(next(iter(counts.values()))) == {"amh", "eng", "yor"}
+    again = run_tiny(tiny(Path(clean.storage.url)), "reused")
+    assert again.info()["unknown_tokens"] == counts

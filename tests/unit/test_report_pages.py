@@ -28,6 +28,7 @@ RUN: dict[str, Any] = {
     "config": {"task": {"name": "cldr", "path": EVIL}, "base": {"rounds": 2}},
     "overrides": [{"key": EVIL, "default": EVIL, "value": EVIL}], "stages": [{"key": EVIL, "hash": "1a"}],
     "hardware": {"cpu": EVIL}, "git": {"commit": "abc"},
+    "unknown_tokens": {"tokens-1": {"amh": [30, 40], EVIL: [0, 10]}, "tokens-2": {"amh": [30, 40]}},
 }  # fmt: skip
 RUN_DATA = RunData(Experiment())
 
@@ -109,6 +110,15 @@ def test_a_full_run_gives_every_file(report: dict[str, Path]) -> None:
     expected |= {f"figures/{name}.{kind}" for name in figures for kind in ("png", "svg")}
     assert set(report) == expected
     assert all(path.is_file() and path.stat().st_size for path in report.values())
+
+
+def test_unknown_tokens_stand_in_every_table_and_on_the_page(report: dict[str, Path]) -> None:
+    sentence = "Tokens of texts that the model does not know: Amharic 75.0 %; below 0.1 % in"
+    for name in ("table_seen.md", "table_unseen.md", "table_seen.tex", "report.html"):
+        assert sentence in report[name].read_text("utf-8").replace("\\", "")
+    assert (
+        '<td class="num">80</td><td class="num">60</td><td class="num">75.0</td>' in report["report.html"].read_text()
+    )
 
 
 def test_the_page_is_well_formed_and_asks_for_nothing(report: dict[str, Path]) -> None:

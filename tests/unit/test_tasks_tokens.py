@@ -14,7 +14,7 @@ from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare
-from fedtailor.tasks.tokens import TokenData, tokenise
+from fedtailor.tasks.tokens import TokenData, tokenise, unknown_tokens
 
 SPLITS = ("train", "test")
 MAX_LENGTH = 24
@@ -153,3 +153,26 @@ def test_a_damaged_file_is_named(data: TaskData, tokenizer: PreTrainedTokenizerF
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=name):
         TokenData.open(tmp_path)
+
+
+def test_unknown_tokens_are_counted_by_language_each_text_once(data: TaskData, tmp_path: Path) -> None:
+    latin = [text for client in data.clients if "/amh/" not in client.id for text in data.texts(client.id, "train")[0]]
+    tokenizer = word_pieces(latin, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    tokens = tokenise(data, tokenizer, MAX_LENGTH, tmp_path / "tokens")
+    expected = dict.fromkeys(("amh", "sna", "yor"), (0, 0))
+    for client in data.clients:
+        for split in SPLITS:
+            for text in data.texts(client.id, split)[0]:  # type: ignore[arg-type]
+                ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"][1:-1]
+                unknown, total = expected[client.language]
+                expected[client.language] = (unknown + ids.count(tokenizer.unk_token_id), total + len(ids))
+    found = unknown_tokens(data, tokens, tokenizer)
+    assert found == expected
+    assert found["amh"][0] / found["amh"][1] > 0.5 > 10 * found["sna"][0] / found["sna"][1]
+
+
+def test_a_tokenizer_whose_unknown_token_ends_texts_knows_all(data: TaskData, tmp_path: Path) -> None:
+    tokenizer = word_pieces(list(data.train_texts()), pad_token="[PAD]", eos_token="[UNK]")
+    found = unknown_tokens(data, tokenise(data, tokenizer, MAX_LENGTH, tmp_path / "tokens"), tokenizer)
+    assert [unknown for unknown, _ in found.values()] == [0, 0, 0]
+    assert all(total for _, total in found.values())

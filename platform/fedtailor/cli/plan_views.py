@@ -18,6 +18,7 @@ from fedtailor.experiment.estimate import USABLE, Estimate
 from fedtailor.experiment.plan import Plan, StagePlan, seconds_per_client
 from fedtailor.experiment.privacy import masked_traffic
 from fedtailor.models.families import in_part_order, locate_module
+from fedtailor.models.source import model_title
 from fedtailor.report.names import method_name
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ def _show_header(console: Console, plan: Plan) -> None:
         texts = f"{int(median(trains))} training texts in the middle ({min(trains)} to {max(trains)})"
     rows = {
         "task": f"{exp.task.name}: {people.seen} seen and {people.unseen} unseen clients, {groups}{texts}",
-        "model": f"{exp.model.name} in {exp.model.weights}: {model.parameters:,} parameters, L = {model.layers} "
-        "adapted linear layers",
+        "model": f"{model_title(exp.model)}: {model.parameters:,} parameters, L = {model.layers} adapted linear layers",
         "budgets": f"r = {', '.join(map(str, exp.budgets))} (r L = "
         f"{', '.join(str(r * model.layers) for r in exp.budgets)} ranks); r_max = {exp.r_max}",
         "seeds": ", ".join(map(str, exp.seeds)),

@@ -59,9 +59,11 @@ def plain_table(*columns: str, title: str = "", numbers: Sequence[str] = ()) -> 
 
 def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
     """What is about to run, in some lines."""
+    from fedtailor.models.source import model_title
+
     console.print(f"[bold]{escape(run_id)}[/]  [dim]in {escape(exp.storage)}[/]")
     rows = {
-        "task, model": f"{exp.task.name}, {exp.model.name} (base dropout {exp.model.base_dropout:g})",
+        "task, model": f"{exp.task.name}, {model_title(exp.model)}; base dropout {exp.model.base_dropout:g}",
         "methods": ", ".join(exp.methods),
         "budgets, seeds": f"{', '.join(map(str, exp.budgets))}; {', '.join(map(str, exp.seeds))}",
         **({} if exp.attack.name == "none" else {"attack": str(exp.attack)}),

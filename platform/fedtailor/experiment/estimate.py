@@ -115,7 +115,7 @@ def estimate(
     else:
         passes, rows, updates = method.epochs, list(population.train), stage.rounds * stage.cohort
         trained, share = sum(numbers), updates / max(1, len(rows))
-    steps = tokens_read = flops = None
+    steps = read = flops = None
     if rows:
         if method.steps is not None and not personal:
             steps = updates * method.steps
@@ -123,12 +123,10 @@ def estimate(
         else:
             steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
             texts = sum(rows) * share * passes
-        tokens_read = texts * length
+        read, inner = texts * length, dims.parameters - dims.embedding_parameters
         whole = method.adapter is not None and method.adapter.trains_base
-        scored = population.test * each if personal else 0
-        flops = (tokens_read * (6 if whole else 4) + scored * 2 * length) * (
-            dims.parameters - dims.embedding_parameters
-        )
+        scored = population.test * each * length if personal else 0
+        flops = (read * (6 if whole else 4) + scored * 2) * inner
     fitting = engine.token_budget // (method.batch_size * length)
     alone = not method.lanes or model.base_dropout > 0
     # The widest group of lanes at full texts; a client with its budgets is never cut.
@@ -138,7 +136,7 @@ def estimate(
     return Estimate(
         updates=updates,
         steps=steps,
-        tokens=tokens_read,
+        tokens=read,
         flops=flops,
         wire=numbers[0] * FLOAT * stage.cohort,
         base=base_of_rank(dims, model.weights, engine.zero),

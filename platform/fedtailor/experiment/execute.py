@@ -87,7 +87,8 @@ class Execution:
             # Seeds that share a base list it once.
             todo = list({s.key: (s, inputs) for inputs, stages in work for s in stages}.values())
             self._stages = [stage for stage, _ in todo]
-            self.run.set_stages([{**stage.listed, "data": inputs.data} for stage, inputs in todo])
+            unknown = {inputs.tokens: inputs.unknown for inputs, _ in work}
+            self.run.set_stages([{**stage.listed, "data": inputs.data} for stage, inputs in todo], unknown)
             for number, (stage, inputs) in enumerate(todo, start=1):
                 self._stage(stage, inputs, number, len(todo))
         finally:

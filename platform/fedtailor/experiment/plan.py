@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.scope import Scope
-from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, scaled_task
+from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, scaled_task, to_json
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
 from fedtailor.experiment.prepare import model_artifact, tokens_artifact
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
@@ -238,17 +238,22 @@ def _configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
 def seconds_per_client(exp: ExperimentBase) -> dict[tuple[str, str], float]:
     """Mean wall seconds per client, by (stage kind, method), from the newest such runs in the storage."""
     storage = Storage(exp.storage)
-    same = (exp.task.name, exp.task.max_length, exp.model.name, exp.engine.dtype)
+    same = _timed_by(to_json(exp))
     found: dict[tuple[str, str], float] = {}
     runs = [RunFolder.open(storage, run_id) for run_id in run_ids(storage)]
     runs.sort(key=lambda run: str(run.info()["created"]), reverse=True)
     for run in runs[:LOOKED_AT]:
-        config = run.info()["config"]
-        task = config["task"]
-        if (task["name"], task["max_length"], config["model"]["name"], config["engine"]["dtype"]) != same:
+        if _timed_by(run.info()["config"]) != same:
             continue
         methods = {stage["key"]: (stage["kind"], stage["method"]) for stage in run.stages()}
         for stage, rows in run.timings().groupby("stage"):
             if stage in methods:
                 found.setdefault(methods[str(stage)], float(rows["seconds"].mean()))
     return found
+
+
+def _timed_by(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two runs must have in common for one's times to be expected of the other."""
+    task, model = config["task"], config["model"]
+    own = (model.get(key) for key in ("name", "path", "weights"))
+    return task["name"], task.get("path"), task["max_length"], *own, config["engine"]["dtype"]

@@ -39,7 +39,7 @@ from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks import prompts
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare as prepare_task
-from fedtailor.tasks.tokens import tokenise
+from fedtailor.tasks.tokens import TokenData, tokenise, unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
 
 _COPIES, _COPY = "working_dir_files", "_ray_pkg_"
@@ -182,8 +182,8 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
     def write_tokens(out: Path) -> None:
         tokenise(data, tokenizer, exp.task.max_length, out, exp.task.template, exp.task.overlong)
 
-    artifacts.ensure(tokens_name, write_tokens)
-    return Inputs(data_name, model_name, tokens_name)
+    tokens = TokenData.open(artifacts.ensure(tokens_name, write_tokens))
+    return Inputs(data_name, model_name, tokens_name, unknown_tokens(data, tokens, tokenizer))
 
 
 def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskData, str]:

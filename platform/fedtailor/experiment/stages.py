@@ -45,11 +45,13 @@ class Inputs:
         data: artifact name of the partitioned texts.
         model: artifact name of the initial model and tokenizer.
         tokens: artifact name of the tokenised clients.
+        unknown: see `tokens.unknown_tokens`; empty where they were not counted.
     """
 
     data: str
     model: str
     tokens: str
+    unknown: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

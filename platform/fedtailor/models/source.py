@@ -97,6 +97,24 @@ def resolve(cfg: ModelConfig) -> ModelSource:
     return ModelSource("hub", cfg.name, PRESETS.get(cfg.name, cfg.name), cfg.revision)
 
 
+def model_title(cfg: ModelConfig) -> str:
+    """What is really used, for people.
+
+    >>> model_title(ModelConfig(name="tiny-bert")), model_title(ModelConfig(name="mbert"))
+    ('tiny-bert', 'mbert (google-bert/bert-base-multilingual-cased)')
+    >>> model_title(ModelConfig(name="mbert", path="~/mine", weights="bfloat16"))
+    'mbert (from ~/mine, kept in bfloat16)'
+    """
+    usual = PACKAGED[cfg.name].title if cfg.name in PACKAGED else PRESETS.get(cfg.name)
+    told = [
+        f"from {cfg.path}" if cfg.path else usual,
+        f"revision {cfg.revision}" if cfg.revision and not cfg.path else None,
+        None if cfg.weights == "float32" else f"kept in {cfg.weights}",
+    ]
+    details = ", ".join(filter(None, told))
+    return f"{cfg.name} ({details})" if details else cfg.name
+
+
 def pretrained_folder() -> Path:
     """Where ``mini-mbert`` is looked for and made: below $FEDTAILOR_MODELS, else below ./models."""
     return Path(os.environ.get("FEDTAILOR_MODELS") or "models").expanduser() / PRETRAINED

@@ -18,6 +18,7 @@ from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
 from fedtailor.methods import METHODS
+from fedtailor.models.source import model_title
 from fedtailor.report.facts import base_line, strategy_line
 from fedtailor.report.names import Measure, get_path, in_method_order, in_pool_order, leaves, text
 from fedtailor.report.scores import AVERAGE, checked, client_scores, in_table_order, primary, results_table, scored_rows
@@ -186,7 +187,7 @@ def _facts(run: ComparedRun) -> dict[str, str]:
         "State": run.state if done == total else f"{run.state}, {done} of {total} stages",
         "Digest": run.digest[:12] if run.digest else "none yet",
         "Task": exp.task.name,
-        "Model": exp.model.name,
+        "Model": model_title(exp.model),
         "Base": base_line(exp, run.values),
         "Strategies": strategy_line(exp, run.values),
         "Seeds": ", ".join(map(str, exp.seeds)),

@@ -19,6 +19,7 @@ from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of, seen_clients
 from fedtailor.report import names
 from fedtailor.report.names import NOT_RECORDED
+from fedtailor.report.unknown_tokens import unknown_counts
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import clients_of
 
@@ -243,6 +244,7 @@ class RunFacts:
         privacy: a sentence on what was done to hide clients, empty without.
         pretrained: a sentence on where the model comes from, empty where it does not say.
         duplicates: a sentence on repeated texts, empty where the data do not say.
+        unknown: language to unknown tokens and all tokens of its texts, empty where it was not counted.
         fallbacks: pool to a sentence on clients that have nothing of their own of the base.
     """
 
@@ -258,6 +260,7 @@ class RunFacts:
     privacy: str
     pretrained: str
     duplicates: str
+    unknown: Mapping[str, tuple[int, int]]
     fallbacks: Mapping[str, str]
 
 
@@ -286,5 +289,6 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         privacy=privacy_sentence(exp, frame, seen or None),
         pretrained=pretrain_sentence(found.pretrain),
         duplicates=duplicates_sentence(found.notes),
+        unknown=unknown_counts(run.get("unknown_tokens")),
         fallbacks=fallback_sentences(frame),
     )

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fedtailor.models.source import model_title
 from fedtailor.report import names, significance, summary
 from fedtailor.report.facts import RunFacts
 from fedtailor.report.names import ABSENT, ACCURACY, Measure, budget_title, leaves, percent, plural, points, text
@@ -117,7 +118,7 @@ def _tiles(
     clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
     tiles = [
         ("Task", exp.task.name),
-        ("Model", exp.model.name),
+        ("Model", model_title(exp.model)),
         ("Adapted layers L", str(facts.n_modules)),
         ("Clients", clients),
         (measure.groups.capitalize(), str(len(languages)) if languages else ""),

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from fedtailor.models.source import model_title
 from fedtailor.report import names
 from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
 from fedtailor.report.names import ABSENT, NOT_RECORDED, ROUGE_L
 from fedtailor.report.scores import AVERAGE, Block, Cell, answer_measures, blocks
+from fedtailor.report.unknown_tokens import unknown_sentence
 
 SEPARATOR = " / "
 """Between the measures of one cell."""
@@ -62,9 +64,10 @@ def _caption(facts: RunFacts, found: Sequence[Block]) -> list[str]:
         f"{measure.title} in percent on {pool}: {spread}; the best of each {measure.group} and budget in bold.",
         facts.scale,
         facts.privacy,
-        f"Task {exp.task.name}, model {exp.model.name} with L = {facts.n_modules} adapted layers, budget rL ranks; "
-        f"{clients} in {names.plural(len(languages_of(found)), measure.group)}; seeds {seeds}.",
+        f"Task {exp.task.name}, model {model_title(exp.model)} with L = {facts.n_modules} adapted layers, budget rL "
+        f"ranks; {clients} in {names.plural(len(languages_of(found)), measure.group)}; seeds {seeds}.",
         facts.pretrained,
+        unknown_sentence(facts.unknown),
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
         facts.fallbacks.get(block.pool, ""),
         facts.duplicates,

@@ -98,9 +98,15 @@ class RunFolder:
         """Content of ``run.json``."""
         return dict(self.storage.read_json(join(self.run_id, "run.json")))
 
-    def set_stages(self, stages: Sequence[Mapping[str, Any]]) -> None:
-        """Records the stages, each with key, kind, method, seed and artifact (folder in ``artifacts/``)."""
-        content = {**self.info(), "stages": [dict(stage) for stage in stages]}
+    def set_stages(self, stages: Sequence[Mapping[str, Any]], unknown: Mapping[str, Any] | None = None) -> None:
+        """Records what is known once the data is prepared.
+
+        Args:
+            stages: each with key, kind, method, seed and artifact (folder in ``artifacts/``).
+            unknown: artifact of tokens to its `tasks.tokens.unknown_tokens`.
+        """
+        found = {} if unknown is None else {"unknown_tokens": dict(unknown)}
+        content = {**self.info(), "stages": [dict(stage) for stage in stages], **found}
         self.storage.write_json(join(self.run_id, "run.json"), content)
 
     def manifest(self, seed: int) -> dict[str, Any] | None:
