@@ -11,6 +11,7 @@ from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import check, compose
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, to_json
+from fedtailor.experiment.fastest import settled
 from fedtailor.experiment.stages import short_hash
 from tune_spaces import PAPERS, grids
 from tune_spaces.grid import OBJECTIVES, Grid, Objective, Value, combinations, for_task, look_up
@@ -117,7 +118,7 @@ def make_plan(
         problems.append(f"'methods': {address} runs '{grid.method}' alone; leave it out")
     if problems:
         raise ConfigError(problems)
-    exp = compose(presets, overrides)
+    exp, _ = settled(compose(presets, overrides))
     name = objective_name or for_task(name, exp.task_entry.kind)
     judged, pools = OBJECTIVES[name], exp.personalise.pools
     if "personalise.pools" not in given:

@@ -84,12 +84,14 @@ def run(
     json_log: JsonLog = False,
 ) -> None:
     """Run an experiment, or go on with it if it exists: fedtailor run demo strategy.rounds=20."""
+    from fedtailor.experiment.fastest import settled
     from fedtailor.experiment.launch import at_address, default_run_id
     from fedtailor.experiment.prepare import prepare
 
     presets, exp = _compose(words)
     exp = at_address(exp, address)
     name = run_id or default_run_id(presets, exp)
+    exp, _ = settled(exp, name)
     _conduct(exp, name, lambda emit: prepare(exp, name, emit), json_log)
 
 
@@ -144,10 +146,13 @@ def plan(
 ) -> None:
     """Show stages, bytes, memory and work of an experiment without running it; needs no weights."""
     from fedtailor.cli.plan_views import show_plan
+    from fedtailor.experiment.fastest import settled
     from fedtailor.experiment.plan import make_plan
 
-    _, exp = _compose(words)
+    exp, chosen = settled(_compose(words)[1])
     show_plan(console(), make_plan(exp, memory_gb))
+    if chosen:
+        console().print(f"[bold]auto[/]  {chosen}")
 
 
 def doctor_(

@@ -67,7 +67,8 @@ def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
         "methods": ", ".join(exp.methods),
         "budgets, seeds": f"{', '.join(map(str, exp.budgets))}; {', '.join(map(str, exp.seeds))}",
         **({} if exp.attack.name == "none" else {"attack": str(exp.attack)}),
-        "engine": f"{exp.engine.backend}, {exp.engine.threads} thread(s) per worker, {exp.engine.dtype}",
+        "engine": f"{exp.engine.backend}, {exp.engine.threads} thread(s) per worker, {exp.engine.dtype}"
+        + (f", {exp.model.attention} attention" if exp.model.attention else ""),
     }
     for name, value in rows.items():
         console.print(f"  [dim]{name:<14}[/] {escape(value)}")
