@@ -46,9 +46,9 @@ def loaded(path: Path, rows: pd.DataFrame | list[dict[str, Any]], **more: Any) -
     return texts.load(saved(path, rows, **more), 0)
 
 
-def shown(data: TaskData) -> str:
+def shown(data: TaskData, path: Path | str = "d.jsonl") -> str:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    show_data(console, data.manifest)
+    show_data(console, str(path), data.manifest)
     return console.export_text()
 
 
@@ -261,3 +261,16 @@ def test_instructions_are_shown_too_and_test_rows_that_are_trained_on_can_be_tak
     clean = prepare(cfg.model_copy(update={"drop_duplicates": True}), 0, tmp_path / "clean")
     assert "4 rows take no part (task.drop_duplicates=true)." in shown(clean)
     assert "in train and in test" not in shown(clean)
+
+
+def test_the_files_of_a_folder_are_shown_with_their_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("train-0.jsonl", "train-1.jsonl", "Test.jsonl"):
+        cfg = saved(folder / name, table()).model_copy(update={"path": str(folder)})
+    data = prepare(cfg, 0, tmp_path / "out")
+    assert "files: Test.jsonl (test); train-0.jsonl, train-1.jsonl (train)" in shown(data, folder)
+    (folder / "north.jsonl").write_text("")
+    for name in ("train-0.jsonl", "train-1.jsonl", "Test.jsonl"):
+        (folder / name).unlink()
+    assert "files: north.jsonl; no name says a split" in shown(data, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from fedtailor.cli.terminal import plain_table
 from fedtailor.core.errors import listed
 from fedtailor.tasks.source import POOLS, normalise
+from fedtailor.tasks.tables import data_files, is_saved
 
 MOST_LABELS: Final = 20
 """Rows of the table of labels."""
@@ -25,11 +27,12 @@ _DROPPED: Final = {
 """Note of a manifest to what was wrong with the rows that it counts."""
 
 
-def show_data(console: Console, manifest: Mapping[str, Any]) -> None:
+def show_data(console: Console, path: str, manifest: Mapping[str, Any]) -> None:
     """Prints what was found in a table of the user's own.
 
     Args:
         console: where to show.
+        path: ``task.path``.
         manifest: of the prepared data, see `tasks.task.prepare`.
     """
     used = manifest["columns"]
@@ -41,21 +44,35 @@ def show_data(console: Console, manifest: Mapping[str, Any]) -> None:
     if "client" not in used:
         alpha = manifest["config"]["alpha"]
         console.print(f"{'':<8} no column names a client: dealt with Dirichlet label skew, task.alpha = {alpha:g}")
+    if files := _files(Path(path).expanduser()):
+        console.print(f"{'':<8} files: {escape(files)}", soft_wrap=True)
     console.print(f"{'':<8} split: {escape(str(notes['split']))}")
-    numbers = ("clients", "train rows", "test rows", "rows of a client\n(least, middle, most)")
+    numbers = ("clients", "train", "test", "smallest\nclient", "median\nclient", "largest\nclient")
     table = plain_table("pool", *numbers, title="Rows", numbers=numbers)
     for pool in POOLS:
         some = [client for client in clients if client["id"].startswith(f"{pool}/")]
         if some:
             sizes = [client["n_train"] + client["n_test"] for client in some]
             train, test = (sum(client[name] for client in some) for name in ("n_train", "n_test"))
-            spread = f"{min(sizes):,}  {median(sizes):,.0f}  {max(sizes):,}"
-            table.add_row(pool, f"{len(some):,}", f"{train:,}", f"{test:,}", spread)
+            counts = (len(some), train, test, min(sizes), round(median(sizes)), max(sizes))
+            table.add_row(pool, *(f"{count:,}" for count in counts))
     console.print(table)
     if len(manifest["labels"]) > 1:
         _show_labels(console, manifest)
     for sentence in _findings(manifest):
         console.print(f"[yellow]•[/] {escape(sentence)}")
+
+
+def _files(folder: Path) -> str:
+    """Which files of a folder are for what; empty for a single file and what the hub or ``datasets`` keeps."""
+    if not folder.is_dir() or is_saved(folder):
+        return ""
+    by_part: dict[str | None, list[str]] = {}
+    for path, part in data_files(folder):
+        by_part.setdefault(part, []).append(str(path.relative_to(folder)))
+    if None in by_part:
+        return f"{listed(by_part[None])}; no name says a split"
+    return "; ".join(f"{listed(names)} ({part})" for part, names in by_part.items())
 
 
 def _show_labels(console: Console, manifest: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     stages = list({_name(row): row for row in reversed(plan.stages)}.values())[::-1]
     _show_header(console, plan)
     if plan.data and "columns" in plan.data:
-        show_data(console, plan.data)
+        show_data(console, str(plan.exp.task.path), plan.data)
     _show_trained(console, plan)
     _show_stages(console, plan, stages)
     _show_memory(console, plan, stages)

@@ -83,9 +83,8 @@ def primary(rows: pd.DataFrame) -> Measure:
     """
     scored = rows[rows["stage"] == "personalise"]
     found = set(scored["metric"])
-    if ACCURACY.name in found or ROUGE_L.name not in found:
-        return ACCURACY
-    return replace(ROUGE_L, group=_group(set(scored.loc[scored["metric"] == ROUGE_L.name, "language"])))
+    measure = ACCURACY if ACCURACY.name in found or ROUGE_L.name not in found else ROUGE_L
+    return replace(measure, group=_group(set(scored.loc[scored["metric"] == measure.name, "language"])))
 
 
 def answer_measures(rows: pd.DataFrame) -> tuple[Measure, ...]:

@@ -124,11 +124,16 @@ def folder_rows(folder: Path) -> Iterator[tuple[Row, Part | None]]:
     Raises:
         DataError: see `data_files` and `rows.read_rows`.
     """
-    if any((folder / name).is_file() for name in _SAVED):
+    if is_saved(folder):
         yield from _saved_rows(folder)
         return
     for path, part in data_files(folder):
         yield from ((row, part) for row in read_rows(path))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether the ``datasets`` library saved a folder (`datasets.Dataset.save_to_disk`)."""
+    return any((folder / name).is_file() for name in _SAVED)
 
 
 def data_files(folder: Path) -> list[tuple[Path, Part | None]]:
