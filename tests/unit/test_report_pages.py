@@ -101,7 +101,7 @@ class Structure(HTMLParser):
 
 
 def test_a_full_run_gives_every_file(report: dict[str, Path]) -> None:
-    figures = ["accuracy_per_language_seen", "accuracy_per_language_unseen", "accuracy_vs_budget",
+    figures = ["accuracy_per_group_seen", "accuracy_per_group_unseen", "accuracy_vs_budget",
                "clients_per_language", "lambda_distance_fedp2eft", "rank_structure_fedp2eft",
                "training_curves_base_fedavg", "training_curves_strategy_fedp2eft"]  # fmt: skip
     expected = {"report.html", "results.csv", "summary.json"}
@@ -223,7 +223,7 @@ def partial(frame: pd.DataFrame, case: str) -> pd.DataFrame:
     ("one pool", True, ["unseen"], ["lambda_distance", "table_seen"]),
     ("one language", True, ["lambda_distance"], ["rank_structure", "accuracy_vs_budget"]),
     ("one method", False, ["rank_structure", "lambda_distance"], ["training_curves", "table_unseen"]),
-    ("base only", False, ["accuracy_vs_budget", "training_curves"], ["accuracy_per_language", "table_seen"]),
+    ("base only", False, ["accuracy_vs_budget", "training_curves"], ["accuracy_per_group", "table_seen"]),
     ("curves only", False, ["table_", "accuracy_", "rank_"], ["training_curves"]),
     ("nothing", False, ["table_", "figures/", "significance", "cost"], ["results.csv", "summary.json"]),
 ])  # fmt: skip

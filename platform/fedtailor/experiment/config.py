@@ -261,7 +261,7 @@ def overrides_of(experiment: ExperimentBase) -> list[dict[str, Any]]:
     usual = type(experiment)(task=task_config(experiment.task.name))
     for key, (default, value) in deviations(experiment, usual).items():
         section = key.split(".")[0]
-        if key.startswith(neutral) or (_has_section(section) and section not in used):
+        if key.startswith(neutral) or key.endswith("_column") or (_has_section(section) and section not in used):
             continue
         found.append({"key": key, "default": default, "value": value})
     return found

@@ -174,6 +174,7 @@ class RunData:
         labels: classes of the task, or the groups of a generation task's examples.
         kind: ``classification`` or ``generation``.
         notes: what preparing the data found or dropped, by name.
+        dealt: no column of the user's own table named the clients.
         pretrain: content of the model folder's ``pretrain.json`` or ``package.json``.
         times: stage, round, client, seconds: seconds of a worker per client.
         events: lines of ``events.jsonl``.
@@ -185,6 +186,7 @@ class RunData:
     labels: tuple[str, ...] = ()
     kind: str = "classification"
     notes: Mapping[str, int | str] = field(default_factory=dict)
+    dealt: bool = True
     pretrain: Mapping[str, Any] | None = None
     times: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(_TIME_COLUMNS)))
     events: Sequence[Mapping[str, Any]] = ()
@@ -211,6 +213,7 @@ def gather(run: RunFolder) -> RunData:
         labels=tuple(str(label) for label in manifest.get("labels", ())),
         kind=str(manifest.get("kind", "classification")),
         notes=dict(manifest.get("notes", {})),
+        dealt="client" not in manifest.get("columns", {}),
         pretrain=_pretrain(run, exp.model.path),
         times=run.timings(),
         events=run.events(),
@@ -245,6 +248,7 @@ class RunFacts:
         pretrained: a sentence on where the model comes from, empty where it does not say.
         duplicates: a sentence on repeated texts, empty where the data do not say.
         unknown: language to unknown tokens and all tokens of its texts, empty where it was not counted.
+        dealt: see `RunData`.
         fallbacks: pool to a sentence on clients that have nothing of their own of the base.
     """
 
@@ -261,6 +265,7 @@ class RunFacts:
     pretrained: str
     duplicates: str
     unknown: Mapping[str, tuple[int, int]]
+    dealt: bool
     fallbacks: Mapping[str, str]
 
 
@@ -289,6 +294,7 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         privacy=privacy_sentence(exp, frame, seen or None),
         pretrained=pretrain_sentence(found.pretrain),
         duplicates=duplicates_sentence(found.notes),
+        dealt=found.dealt,
         unknown=unknown_counts(run.get("unknown_tokens")),
         fallbacks=fallback_sentences(frame),
     )

@@ -114,7 +114,8 @@ def _tiles(
     budgets = sorted({b.budget for blocks in pools.values() for b in blocks if b.budget is not None})
     languages = {code for blocks in pools.values() for b in blocks for code in b.languages}
     entry = TASKS.get(exp.task.name)
-    evenly = entry is not None and (entry.clients == "natural" or not entry.label_skew)  # no Dirichlet draw
+    known = entry is not None and (entry.clients == "natural" or not entry.label_skew)
+    evenly = known or not facts.dealt  # no Dirichlet draw
     clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
     tiles = [
         ("Task", exp.task.name),
