@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from fedtailor.cli.terminal import plain_table
 from fedtailor.core.errors import listed
-from fedtailor.tasks.source import POOLS, normalise
+from fedtailor.tasks.source import POOLS, look_alikes
 from fedtailor.tasks.tables import data_files, is_saved
 
 MOST_LABELS: Final = 20
@@ -122,15 +122,3 @@ def _findings(manifest: Mapping[str, Any]) -> Iterator[str]:
         train, test = _class_counts(manifest)
         if untrained := [name for name, n, m in zip(manifest["labels"], train, test, strict=True) if m and not n]:
             yield f"Labels that only test rows have: {listed(untrained)}."
-
-
-def look_alikes(names: Iterable[str]) -> Sequence[str]:
-    """Names that are the same once normalised, together.
-
-    >>> look_alikes(["Ana", "ben", "ana", "Ben Li"])
-    ['Ana, ana']
-    """
-    same: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        same.setdefault(normalise(name), []).append(name)
-    return [", ".join(group) for group in same.values() if len(group) > 1]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from fedtailor.core.errors import DataError, did_you_mean, listed
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, NaturalClient, Pool, Source, Split
+from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, NaturalClient, Pool, Source, Split, look_alikes
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -248,9 +248,10 @@ def natural_clients(
     unseen = list(map(id_part, cfg.unseen))
     check_unseen(unseen, clients)
     if few := [f"{name!r} has {len(held)}" for name, held in clients.items() if len(held) < MIN_EXAMPLES]:
+        alike = [f". Names that differ only in case, blanks or Unicode form: {names}" for names in look_alikes(clients)]
         raise DataError(
             f"{len(few)} of {len(clients)} clients with too few usable examples: client {listed(few)}; at least "
-            f"{MIN_EXAMPLES} are needed, {MIN_TRAIN} to train on and {MIN_TEST} to be judged by"
+            f"{MIN_EXAMPLES} are needed, {MIN_TRAIN} to train on and {MIN_TEST} to be judged by{''.join(alike[:3])}"
         )
     parts = {name: _train_and_test(name, held, cfg, seed) for name, held in clients.items()}
     if cfg.drop_duplicates:

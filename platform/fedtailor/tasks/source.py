@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -127,6 +127,18 @@ def normalise(text: str) -> str:
     True
     """
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+def look_alikes(names: Iterable[str]) -> Sequence[str]:
+    """Names that are the same once normalised, together.
+
+    >>> look_alikes(["Ana", "ben", "ana", "Ben Li"])
+    ['Ana, ana']
+    """
+    same: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        same.setdefault(normalise(name), []).append(name)
+    return [", ".join(group) for group in same.values() if len(group) > 1]
 
 
 @dataclass(frozen=True)
