@@ -204,8 +204,8 @@ def test_columns_of_unusual_names_are_asked_for_all_at_once(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"label": None}, r"1 of 49 rows have a text and no label in column 'label' .*line 49\. Label them or leave"),
-        ({"label": "  "}, "1 of 49 rows have a text and no label"),
+        ({"label": None}, r"no label in 1 of the 49 rows .*column 'label', task.*line 49\. Label them or leave"),
+        ({"label": "  "}, "no label in 1 of the 49 rows with a text"),
         ({"label": 0.5}, "line 49: the label 0.5 .* is no class: a label is a name or a whole number"),
         ({"label": "3.25"}, "line 49: the label '3.25' .* is no class"),
         ({"label": ["a", "b"]}, r"line 49: the label \['a', 'b'\] .* is no class"),

@@ -167,7 +167,7 @@ def refuse_missing_labels(where: Sequence[str], rows: int, column: str) -> None:
     """
     if where:
         raise DataError(
-            f"{len(where)} of {rows} rows have a text and no label in column {column!r} (task.label_column): "
+            f"no label in {len(where)} of the {rows} rows with a text (column {column!r}, task.label_column): "
             f"{listed(where, 3, '; ')}. Label them or leave them out of the file"
         )
 
