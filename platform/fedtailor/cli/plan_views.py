@@ -20,6 +20,7 @@ from fedtailor.experiment.privacy import masked_traffic
 from fedtailor.models.families import in_part_order, locate_module
 from fedtailor.models.source import model_title
 from fedtailor.report.names import method_name
+from fedtailor.report.unknown_tokens import unknown_counts, unknown_sentence
 
 if TYPE_CHECKING:
     from fedtailor.personalise.new_client import Ready
@@ -79,6 +80,7 @@ def _show_header(console: Console, plan: Plan) -> None:
         f"{', '.join(str(r * model.layers) for r in exp.budgets)} ranks); r_max = {exp.r_max}",
         "seeds": ", ".join(map(str, exp.seeds)),
         **({} if exp.attack.name == "none" else {"attack": str(exp.attack)}),
+        **({"unknown": unknown_sentence(unknown_counts({"": plan.unknown}))} if plan.unknown else {}),
     }
     for name, value in rows.items():
         console.print(f"[bold]{name:<8}[/] {escape(value)}")

@@ -5,40 +5,32 @@ How long clients took comes from earlier runs of the same task and model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
-from fedtailor.core.errors import DataError, ModelError
 from fedtailor.core.scope import Scope
-from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, scaled_task, to_json
+from fedtailor.experiment.config import ExperimentBase, base_seed, method_of, to_json
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
-from fedtailor.experiment.prepare import model_artifact, tokens_artifact
+from fedtailor.experiment.plan_inputs import configured_population, inputs_here, note_surroundings
+from fedtailor.experiment.prepare import check_storage
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.federated.method import Method
-from fedtailor.federated.updates import attack_of
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.probe import probe
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.hub import check_available
 from fedtailor.models.load import load_causal, load_classifier, load_tokenizer
-from fedtailor.models.source import resolve
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder, run_ids
-from fedtailor.tasks.store import TaskData
-from fedtailor.tasks.task import prepare
+from fedtailor.tasks.prompts import check_name
 
 LOOKED_AT = 20
 """Newest runs whose times are looked at."""
-
 
 LARGEST_TRIED = 2**31
 """Bytes of weights up to which a plan loads them to try the model."""
@@ -93,6 +85,7 @@ class Plan:
     stages: Sequence[StagePlan]
     notes: Sequence[str]
     fit: Fit
+    unknown: Mapping[str, tuple[int, int]]
     data: Mapping[str, Any] | None = None
     """Manifest of the first seed's data, where they are at hand."""
 
@@ -106,14 +99,19 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
 
     Raises:
         ConfigError: ``attack.clients`` names somebody whom the data does not have.
-        DataError: ``task.path`` is given and unusable.
+        ConfigError: also a storage, template or cohort that a run would refuse.
+        DataError: ``task.path`` is given and unusable, also for the model's chat template.
         ModelError: no config of the model is to be had, or a local model cannot serve.
     """
     notes: list[str] = []
-    _try_model(exp, notes)
-    data = {seed: _data(exp, seed, notes) for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds)}
-    first = next(iter(data.values()))
-    population = first[0] or _configured_population(exp, notes)
+    check_storage(exp)
+    if exp.task_entry.kind == "generation":
+        check_name(exp.task.template)
+    note_surroundings(exp, notes)
+    model = _try_model(exp, notes)
+    data = {seed: inputs_here(exp, seed, model, notes) for seed in dict.fromkeys(base_seed(exp, s) for s in exp.seeds)}
+    population, inputs, manifest = next(iter(data.values()))
+    population = population or configured_population(exp, notes)
     dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
 
     @cache
@@ -138,19 +136,19 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         memory_gb,
     )
     sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
-    return Plan(exp, dims, sizes, population, list(stages.values()), list(dict.fromkeys(notes)), fitting, first[2])
+    unknown, told = inputs.unknown if inputs else {}, list(dict.fromkeys(notes))
+    return Plan(exp, dims, sizes, population, list(stages.values()), told, fitting, unknown, manifest)
 
 
-def _try_model(exp: ExperimentBase, notes: list[str]) -> None:
-    """Checks a model whose files are here as a run does, and tries it with two clients unless it is large."""
-    source, kind = resolve(exp.model), exp.task_entry.kind
-    if source.kind != "folder":
-        return
-    check_available(exp.model, exp.task.max_length, kind)
-    folder = Path(source.location)
+def _try_model(exp: ExperimentBase, notes: list[str]) -> Path | None:
+    """Checks a model as far as its files are here, and tries it with two clients unless it is large; their folder."""
+    kind = exp.task_entry.kind
+    folder = check_available(exp.model, exp.task.max_length, kind, ask=False)
+    if folder is None:
+        return None
     if sum(file.stat().st_size for file in folder.glob("*.safetensors")) > LARGEST_TRIED:
         notes.append("The model is large: whether its clients can share forward passes is found when it is loaded.")
-        return
+        return folder
     generation = kind == "generation"
     model = load_causal(folder) if generation else load_classifier(folder, ["a", "b"], replace_head=True)
     pad = load_tokenizer(folder, padded=not generation).pad_token_id or 0
@@ -159,6 +157,7 @@ def _try_model(exp: ExperimentBase, notes: list[str]) -> None:
     probe(net, pad)
     if net.one_by_one:
         notes.append(f"Clients run one by one, which is slower: {net.one_by_one}.")
+    return folder
 
 
 def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
@@ -175,64 +174,6 @@ def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSiz
         widths = (layers[0][1], *(out for out, _ in layers)) if layers else ()
         generators.append(Generator(widths, sum(spec.size for spec in module)))
     return MethodSizes(total[Scope.SHARED], total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators))
-
-
-def _data(
-    exp: ExperimentBase, seed: int, notes: list[str]
-) -> tuple[Population | None, Inputs | None, Mapping[str, Any] | None]:
-    """Clients of a seed, the names of its inputs and its data's manifest, each if it can be known."""
-    if not (exp.task.path or os.environ.get("FEDTAILOR_DATA") or exp.task_entry.embedded):
-        notes.append("The data is not here (task.path, FEDTAILOR_DATA): client sizes are unknown.")
-        return None, None, None
-    with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
-        try:
-            data = prepare(scaled_task(exp), seed, Path(folder) / "data")
-        except DataError as error:
-            if exp.task.path:
-                raise
-            notes.append(f"Client sizes are unknown: {error}")
-            return None, None, None
-        seen, unseen = data.pool("seen"), data.pool("unseen")
-        attack_of(exp.attack, [client.id for client in seen])
-        population = Population(
-            seen=len(seen),
-            unseen=len(unseen),
-            classes=len(data.labels),
-            train=tuple(client.n_train for client in seen),
-            train_unseen=tuple(client.n_train for client in unseen),
-            test=sum(client.n_test for client in data.clients),
-        )
-        return population, _inputs(exp, seed, data, notes), data.manifest
-
-
-def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) -> Inputs | None:
-    source = resolve(exp.model)
-    cached = source.kind != "hub" or isinstance(
-        try_to_load_from_cache(source.location, "config.json", revision=source.revision), str
-    )
-    try:
-        if not cached:
-            raise ModelError(f"{source.location} is not in the local cache")
-        name, model = f"data-{data.hash[:16]}", model_artifact(exp, seed, data)
-    except ModelError as error:
-        notes.append(f"Artifact names depend on the model's weights, which are not here: {error}.")
-        return None
-    return Inputs(name, model, tokens_artifact(exp, name, model))
-
-
-def _configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
-    """The clients without their data: as published or as configured; of natural clients only the data tells."""
-    clients = exp.task_entry.published_clients
-    if clients is not None:
-        unseen = len(exp.task.unseen)
-        notes.append(f"{clients} clients, {unseen} of them unseen: as published, not as found in the data.")
-        return Population(seen=clients - unseen, unseen=unseen)
-    if exp.task_entry.clients != "dealt":
-        raise DataError(
-            f"task '{exp.task.name}' has the clients that its data has, and the data is not here: give task.path"
-        )
-    clients = len(exp.task.languages) * clients_per_language(exp)
-    return Population(seen=clients, unseen=clients)
 
 
 def seconds_per_client(exp: ExperimentBase) -> dict[tuple[str, str], float]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.config import deviations
 from fedtailor.core.errors import ConfigError, PlacementError, StorageError
@@ -32,14 +34,16 @@ from fedtailor.federated.updates import attack_of
 from fedtailor.models import hub
 from fedtailor.models.embedded import build_tiny_bert, build_tiny_llama
 from fedtailor.models.load import load_tokenizer
-from fedtailor.models.source import EMBEDDED_KINDS, resolve
+from fedtailor.models.source import EMBEDDED_KINDS, model_title, resolve
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks import prompts
+from fedtailor.tasks.encoding import Encoder, check_texts
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare as prepare_task
-from fedtailor.tasks.tokens import TokenData, tokenise, unknown_tokens
+from fedtailor.tasks.tokens import PlaceOf, TokenData, check_conversations, tokenise
+from fedtailor.tasks.unknown_tokens import unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
 
 _COPIES, _COPY = "working_dir_files", "_ray_pkg_"
@@ -55,7 +59,7 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     Raises:
         TailorError: what is wrong with run id, GPUs, model or data.
     """
-    refuse_job_folder("storage", exp.storage)
+    check_storage(exp)
     storage = Storage(exp.storage)
     refuse_other_configuration(storage, run_id, exp)
     check_placement(exp)
@@ -66,6 +70,20 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
         prompts.check_name(exp.task.template)
     prepare_data(exp, emit)
     return RunFolder.create(storage, run_id, to_json(exp), overrides_of(exp), ignore=_FREE)
+
+
+def check_storage(exp: ExperimentBase) -> None:
+    """Refuses a storage that would lose what the run keeps there.
+
+    Raises:
+        ConfigError: a job's copy of the code, or one process's memory for a run in several.
+    """
+    refuse_job_folder("storage", exp.storage)
+    if exp.storage.startswith("memory:") and exp.engine.backend != "serial":
+        raise ConfigError(
+            f"'storage' = {exp.storage}: its files live in one process, and engine.backend={exp.engine.backend} "
+            "runs in several; use engine.backend=serial, a folder or an object store"
+        )
 
 
 def refuse_job_folder(key: str, url: str | os.PathLike[str]) -> None:
@@ -140,13 +158,9 @@ def prepare_data(exp: ExperimentBase, emit: OnEvent) -> None:
     Raises:
         DataError, ModelError, StorageError: see `make_inputs`.
     """
-    storage = Storage(exp.storage)
-    if storage.url.startswith("memory:") and exp.engine.backend != "serial":
-        raise ConfigError(
-            f"'storage' = {storage.url}: its files live in one process, and engine.backend={exp.engine.backend} "
-            "runs in several; use engine.backend=serial, a folder or an object store"
-        )
-    artifacts = Artifacts(storage, "preparing", on_wait=lambda text: emit({"kind": "waiting", "text": text}))
+    artifacts = Artifacts(
+        Storage(exp.storage), "preparing", on_wait=lambda text: emit({"kind": "waiting", "text": text})
+    )
     new = [folder for folder in (artifacts.folder, *artifacts.folder.parents) if not folder.exists()]
     try:
         for seed in dict.fromkeys(base_seed(exp, seed) for seed in exp.seeds):
@@ -179,11 +193,36 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
     tokens_name = tokens_artifact(exp, data_name, model_name)
     tokenizer = load_tokenizer(model)
 
-    def write_tokens(out: Path) -> None:
-        tokenise(data, tokenizer, exp.task.max_length, out, exp.task.template, exp.task.overlong)
+    def write(out: Path) -> None:
+        write_tokens(exp, data, tokenizer, out)
 
-    tokens = TokenData.open(artifacts.ensure(tokens_name, write_tokens))
+    tokens = TokenData.open(artifacts.ensure(tokens_name, write))
     return Inputs(data_name, model_name, tokens_name, unknown_tokens(data, tokens, tokenizer))
+
+
+def write_tokens(exp: ExperimentBase, data: TaskData, tokenizer: PreTrainedTokenizerBase, out: Path) -> TokenData:
+    """Tokenises a task as its run does, see `tokens.tokenise`; errors name the model as it was configured."""
+    tokenizer.name_or_path, task = model_title(exp.model), exp.task
+    return tokenise(data, tokenizer, task.max_length, out, task.template, task.overlong, _place_of(exp))
+
+
+def check_tokenizer(exp: ExperimentBase, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses what `write_tokens` would refuse, without tokenising.
+
+    Raises:
+        DataError, ModelError: see `tokens.tokenise`; but over-long examples are not looked for.
+    """
+    tokenizer.name_or_path, task = model_title(exp.model), exp.task
+    if data.kind == "generation":
+        template = Encoder(task.template, tokenizer, task.max_length, task.overlong).template
+        check_conversations(data, template, _place_of(exp))
+    else:
+        check_texts(tokenizer, task.max_length, data.paired)
+
+
+def _place_of(exp: ExperimentBase) -> PlaceOf | None:
+    find = exp.task_entry.place_of
+    return partial(find, exp.task) if find else None
 
 
 def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskData, str]:
@@ -238,7 +277,7 @@ def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
     elif exp.model.name == "tiny-llama":
         build_tiny_llama(data.train_texts("seen"), exp.model, exp.task.max_length, seed, out)
     else:
-        hub.materialise(exp.model, data.labels, seed, out, data.kind)
+        hub.materialise(exp.model, data.labels, seed, out, data.kind, exp.task.max_length)
 
 
 def _move_files(source: Path, target: Path) -> None:

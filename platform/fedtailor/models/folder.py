@@ -134,7 +134,7 @@ def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
     if (how := getattr(config, "quantization_config", None)) is not None:
         method = dict(how).get("quant_method", "unknown")
         raise ModelError(
-            f"{folder}: its weights are quantised already ({method}); give the original ones, which "
+            f"model folder {folder}: its weights are quantised already ({method}); give the original ones, which "
             f"'model.weights=4bit' or '8bit' quantises when they are loaded"
         )
     check_kind(config, kind, str(folder))
@@ -152,12 +152,30 @@ def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
             f"{folder}: its tokenizer has no end-of-text token, which closes an answer; set 'eos_token' in its "
             f"tokenizer_config.json"
         )
-    positions = min(int(tokenizer.model_max_length), positions_of(config) or 10**9)
+    check_length(config, max_length, str(folder), int(tokenizer.model_max_length))
+
+
+def check_length(config: PretrainedConfig, max_length: int | None, where: str, also: int = 10**9) -> None:
+    """Checks that texts are not longer than a model can read.
+
+    Args:
+        config: of the model.
+        max_length: tokens a text may have; None: not checked.
+        where: name of the model for the message.
+        also: another limit, of the tokenizer.
+
+    Raises:
+        ModelError: they are; says what is allowed.
+    """
+    positions = min(also, positions_of(config) or 10**9)
     if max_length is not None and max_length > positions:
-        raise ModelError(f"'task.max_length' ({max_length}) is above what {folder} can read: {positions} tokens")
+        raise ModelError(
+            f"'task.max_length' ({max_length}) is above what {where} can read: {positions} tokens (allowed: 4 ... "
+            f"{positions})"
+        )
 
 
-def _settle_padding(tokenizer: PreTrainedTokenizerBase) -> Literal["own", "unknown", "added"]:
+def settle_padding(tokenizer: PreTrainedTokenizerBase) -> Literal["own", "unknown", "added"]:
     """Gives a tokenizer a padding token, in place, if it has none, and says how it came by it.
 
     It becomes the unknown token where there is one that is nothing else (MobileLLaMA), or a new one, `PAD`: also where
@@ -187,7 +205,7 @@ def write_causal(folder: Path, out: Path) -> Path:
         ModelError: the tokenizer cannot be loaded, or the embedding is not found in the files.
     """
     config, tokenizer = load_config(folder), load_tokenizer(folder, padded=False)
-    how = _settle_padding(tokenizer)
+    how = settle_padding(tokenizer)
     pad = {"token": str(tokenizer.pad_token), "id": int(tokenizer.pad_token_id), "how": how}
     rows = max(config.vocab_size, len(tokenizer))
     shards = weight_map(folder)

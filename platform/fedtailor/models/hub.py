@@ -14,7 +14,7 @@ from fedtailor.core.errors import ModelError, did_you_mean
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.dimensions import meta_model, packaged_config
 from fedtailor.models.families import check_kind
-from fedtailor.models.folder import check_folder, check_listing, write_causal
+from fedtailor.models.folder import check_folder, check_length, check_listing, write_causal
 from fedtailor.models.load import first_line, load_classifier, load_tokenizer, save_folder
 from fedtailor.models.packaged import PACKAGE_RECORD
 from fedtailor.models.packages import PACKAGED
@@ -28,13 +28,19 @@ _PARTS = (".jinja", ".json", ".model", ".safetensors", ".txt")
 """Endings of the files that decide what a model computes."""
 
 
-def check_available(cfg: ModelConfig, max_length: int | None = None, kind: TaskKind = "classification") -> None:
+def check_available(
+    cfg: ModelConfig, max_length: int | None = None, kind: TaskKind = "classification", ask: bool = True
+) -> Path | None:
     """Checks, before any work, that the configured model can be loaded and serves the task; downloads nothing.
 
     Args:
         cfg: the model section.
-        max_length: tokens a text may have; checked where the model's files are local.
+        max_length: tokens a text may have; checked where the model's config is known.
         kind: of the task.
+        ask: whether the hub is asked for a model that is not in the local cache.
+
+    Returns:
+        The folder with the model's files; None where there is none yet.
 
     Raises:
         ModelError: a folder, its weights, shards or tokenizer are missing or unusable, a hub id is neither in the
@@ -43,19 +49,22 @@ def check_available(cfg: ModelConfig, max_length: int | None = None, kind: TaskK
     source = resolve(cfg)
     if source.kind == "embedded":
         _check_embedded(cfg, kind)
-        return
+        return None
     folder = Path(source.location)
     if source.kind == "hub":
         if (known := packaged_config(cfg.name)) is not None:
             check_kind(known, kind, f"model={cfg.name}")
+            check_length(known, max_length, f"model={cfg.name}")
         cached = _cached(source)
         if cached is None or not (constants.HF_HUB_OFFLINE or _complete(cached, kind)):
-            check_listing(_title(source), _remote(source, kind)[1])
-            return
+            if ask:
+                check_listing(_title(source), _remote(source, kind)[1])
+            return None
         folder = cached
     check_folder(folder, max_length, kind)
     if cfg.checkpointing and not meta_model(cfg, kind=kind).supports_gradient_checkpointing:
         raise ModelError(f"'model.checkpointing': transformers cannot do that with model={cfg.name}; set it to false")
+    return folder
 
 
 def fetch(source: ModelSource, kind: TaskKind = "classification") -> Path:
@@ -116,7 +125,12 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def materialise(
-    cfg: ModelConfig, labels: Sequence[str], seed: int, out: Path, kind: TaskKind = "classification"
+    cfg: ModelConfig,
+    labels: Sequence[str],
+    seed: int,
+    out: Path,
+    kind: TaskKind = "classification",
+    max_length: int | None = None,
 ) -> Path:
     """Writes the folder that all stages start from; the same bytes for the same arguments and library versions.
 
@@ -129,12 +143,13 @@ def materialise(
         seed: run seed of a fresh head.
         out: folder to make or replace, as a whole.
         kind: of the task.
+        max_length: tokens a text may have; None: not checked.
 
     Raises:
         ModelError: see ``check_available`` and ``fetch``.
     """
     folder = fetch(resolve(cfg), kind)
-    check_folder(folder, kind=kind)
+    check_folder(folder, max_length, kind)
     if kind == "generation":
         return write_causal(folder, out)
     model = load_classifier(folder, labels, seed=seed, replace_head=True)

@@ -144,13 +144,19 @@ def name_cell(row: Row, column: str, key: str) -> str:
         key: configuration key that named the column, for messages.
 
     Raises:
-        DataError: no such column, nothing in it, or neither a name nor a whole number; says where.
+        DataError: no such column, nothing in it, neither a name nor a whole number, or half a surrogate pair; says
+            where.
     """
     if column not in row.values:
         raise DataError(f"{row.where}: no column {column!r} ({key}); columns: {', '.join(map(str, row.values))}")
     value = row.values[column]
     if not isinstance(value, (str, int)) or isinstance(value, bool) or not str(value).strip():
         raise DataError(f"{row.where}: {column!r} ({key}) is {value!r}; it must be a name or a whole number")
+    if _SURROGATE.search(str(value)):
+        raise DataError(
+            f"{row.where}: {column!r} ({key}) is {value!r}, with half a surrogate pair, which no file name can hold; "
+            "name the client anew"
+        )
     return id_part(_whole(str(value).strip()))
 
 

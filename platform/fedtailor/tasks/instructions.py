@@ -176,4 +176,12 @@ def _message(message: Any, where: str) -> dict[str, str]:
     return {"role": message["role"], "content": _text(message, "content", where)}
 
 
-ENTRY = TaskEntry(load, "generation", clients="natural", defaults={"max_length": 1024, "test_fraction": 0.2})
+def place_of(cfg: TaskConfig, example: Example) -> str:
+    """File and row of the first example like this one."""
+    rows = (row for row in own_table(cfg).rows if read_example(row, example.label) == example)
+    return next((row.where for row in rows), "")
+
+
+ENTRY = TaskEntry(
+    load, "generation", clients="natural", defaults={"max_length": 1024, "test_fraction": 0.2}, place_of=place_of
+)

@@ -154,6 +154,8 @@ class TaskEntry:
         embedded: whether its data come with the package.
         defaults: what its section sets differently from `TaskConfig`'s own defaults (FedP2EFT A.4).
         published_clients: natural clients as the paper has them, for plans without the data.
+        place_of: (section ``task``, example) to where the data have it, e.g. ``data.jsonl, line 3``; it reads them
+            again, for messages.
     """
 
     load: Callable[[TaskConfig, int], Source]
@@ -163,6 +165,7 @@ class TaskEntry:
     embedded: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     published_clients: int | None = None
+    place_of: Callable[[TaskConfig, Example], str] | None = None
 
 
 def seeded_halves(examples: Sequence[Example], seed: int, *place: str) -> dict[Pool, list[Example]]:

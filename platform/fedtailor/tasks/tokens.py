@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from fedtailor.core.errors import DataError
 from fedtailor.lanes.batches import Examples
 from fedtailor.tasks.encoding import Encoded, Encoder, Overlong, Sample, check_pad, check_texts, encode_texts
-from fedtailor.tasks.prompts import identity, resolve
-from fedtailor.tasks.source import SPLITS, Split
+from fedtailor.tasks.prompts import PromptTemplate, identity, resolve
+from fedtailor.tasks.source import SPLITS, Example, Split
 from fedtailor.tasks.store import BLOCK, Partitioned, TaskData, cells, open_stream, write_examples, write_stream
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
+PlaceOf = Callable[[Example], str]
 TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 """tokens.arrow: row i belongs to row i of texts.arrow."""
 
@@ -42,6 +43,7 @@ def tokenise(
     out: Path,
     template: str = "auto",
     overlong: Overlong = "cut_prompt",
+    place_of: PlaceOf | None = None,
 ) -> TokenData:
     """Writes ``manifest.json``, ``tokens.arrow`` and ``examples.arrow`` to `out` and opens them.
 
@@ -49,13 +51,13 @@ def tokenise(
     that has no token at all becomes one unknown (else end, else pad) token, so that no example is empty.
 
     Instructions are written by `template`; those that are too long follow `overlong`, in train and test alike, and
-    are counted in the manifest. ``answers.arrow`` keeps their texts.
+    are counted in the manifest. ``answers.arrow`` keeps their texts. `place_of` says for messages where an example is.
 
     Raises:
         ModelError: the tokenizer has no PAD token, its segments are not two in a row, or max_length leaves no room
             beside special tokens or the template; see `encoding.Encoder` for instructions, as for the next two.
         ConfigError: no such template.
-        DataError: a client has only over-long examples, and these are dropped; names it.
+        DataError: a client has only over-long examples, and these are dropped; names it. See `check_conversations`.
     """
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(data.hash.encode())
@@ -65,7 +67,11 @@ def tokenise(
         check_pad(tokenizer)
         encoder = Encoder(template, tokenizer, max_length, overlong)
         encoded: list[tuple[int, bool, bool]] = []
-        write_stream(out / "tokens.arrow", PROMPTS, _prompt_batches(data, encoder, encoded, digest))
+        try:
+            write_stream(out / "tokens.arrow", PROMPTS, _prompt_batches(data, encoder, encoded, digest))
+        except DataError:
+            check_conversations(data, encoder.template, place_of)
+            raise
         answers = ([batch.column("text"), batch.column("pair")] for batch in data.batches)
         write_stream(out / "answers.arrow", ANSWERS, (pa.record_batch(each, schema=ANSWERS) for each in answers))
         lengths, prompts, responses = (np.array(column) for column in zip(*encoded, strict=True))
@@ -124,13 +130,7 @@ def _prompt_batches(
     """Blocks of tokens; appends to `encoded` the tokens of each row, and whether its prompt and response were cut."""
     dropped = Encoded(np.empty(0, dtype=np.int32), 0)
     for batch in data.batches:
-        texts, responses = batch.column("text").to_pylist(), batch.column("pair").to_pylist()
-        histories = batch.column("history").to_pylist()
-        samples = [
-            Sample(text, response, tuple(json.loads(history)) if history else ())
-            for text, response, history in zip(texts, responses, histories, strict=True)
-        ]
-        rows = [row or dropped for row in encoder.encode(samples)]
+        rows = [row or dropped for row in encoder.encode([_sample(example) for example in _examples(batch)])]
         for row in rows:
             head = len(row.ids).to_bytes(4, "little") + row.prompt_tokens.to_bytes(4, "little")
             digest.update(head + row.ids.tobytes())
@@ -138,6 +138,39 @@ def _prompt_batches(
         ids = pa.array([row.ids for row in rows], PROMPTS.field("ids").type)
         prompts = pa.array([row.prompt_tokens for row in rows], pa.int32())
         yield pa.record_batch([ids, batch.column("label"), prompts], schema=PROMPTS)
+
+
+def check_conversations(data: TaskData, template: PromptTemplate, place_of: PlaceOf | None = None) -> None:
+    """Checks that a template takes every instruction with the turns before it.
+
+    Raises:
+        DataError: it refuses some; says why, how many, the place and client of the first, and what to do.
+    """
+    refused: dict[int, tuple[Example, str]] = {}
+    for number, batch in enumerate(data.batches):
+        for row, example in enumerate(_examples(batch), start=number * BLOCK):
+            instruction, _, history = _sample(example)
+            try:
+                template.prompt(instruction, history)
+            except DataError as error:
+                refused[row] = example, str(error)
+    if not refused:
+        return
+    first, (example, reason) = next(iter(refused.items()))
+    owners = (c.id for c in data.clients if any(first in data.rows_of(c.id, split) for split in SPLITS))
+    where = [*filter(None, [place_of(example) if place_of else ""]), f"client {next(owners, '')!r}"]
+    raise DataError(
+        f"{', '.join(where)}: {reason.rstrip('.')}. {len(refused)} of {data.manifest['rows']} examples are refused; "
+        "use task.template=alpaca, which takes any conversation, or change these in the data"
+    )
+
+
+def _examples(batch: pa.RecordBatch) -> Iterator[Example]:
+    return map(Example._make, zip(*(batch.column(n).to_pylist() for n in Example._fields), strict=True))
+
+
+def _sample(example: Example) -> Sample:
+    return Sample(example.text, example.pair, tuple(json.loads(example.history)) if example.history else ())
 
 
 def _kept(client: str, rows: Sequence[Ints], lengths: Ints, max_length: int) -> list[Ints]:
@@ -181,47 +214,17 @@ def examples_of(
     return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
 
 
-def unknown_tokens(data: TaskData, tokens: TokenData, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, int]]:
-    """Of each language's texts, train and test, that clients hold: tokens that are unknown, and all of them.
-
-    A text counts once whoever holds it, as it was cut. Special tokens do not count; so a tokenizer whose unknown token
-    also begins or ends texts, as byte-level ones have it, knows every token.
-
-    Args:
-        data: what was tokenised.
-        tokens: its tokens.
-        tokenizer: what they were made with.
-    """
-    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
-    real = unknown is not None and unknown not in others
-    held = np.zeros(tokens.manifest["rows"], dtype=bool)
-    for client in tokens.clients:
-        for split in SPLITS:
-            held[tokens.rows_of(client.id, split)] = True
-    found: dict[str, tuple[int, int]] = {}
-    for number, (batch, (offsets, ids, _, _)) in enumerate(zip(data.batches, tokens._blocks, strict=True)):
-        counted = ~np.isin(ids, list(special - {unknown} if real else special))
-        sums = [np.concatenate([[0], np.cumsum(one)])[offsets] for one in (counted & (ids == unknown), counted)]
-        missing, total = (np.diff(one) * held[number * BLOCK :][: len(one) - 1] for one in sums)
-        languages = np.array(batch.column("language").to_pylist())
-        for language in np.unique(languages).tolist():
-            own, before = languages == language, found.get(language, (0, 0))
-            found[language] = (before[0] + int(missing[own].sum()), before[1] + int(total[own].sum()))
-    return {language: counts for language, counts in found.items() if counts[1]}
-
-
 class TokenData(Partitioned):
     """Tokenised clients, opened read-only through memory maps; cheap enough for every worker."""
 
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
-        self._blocks: list[tuple[Ints, Ids, Ids, Ids | None]] = []
+        self.blocks: list[tuple[Ints, Ids, Ids, Ids | None]] = []
         """(offsets, ids, labels, tokens of the first segments or of the prompts) of each block."""
         for batch in open_stream(self.path / "tokens.arrow", self.manifest["rows"]):
             ids, label = batch.column("ids"), batch.column("label")
             part = next((batch.column(n).to_numpy() for n in ("first", "prompt") if n in batch.schema.names), None)
-            self._blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy(), part))
+            self.blocks.append((ids.offsets.to_numpy(), ids.values.to_numpy(), label.to_numpy(), part))
         self._texts: list[pa.RecordBatch] = []
         if self.kind == "generation":
             self._texts = open_stream(self.path / "answers.arrow", self.manifest["rows"])
@@ -251,7 +254,7 @@ class TokenData(Partitioned):
         lengths = np.empty(len(rows), dtype=np.int64)
         labels, part = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
-            offsets, ids, block_labels, block_part = self._blocks[row // BLOCK]
+            offsets, ids, block_labels, block_part = self.blocks[row // BLOCK]
             start, end = offsets[row % BLOCK], offsets[row % BLOCK + 1]
             input_ids[i, : end - start] = ids[start:end]
             lengths[i], labels[i] = end - start, block_labels[row % BLOCK]
@@ -259,7 +262,7 @@ class TokenData(Partitioned):
                 part[i] = block_part[row % BLOCK]
         if self.kind == "generation":
             return Examples(input_ids, lengths, labels, prompt_length=part)
-        segments = bool(self._blocks) and self._blocks[0][3] is not None
+        segments = bool(self.blocks) and self.blocks[0][3] is not None
         return Examples(input_ids, lengths, labels, part if segments else None)
 
     def answers(self, client_id: str, split: Split) -> list[str]:
