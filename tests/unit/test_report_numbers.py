@@ -14,7 +14,7 @@ from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS, metric_row
 from fedtailor.experiment.config import Experiment
 from fedtailor.models.families import locate_module
-from fedtailor.report import heatmaps, names, summary, tables
+from fedtailor.report import heatmaps, names, page, summary, tables
 from fedtailor.report.facts import RunData, RunFacts, read_facts
 from fedtailor.report.grid import latex, markdown
 from fedtailor.report.names import leaves, percent
@@ -185,6 +185,18 @@ def test_the_caption_names_everything_the_run_departs_from() -> None:
                  "off the shelf; ", "strategies: 30 rounds", "lora.lr: 0.0001 → 0.005", "run_1",
                  "torch 2.13.0", "one seed"):  # fmt: skip
         assert part in words
+
+
+@pytest.mark.parametrize("dealt", [True, False])
+def test_the_label_skew_is_named_where_texts_were_dealt(dealt: bool) -> None:
+    found = RunData(validate(Experiment, {"task": "texts"}), dealt=dealt)
+    tiles = page._tiles(read_facts(RUN, 2, checked(NOTHING), found), RUN, {}, names.ACCURACY)
+    assert ("Alpha (label skew)" in dict(tiles)) is dealt
+
+
+def test_groups_that_are_no_languages_are_called_groups_of_classes_too() -> None:
+    frames = [scored(score("lora", f"seen/{group}/0", 1, 2)) for group in ("amh", "all")]
+    assert [blocks(frame)[0].measure.mean for frame in frames] == ["mean over languages", "mean over groups"]
 
 
 def test_markdown_has_a_block_per_budget_with_the_best_in_bold() -> None:
