@@ -12,7 +12,6 @@ from fedtailor.core.errors import ConfigError, Interrupted
 from fedtailor.experiment.compose import compose
 from fedtailor.federated.method import Capability
 from fedtailor.methods import METHODS, build_method
-from fedtailor.personalise.generator import open_generator
 from fedtailor.storage.digest import digest
 from fedtailor.storage.run_folder import RunFolder
 
@@ -91,8 +90,3 @@ def test_a_task_that_asks_for_text_has_its_own_default_model_and_methods() -> No
     exp = compose([], ["task=cldr_instruct"])
     assert exp.model.name == "tiny-llama"
     assert "majority" not in exp.methods
-
-
-def test_a_new_client_with_classes_is_refused_by_a_run_that_answers(clean: RunFolder) -> None:
-    with pytest.raises(ConfigError, match=r"task 'cldr_instruct'.*only runs of classification tasks"):
-        open_generator(clean, None, 2)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from fedtailor.core.errors import DataError
-from fedtailor.personalise.data import Columns, Labelled, Table, labelled, read_table
-from fedtailor.personalise.new_client import hold_out, limited, refuse_single_class, shared_texts
+from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.personalise.data import Columns, Rows, Table, instructed, labelled, read_tables
+from fedtailor.personalise.held_out import hold_out, limited, read_data, refuse_single_class, shared_texts
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example
 
@@ -24,8 +25,8 @@ def csv(path: Path, rows: list[tuple[str, str]] = ROWS, **more: Any) -> str:
     return str(path)
 
 
-def read(source: str) -> Labelled:
-    return labelled(read_table(source), Columns(), CLASSES)
+def read(source: str) -> Rows:
+    return labelled(read_tables(source, "--data", "train")[0], Columns(), CLASSES)
 
 
 def table(**columns: list[Any]) -> Table:
@@ -34,18 +35,18 @@ def table(**columns: list[Any]) -> Table:
     return Table("mine.csv", rows, "0" * 64)
 
 
-def made(labels: list[int], texts: list[str] | None = None) -> Labelled:
+def made(labels: list[int], texts: list[str] | None = None) -> Rows:
     words = texts or [f"text {i}" for i in range(len(labels))]
     names = Columns("text", None, "label")
     rows = tuple(map(Example, words, labels))
-    return Labelled("mine.csv", "0" * 64, names, rows, len(labels), 0)
+    return Rows("mine.csv", "0" * 64, names, rows, len(labels), 0)
 
 
-def texts(data: Labelled) -> list[str]:
+def texts(data: Rows) -> list[str]:
     return [row.text for row in data.examples]
 
 
-def pairs(data: Labelled) -> list[str | None]:
+def pairs(data: Rows) -> list[str | None]:
     return [row.pair for row in data.examples]
 
 
@@ -75,9 +76,9 @@ def test_a_folder_of_the_datasets_library_is_read_with_its_own_class_names(tmp_p
     DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     found = read(str(tmp_path / "saved"))
     assert (texts(found), [CLASSES[i] for i in found.labels]) == (["a", "b"], ["sports", "health"])
-    assert [dict(row.values) for row in read_table(str(tmp_path / "saved"), "test").rows] == [
-        {"text": "c", "label": "sports"}
-    ]
+    held = read_tables(str(tmp_path / "saved"), "--data", "train")[1]
+    assert held is not None
+    assert [dict(row.values) for row in held.rows] == [{"text": "c", "label": "sports"}]
     (tmp_path / "plain").mkdir()
     csv(tmp_path / "plain/train.csv")
     assert len(read(str(tmp_path / "plain"))) == 3
@@ -94,7 +95,6 @@ def test_the_words_na_null_and_nan_are_texts_and_line_breaks_in_quotes_stay(tmp_
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("none.csv", None, "no such file"),
         ("empty.csv", "", "holds no row"),
         ("header.csv", "text,label\n", "holds no row"),
         ("notes.docx", "text,label\n", r"ending is not one of \.jsonl, .*\.csv"),
@@ -104,21 +104,20 @@ def test_the_words_na_null_and_nan_are_texts_and_line_breaks_in_quotes_stay(tmp_
         ("a.parquet", "PAR1 not really", "cannot be read as Parquet"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_by_name(
-    tmp_path: Path, name: str, content: str | None, told: str
-) -> None:
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str, content: str, told: str) -> None:
     """More of what can be wrong with a table: `test_tasks_rows.py`."""
     path = tmp_path / name
-    if content is not None:
-        path.write_text(content)
+    path.write_text(content)
     with pytest.raises(DataError, match=told) as caught:
         read(str(path))
     assert name in str(caught.value)
 
 
-def test_a_hub_data_set_out_of_reach_is_neither_file_nor_folder() -> None:
-    with pytest.raises(DataError, match=r"nobody/nothing: not a data set file nor folder here, nor a hub data set"):
-        read_table("nobody/nothing")
+def test_what_is_not_there_is_named_with_its_option() -> None:
+    with pytest.raises(DataError, match=r"cannot load nobody/nothing \(train\) from the hub"):
+        read("nobody/nothing")
+    with pytest.raises(ConfigError, match=r"--data is 'none.csv': no such file or folder, nor an id on the hub"):
+        read("none.csv")
 
 
 # ---- columns and rows ------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ def test_an_unknown_label_is_named_with_its_row_and_the_allowed_ones(label: Any)
     with pytest.raises(DataError) as caught:
         labelled(table(text=["a", "b"], label=["sports", label]), Columns(), CLASSES)
     told = str(caught.value)
-    assert f"{label!r:.60} (row 2)" in told
+    assert f"{label!r:.60} (mine.csv, row 2)" in told
     assert told.endswith("allowed: business (0), sports (1), health (2)")
 
 
@@ -190,7 +189,7 @@ def test_a_missing_label_is_refused_unless_its_text_is_empty_too(tmp_path: Path,
     frame = pd.DataFrame({"text": ["a", "b", ""], "label": ["sports", missing, missing]})
     for name, save, at in (("a.parquet", frame.to_parquet, "row 1"), ("a.csv", frame.to_csv, "line 3")):
         save(tmp_path / name, index=False)
-        place = rf"1 of 2 rows have no label in column 'label' \({at}\); give"
+        place = rf"1 of 2 rows have no label in column 'label' \({name}, {at}\); give"
         with pytest.raises(DataError, match=place):
             read(str(tmp_path / name))
 
@@ -201,7 +200,7 @@ def test_a_missing_label_is_refused_unless_its_text_is_empty_too(tmp_path: Path,
 def test_held_out_rows_are_a_share_of_each_class_and_a_function_of_the_seed() -> None:
     data = made([0] * 50 + [1] * 30 + [2] * 20)
     train, test = hold_out(data, 0.2, 42)
-    assert (test.counts(3), train.counts(3)) == ([10, 6, 4], [40, 24, 16])
+    assert (Counter(test.labels), Counter(train.labels)) == ({0: 10, 1: 6, 2: 4}, {0: 40, 1: 24, 2: 16})
     assert not set(texts(train)) & set(texts(test))
     assert hold_out(data, 0.2, 42) == (train, test)
     assert hold_out(data, 0.2, 43) != (train, test)
@@ -209,7 +208,7 @@ def test_held_out_rows_are_a_share_of_each_class_and_a_function_of_the_seed() ->
 
 def test_no_class_loses_its_last_training_row() -> None:
     train, _ = hold_out(made([0, 1, 2, 2, 2, 2]), 0.9, 1)
-    assert all(train.counts(3))
+    assert set(train.labels) == {0, 1, 2}
 
 
 def test_equal_texts_stay_on_one_side() -> None:
@@ -234,7 +233,7 @@ def test_a_limit_draws_rows_over_the_whole_file_in_its_order() -> None:
     some = limited(data, 20, 42)
     at = [texts(data).index(text) for text in texts(some)]
     assert at == sorted(at)
-    assert (len(some), all(some.counts(2))) == (20, True)
+    assert (len(some), set(some.labels)) == (20, {0, 1})
     assert limited(data, 100, 42) is data
 
 
@@ -242,3 +241,35 @@ def test_one_class_is_nothing_to_learn() -> None:
     with pytest.raises(DataError, match=r"all 3 usable rows are of one class \(sports\).*at least two"):
         refuse_single_class(made([1, 1, 1]), CLASSES)
     refuse_single_class(made([1, 2]), CLASSES)
+
+
+# ---- instructions, and rows that say themselves what they are for -------------------------------------------
+
+
+def test_instructions_come_in_every_shape_and_incomplete_ones_are_left_out() -> None:
+    rows = [
+        {"instruction": "a", "context": "c", "response": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"instruction": "a", "output": " "},
+    ]
+    found = instructed(Table("mine.jsonl", [Row(f"mine.jsonl, line {n}", row) for n, row in enumerate(rows, 1)], ""))
+    assert (texts(found), pairs(found), found.rows, found.empty) == (["a\n\nc", "a", "a"], ["b"] * 3, 4, 1)
+    with pytest.raises(DataError, match="all 1 rows have an empty instruction or response"):
+        instructed(Table("mine.jsonl", [Row("mine.jsonl, line 1", rows[3])], ""))
+
+
+def test_rows_of_a_test_split_are_never_learned_from(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"text": list("abcdef"), "label": ["sports", "health"] * 3, "split": ["train"] * 4 + ["test"] * 2}
+    )
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    for part, name in frame.groupby("split"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        name.drop(columns="split").to_csv(tmp_path / f"folder/my_{part}.csv", index=False)
+    for source in ("mine.csv", "folder"):
+        asked = (str(tmp_path / source), None, Columns(), CLASSES)
+        train, test, how = read_data(*asked, None, None, 1)
+        assert (texts(train), texts(test), how) == (["a", "b", "c", "d"], ["e", "f"], "by the data")
+        with pytest.raises(ConfigError, match=rf"--test-fraction 0.5: {source} says itself which rows are for test"):
+            read_data(*asked, 0.5, None, 1)

@@ -15,10 +15,11 @@ from fedtailor.lanes.features import client_features
 from fedtailor.models.embedded import build_wordpiece
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.encoding import check_texts, encode_texts
 from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import fingerprint, prepare
-from fedtailor.tasks.tokens import TokenData, examples_of, tokenise
+from fedtailor.tasks.tokens import TokenData, tokenise
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 MAX_LENGTH = 20
@@ -123,37 +124,16 @@ def test_every_pair_is_the_tokenizers_own_encoding_of_the_pair(
     assert cut
 
 
-def test_texts_in_memory_give_the_same_examples(
-    data: TaskData, tokens: TokenData, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    texts, labels = data.texts("seen/en/01", "train")
-    made = examples_of(tokenizer, texts, data.pairs("seen/en/01", "train"), labels, MAX_LENGTH)
-    stored = tokens.examples("seen/en/01", "train")
-    width = int(made.lengths.max())
-    assert made.input_ids.shape == (len(texts), width)
-    assert (made.input_ids == stored.input_ids[:, :width]).all()
-    assert (made.lengths == stored.lengths).all()
-    assert (made.labels == stored.labels).all()
-    assert made.first_segment_length is not None
-    assert (made.first_segment_length == stored.first_segment_length).all()
-    assert {a.dtype for a in (made.input_ids, made.lengths, made.labels, made.first_segment_length)} == {
-        np.dtype(np.int64)
-    }
-    single = examples_of(tokenizer, texts, None, labels, MAX_LENGTH)
-    assert single.first_segment_length is None
-    assert single.input_ids[0, : single.lengths[0]].tolist() == tokenizer(texts[0])["input_ids"]
-
-
 def test_a_tokenizer_without_segments_gives_pairs_without_segments(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    made = examples_of(tokenizer, ["alpha"], ["beta"], np.array([0]), MAX_LENGTH)
-    assert made.first_segment_length is None
-    assert made.input_ids[0].tolist() == tokenizer("alpha", "beta")["input_ids"]
+    [ids], first = encode_texts(tokenizer, ["alpha"], ["beta"], MAX_LENGTH)
+    assert first is None
+    assert ids.tolist() == tokenizer("alpha", "beta")["input_ids"]
 
 
 def test_max_length_must_leave_room_for_a_pair(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match=r"'task.max_length' is 3, but the tokenizer adds 3 special tokens to a pair"):
-        examples_of(tokenizer, ["alpha"], ["beta"], np.array([0]), 3)
+        check_texts(tokenizer, 3, paired=True)
 
 
 def lanes_of_pairs(tokens: TokenData) -> list[Examples]:

@@ -194,13 +194,20 @@ def judge(
 
 
 def personalise(
-    psg: Annotated[str, typer.Option(metavar="RUN_ID", help="Run with a trained strategy generator (fedp2eft).")],
-    data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet, a data set folder or owner/name[:config].")],
-    budget: Annotated[int, typer.Option(help="r: r L ranks over the L adapted layers.")],
+    run: Annotated[str, typer.Option("--run", "--psg", metavar="RUN_ID", help="A finished run.")],
+    data: Annotated[
+        str, typer.Option(help="CSV, TSV, JSONL, JSON, Parquet (also .gz), a folder, or owner/name[:config].")
+    ],
     out: Annotated[Path, typer.Option(help="New folder.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of fedp2eft.finetune: epochs=5 lr=1e-3 batch_size=8."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the fine-tuning: epochs=5 lr=1e-3 batch_size=8."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="One of the run's; default: fedp2eft, else the last one that was trained.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="r: r L ranks over the L adapted layers; default: the run's largest.")
     ] = None,
     storage: StorageUrl = "./runs",
     seed: Annotated[int | None, typer.Option(help="Default: the run's first.")] = None,
@@ -209,6 +216,9 @@ def personalise(
     text: Annotated[str | None, typer.Option(help="Column of the text; default: text, sentence, premise ...")] = None,
     pair: Annotated[str | None, typer.Option(help="Column of the second text of a pair.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label; default: label, category ...")] = None,
+    client: Annotated[
+        str, typer.Option(help="Id, which names its random streams: that of an unseen client repeats what it got.")
+    ] = "unseen/new/newcomer",
     language: Annotated[str, typer.Option(help="Code for the record; changes no number.")] = "",
     limit: Annotated[int | None, typer.Option(help="Use at most so many rows of --data.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Also write the whole model, adapter merged.")] = False,
@@ -216,19 +226,19 @@ def personalise(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     allow_code: AllowCode = None,
 ) -> None:
-    """Give a client of your own the adapter that a trained strategy generator chooses for it."""
-    from fedtailor.cli.plan_views import show_ready, show_result
+    """Give a client of your own the adapter that a method of a finished run makes for clients it never saw."""
+    from fedtailor.cli.personalise_views import show_ready, show_result
     from fedtailor.personalise.data import Columns
-    from fedtailor.personalise.new_client import Request, carry_out, check
+    from fedtailor.personalise.new_client import Request, carry_out, prepared
 
     asked = Request(
-        run_id=psg, data=data, budget=budget, out=out, storage=storage, seed=seed, test=test,
-        test_fraction=test_fraction, columns=Columns(text, pair, label), language=language, merge=merge, limit=limit,
-        overrides=tuple(words or ()), base=base, device=device,
+        run_id=run, data=data, out=out, storage=storage, method=method, budget=budget, seed=seed, test=test,
+        test_fraction=test_fraction, columns=Columns(text, pair, label), client=client, language=language,
+        overrides=tuple(words or ()), merge=merge, limit=limit, base=base, device=device,
     )  # fmt: skip
-    ready = check(asked)
-    show_ready(console(), ready)
-    show_result(console(), ready, carry_out(ready))
+    with prepared(asked) as ready:
+        show_ready(console(), ready)
+        show_result(console(), ready, *carry_out(ready))
 
 
 def pretrain(

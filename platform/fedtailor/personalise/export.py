@@ -22,11 +22,12 @@ from fedtailor.experiment.config import ExperimentBase, method_of
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stage_results import write_merged
 from fedtailor.federated.method import Overlay
-from fedtailor.models.load import load_classifier, load_tokenizer, quiet, save_folder
-from fedtailor.personalise.generator import labels_of, model_of
+from fedtailor.models.load import load_base, load_tokenizer, quiet, save_folder
+from fedtailor.personalise.trained import labels_of, model_of
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.round_store import ADAPTERS, CommittedRounds, adapter_files, named
 from fedtailor.storage.run_folder import RunFolder
+from fedtailor.tasks.source import TaskKind
 from fedtailor.worker.open_stage import load_net
 
 RECORD = "personalise.json"
@@ -99,8 +100,7 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
     base = model_of(run, str(stage["parent"]))
     own = _own_part(run, exp, str(stage["parent"]), client, base)
     belongs = base if own is None else out / "base"
-    config = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": os.fspath(belongs.resolve())}
-    files[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+    files = belonging(files, belongs)
     with staged_folder(out) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -108,6 +108,12 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
             part, tensors, labels = own
             write_merged(base, labels, part, tensors, folder / "base")
     return belongs
+
+
+def belonging(files: Mapping[str, bytes], base: Path) -> dict[str, bytes]:
+    """The files of a peft adapter that names the folder of its base model."""
+    config = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": os.fspath(base.resolve())}
+    return {**files, CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
 
 
 def _own_part(
@@ -152,12 +158,12 @@ def _refuse_unknown(run: RunFolder, exp: ExperimentBase, method: str, budget: in
         )
 
 
-def loading(base: Path, folder: str) -> list[str]:
-    """The lines of Python that load the adapter in ``folder`` onto its base model, a classifier."""
-    kinds = "(AutoModelForSequenceClassification, AutoTokenizer)"
+def loading(base: Path, folder: str, kind: TaskKind) -> list[str]:
+    """The lines of Python that load the adapter in ``folder`` onto its base model."""
+    auto = "AutoModelForCausalLM" if kind == "generation" else "AutoModelForSequenceClassification"
     return [
-        "from peft import PeftModel; from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        f"base, tokenizer = (kind.from_pretrained({json.dumps(str(base))}) for kind in {kinds})",
+        f"from peft import PeftModel; from transformers import {auto}, AutoTokenizer",
+        f"base, tokenizer = (kind.from_pretrained({json.dumps(str(base))}) for kind in ({auto}, AutoTokenizer))",
         f"model = PeftModel.from_pretrained(base, {json.dumps(folder)}).eval()",
     ]
 
@@ -169,21 +175,28 @@ def readme(record: Mapping[str, Any], base: Path) -> str:
         record: content of `RECORD`.
         base: the base model that it belongs to.
     """
-    without, personalised = record["scores"]["base"], record["scores"]["personalised"]
-    lines = "\n".join(loading(base, "."))
+    without, own = record["scores"]["base"], record["scores"]["personalised"]
+    if "accuracy" in own:
+        kind: TaskKind = "classification"
+        told = f"accuracy {own['correct']}/{own['count']}, base model {without['correct']}/{without['count']}"
+    else:
+        kind = "generation"
+        told = (
+            f"ROUGE-L {100 * own['rougeL']:.1f} % and response loss {own['loss']:.4f} over {own['count']} "
+            f"instructions, base model {100 * without['rougeL']:.1f} % and {without['loss']:.4f}"
+        )
+    lines = "\n".join(loading(base, ".", kind))
     return (
-        f"LoRA adapter for {record['data']['name']} (budget r = {record['budget']}) by the strategy generator of "
-        f"fedtailor run {record['run']}, seed {record['seed']}.\n"
-        f"Held-out accuracy {personalised['correct']}/{personalised['count']}, base model {without['correct']}/"
-        f"{without['count']}, texts cut to {record['max_length']} tokens; all numbers are in {RECORD}. "
+        f"LoRA adapter for {record['data']['name']} (budget r = {record['budget']}) by {record['method']} of fedtailor "
+        f"run {record['run']}, seed {record['seed']}.\n"
+        f"Held out: {told}; texts cut to {record['max_length']} tokens; all numbers are in {RECORD}. "
         f"To load it, in this folder:\n\n```python\n{lines}\n```\n"
     )
 
 
-def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
-    """Writes a classifier with its peft adapter merged, as a whole."""
-    labels = labels_of(base)
-    model = load_classifier(base, labels)
+def merge_adapter(base: Path, adapter: Path, out: Path, kind: TaskKind) -> None:
+    """Writes a model with its peft adapter merged, as a whole."""
+    model = load_base(base, kind, labels_of(base))
     with quiet(), warnings.catch_warnings():
         # peft asks transformers for a name that transformers is about to change; nothing for the user to do.
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,44 +1,54 @@
-"""A new client: one that no run knew gets the adapter that a trained strategy generator chooses for it.
+"""A new client, one that no run knew: it gets from a run's method what an unseen client of the run got.
 
-What is asked for, checks that need no weights, what is learned from and what is held out, and the folder that comes of
-it: the peft adapter, a record of every number, how to load it and, where asked for, the merged model.
+What is asked for, checks that need no weights, a pool of this one client that is personalised as a worker does it, and
+the folder that comes of it: the peft adapter, a record of every number, how to load it and, where asked for, the merged
+model.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor import __version__
-from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.adapters.peft_export import WEIGHTS_FILE
+from fedtailor.core.errors import ConfigError, ModelError
 from fedtailor.core.files import refuse_used, staged_folder
-from fedtailor.core.messages import Client
-from fedtailor.core.seeding import numpy_rng
+from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.experiment.config import to_json
-from fedtailor.federated.context import Lane
-from fedtailor.lanes.batches import Examples
+from fedtailor.lanes.net import LaneNet
 from fedtailor.models.load import load_tokenizer
-from fedtailor.personalise.data import Columns, Labelled, labelled, read_table
-from fedtailor.personalise.export import RECORD, merge_adapter, readme
-from fedtailor.personalise.generator import METHOD, TrainedGenerator, checked_fingerprint, open_generator, personalise
+from fedtailor.personalise.data import Columns, Rows
+from fedtailor.personalise.export import RECORD, belonging, merge_adapter, readme
+from fedtailor.personalise.held_out import read_data, shared_texts
+from fedtailor.personalise.trained import TrainedMethod, common_lora, open_method
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
-from fedtailor.tasks.tokens import examples_of
+from fedtailor.tasks.columns import ONE_GROUP
+from fedtailor.tasks.encoding import encode_texts
+from fedtailor.tasks.source import POOLS, SPLITS, NaturalClient, Source, Split
+from fedtailor.tasks.task import prepare
+from fedtailor.tasks.tokens import TokenData, tokenise
+from fedtailor.worker.open_stage import OpenStage
+from fedtailor.worker.segment import BASE_REF, Segment
 
-CLIENT = "newcomer"
-"""Client id of every new client, a coordinate of its random streams."""
+CLIENT = "unseen/new/newcomer"
+"""Client id where none is given, a coordinate of its random streams."""
 
-TEST_FRACTION = 0.2
 README, MERGED = "README.md", "merged"
 SCHEMA = 1
+MEASURES = ("accuracy", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss")
+"""Metrics of a model on the held-out rows; what else a method measures stands beside the scores."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,19 @@ class Request:
     """What the user asked for.
 
     Args:
-        run_id: run with the trained generator.
-        data: file, folder or hub id to learn from (`data.read_table`).
-        budget: r.
+        run_id: run with the trained method.
+        data: file, folder or hub id to learn from.
         out: folder to make; must not be there or be empty.
         storage: where the run is.
-        seed: of the run; default: its first.
-        test: like ``data``, to score on; default: a share of ``data`` is held out.
-        test_fraction: that share; default `TEST_FRACTION`.
+        method: one of the run's; default: see `open_method`, as for the two below.
+        budget: r.
+        seed: of the run.
+        test: like ``data``, to score on; default: what ``data`` says is for test, else a share of it.
+        test_fraction: that share; default 0.2.
         columns: names of the columns.
+        client: its id, ``unseen/LANGUAGE/NAME``.
         language: code for the record; changes no number.
-        overrides: ``key=value`` settings of ``fedp2eft.finetune``, with or without that prefix.
+        overrides: ``key=value`` settings of the fine-tuning.
         merge: also write the whole model with the adapter merged.
         limit: most rows of ``data`` to use.
         base: another copy of the base model.
@@ -65,19 +77,21 @@ class Request:
 
     run_id: str
     data: str
-    budget: int
     out: Path
-    storage: str
-    seed: int | None
-    test: str | None
-    test_fraction: float | None
-    columns: Columns
-    language: str
-    overrides: Sequence[str]
-    merge: bool
-    limit: int | None
-    base: Path | None
-    device: str
+    storage: str = "./runs"
+    method: str | None = None
+    budget: int | None = None
+    seed: int | None = None
+    test: str | None = None
+    test_fraction: float | None = None
+    columns: Columns = field(default_factory=Columns)
+    client: str = CLIENT
+    language: str = ""
+    overrides: Sequence[str] = ()
+    merge: bool = False
+    limit: int | None = None
+    base: Path | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,52 +100,66 @@ class Ready:
 
     Args:
         request: as asked.
-        generator: trained generator and base folder.
-        pad_id: padding token.
-        train: texts to learn from, tokenised by the rules of the run's own clients.
-        test: texts to score on.
+        trained: the run's method and base.
+        tokens: the one client, tokenised as the run's own clients are.
         record: content of `RECORD` as far as it is known before training.
     """
 
     request: Request
-    generator: TrainedGenerator
-    pad_id: int
-    train: Examples
-    test: Examples
+    trained: TrainedMethod
+    tokens: TokenData
     record: Mapping[str, Any]
 
 
-def check(request: Request) -> Ready:
-    """Opens the run, reads the data and tokenises it; loads no weights and writes nothing.
+@dataclass(frozen=True)
+class Answer:
+    """A held-out instruction with its response, and what the two models answer."""
+
+    prompt: str
+    reference: str
+    base: str
+    personalised: str
+
+
+@contextmanager
+def prepared(request: Request) -> Iterator[Ready]:
+    """Opens the run, reads the data and tokenises it, in a folder that goes with the block; loads no weights.
 
     Raises:
-        TailorError: the first thing that cannot work; see `generator` and `data`.
+        TailorError: the first thing that cannot work; see `open_method`, `read_data` and `tokenise`.
     """
     _refuse_options(request)
     run = RunFolder.open(Storage(request.storage), request.run_id)
-    generator = open_generator(run, request.seed, request.budget, request.base, request.overrides)
-    data, held_out = _read(request, generator)
-    fingerprint = checked_fingerprint(generator)
-    tokenizer = load_tokenizer(generator.base)
-    assert isinstance(tokenizer.pad_token_id, int)
-    (train, of_data), (test, of_test) = (_tokenised(part, tokenizer, generator) for part in (data, held_out))
-    how = {"how": "held out of the data" if request.test is None else "given"}
-    record = {
-        "schema": SCHEMA,
-        "fedtailor": __version__,
-        "run": run.run_id,
-        "method": METHOD,
-        "seed": generator.seed,
-        "strategy": generator.stage["artifact"],
-        "budget": request.budget,
-        "base": {"fingerprint": fingerprint, "layers": len(generator.modules), "labels": list(generator.labels)},
-        "language": request.language,
-        "max_length": generator.exp.task.max_length,
-        "data": of_data,
-        "test": how | of_test | {"also_in_data": shared_texts(data, held_out)},
-        "finetune": to_json(generator.cfg.finetune),
-    }
-    return Ready(request, generator, tokenizer.pad_token_id, train, test, record)
+    trained = open_method(run, request.method, request.budget, request.seed, request.base, request.overrides)
+    task, seed = trained.exp.task, trained.stage.seed
+    train, test, how = read_data(
+        request.data, request.test, request.columns, trained.labels, request.test_fraction, request.limit, seed
+    )
+    tokenizer = load_tokenizer(trained.base)
+    with TemporaryDirectory(prefix="fedtailor-") as folder:
+        texts = prepare(task, seed, Path(folder, "data"), _pool(request.client, trained, train, test))
+        tokens = tokenise(texts, tokenizer, task.max_length, Path(folder, "tokens"), task.template, task.overlong)
+        data, held_out = (
+            part.described(trained.labels) | _cut(part, split, tokens, tokenizer)
+            for part, split in zip((train, test), SPLITS, strict=True)
+        )
+        record = {
+            "schema": SCHEMA,
+            "fedtailor": __version__,
+            "run": run.run_id,
+            "method": trained.stage.method,
+            "seed": seed,
+            "strategy": trained.stage.strategy,
+            "budget": trained.budget,
+            "base": {"fingerprint": trained.fingerprint, "labels": list(trained.labels)},
+            "client": request.client,
+            "language": request.language,
+            "max_length": task.max_length,
+            "data": data,
+            "test": {"how": how} | held_out | {"also_in_data": shared_texts(train, test)},
+            "finetune": to_json(trained.finetune),
+        }
+        yield Ready(request, trained, tokens, record)
 
 
 def _refuse_options(request: Request) -> None:
@@ -144,6 +172,9 @@ def _refuse_options(request: Request) -> None:
         problems.append(f"--limit {request.limit}: must be 2 or more")
     if request.seed is not None and request.seed < 0:
         problems.append(f"--seed {request.seed}: must be 0 or more")
+    pool, *rest = request.client.split("/")
+    if pool not in POOLS or len(rest) != 2 or not all(rest):
+        problems.append(f"--client {request.client}: an id has three parts, e.g. {CLIENT} or seen/amh/00")
     if request.device not in ("cpu", "cuda"):
         problems.append(f"--device {request.device}: allowed are cpu and cuda")
     elif request.device == "cuda" and not torch.cuda.is_available():
@@ -153,121 +184,105 @@ def _refuse_options(request: Request) -> None:
     refuse_used(request.out.expanduser())
 
 
-def _read(request: Request, generator: TrainedGenerator) -> tuple[Labelled, Labelled]:
-    """Rows to learn from and rows to score on."""
-    data = labelled(read_table(request.data, "train"), request.columns, generator.labels)
-    if request.limit is not None:
-        data = limited(data, request.limit, generator.seed)
-    refuse_single_class(data, generator.labels)
-    if request.test is None:
-        fraction = TEST_FRACTION if request.test_fraction is None else request.test_fraction
-        return hold_out(data, fraction, generator.seed)
-    test = labelled(read_table(request.test, "test"), request.columns, generator.labels)
-    if (data.columns.pair is None) != (test.columns.pair is None):
-        with_pairs, without = (data, test) if test.columns.pair is None else (test, data)
-        raise DataError(
-            f"{with_pairs.name} has pairs of texts ({with_pairs.columns.text}, {with_pairs.columns.pair}), "
-            f"{without.name} has single texts; name both columns with --text and --pair"
-        )
-    return data, test
+def _pool(client: str, trained: TrainedMethod, train: Rows, test: Rows) -> Source:
+    """The one client as all there is."""
+    pool, language, name = client.split("/")
+    assert pool in POOLS
+    own = NaturalClient(name, pool, language, train.examples, test.examples)
+    return Source(trained.labels or (ONE_GROUP,), kind=trained.exp.task_entry.kind, natural_clients=(own,))
 
 
-def _tokenised(
-    data: Labelled, tokenizer: PreTrainedTokenizerBase, generator: TrainedGenerator
-) -> tuple[Examples, dict[str, Any]]:
-    """The rows' tokens, and what `RECORD` says of the rows."""
-    max_length = generator.exp.task.max_length
-    texts = [row.text for row in data.examples]
-    pairs = None if data.columns.pair is None else [row.pair or "" for row in data.examples]
-    tokens, longer = (
-        examples_of(tokenizer, texts, pairs, np.array(data.labels, dtype=np.int64), length)
-        for length in (max_length, max_length + 1)
-    )
-    truncated = int((longer.lengths > max_length).sum())
-    return tokens, data.described(generator.labels, truncated)
+def _cut(part: Rows, split: Split, tokens: TokenData, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Examples that did not fit."""
+    if tokens.kind == "generation":
+        return dict(tokens.manifest["overlong"][split])
+    longest = int(tokens.manifest["max_length"])
+    texts, _, pairs, _ = zip(*part.examples, strict=True)
+    ids, _ = encode_texts(tokenizer, texts, None if pairs[0] is None else pairs, longest + 1)
+    return {"truncated": sum(len(row) > longest for row in ids)}
 
 
-def carry_out(ready: Ready) -> dict[str, Any]:
+def carry_out(ready: Ready) -> tuple[dict[str, Any], list[Answer]]:
     """Personalises and writes ``--out``, as a whole or not at all: adapter, `RECORD`, `README`, on request `MERGED`.
 
     Returns:
-        the record: everything that the numbers follow from, and the numbers; without clock or host.
+        the record: everything that the numbers follow from, and the numbers, without clock or host; of models that
+        answer, what they answered to the held-out instructions.
 
     Raises:
         ModelError: the base cannot be loaded, or training ran away (a loss or weight is not finite).
-        StorageError: the saved generator does not fit the base.
+        StorageError: what the rounds trained does not fit the base.
     """
-    request, generator = ready.request, ready.generator
-    client = Client(CLIENT, CLIENT, request.language, len(ready.train.labels), len(ready.test.labels))
-    lane = Lane(client, ready.train)
-    numbers, files = personalise(generator, lane, ready.test, ready.pad_id, request.budget, request.device)
-    record = {**ready.record, **numbers}
+    trained, client = ready.trained, ready.request.client
+    stage, before = _played(ready, "base")
+    stage, after = _played(ready, trained.stage.method, stage.net)
+    if (common := common_lora(stage.method)) is not None:
+        files = common.export(stage.net, stage.params[1], [client], 0, BASE_REF)
+    elif not (files := after.adapters.get(f"r{trained.budget}/{client}", {})):
+        raise ModelError(f"method {trained.stage.method} made no adapter: its Personalised.export is None")
+    tensors, modules = load(files[WEIGHTS_FILE]), stage.net.modules
+    ranks = {name: len(tensors.get(f"base_model.model.{name}.lora_A.weight", ())) for name in modules}
+    scores = {"base": _scores(before), "personalised": _scores(after)}
+    if not trained.answers:
+        scores = {"majority": _majority(ready)} | scores
+    record = {
+        **ready.record,
+        "base": {**ready.record["base"], "layers": len(modules)},
+        "scores": scores,
+        **{name: value for name, value in _numbers(after).items() if name not in MEASURES},
+        "ranks": ranks,
+        "warnings": [str(warning["reason"]) for warning in after.warnings],
+    }
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    files |= {RECORD: text.encode(), README: readme(record, ready.generator.base).encode()}
-    with staged_folder(ready.request.out.expanduser()) as stage:
+    files = belonging(files, trained.base) | {RECORD: text.encode(), README: readme(record, trained.base).encode()}
+    with staged_folder(ready.request.out.expanduser()) as out:
         for name, content in files.items():
-            (stage / name).write_bytes(content)
+            (out / name).write_bytes(content)
         if ready.request.merge:
-            merge_adapter(ready.generator.base, stage, stage / MERGED)
-    return record
+            merge_adapter(trained.base, out, out / MERGED, trained.exp.task_entry.kind)
+    return record, _answers(before, after)
 
 
-def limited(data: Labelled, limit: int, seed: int) -> Labelled:
-    """At most ``limit`` rows: a seeded draw, in the order of the file."""
-    if len(data) <= limit:
-        return data
-    return data.take(sorted(numpy_rng(seed, "newcomer", "limit").permutation(len(data))[:limit]))
-
-
-def hold_out(data: Labelled, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
-    """Splits into train and held-out rows, each class in proportion; no class loses its last train row.
-
-    Rows with the same text stay on one side.
+def _played(ready: Ready, method: str, net: LaneNet | None = None) -> tuple[OpenStage, SegmentResult]:
+    """A method's personalising stage with this one client, played as a worker plays it.
 
     Args:
-        data: all rows.
-        fraction: share to hold out, between 0 and 1.
-        seed: run seed.
-
-    Raises:
-        DataError: so few rows that none can be held out.
+        ready: the request.
+        method: the one that is asked for, with what its rounds trained, or one without rounds.
+        net: the model, where it is loaded.
     """
-    groups, labels = dict[str, list[int]](), data.labels
-    for i, row in enumerate(data.examples):
-        groups.setdefault(row.normal, []).append(i)
-    draws = numpy_rng(seed, "newcomer", "held-out").random(len(groups))
-    drawn = sorted(zip(groups.values(), draws, strict=True), key=lambda group: (labels[group[0][0]], group[1]))
-    left, owed, out = Counter(labels), 0.0, set[int]()
-    for rows, _ in drawn:
-        owed += fraction * len(rows)
-        used = Counter(labels[i] for i in rows)
-        if owed >= len(rows) / 2 and all(left[label] > count for label, count in used.items()):
-            out.update(rows)
-            owed -= len(rows)
-            left -= used
-    if not out:
-        raise DataError(
-            f"{data.name}: {len(data)} usable rows are too few to hold out {fraction:g} of them; give more rows, a "
-            "larger --test-fraction, or a file of held-out rows with --test"
-        )
-    return data.take(i for i in range(len(data)) if i not in out), data.take(sorted(out))
+    trained = ready.trained
+    spec = trained.spec(method, ready.tokens.path, ready.request.device)
+    stage = OpenStage.open(spec, net)
+    shared = trained.shared(stage.info()) if method == trained.stage.method else None
+    result = Segment(stage, SegmentJob(spec.key, 0, 0, (ready.request.client,)), shared).play()
+    for failure in result.failures:
+        lr = getattr(trained.finetune, "lr", None)
+        hint = "" if lr is None else f"; where training ran away, try a smaller lr than {lr:g}"
+        raise ModelError(f"{failure.reason}{hint}")
+    return stage, result
 
 
-def refuse_single_class(data: Labelled, allowed: Sequence[str]) -> None:
-    """Nothing can be learned from one class.
-
-    Raises:
-        DataError: fewer than two classes; names the one there is.
-    """
-    present = sorted(set(data.labels))
-    if len(present) < 2:
-        raise DataError(
-            f"{data.name}: all {len(data)} usable rows are of one class ({allowed[present[0]]}); "
-            "personalising needs at least two classes"
-        )
+def _numbers(result: SegmentResult) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in result.metrics if not row["module"]}
 
 
-def shared_texts(train: Labelled, test: Labelled) -> int:
-    """Held-out rows whose text is trained on too: their score flatters."""
-    trained = {row.normal for row in train.examples}
-    return sum(row.normal in trained for row in test.examples)
+def _scores(result: SegmentResult) -> dict[str, Any]:
+    """Measures on the held-out rows."""
+    [count] = {int(row["weight"]) for row in result.metrics if row["metric"] == "loss"}
+    found: dict[str, Any] = {name: value for name, value in _numbers(result).items() if name in MEASURES}
+    hits = {"correct": round(found["accuracy"] * count)} if "accuracy" in found else {}
+    return found | hits | {"count": count}
+
+
+def _majority(ready: Ready) -> dict[str, Any]:
+    """The class that the client has most often, as an answer to every held-out row."""
+    train, test = (ready.tokens.examples(ready.request.client, split).labels for split in SPLITS)
+    top = int(np.bincount(train).argmax())
+    hits = int((test == top).sum())
+    return {"class": ready.trained.labels[top], "accuracy": hits / len(test), "correct": hits, "count": len(test)}
+
+
+def _answers(before: SegmentResult, after: SegmentResult) -> list[Answer]:
+    pairs = zip(before.predictions, after.predictions, strict=True)
+    return [Answer(x["prompt"], x["reference"], x["prediction"], y["prediction"]) for x, y in pairs]

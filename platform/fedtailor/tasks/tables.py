@@ -57,11 +57,12 @@ class OwnTable:
         return list(dict.fromkeys(name for row in self.rows for name in row.values))
 
 
-def own_table(cfg: TaskConfig) -> OwnTable:
+def own_table(cfg: TaskConfig, named: str = "'task.path'") -> OwnTable:
     """Reads the table of ``task.path``.
 
     Args:
         cfg: `path`, `split`, `split_column` and `test_fraction` are used.
+        named: the key or option that named it, for messages.
 
     Raises:
         ConfigError: no ``task.path``, or one that is neither there nor a hub id.
@@ -69,7 +70,7 @@ def own_table(cfg: TaskConfig) -> OwnTable:
             and row.
     """
     rows, parts = [], []
-    for row, part in placed_rows(cfg):
+    for row, part in placed_rows(cfg, named):
         rows.append(row)
         parts.append(part)
     parts = _by_column(rows, parts, cfg)
@@ -98,22 +99,22 @@ def own_table(cfg: TaskConfig) -> OwnTable:
     return OwnTable([row for row, _ in kept], [split for _, split in kept], notes)
 
 
-def placed_rows(cfg: TaskConfig) -> Iterator[tuple[Row, Part | None]]:
+def placed_rows(cfg: TaskConfig, named: str = "'task.path'") -> Iterator[tuple[Row, Part | None]]:
     """Rows, and the split that their file or data set says; see `own_table`."""
     if cfg.path is None:
         raise ConfigError(
-            f"task={cfg.name} needs 'task.path': a file or folder ({', '.join(ENDINGS)}), "
+            f"task={cfg.name} needs {named}: a file or folder ({', '.join(ENDINGS)}), "
             "or the id of a data set on the Hugging Face hub (owner/name)"
         )
-    place, named = Path(cfg.path).expanduser(), _HUB.fullmatch(cfg.path)
+    place, hub = Path(cfg.path).expanduser(), _HUB.fullmatch(cfg.path)
     if place.is_file():
         yield from ((row, None) for row in read_rows(place))
     elif place.is_dir():
         yield from folder_rows(place)
-    elif cfg.path.startswith((".", "/", "~")) or is_table(place) or not named:
-        raise ConfigError(f"'task.path' is {cfg.path!r}: no such file or folder, nor an id on the hub (owner/name)")
+    elif cfg.path.startswith((".", "/", "~")) or is_table(place) or not hub:
+        raise ConfigError(f"{named} is {cfg.path!r}: no such file or folder, nor an id on the hub (owner/name)")
     else:
-        name = [part for part in (named["id"], named["config"]) if part]
+        name = [part for part in (hub["id"], hub["config"]) if part]
         found = load_hub(*name, split=cfg.split)
         yield from ((row, None) for row in dataset_rows(found, hub_name(*name, split=cfg.split)))
 

@@ -69,17 +69,23 @@ def task_config(name: str, **given: Any) -> TaskConfig:
     return TaskConfig(**{"name": name, **TASKS[name].defaults, **given})
 
 
-def prepare(cfg: TaskConfig, seed: int, out: Path) -> TaskData:
+def prepare(cfg: TaskConfig, seed: int, out: Path, source: Source | None = None) -> TaskData:
     """Writes ``manifest.json``, ``texts.arrow`` and ``examples.arrow`` to `out` and opens them.
 
     Equal (cfg, seed) give equal bytes. `out` should be a fresh folder; the caller makes it final.
+
+    Args:
+        cfg: section ``task``.
+        seed: run seed.
+        out: folder to write to.
+        source: the task's texts, where they are at hand and checked; None: its own are loaded.
 
     Raises:
         ConfigError: unknown task, or a key that this task's clients rule out.
         DataError: see the task's load function, `partition` and `check_leakage`; or a client or an example that
             cannot serve (names it).
     """
-    source, clients = _dealt(cfg, seed)
+    source, clients = _dealt(cfg, seed, source)
     out.mkdir(parents=True, exist_ok=True)
     write_stream(out / "texts.arrow", _schema(source), _text_batches(source))
     write_examples(out / "examples.arrow", [(rows.train, rows.test) for _, rows in clients])
@@ -149,9 +155,9 @@ def _check_instructions(source: Source) -> None:
                         raise DataError(f"{where}: {split} example {number} has no {what}")
 
 
-def _dealt(cfg: TaskConfig, seed: int) -> tuple[Source, list[tuple[Client, Shard]]]:
+def _dealt(cfg: TaskConfig, seed: int, source: Source | None = None) -> tuple[Source, list[tuple[Client, Shard]]]:
     """The texts, and each client with its rows of their table, seen clients first."""
-    source = _load(cfg, seed)
+    source = source or _load(cfg, seed)
     n = cfg.clients_per_language
     shards: Shards = {}
     if source.natural_clients:

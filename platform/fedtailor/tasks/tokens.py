@@ -190,30 +190,6 @@ def _client_entry(client: str, rows: Sequence[Ints], lengths: Ints) -> dict[str,
     return {"id": client, "n_train": len(train), "n_test": len(test), "longest": longest, "train_tokens": train_tokens}
 
 
-def examples_of(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, labels: Ints, max_length: int
-) -> Examples:
-    """Tokenises texts that are in memory, by the rules of `tokenise`.
-
-    Args:
-        tokenizer: of the base model.
-        texts: n texts, or the first texts of n pairs.
-        pairs: the n second texts; None for single texts.
-        labels: (n,) class indices.
-        max_length: most tokens of a text or pair, special tokens included.
-
-    Raises:
-        ModelError: see `tokenise`.
-    """
-    check_texts(tokenizer, max_length, pairs is not None)
-    ids, first = encode_texts(tokenizer, texts, pairs, max_length)
-    lengths = np.array([len(row) for row in ids], dtype=np.int64)
-    input_ids = np.full((len(ids), max(map(len, ids), default=0)), tokenizer.pad_token_id, dtype=np.int64)
-    for row, target in zip(ids, input_ids, strict=True):
-        target[: len(row)] = row
-    return Examples(input_ids, lengths, labels.astype(np.int64), None if first is None else first.astype(np.int64))
-
-
 class TokenData(Partitioned):
     """Tokenised clients, opened read-only through memory maps; cheap enough for every worker."""
 
