@@ -74,6 +74,10 @@ def quantised() -> None:
     rewritten(Path("llama/config.json"), quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
+def other_shapes() -> None:
+    rewritten(Path("llama/config.json"), intermediate_size=32)
+
+
 def adapter_beside() -> None:
     Path("llama/adapter_config.json").write_text("{}")
 
@@ -103,6 +107,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[str, ...], tuple[str, ...]]] = 
     "a model of the hub": (write, (*NEWS, "model=mbert", "task.max_length=600"), ("model=mbert", "512 tokens")),
     "a GGUF file alone": (gguf_alone, ASK, ("model folder llama", "GGUF files are not read")),
     "quantised weights": (quantised, ASK, ("model folder llama", "bitsandbytes", "model.weights")),
+    "weights of other shapes": (other_shapes, ASK, ("llama: 3 weights of LlamaForCausalLM are missing or",)),
     "an adapter beside the weights": (adapter_beside, ASK, ("model folder llama", "adapter_config.json lies beside")),
     "a classifier asked to answer": (write, (*TALK, "model=tiny-bert"), ("tiny-bert", "model=tiny-llama")),
     "more clients than there are": (

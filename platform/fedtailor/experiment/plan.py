@@ -19,11 +19,10 @@ from fedtailor.experiment.prepare import check_storage
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.federated.method import Method
 from fedtailor.lanes.net import LaneNet
-from fedtailor.lanes.probe import probe
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.hub import check_available
-from fedtailor.models.load import load_causal, load_classifier, load_tokenizer
+from fedtailor.models.trial import is_large, try_model
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder, run_ids
@@ -31,9 +30,6 @@ from fedtailor.tasks.prompts import check_name
 
 LOOKED_AT = 20
 """Newest runs whose times are looked at."""
-
-LARGEST_TRIED = 2**31
-"""Bytes of weights up to which a plan loads them to try the model."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +142,11 @@ def _try_model(exp: ExperimentBase, notes: list[str]) -> Path | None:
     folder = check_available(exp.model, exp.task.max_length, kind, ask=False)
     if folder is None:
         return None
-    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) > LARGEST_TRIED:
+    if is_large(folder):
         notes.append("The model is large: whether its clients can share forward passes is found when it is loaded.")
         return folder
-    generation = kind == "generation"
-    model = load_causal(folder) if generation else load_classifier(folder, ["a", "b"], replace_head=True)
-    pad = load_tokenizer(folder, padded=not generation).pad_token_id or 0
-    model.config.pad_token_id = pad
-    net = LaneNet(model, adapted_linears(model, exp.model.targets))
-    probe(net, pad)
-    if net.one_by_one:
-        notes.append(f"Clients run one by one, which is slower: {net.one_by_one}.")
+    if reason := try_model(exp.model, kind, folder):
+        notes.append(f"Clients run one by one, which is slower: {reason}.")
     return folder
 
 

@@ -19,6 +19,7 @@ from fedtailor.models.load import first_line, load_classifier, load_tokenizer, s
 from fedtailor.models.packaged import PACKAGE_RECORD
 from fedtailor.models.packages import PACKAGED
 from fedtailor.models.source import EMBEDDED, EMBEDDED_CAUSAL, EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
+from fedtailor.models.trial import is_large, try_model
 from fedtailor.tasks.source import TaskKind
 
 PRETRAINING = "pretrain.json"
@@ -146,12 +147,24 @@ def materialise(
         max_length: tokens a text may have; None: not checked.
 
     Raises:
-        ModelError: see ``check_available`` and ``fetch``.
+        ModelError: see ``check_available``, ``fetch`` and ``try_model``; or what was made is not whole.
     """
     folder = fetch(resolve(cfg), kind)
     check_folder(folder, max_length, kind)
+    if not is_large(folder):
+        try_model(cfg, kind, folder)
+    _write(folder, labels, seed, out, kind)
+    try:
+        check_folder(out, max_length, kind)
+    except ModelError as error:
+        raise ModelError(f"model folder {folder}: the copy that stages start from is not whole: {error}") from error
+    return out
+
+
+def _write(folder: Path, labels: Sequence[str], seed: int, out: Path, kind: TaskKind) -> None:
     if kind == "generation":
-        return write_causal(folder, out)
+        write_causal(folder, out)
+        return
     model = load_classifier(folder, labels, seed=seed, replace_head=True)
     tokenizer = load_tokenizer(folder)
     # Decoder-only classifiers read the last token that is not padding, by the config's word: what pads must be it.
@@ -160,7 +173,6 @@ def materialise(
     for record in (PRETRAINING, PACKAGE_RECORD):
         if (folder / record).is_file():
             shutil.copyfile(folder / record, out / record)
-    return out
 
 
 def _check_embedded(cfg: ModelConfig, kind: TaskKind) -> None:
