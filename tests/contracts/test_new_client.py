@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 
 from fedtailor.cli import app
 from fedtailor.core.errors import ConfigError, DataError
+from fedtailor.experiment.launch import load_experiment
 from fedtailor.methods import METHODS
 from fedtailor.models.load import load_base
 from fedtailor.personalise.data import Columns
 from fedtailor.personalise.export import export_client
 from fedtailor.personalise.new_client import MEASURES, Answer, Request, carry_out, prepared
+from fedtailor.personalise.trained import chosen_method
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.tokens import TokenData
@@ -184,3 +186,28 @@ def test_columns_are_not_named_for_instructions(talks: RunFolder, tmp_path: Path
         prepared(asked),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"method": "ditto", "budget": 1}, r"--budget 1: ditto of run 'run' was trained for each .*\(allowed: 2\)"),
+        ({"method": "fedprox", "budget": 2}, r"--budget 2: all clients use the one LoRA of fedprox .*\(allowed: 3\)"),
+        ({"method": "lora", "budget": 3}, r"--budget 3: lora of run 'run' serves .* r_max = 2 \(allowed: 1 \.\.\. 2\)"),
+        ({"method": "fedprox", "overrides": ["lr=1"]}, "lr=1: fedprox trains nothing on a new client"),
+        ({"method": "adalora", "overrides": ["lrr=1"]}, "unknown key 'lrr'; did you mean 'lr'?"),
+        ({"client": "me"}, r"--client me: an id has three parts, e.g. unseen/new/newcomer"),
+    ],
+)
+def test_what_a_method_does_not_serve_is_told(texts: RunFolder, tmp_path: Path, asked: Any, told: str) -> None:
+    request = Request("run", "none.csv", tmp_path / "new", texts.storage.url, **asked)
+    with pytest.raises(ConfigError, match=told), prepared(request):
+        pass
+
+
+def test_the_usual_method_is_the_last_one_that_was_trained(texts: RunFolder) -> None:
+    exp = load_experiment(texts)
+    for methods, usual in (
+        (METHODS, "fedp2eft"), (("lora", "fedbabu", "adalora"), "fedbabu"), (("base", "lora", "adalora"), "adalora"),
+    ):  # fmt: skip
+        assert chosen_method("run", exp.model_copy(update={"methods": tuple(methods)}), None) == usual

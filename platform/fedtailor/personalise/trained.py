@@ -128,7 +128,7 @@ def open_method(
         ModelError: a base folder that is incomplete, or another model than the run's.
     """
     exp = load_experiment(run)
-    name = _chosen(run.run_id, exp, method)
+    name = chosen_method(run.run_id, exp, method)
     built = method_of(exp, name)
     common = common_lora(built)
     seed = exp.seeds[0] if seed is None else seed
@@ -165,7 +165,8 @@ def no_adapter(exp: ExperimentBase, name: str) -> str | None:
     return None
 
 
-def _chosen(run_id: str, exp: ExperimentBase, asked: str | None) -> str:
+def chosen_method(run_id: str, exp: ExperimentBase, asked: str | None) -> str:
+    """The method that is asked for, or the usual one; see `open_method`."""
     able = [name for name in exp.methods if no_adapter(exp, name) is None]
     if asked is None and able:
         trained = [name for name in able if method_of(exp, name).local_update is not None]
