@@ -15,6 +15,7 @@ from fedtailor.personalise.data import Columns, Rows, Table, instructed, labelle
 from fedtailor.personalise.held_out import hold_out, limited, read_data, refuse_single_class, shared_texts
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example
+from fedtailor.tasks.task import task_config
 
 CLASSES = ("business", "sports", "health")
 ROWS = [("Bei ya mafuta", "business"), ("Timu, imeshinda", "sports"), ('Alisema "ndiyo"', "sports")]
@@ -131,6 +132,13 @@ def test_columns_are_found_by_usual_names_or_taken_as_named() -> None:
     assert pairs(paired) == ["b"]
     named = labelled(table(text=["x"], body=["a"], kind=["sports"]), Columns("body", "text", "kind"), CLASSES)
     assert (texts(named), pairs(named)) == (["a"], ["x"])
+
+
+def test_columns_that_the_run_was_told_are_looked_for() -> None:
+    task = task_config("texts", text_column="body", label_column="kind")
+    assert Columns().or_of(task) == Columns("body", None, "kind")
+    assert Columns("text").or_of(task) == Columns("text", None, "kind")
+    assert Columns().or_of(task_config("cldr")) == Columns()
 
 
 def test_missing_columns_are_told_all_at_once_with_those_present() -> None:

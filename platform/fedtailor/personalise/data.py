@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtailor.core.errors import DataError, listed
 from fedtailor.tasks.columns import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES, find_column, text_cell
-from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.config import AUTO, TaskConfig
 from fedtailor.tasks.instructions import is_complete, none_dropped, read_example
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example, Split
@@ -66,6 +66,12 @@ class Columns:
     text: str | None = None
     pair: str | None = None
     label: str | None = None
+
+    def or_of(self, task: TaskConfig) -> Columns:
+        """Where the user named none, the columns that the run was told."""
+        told = (task.text_column, task.pair_column, task.label_column)
+        own = Columns(*(None if name == AUTO else name for name in told))
+        return Columns(self.text or own.text, self.pair or own.pair, self.label or own.label)
 
 
 @dataclass(frozen=True)

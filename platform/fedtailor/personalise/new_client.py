@@ -65,7 +65,7 @@ class Request:
         seed: of the run.
         test: like ``data``, to score on; default: what ``data`` says is for test, else a share of it.
         test_fraction: that share; default 0.2.
-        columns: names of the columns.
+        columns: names of the columns; default: those that the run was told, else the usual ones.
         client: its id, ``unseen/LANGUAGE/NAME``.
         language: code for the record; changes no number.
         overrides: ``key=value`` settings of the fine-tuning.
@@ -132,8 +132,9 @@ def prepared(request: Request) -> Iterator[Ready]:
     run = RunFolder.open(Storage(request.storage), request.run_id)
     trained = open_method(run, request.method, request.budget, request.seed, request.base, request.overrides)
     task, seed = trained.exp.task, trained.stage.seed
+    columns = request.columns.or_of(task)
     train, test, how = read_data(
-        request.data, request.test, request.columns, trained.labels, request.test_fraction, request.limit, seed
+        request.data, request.test, columns, trained.labels, request.test_fraction, request.limit, seed
     )
     tokenizer = load_tokenizer(trained.base)
     with TemporaryDirectory(prefix="fedtailor-") as folder:
