@@ -22,7 +22,7 @@ from fedtailor.lanes.batches import Examples, LaneBatch, make_batch
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.probe import probe
-from fedtailor.models.families import adapted_linears
+from fedtailor.models.families import adapted_linears, notices
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -124,24 +124,21 @@ def test_features_are_finite_and_do_not_see_padding(kind: str) -> None:
     assert torch.isfinite(found).all()
 
 
+class Sorting(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        order = torch.arange(len(flat)).flip(0)
+        return self.inner(flat[order])[order].view(*x.shape[:2], -1)
+
+
 def test_a_layer_that_gathers_tokens_of_all_rows_is_found_by_its_numbers() -> None:
     """As a mixture of experts does: the layer sees flat tokens, in another order."""
 
-    class Sorting(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            flat = x.flatten(0, 1)
-            order = torch.arange(len(flat)).flip(0)
-            return self.inner(flat[order])[order].view(*x.shape[:2], -1)
-
-    model = BertForSequenceClassification(
-        BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    ).eval()
-    block = model.bert.encoder.layer[0]
-    block.intermediate.dense = Sorting(block.intermediate.dense)
+    model = sorting_bert()
     net = LaneNet(model, adapted_linears(model))
     probe(net, 0)
     assert net.one_by_one == (
@@ -164,6 +161,70 @@ def test_a_decoder_that_is_told_another_padding_token_is_refused() -> None:
 
 def test_causal_models_are_probed_too() -> None:
     assert not net_of("llama", AutoModelForCausalLM, num_key_value_heads=2).one_by_one
+
+
+def sorting_bert() -> BertForSequenceClassification:
+    """Its intermediate layer sees flat tokens, in another order."""
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )).eval()  # fmt: skip
+    block = model.bert.encoder.layer[0]
+    block.intermediate.dense = Sorting(block.intermediate.dense)
+    return model
+
+
+def test_weights_of_a_narrow_type_are_compared_in_a_wide_one_and_stay_what_they_are() -> None:
+    model = sorting_bert().bfloat16()
+    before = [parameter.data_ptr() for parameter in model.parameters()]
+    net = LaneNet(model, adapted_linears(model), "bfloat16")
+    probe(net, 0)
+    assert net.one_by_one.endswith("two clients in one forward pass change each other's scores")
+    assert [parameter.data_ptr() for parameter in net.model.parameters()] == before
+
+
+def test_a_layer_whose_weight_is_read_past_it_is_named_and_its_features_are_zero() -> None:
+    model = sorting_bert()
+    dense = model.bert.encoder.layer[0].output.dense
+    model.bert.encoder.layer[0].output.register_forward_pre_hook(
+        lambda module, inputs: (nn.functional.linear(inputs[0], dense.weight), inputs[1])
+    )
+    model.bert.encoder.layer[0].output.dense = nn.Identity()
+    model.bert.encoder.layer[0].output.unused = dense
+    net = LaneNet(model, adapted_linears(model))
+    probe(net, 0)
+    assert net.idle == ("bert.encoder.layer.0.output.unused",)
+    said = notices(net, "all-linear")
+    assert said[-1] == (
+        "the model does not call 1 of its 8 adapted layers, so that their adapters change nothing: "
+        "bert.encoder.layer.0.output.unused"
+    )
+    rows = Examples(np.full((2, 5), 9), np.array([5, 3]), np.array([0, 0]))
+    assert client_features(net, rows, 0).reshape(-1, 2)[net.modules.index(net.idle[0])].tolist() == [0, 0]
+
+
+def test_a_language_model_that_sees_what_follows_is_refused() -> None:
+    """Encoders that transformers lists as causal are refused by name; this is for those nobody knows."""
+    config = AutoConfig.for_model("llama", **SIZES, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.model.register_forward_pre_hook(open_mask, with_kwargs=True)
+    net = LaneNet(model, adapted_linears(model))
+    with pytest.raises(ModelError, match="LlamaForCausalLM: a token's scores depend on the tokens that follow it"):
+        probe(net, 0)
+
+
+def open_mask(module: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    size = named["input_ids"].shape
+    return inputs, named | {"attention_mask": torch.zeros(size[0], 1, size[1], size[1])}
+
+
+def test_matrices_that_are_no_layers_are_named_once_for_all_blocks() -> None:
+    net = net_of("mixtral", num_key_value_heads=2, num_local_experts=4)
+    assert notices(net, "all-linear") == (
+        "no adapter for weights that are not layers of their own: model.layers.*.mlp.gate.weight, "
+        "model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj",
+    )
+    assert notices(net, ("q_proj",)) == ()
+    assert notices(net_of("bert"), "all-linear") == ()
 
 
 def test_a_model_that_breaks_with_adapters_is_refused_with_its_name() -> None:

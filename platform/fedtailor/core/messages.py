@@ -190,7 +190,7 @@ class StageInfo:
         initial: SHARED state before round 0, flat float32, (P,).
         modules: names of the L adapted linear layers.
         r_init: rank before pruning (0 where the method has none).
-        one_by_one: why clients do not share forward passes; empty: they do.
+        notices: what a user should know of how adapters sit in the model.
     """
 
     shared: tuple[ParamSpec, ...]
@@ -198,7 +198,7 @@ class StageInfo:
     initial: FloatArray
     modules: tuple[str, ...]
     r_init: int
-    one_by_one: str = ""
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

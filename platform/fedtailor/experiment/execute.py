@@ -66,7 +66,7 @@ class Execution:
         self.storage = Storage(exp.storage)
         self.artifacts = Artifacts(self.storage, run.run_id, self._waiting)
         self._earlier = EarlierStages(self.storage, exp)
-        self._one_by_one = ""
+        self._noticed: set[str] = set()
         self._make_pool = make_pool
         self._pool: Pool | None = None
         self._stages: list[Stage] = []
@@ -162,10 +162,10 @@ class Execution:
 
     def _opened(self, stage: Stage, spec: StageSpec) -> StageInfo:
         info = self.pool.open(spec)
-        if info.one_by_one and not self._one_by_one:
-            self._one_by_one = info.one_by_one
-            what = f"clients run one by one, which is slower: {info.one_by_one}"
-            self.emit({"kind": "warning", "stage": stage.key, "round": 0, "what": what})
+        for what in info.notices:
+            if what not in self._noticed:
+                self._noticed.add(what)
+                self.emit({"kind": "warning", "stage": stage.key, "round": 0, "what": what})
         return info
 
     def _rounds(self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog) -> StageInfo:

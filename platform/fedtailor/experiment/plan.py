@@ -17,12 +17,12 @@ from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, f
 from fedtailor.experiment.plan_inputs import configured_population, inputs_here, note_surroundings
 from fedtailor.experiment.prepare import check_storage
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
+from fedtailor.experiment.trial import try_model
 from fedtailor.federated.method import Method
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.hub import check_available
-from fedtailor.models.trial import is_large, try_model
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder, run_ids
@@ -137,16 +137,11 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
 
 
 def _try_model(exp: ExperimentBase, notes: list[str]) -> Path | None:
-    """Checks a model as far as its files are here, and tries it with two clients unless it is large; their folder."""
+    """Checks a model as far as its files are here, and tries it; their folder."""
     kind = exp.task_entry.kind
     folder = check_available(exp.model, exp.task.max_length, kind, ask=False)
-    if folder is None:
-        return None
-    if is_large(folder):
-        notes.append("The model is large: whether its clients can share forward passes is found when it is loaded.")
-        return folder
-    if reason := try_model(exp.model, kind, folder):
-        notes.append(f"Clients run one by one, which is slower: {reason}.")
+    if folder is not None:
+        notes += [f"{clause[:1].upper()}{clause[1:]}." for clause in try_model(exp.model, kind, folder)]
     return folder
 
 

@@ -29,10 +29,12 @@ from fedtailor.experiment.config import (
 )
 from fedtailor.experiment.rules import check_population, check_weights
 from fedtailor.experiment.stages import Inputs, short_hash
+from fedtailor.experiment.trial import try_model
 from fedtailor.federated.pool import OnEvent
 from fedtailor.federated.updates import attack_of
 from fedtailor.models import hub
 from fedtailor.models.embedded import build_tiny_bert, build_tiny_llama
+from fedtailor.models.folder import check_folder
 from fedtailor.models.load import load_tokenizer
 from fedtailor.models.source import EMBEDDED_KINDS, model_title, resolve
 from fedtailor.storage.artifacts import Artifacts
@@ -277,6 +279,9 @@ def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
     elif exp.model.name == "tiny-llama":
         build_tiny_llama(data.train_texts("seen"), exp.model, exp.task.max_length, seed, out)
     else:
+        folder = hub.fetch(resolve(exp.model), data.kind)
+        check_folder(folder, exp.task.max_length, data.kind)
+        try_model(exp.model, data.kind, folder)  # what there is to know of it is said when a stage opens it
         hub.materialise(exp.model, data.labels, seed, out, data.kind, exp.task.max_length)
 
 

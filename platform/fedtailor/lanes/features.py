@@ -39,6 +39,8 @@ class _Moments:
         self.square += float(wide.square().sum())
 
     def mean_and_sd(self) -> tuple[float, float]:
+        if not self.count:  # a layer that is never called
+            return 0.0, 0.0
         mean = self.total / self.count
         variance = max(0.0, self.square - self.count * mean * mean) / max(1, self.count - 1)
         return mean, variance**0.5

@@ -138,9 +138,9 @@ class LaneLinear(nn.Module):
     def _base(self, x: Tensor, lanes: int) -> Tensor:
         y: Tensor
         if self.own is not None and not self.state.bypass:
-            weight, bias = (None if t is None else self.state.running(t) for t in self.own)
-            h, w = x.reshape(lanes, -1, x.shape[-1]), weight.transpose(1, 2)
-            y = torch.bmm(h, w) if bias is None else torch.baddbmm(bias.unsqueeze(1), h, w)
+            weight, bias = self.own
+            h, w = x.reshape(lanes, -1, x.shape[-1]), self.state.running(weight).transpose(1, 2)
+            y = torch.bmm(h, w) if bias is None else torch.baddbmm(self.state.running(bias).unsqueeze(1), h, w)
             y = y.view(*x.shape[:-1], -1)
         else:
             y = self.base(x)
@@ -185,6 +185,12 @@ def attach(model: nn.Module, linears: Sequence[tuple[str, Linear]], state: LaneS
         setattr(parent, name.rpartition(".")[2], layer)
         wrapped.append(layer)
     return wrapped
+
+
+def detach(model: nn.Module, layers: Sequence[LaneLinear]) -> None:
+    """Undoes `attach`: the frozen layers take their places again."""
+    for layer in layers:
+        model.set_submodule(layer.name, layer.base)
 
 
 class LaneEmbedding(nn.Module):

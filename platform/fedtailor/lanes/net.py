@@ -102,9 +102,11 @@ class LaneNet:
     """
 
     one_by_one = ""
-    """Why lanes do not share a forward pass; empty: they do. `lanes.probe` sets it, and the next."""
+    """Why lanes do not share a forward pass; empty: they do. `lanes.probe` sets it, and the next two."""
     tokens_first: frozenset[int] = frozenset()
     """Adapted layers whose input is (T, rows, d)."""
+    idle: tuple[str, ...] = ()
+    """Adapted layers that the model does not call, so that their adapters change nothing."""
 
     def __init__(
         self,
@@ -178,8 +180,7 @@ class LaneNet:
         goes.
         """
         weights = {name: getattr(weight, "ds_tensor", weight) for name, weight in self.model.named_parameters()}
-        found = {name: _bit_sum(weight.detach()) for name, weight in weights.items()}
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        return dict(zip(weights, torch.stack([_bit_sum(w.detach()) for w in weights.values()]).tolist(), strict=True))
 
     def place(self, clients: Sequence[str]) -> None:
         """Says whose overlay each lane of the next batches has, in lane order; no-op without an overlay."""
@@ -206,8 +207,7 @@ class LaneNet:
             module.p = own if own_dropout else self.base_dropout
         # Attention reads its dropout module's p but its own training flag, so the whole model is switched; seldom,
         # since a walk over all modules costs as much as a training step of a small model.
-        active = on and (own_dropout or self.base_dropout > 0 or self.checkpointing)
-        if self.model.training != active:
+        if self.model.training != (active := on and (own_dropout or self.base_dropout > 0 or self.checkpointing)):
             self.model.train(active)
         self.state.bypass = False
 

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtailor.core.errors import ModelError
 from fedtailor.lanes.layers import Linear
+from fedtailor.lanes.net import LaneNet
 from fedtailor.tasks.source import TaskKind
 
 _SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -50,6 +51,9 @@ _POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
     "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
+_NOT_CAUSAL = {"xlnet": "it was trained on permutations: without them every token sees the whole text"}
+"""Types that transformers lists as causal and that are not -> why."""
+
 _PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
 
 
@@ -98,6 +102,41 @@ def endings(names: Sequence[str]) -> str:
     return ", ".join(f"{ending} ({count})" for ending, count in sorted(counts.items())) or "none"
 
 
+def uncovered(model: nn.Module) -> list[str]:
+    """Weights that work like linear layers and are none, so that ``all-linear`` leaves them out.
+
+    Routers and fused experts of a mixture are such, and the projections of XLNet. Numbers of layers become ``*``.
+
+    Args:
+        model: with or without adapters.
+    """
+    own = (nn.Linear, Conv1D, nn.Embedding)
+    found = [
+        f"{name}.{part}".lstrip(".")
+        for name, module in model.named_modules()
+        for part, weight in module.named_parameters(recurse=False)
+        if weight.dim() > 1 and not isinstance(module, own) and not part.endswith("bias") and "emb" not in part
+    ]
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in found))
+
+
+def notices(net: LaneNet, targets: Targets) -> tuple[str, ...]:
+    """What a user should know of how adapters sit in a model that `lanes.probe` has tried.
+
+    Args:
+        net: the model.
+        targets: as configured.
+    """
+    rest = uncovered(net.model) if targets == "all-linear" else []
+    sentences = {
+        f"clients run one by one, which is slower: {net.one_by_one}": net.one_by_one,
+        f"the model does not call {len(net.idle)} of its {len(net.adapted)} adapted layers, so that their adapters "
+        f"change nothing: {', '.join(net.idle[:3])}{', ...' * (len(net.idle) > 3)}": net.idle,
+        f"no adapter for weights that are not layers of their own: {', '.join(rest)}": rest,
+    }
+    return tuple(sentence for sentence, holds in sentences.items() if holds)
+
+
 def embedding_names(model: nn.Module) -> list[str]:
     """Full names of all embedding tables' parameters (word, position, token type), in module order."""
     return [f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)]
@@ -132,14 +171,21 @@ def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
                 f"{CLASSIFIERS})"
             )
         return
-    # An encoder may be in the list of causal models, as a decoder that nobody has trained.
-    causal = type(config) in AutoModelForCausalLM._model_mapping
-    if not causal or type(config) in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
+    if not is_decoder(config):
         raise ModelError(
             f"{where}: type '{name}' is no causal language model, which generation needs (allowed: {CAUSAL_MODELS})"
         )
-    if reason := _why_not(config.to_json_string(use_diff=False), name):
+    if reason := _NOT_CAUSAL.get(name) or _why_not(config.to_json_string(use_diff=False), name):
         raise ModelError(f"{where}: models of type '{name}' are not supported for generation: {reason}")
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Whether a model of this type reads from left to right, so that a classifier is scored at a text's last token.
+
+    An encoder may be in transformers' list of causal models, as a decoder that nobody has trained.
+    """
+    listed = type(config) in AutoModelForCausalLM._model_mapping
+    return listed and type(config) not in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
 
 
 def meta_causal(config: PretrainedConfig) -> PreTrainedModel:
@@ -159,6 +205,8 @@ def _why_not(config: str, model_type: str) -> str:
     these do there, e.g. Gemma 2's soft cap or Cohere's scale, would silently be lost.
     """
     model = meta_causal(CONFIG_MAPPING[model_type].from_dict(json.loads(config)))
+    # Of the ways to multiply with experts the one that asks for no values.
+    model.set_experts_implementation("batched_mm")
     output: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(output, nn.Linear):
         return f"they end in {type(output).__name__}, not in a linear layer"

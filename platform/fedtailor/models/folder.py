@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.files import staged_folder
-from fedtailor.models.families import check_kind, meta_causal, positions_of
+from fedtailor.models.families import check_kind, is_decoder, meta_causal, positions_of
 from fedtailor.models.load import load_config, load_tokenizer, quiet
 from fedtailor.tasks.source import TaskKind
 
@@ -146,6 +146,12 @@ def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} embeddings"
+        )
+    if kind == "classification" and is_decoder(config) and tokenizer("a")["input_ids"][-1:] == [tokenizer.pad_token_id]:
+        raise ModelError(
+            f"{folder}: its tokenizer ends every text with the token that pads, '{tokenizer.pad_token}', so that a "
+            f"text's last token, where this model is scored, could not be told from padding; set another 'pad_token' "
+            f"in its tokenizer_config.json"
         )
     if kind == "generation" and tokenizer.eos_token_id is None:
         raise ModelError(

@@ -19,7 +19,6 @@ from fedtailor.models.load import first_line, load_classifier, load_tokenizer, s
 from fedtailor.models.packaged import PACKAGE_RECORD
 from fedtailor.models.packages import PACKAGED
 from fedtailor.models.source import EMBEDDED, EMBEDDED_CAUSAL, EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
-from fedtailor.models.trial import is_large, try_model
 from fedtailor.tasks.source import TaskKind
 
 PRETRAINING = "pretrain.json"
@@ -147,12 +146,10 @@ def materialise(
         max_length: tokens a text may have; None: not checked.
 
     Raises:
-        ModelError: see ``check_available``, ``fetch`` and ``try_model``; or what was made is not whole.
+        ModelError: see ``check_available`` and ``fetch``; or what was made is not whole.
     """
     folder = fetch(resolve(cfg), kind)
     check_folder(folder, max_length, kind)
-    if not is_large(folder):
-        try_model(cfg, kind, folder)
     _write(folder, labels, seed, out, kind)
     try:
         check_folder(out, max_length, kind)

@@ -198,7 +198,9 @@ def merge_adapter(base: Path, adapter: Path, out: Path, kind: TaskKind) -> None:
     """Writes a model with its peft adapter merged, as a whole."""
     model = load_base(base, kind, labels_of(base))
     with quiet(), warnings.catch_warnings():
-        # peft asks transformers for a name that transformers is about to change; nothing for the user to do.
+        # peft asks transformers for a name that transformers is about to change, and says which of GPT-2's layers keep
+        # their weights transposed; nothing for the user to do.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     save_folder(merged, load_tokenizer(base), out)

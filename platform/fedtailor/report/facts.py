@@ -18,10 +18,10 @@ from fedtailor.experiment.config import ExperimentBase, clients_per_language, sc
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of, seen_clients
 from fedtailor.report import names
-from fedtailor.report.names import NOT_RECORDED
 from fedtailor.report.unknown_tokens import unknown_counts
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import clients_of
+from fedtailor.tracking.events import notices
 
 OFF_THE_SHELF = "off the shelf"
 """How a caption calls a base that no federated training has changed."""
@@ -245,7 +245,7 @@ class RunFacts:
         version_line: ``fedtailor 0.1.0, torch 2.13.0``.
         scale: a sentence on a run that was made smaller, empty at scale 1.
         privacy: a sentence on what was done to hide clients, empty without.
-        pretrained: a sentence on where the model comes from, empty where it does not say.
+        pretrained: sentences on where the model comes from and how adapters sit in it, empty where there are none.
         duplicates: a sentence on repeated texts, empty where the data do not say.
         unknown: language to unknown tokens and all tokens of its texts, empty where it was not counted.
         dealt: see `RunData`.
@@ -289,10 +289,10 @@ def read_facts(run: Mapping[str, Any], n_modules: int, frame: pd.DataFrame, foun
         strategy_line=strategy_line(exp, frame),
         n_modules=n_modules,
         overrides=tuple((o["key"], shown(o["default"]), shown(o["value"])) for o in run.get("overrides", ())),
-        version_line=", ".join(f"{name} {version}" for name, version in versions) or NOT_RECORDED,
+        version_line=", ".join(f"{name} {version}" for name, version in versions) or names.NOT_RECORDED,
         scale=scale_sentence(exp),
         privacy=privacy_sentence(exp, frame, seen or None),
-        pretrained=pretrain_sentence(found.pretrain),
+        pretrained=" ".join(filter(None, [pretrain_sentence(found.pretrain), *notices(found.events)])),
         duplicates=duplicates_sentence(found.notes),
         dealt=found.dealt,
         unknown=unknown_counts(run.get("unknown_tokens")),

@@ -8,7 +8,7 @@ one before), ``run`` and ``kind``. Where a kind has several forms, ``event`` tel
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -109,3 +109,13 @@ def spent_event(stage: str, outcome: RoundOutcome) -> dict[str, Any]:
         "kind": "privacy", "stage": stage, "round": number, "epsilon": spent.epsilon if known else None,
         "delta": spent.delta, "text": f"{stage}, round {number}: {', '.join(parts)}",
     }  # fmt: skip
+
+
+def notices(events: Sequence[Event]) -> list[str]:
+    """What a run was warned of as a whole, once each; warnings of clients are not sentences.
+
+    >>> notices([{"kind": "warning", "what": "no adapter for x"}, {"kind": "warning", "what": {"reason": "late"}}])
+    ['No adapter for x.']
+    """
+    said = [event["what"] for event in events if event.get("kind") == "warning"]
+    return [f"{what[:1].upper()}{what[1:]}." for what in dict.fromkeys(what for what in said if isinstance(what, str))]

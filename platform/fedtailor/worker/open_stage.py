@@ -31,7 +31,7 @@ from fedtailor.lanes.probe import probe
 from fedtailor.methods import build_method
 from fedtailor.methods.build import build_server_side
 from fedtailor.methods.external import add_method
-from fedtailor.models.families import adapted_linears
+from fedtailor.models.families import adapted_linears, notices
 from fedtailor.models.load import load_base, load_tokenizer
 from fedtailor.models.zero import load_partitioned
 from fedtailor.tasks.source import TaskKind
@@ -112,10 +112,12 @@ class OpenStage:
         params = self._lanes(1)
         self._reset(params, None, [None])
         initial = params.flat(Scope.SHARED)[0].detach().float().cpu().numpy().copy()
-        r_init = self.method.adapter.r_init if self.method.adapter else 0
+        adapter = self.method.adapter
+        said = () if self.trains_base else notices(self.net, self.spec.model.targets)
         return StageInfo(
-            self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules, r_init, self.net.one_by_one
-        )
+            self.specs(Scope.SHARED), self.specs(Scope.PRIVATE), initial, self.net.modules,
+            adapter.r_init if adapter else 0, said,
+        )  # fmt: skip
 
     def groups(self, clients: Sequence[str]) -> list[list[int]]:
         """Client indices that share a forward pass."""
