@@ -7,7 +7,7 @@ WORKERS ?= 2
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
-.PHONY: demo demo-real test check unit contracts bench bench-3b chaos clean
+.PHONY: demo demo-real test check unit contracts architectures bench bench-3b chaos clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
@@ -42,6 +42,9 @@ unit: $(VENV)/.ready $(VENV)/.models  ## the fast part
 
 contracts: $(VENV)/.ready $(VENV)/.models  ## every method: the kit of checks, and whole runs that are killed and on Ray
 	$(PYTEST) tests/contracts tests/ray/test_method_runs.py -m ''
+
+architectures: $(VENV)/.ready  ## the table of what works with which architecture, from tiny models of each
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/architecture_table.py
 
 bench: $(VENV)/.ready  ## speed and memory beside a plain loop, Flower and pfl; a part: BENCH='--only null'
 	$(BIN)/python tests/benchmarks $(BENCH)

@@ -43,7 +43,7 @@ def folder_with(name: str, out: Path, pad: str = "[PAD]", **settings: Any) -> Pa
 
 
 def tried(folder: Path, **more: Any) -> tuple[str, ...]:
-    return try_model(folder, ModelConfig(name=str(folder), **more), "classification")
+    return try_model(ModelConfig(name=str(folder), **more), "classification", folder)
 
 
 def test_nothing_is_said_of_a_model_that_does_all(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_decoder_pools_at_a_texts_last_token_whatever_its_config_said_of_paddi
     """Its config names a word as padding: texts that end in it would be scored at the token before."""
     folder = folder_with("Qwen 2", tmp_path / "m", pad_token_id=WORDS.index("c"))
     base = materialise(ModelConfig(name=str(folder)), LABELS, 1, tmp_path / "base")
-    assert try_model(base, ModelConfig(name=str(base)), "classification") == ()
+    assert try_model(ModelConfig(name=str(base)), "classification", base) == ()
     plain = AutoModelForSequenceClassification.from_pretrained(base).eval()
     assert plain.config.pad_token_id == load_tokenizer(base).pad_token_id == 0
     texts = [[3, 4, 5], [6, 5, 4, 3, 7]]
