@@ -30,7 +30,7 @@ ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-8}
 """Largest difference that rounding explains, as a share of the adapters' effect. Narrower types round more than a
 mix-up of positions may change: there the tiny batch is computed in float32."""
 
-LARGEST_WIDENED = 2**29
+LARGEST_WIDENED = 2**28
 """Weights up to which they are widened for that; of larger models in a narrow type shapes decide alone."""
 
 _UNSEEN = 1e-2
