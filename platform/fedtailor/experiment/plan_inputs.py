@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,9 +42,12 @@ MOST_TOKENISED = 10_000
 
 def note_surroundings(exp: ExperimentBase, notes: list[str]) -> None:
     """Notes what a run on this machine would be refused for; another machine may have it."""
-    for check in (
-        lambda: check_placement(exp), lambda: check_weights(exp), lambda: check_wandb(exp.wandb, exp.save_adapters)
-    ):  # fmt: skip
+    checks: tuple[Callable[[], None], ...] = (
+        partial(check_placement, exp),
+        partial(check_weights, exp),
+        partial(check_wandb, exp.wandb, exp.save_adapters),
+    )
+    for check in checks:
         try:
             check()
         except TailorError as error:

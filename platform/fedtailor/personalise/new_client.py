@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +37,7 @@ from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.columns import ONE_GROUP
 from fedtailor.tasks.encoding import encode_texts
+from fedtailor.tasks.instructions import place_of
 from fedtailor.tasks.source import POOLS, SPLITS, NaturalClient, Source, Split
 from fedtailor.tasks.task import prepare
 from fedtailor.tasks.tokens import TokenData, tokenise
@@ -137,9 +139,11 @@ def prepared(request: Request) -> Iterator[Ready]:
         request.data, request.test, columns, trained.labels, request.test_fraction, request.limit, seed
     )
     tokenizer = load_tokenizer(trained.base)
+    place = partial(place_of, task.model_copy(update={"path": request.data}))
     with TemporaryDirectory(prefix="fedtailor-") as folder:
         texts = prepare(task, seed, Path(folder, "data"), _pool(request.client, trained, train, test))
-        tokens = tokenise(texts, tokenizer, task.max_length, Path(folder, "tokens"), task.template, task.overlong)
+        out = Path(folder, "tokens")
+        tokens = tokenise(texts, tokenizer, task.max_length, out, task.template, task.overlong, place)
         data, held_out = (
             part.described(trained.labels) | _cut(part, split, tokens, tokenizer)
             for part, split in zip((train, test), SPLITS, strict=True)
