@@ -11,15 +11,16 @@ from rich.console import Console
 from fedtailor.cli.plan_views import duration, show_plan, size
 from fedtailor.core.settings import ModelConfig, ZeroConfig
 from fedtailor.experiment.compose import compose, preset_names
-from fedtailor.experiment.config import method_section
+from fedtailor.experiment.config import method_section, to_json
 from fedtailor.experiment.estimate import activation_bytes, base_bytes, base_of_rank, logit_bytes, optimizer_of_rank
-from fedtailor.experiment.plan import Plan, make_plan
+from fedtailor.experiment.plan import Plan, make_plan, seconds_per_client
 from fedtailor.experiment.prepare import make_inputs
 from fedtailor.experiment.stages import plan_stages
 from fedtailor.methods import build_method
 from fedtailor.models.dimensions import dimensions
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.files import Storage
+from fedtailor.storage.run_folder import RunFolder
 
 SMALL = ("task.languages=[swa,yor]", "task.clients_per_language=3", "base.cohort=3", "strategy.cohort=2")
 
@@ -250,3 +251,13 @@ def test_presets_of_fed_aya_are_the_papers() -> None:
         assert exp.methods == ("base", "lora", "adalora", "bayestune_lora", "fedl2p", "fedp2eft")
         for name in ("lora", "adalora", "fedl2p", "fedp2eft", "bayestune_lora"):
             assert build_method(name, method_section(exp, name), exp.r_max).batch_size == 16
+
+
+def test_times_of_another_model_are_not_expected_of_this_one(tmp_path: Path) -> None:
+    few = ("methods=[lora]", "base=none", f"storage={tmp_path}")
+    here, other = (compose(["demo"], [*few, "model=mbert", f"model.path={name}"]) for name in ("here", "other"))
+    run = RunFolder.create(Storage(tmp_path), "run", to_json(here))
+    run.set_stages([{"key": "personalise/lora/seed1", "kind": "personalise", "method": "lora", "seed": 1}])
+    run.timing("personalise/lora/seed1", 0, {"a": 1.0, "b": 3.0})
+    assert seconds_per_client(here) == {("personalise", "lora"): 2.0}
+    assert seconds_per_client(other) == {}

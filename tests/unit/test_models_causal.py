@@ -23,7 +23,10 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.models import embedded, hub
 from fedtailor.models.dimensions import dimensions
 from fedtailor.models.families import adapted_linears
+from fedtailor.models.folder import write_causal
 from fedtailor.models.load import load_causal
+from fedtailor.storage.artifacts import Artifacts
+from fedtailor.storage.files import Storage
 
 TEXTS = ["one two three", "four five six", "Name the capital", "Paris"] * 5
 CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermediate_size=24, vocab_size=300)
@@ -174,6 +177,32 @@ def test_a_pad_token_that_the_vocabulary_has_is_taken_without_a_new_row(folder: 
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 0)  # its text was in the vocabulary
     assert model.config.pad_token_id == 0
     assert torch.equal(model.lm_head.weight, old.lm_head.weight)
+
+
+def test_a_copy_that_is_not_whole_is_not_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(source: Path, out: Path) -> Path:
+        (write_causal(source, out) / "config.json").unlink()
+        return out
+
+    monkeypatch.setattr(hub, "write_causal", torn)
+    artifacts, source = Artifacts(Storage(tmp_path / "runs"), "test"), published(folder)
+    with pytest.raises(
+        ModelError, match=f"model folder {source}: the copy that stages start from is not whole: .*no con"
+    ):
+        artifacts.ensure("model-1", lambda out: hub.materialise(at(source), [], 1, out, "generation"))
+    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+
+
+def test_a_model_that_cannot_be_used_is_named_by_its_folder_before_anything_is_written(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = published(folder)
+    rewrite(source / "config.json", intermediate_size=40)
+    with pytest.raises(ModelError, match=f"{source}: .*weights of LlamaForCausalLM are missing"):
+        hub.materialise(at(source), [], 1, tmp_path / "made", "generation")
+    assert not (tmp_path / "made").exists()
 
 
 def without_pad_text(folder: Path) -> Path:
