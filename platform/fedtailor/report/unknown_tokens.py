@@ -31,6 +31,8 @@ def unknown_sentence(counts: Mapping[str, tuple[int, int]]) -> str:
     'Tokens of texts that the model does not know: Amharic 90.0 %; below 0.1 % in English, French and Swahili.'
     >>> unknown_sentence({"eng": (0, 10)})
     'The model knows every token of the texts.'
+    >>> unknown_sentence({"all": (1, 8)})
+    'The model does not know 12.5 % of the tokens of the texts.'
 
     Args:
         counts: see `unknown_counts`.
@@ -40,6 +42,10 @@ def unknown_sentence(counts: Mapping[str, tuple[int, int]]) -> str:
     if not any(unknown for unknown, _ in counts.values()):
         return "The model knows every token of the texts."
     shares = {language_name(code): unknown / tokens for code, (unknown, tokens) in counts.items()}
+    if len(shares) == 1:
+        share = next(iter(shares.values()))
+        much = f"{100 * share:.1f} %" if share >= _FEW else f"less than {100 * _FEW:g} %"
+        return f"The model does not know {much} of the tokens of the texts."
     parts = [", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items() if share >= _FEW)]
     few = [name for name, share in shares.items() if share < _FEW]
     if few:
