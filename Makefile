@@ -7,7 +7,7 @@ WORKERS ?= 2
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
-.PHONY: demo demo-real test check unit contracts architectures bench bench-3b chaos clean
+.PHONY: demo demo-real demo-generation-real test check unit contracts architectures bench bench-3b chaos clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
@@ -28,6 +28,9 @@ demo: $(VENV)/.ready   ## the main job on the embedded default: table, figures, 
 
 demo-real: $(VENV)/.ready $(VENV)/.minilm  ## real weights on real text: MiniLM tells kinds of instructions apart
 	$(BIN)/fedtailor run demo_real --run-id demo_real
+
+demo-generation-real: $(VENV)/.ready $(VENV)/.models  ## a real language model on real instructions: SmolLM2-135M
+	$(BIN)/fedtailor run demo_generation_real --run-id demo_generation_real
 
 check: $(VENV)/.ready  ## format, lint, types
 	$(BIN)/ruff format --check platform actors tune_spaces tests
