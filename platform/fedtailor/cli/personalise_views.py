@@ -82,7 +82,10 @@ def show_result(console: Console, ready: Ready, record: Mapping[str, Any], answe
     console.print(score_table(record["scores"]))
     for answer in answers[:EXAMPLES]:
         _show_answer(console, answer)
-    console.print(rank_table(record["ranks"], record["budget"]))
+    if len(set(record["ranks"].values())) == 1:
+        console.print(f"[bold]{_ranks_kept(record['ranks'], record['budget'])}[/], the same in every layer")
+    else:
+        console.print(rank_table(record["ranks"], record["budget"]))
     for warning in record["warnings"]:
         console.print(f"[yellow]warning[/] {escape(warning)}")
     if record.get("tied_at_threshold") == 1:
@@ -137,9 +140,7 @@ def rank_table(ranks: Mapping[str, int], budget: int) -> Table:
     places = [(*locate_module(module), rank) for module, rank in ranks.items()]
     parts = in_part_order(part for layer, part, _ in places if layer is not None)
     heads = [part.replace("\n", " ") for part in parts]
-    kept, layers = sum(ranks.values()), len(ranks)
-    title = f"Ranks kept: {kept}" + (f" = r L = {budget} x {layers}" if kept == budget * layers else "")
-    table = plain_table("layer", *heads, "sum", title=title, numbers=(*heads, "sum"))
+    table = plain_table("layer", *heads, "sum", title=_ranks_kept(ranks, budget), numbers=(*heads, "sum"))
     for number in sorted({layer for layer, _, _ in places if layer is not None}):
         here = {part: rank for layer, part, rank in places if layer == number}
         table.add_row(str(number), *(str(here.get(part, "")) for part in parts), str(sum(here.values())))
@@ -147,6 +148,11 @@ def rank_table(ranks: Mapping[str, int], budget: int) -> Table:
         if layer is None:
             table.add_row(escape(part), *[""] * len(parts), str(rank))
     return table
+
+
+def _ranks_kept(ranks: Mapping[str, int], budget: int) -> str:
+    kept, layers = sum(ranks.values()), len(ranks)
+    return f"Ranks kept: {kept}" + (f" = r L = {budget} x {layers}" if kept == budget * layers else "")
 
 
 def _rows_read(part: Mapping[str, Any], max_length: int) -> str:
