@@ -170,7 +170,9 @@ def _random_model(exp: ExperimentBase, config: PretrainedConfig, attention: str 
     auto = AutoModelForCausalLM if talks else AutoModelForSequenceClassification
     options = {"attn_implementation": attention} if attention else {}
     with model_errors(f"model={exp.model.name}", f"it with {attention or 'its usual'} attention"):
-        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False, **options)
+        model: PreTrainedModel = auto.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False, **options
+        )
     return model
 
 
