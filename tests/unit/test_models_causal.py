@@ -195,16 +195,6 @@ def test_a_copy_that_is_not_whole_is_not_published(
     assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
-def test_a_model_that_cannot_be_used_is_named_by_its_folder_before_anything_is_written(
-    folder: Path, tmp_path: Path
-) -> None:
-    source = published(folder)
-    rewrite(source / "config.json", intermediate_size=40)
-    with pytest.raises(ModelError, match=f"{source}: .*weights of LlamaForCausalLM are missing"):
-        hub.materialise(at(source), [], 1, tmp_path / "made", "generation")
-    assert not (tmp_path / "made").exists()
-
-
 def without_pad_text(folder: Path) -> Path:
     """The token is not in the vocabulary either."""
     content = json.loads((folder / "tokenizer.json").read_text())

@@ -130,35 +130,35 @@ def _check_header(path: Path) -> None:
 
 
 def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
-    config = load_config(folder)
+    config, where = load_config(folder), f"model folder {folder}"
     if (how := getattr(config, "quantization_config", None)) is not None:
         method = dict(how).get("quant_method", "unknown")
         raise ModelError(
-            f"model folder {folder}: its weights are quantised already ({method}); give the original ones, which "
+            f"{where}: its weights are quantised already ({method}); give the original ones, which "
             f"'model.weights=4bit' or '8bit' quantises when they are loaded"
         )
-    check_kind(config, kind, str(folder))
+    check_kind(config, kind, where)
     if not hasattr(config, "vocab_size"):
         raise ModelError(
-            f"{folder}: a model of several parts ({config.model_type}); give the folder of its language model alone"
+            f"{where}: a model of several parts ({config.model_type}); give the folder of its language model alone"
         )
     tokenizer = load_tokenizer(folder, padded=kind == "classification")
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} embeddings"
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} embeddings"
         )
     if kind == "classification" and is_decoder(config) and tokenizer("a")["input_ids"][-1:] == [tokenizer.pad_token_id]:
         raise ModelError(
-            f"{folder}: its tokenizer ends every text with the token that pads, '{tokenizer.pad_token}', so that a "
+            f"{where}: its tokenizer ends every text with the token that pads, '{tokenizer.pad_token}', so that a "
             f"text's last token, where this model is scored, could not be told from padding; set another 'pad_token' "
             f"in its tokenizer_config.json"
         )
     if kind == "generation" and tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{folder}: its tokenizer has no end-of-text token, which closes an answer; set 'eos_token' in its "
+            f"{where}: its tokenizer has no end-of-text token, which closes an answer; set 'eos_token' in its "
             f"tokenizer_config.json"
         )
-    check_length(config, max_length, str(folder), int(tokenizer.model_max_length))
+    check_length(config, max_length, where, int(tokenizer.model_max_length))
 
 
 def check_length(config: PretrainedConfig, max_length: int | None, where: str, also: int = 10**9) -> None:
