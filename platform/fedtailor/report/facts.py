@@ -43,12 +43,12 @@ def base_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
 
 
 def strategy_line(exp: ExperimentBase, frame: pd.DataFrame) -> str:
-    """``150 rounds``, and the methods that ended earlier: ``150 rounds (FedL2P: 61 to 88)``."""
+    """``150 rounds``, and the methods that ended earlier: ``150 rounds (FedL2P: 61 to 88)``; or ``none``."""
     planned = scaled(exp.strategy.rounds, exp.scale)
     methods = names.in_method_order(frame.loc[frame["stage"] == "strategy", "method"])
-    done = {method: _done(frame, "strategy", method) for method in methods}
-    early = [f"{names.method_name(m)}: {names.format_range(n)}" for m, n in done.items() if set(n) != {planned}]
-    return names.plural(planned, "round") + (f" ({', '.join(early)})" if early else "")
+    ended = {names.method_name(m): _done(frame, "strategy", m) for m in methods}
+    early = [f"{name}: {names.format_range(done)}" for name, done in ended.items() if set(done) != {planned}]
+    return names.plural(planned, "round") + (f" ({', '.join(early)})" if early else "") if methods else "none"
 
 
 def scale_sentence(exp: ExperimentBase) -> str:
