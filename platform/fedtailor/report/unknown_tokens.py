@@ -32,7 +32,7 @@ def unknown_sentence(counts: Mapping[str, tuple[int, int]]) -> str:
     >>> unknown_sentence({"eng": (0, 10)})
     'The model knows every token of the texts.'
     >>> unknown_sentence({"all": (1, 8)})
-    'The model does not know 12.5 % of the tokens of the texts.'
+    'Of the tokens of the texts, 12.5 % are unknown to the model.'
 
     Args:
         counts: see `unknown_counts`.
@@ -45,7 +45,7 @@ def unknown_sentence(counts: Mapping[str, tuple[int, int]]) -> str:
     if len(shares) == 1:
         share = next(iter(shares.values()))
         much = f"{100 * share:.1f} %" if share >= _FEW else f"less than {100 * _FEW:g} %"
-        return f"The model does not know {much} of the tokens of the texts."
+        return f"Of the tokens of the texts, {much} are unknown to the model."
     parts = [", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items() if share >= _FEW)]
     few = [name for name, share in shares.items() if share < _FEW]
     if few:
