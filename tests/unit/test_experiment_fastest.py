@@ -97,6 +97,9 @@ def test_a_run_that_exists_goes_on_as_it_began(times: Times, tmp_path: Path) -> 
     assert (exp.engine.dtype, exp.model.attention, chosen) == ("float32", "eager", None)
     half, _ = settled(tiny("engine.dtype=auto", "model.attention=sdpa", f"storage={tmp_path}"), "begun")
     assert (half.engine.dtype, half.model.attention) == ("float32", "sdpa")
+    Storage(tmp_path).write_json("old/run.json", {"config": {"engine": {}, "model": {}}})
+    old, _ = settled(tiny(*BOTH, f"storage={tmp_path}"), "old")
+    assert (old.engine.dtype, old.model.attention) == ("float32", None)
     assert not measured
 
 

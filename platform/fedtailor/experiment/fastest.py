@@ -80,7 +80,10 @@ def settled(exp: ExperimentBase, run_id: str | None = None) -> tuple[ExperimentB
     storage, found = Storage(exp.storage), None
     if run_id is not None and storage.exists(f"{run_id}/run.json"):
         config = storage.read_json(f"{run_id}/run.json")["config"]
-        dtype, attention = config["engine"]["dtype"], config["model"]["attention"]
+        dtype, attention = (
+            config["engine"].get("dtype", "float32"),
+            config["model"].get("attention"),
+        )  # old runs lack them
     else:
         found = fastest(exp)
         dtype, attention = found.dtype, found.attention

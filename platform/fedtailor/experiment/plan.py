@@ -94,8 +94,8 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         memory_gb: memory of one worker to plan for; by default what is found here.
 
     Raises:
-        ConfigError: ``attack.clients`` names somebody whom the data does not have.
-        ConfigError: also a storage, template or cohort that a run would refuse.
+        ConfigError: ``attack.clients`` names somebody whom the data does not have, or a run would refuse the storage,
+            the template or a cohort.
         DataError: ``task.path`` is given and unusable, also for the model's chat template.
         ModelError: no config of the model is to be had, or a local model cannot serve.
     """
