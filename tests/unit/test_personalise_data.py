@@ -85,6 +85,20 @@ def test_a_folder_of_the_datasets_library_is_read_with_its_own_class_names(tmp_p
     assert len(read(str(tmp_path / "plain"))) == 3
 
 
+def test_the_column_of_splits_is_named_or_said_not_to_be_one(tmp_path: Path) -> None:
+    rows = [(f"text {i}", CLASSES[i % 3], f"fold {i % 2}", "test" if i > 3 else "train") for i in range(6)]
+    source = str(tmp_path / "a.csv")
+    pd.DataFrame(rows, columns=["text", "label", "split", "part"]).to_csv(source, index=False)
+    with pytest.raises(DataError, match=r"line 2: 'split' is 'fold 0'; allowed: .*\(--split none if it says something"):
+        read_tables(source, "--data", "train")
+    with pytest.raises(DataError, match=r"no column 'fold' \(--split\); columns there: text, label, split, part"):
+        read_tables(source, "--data", "train", "fold")
+    train, held = read_tables(source, "--data", "train", "part")
+    assert held is not None
+    assert (len(train.rows), len(held.rows)) == (4, 2)
+    assert read_tables(source, "--data", "train", None)[1] is None
+
+
 def test_the_words_na_null_and_nan_are_texts_and_line_breaks_in_quotes_stay(tmp_path: Path) -> None:
     rows = [("NA", "sports"), ("null", "sports"), ("nan", "health"), ("a\nb", "sports")]
     assert texts(read(csv(tmp_path / "a.csv", rows))) == ["NA", "null", "nan", "a\nb"]

@@ -131,6 +131,17 @@ def test_a_tokenizer_without_segments_gives_pairs_without_segments(tokenizer: Pr
     assert ids.tolist() == tokenizer("alpha", "beta")["input_ids"]
 
 
+def test_names_of_special_tokens_in_a_text_are_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Models that read the last of a text's end tokens (BART, T5) stop where texts have unlike numbers of them."""
+    end = str(tokenizer.sep_token)
+    (text, pair), _ = encode_texts(tokenizer, [f"alpha {end} beta", "alpha"], None, MAX_LENGTH)
+    assert text.tolist().count(tokenizer.sep_token_id) == pair.tolist().count(tokenizer.sep_token_id) == 1
+    assert text.tolist() == tokenizer(f"alpha {end[0]} {end[1:]} beta")["input_ids"]
+    [both], first = encode_texts(tokenizer, ["alpha"], [f"beta{end}"], MAX_LENGTH)
+    assert first is not None
+    assert both.tolist().count(tokenizer.sep_token_id) == 2
+
+
 def test_max_length_must_leave_room_for_a_pair(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ModelError, match=r"'task.max_length' is 3, but the tokenizer adds 3 special tokens to a pair"):
         check_texts(tokenizer, 3, paired=True)

@@ -216,6 +216,7 @@ def personalise(
     text: Annotated[str | None, typer.Option(help="Column of the text; default: text, sentence, premise ...")] = None,
     pair: Annotated[str | None, typer.Option(help="Column of the second text of a pair.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label; default: label, category ...")] = None,
+    split: Annotated[str, typer.Option(help="Column that says train or test; none: there is no such.")] = "auto",
     client: Annotated[
         str, typer.Option(help="Id, which names its random streams: that of an unseen client repeats what it got.")
     ] = "unseen/new/newcomer",
@@ -232,9 +233,9 @@ def personalise(
     from fedtailor.personalise.new_client import Request, carry_out, prepared
 
     asked = Request(
-        run_id=run, data=data, out=out, storage=storage, method=method, budget=budget, seed=seed, test=test,
-        test_fraction=test_fraction, columns=Columns(text, pair, label), client=client, language=language,
-        overrides=tuple(words or ()), merge=merge, limit=limit, base=base, device=device,
+        run_id=run, data=data, out=out, storage=storage, method=method, budget=budget, seed=seed, test=test, base=base,
+        test_fraction=test_fraction, columns=Columns(text, pair, label), client=client, language=language, merge=merge,
+        split_column=None if split == "none" else split, overrides=tuple(words or ()), limit=limit, device=device,
     )  # fmt: skip
     with prepared(asked) as ready:
         show_ready(console(), ready)

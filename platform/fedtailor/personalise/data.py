@@ -35,19 +35,21 @@ class Table:
     sha256: str
 
 
-def read_tables(source: str, option: str, split: Split) -> tuple[Table, Table | None]:
+def read_tables(source: str, option: str, split: Split, split_column: str | None = AUTO) -> tuple[Table, Table | None]:
     """Rows to learn from, and those that the data say are for test; None: they say nothing of it.
 
     Args:
         source: file, folder or hub id, as ``task.path`` is.
         option: what named it, for messages.
         split: of a data set from the hub.
+        split_column: says ``train`` or ``test`` of each row; ``auto``: ``split``, where there is one; None: none does.
 
     Raises:
         ConfigError: nothing there.
         DataError: without rows, or damaged (names the place); see `own_table`.
     """
-    found, path = own_table(TaskConfig(name="texts", path=source, split=split), option), Path(source).expanduser()
+    told = TaskConfig(name="texts", path=source, split=split, split_column=split_column)
+    found, path = own_table(told, option), Path(source).expanduser()
     if path.is_file():
         with path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.personalise.data import Columns, Rows, Table, instructed, labelled, read_tables
+from fedtailor.tasks.config import AUTO
 
 TEST_FRACTION = 0.2
 """Share of the data that is held out where neither they nor the user say which."""
@@ -21,6 +22,7 @@ def read_data(
     fraction: float | None,
     limit: int | None,
     seed: int,
+    split_column: str | None = AUTO,
 ) -> tuple[Rows, Rows, str]:
     """Rows to learn from, rows to score on, and where these come from.
 
@@ -32,6 +34,7 @@ def read_data(
         fraction: that share; None: `TEST_FRACTION`.
         limit: most rows to learn from and hold out of ``data``; None: all.
         seed: run seed.
+        split_column: see `read_tables`.
 
     Raises:
         ConfigError: columns are named that instructions do not have, or a share of data that say themselves what is
@@ -45,7 +48,7 @@ def read_data(
     def made(table: Table) -> Rows:
         return labelled(table, wanted, classes) if classes else instructed(table)
 
-    table, held = read_tables(data, "--data", "train")
+    table, held = read_tables(data, "--data", "train", split_column)
     if held is not None and fraction is not None:
         raise ConfigError(
             f"--test-fraction {fraction:g}: {table.name} says itself which rows are for test; leave it out"
@@ -56,7 +59,7 @@ def read_data(
     if classes:
         refuse_single_class(train, classes)
     if test is not None:
-        rest, own = read_tables(test, "--test", "test")
+        rest, own = read_tables(test, "--test", "test", split_column)
         held_out, how = made(own or rest), "given"
     elif held is not None:
         held_out, how = made(held), "by the data"

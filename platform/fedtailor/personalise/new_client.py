@@ -36,6 +36,7 @@ from fedtailor.personalise.trained import TrainedMethod, common_lora, open_metho
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.columns import ONE_GROUP
+from fedtailor.tasks.config import AUTO
 from fedtailor.tasks.encoding import encode_texts
 from fedtailor.tasks.instructions import place_of
 from fedtailor.tasks.source import POOLS, SPLITS, NaturalClient, Source, Split
@@ -68,6 +69,7 @@ class Request:
         test: like ``data``, to score on; default: what ``data`` says is for test, else a share of it.
         test_fraction: that share; default 0.2.
         columns: names of the columns; default: those that the run was told, else the usual ones.
+        split_column: of ``data`` and ``test``, says ``train`` or ``test`` of each row; see `read_tables`.
         client: its id, ``unseen/LANGUAGE/NAME``.
         language: code for the record; changes no number.
         overrides: ``key=value`` settings of the fine-tuning.
@@ -87,6 +89,7 @@ class Request:
     test: str | None = None
     test_fraction: float | None = None
     columns: Columns = field(default_factory=Columns)
+    split_column: str | None = AUTO
     client: str = CLIENT
     language: str = ""
     overrides: Sequence[str] = ()
@@ -135,9 +138,8 @@ def prepared(request: Request) -> Iterator[Ready]:
     trained = open_method(run, request.method, request.budget, request.seed, request.base, request.overrides)
     task, seed = trained.exp.task, trained.stage.seed
     columns = request.columns.or_of(task)
-    train, test, how = read_data(
-        request.data, request.test, columns, trained.labels, request.test_fraction, request.limit, seed
-    )
+    how_much = (request.test_fraction, request.limit, seed)
+    train, test, how = read_data(request.data, request.test, columns, trained.labels, *how_much, request.split_column)
     tokenizer = load_tokenizer(trained.base)
     place = partial(place_of, task.model_copy(update={"path": request.data}))
     with TemporaryDirectory(prefix="fedtailor-") as folder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +34,8 @@ def encode_texts(
 ) -> tuple[list[Ids], Ids | None]:
     """Tokens of texts or pairs, cut to `max_length`; of a pair, the longer text is cut first.
 
+    The names of special tokens are words here, see `_breaker`.
+
     Returns:
         Ids of each text, int32 (length,) each; tokens of each pair's first segment, int32 (n,), or None for single
         texts and for tokenizers that do not tell segments apart.
@@ -44,9 +46,10 @@ def encode_texts(
     if not len(texts):
         return [], None
     segments = pairs is not None and "token_type_ids" in tokenizer.model_input_names
+    plain = _breaker(tokenizer)
     encoded = tokenizer(
-        list(texts),
-        None if pairs is None else list(pairs),
+        list(map(plain, texts)),
+        None if pairs is None else list(map(plain, pairs)),
         truncation="longest_first",
         max_length=max_length,
         add_special_tokens=True,
@@ -70,6 +73,12 @@ def _first(tokenizer: PreTrainedTokenizerBase, types: Sequence[int]) -> int:
             "only zeros followed by ones are supported"
         )
     return count or 1
+
+
+def _breaker(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """What breaks the names of special tokens by a blank: data must not end, begin or mask a text."""
+    names = re.compile("|".join(map(re.escape, specials(tokenizer))) or r"(?!)")
+    return lambda text: names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text)
 
 
 def check_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool) -> None:
@@ -144,7 +153,7 @@ class Encoder:
         self.template = template_for(template, tokenizer)
         self.tokenizer, self.max_length, self.overlong = tokenizer, max_length, overlong
         self.closing: list[int] = self._ids([self.template.closing])[0]
-        self._names = re.compile("|".join(map(re.escape, specials(tokenizer))) or r"(?!)")
+        self._broken = _breaker(tokenizer)
         self._bos = self._begin_of_text()
         self._bare = len(self._heads([Sample("")])[0])
         least = self._bare + len(self.closing)
@@ -214,13 +223,10 @@ class Encoder:
         return beginning(len(lengths) - cut)
 
     def _plain(self, sample: Sample) -> Sample:
-        """The sample with the names of special tokens broken by a blank: data must not end or begin a text."""
+        """The sample as plain text."""
         history = tuple({**turn, "content": self._broken(turn["content"])} for turn in sample.history)
         response = None if sample.response is None else self._broken(sample.response)
         return Sample(self._broken(sample.instruction), response, history)
-
-    def _broken(self, text: str) -> str:
-        return self._names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text)
 
     def _heads(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Tokens of prompts, with the begin-of-text token, once."""

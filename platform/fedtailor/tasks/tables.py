@@ -73,7 +73,7 @@ def own_table(cfg: TaskConfig, named: str = "'task.path'") -> OwnTable:
     for row, part in placed_rows(cfg, named):
         rows.append(row)
         parts.append(part)
-    parts = _by_column(rows, parts, cfg)
+    parts = _by_column(rows, parts, cfg, "task.split_column=null" if named == "'task.path'" else "--split none")
     found = set(parts)
     if None in found and len(found) > 1:
         where = rows[parts.index(None)].where
@@ -219,14 +219,18 @@ def _hidden(names: Sequence[str]) -> bool:
     return any(name.startswith((".", "_")) or name.upper().startswith("README") for name in names)
 
 
-def _by_column(rows: Sequence[Row], parts: list[Part | None], cfg: TaskConfig) -> list[Part | None]:
-    """The splits with those that a column says; it may not say another one than the file's name."""
+def _by_column(rows: Sequence[Row], parts: list[Part | None], cfg: TaskConfig, ignoring: str) -> list[Part | None]:
+    """The splits with those that a column says; it may not say another one than the file's name.
+
+    `ignoring` is what a user would say so that no column is read.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row.values))
     column = find_column(columns, ["split"]) if cfg.split_column == AUTO else cfg.split_column
     if column is None:
         return parts
     if column not in columns:
-        raise DataError(f"{cfg.path}: no column {column!r} (task.split_column); columns there: {', '.join(columns)}")
+        key = ignoring.removesuffix("=null").removesuffix(" none")
+        raise DataError(f"{cfg.path}: no column {column!r} ({key}); columns there: {', '.join(columns)}")
     found: list[Part | None] = []
     for row, of_file in zip(rows, parts, strict=True):
         cell = row.values.get(column)
@@ -234,8 +238,8 @@ def _by_column(rows: Sequence[Row], parts: list[Part | None], cfg: TaskConfig) -
         part = SPLIT_WORDS.get(word)
         if word and part is None:
             raise DataError(
-                f"{row.where}: {column!r} is {cell!r}; allowed: {', '.join(SPLIT_WORDS)} (task.split_column=null if it "
-                "says something else)"
+                f"{row.where}: {column!r} is {cell!r}; allowed: {', '.join(SPLIT_WORDS)} ({ignoring} if it says "
+                "something else)"
             )
         if part and of_file and part != of_file:
             raise DataError(f"{row.where}: {column!r} is {cell!r}, and the file's name says {of_file}")
