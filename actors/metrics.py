@@ -14,9 +14,8 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from fedtailor.core.messages import SegmentResult
+from fedtailor.core.messages import SegmentResult, peak_rss
 from fedtailor.federated.pool import OnEvent
-from fedtailor.worker.segment import peak_rss
 
 TAGS = ("run", "stage")
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]

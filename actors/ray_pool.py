@@ -19,7 +19,6 @@ from actors.metrics import PoolMetrics
 from actors.placement import ActorPlan, plan_actors
 from actors.session import RaySession, cluster_nodes, ensure_ray
 from actors.supervisor import ActorSlot, ActorSupervisor, Answer
-from actors.zero_group import ZeroGroup
 from fedtailor.core.config import resolve
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
@@ -191,6 +190,8 @@ class RayPool:
             number,
         )
         if together:
+            from actors.zero_group import ZeroGroup  # with torch's process groups, which others need not wait for
+
             return ray.remote(**options)(ZeroGroup).remote(setup, self._plan, config.zero.deadline_s)
         return ray.remote(**options)(ClientActor).remote(setup)
 

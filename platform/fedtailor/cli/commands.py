@@ -59,7 +59,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Until the run ends; exit code 0 if it is complete.")] = False,
 ) -> None:
     """Show how a run stands: stages, speed, losses, who drives it; without RUN_ID all runs."""
-    from fedtailor.cli.views import show_run, show_runs
+    from fedtailor.cli.status_views import show_run, show_runs
     from fedtailor.storage.files import Storage
 
     if run_id is not None:

@@ -20,17 +20,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import psutil  # type: ignore[import-untyped,unused-ignore]
 from pydantic import Field
-from torch import nn
 
 from fedtailor.core.config import Config, validate
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult
 from fedtailor.core.settings import Natural
+
+if TYPE_CHECKING:
+    from torch import nn
 
 VARIABLE = "FEDTAILOR_FAULT"
 

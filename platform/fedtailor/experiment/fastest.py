@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.files import cache_root
@@ -32,6 +32,9 @@ from fedtailor.models.dimensions import model_config
 from fedtailor.models.families import adapted_linears
 from fedtailor.models.load import model_errors, name_labels, quiet
 from fedtailor.storage.files import Storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AUTO: Final = "auto"
 WORTH = 1.3

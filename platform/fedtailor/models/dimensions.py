@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from fedtailor.core.settings import ModelConfig
 from fedtailor.lanes.layers import AdaptedLayer
@@ -15,6 +16,9 @@ from fedtailor.models.families import adapted_linears, check_kind, embedding_nam
 from fedtailor.models.load import load_config, name_labels
 from fedtailor.models.source import EMBEDDED_CAUSAL, resolve
 from fedtailor.tasks.source import TaskKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PACKAGED = {
     "mbert": "mbert_config.json",

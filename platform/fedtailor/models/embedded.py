@@ -13,23 +13,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import seed_for
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.load import save_folder
+
+if TYPE_CHECKING:  # even the configs take seconds, and most runs find the model made
+    from transformers import BertConfig, LlamaConfig
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PRIVATE_USE = 0xF0000
@@ -66,6 +62,8 @@ def build_tiny_bert(
     Raises:
         ModelError: no text has any character, or there are no labels.
     """
+    from transformers import BertForSequenceClassification
+
     if not labels:
         raise ModelError("tiny-bert: the task has no labels")
     tokenizer = build_wordpiece(texts, cfg.vocab_size, max_length)
@@ -91,6 +89,8 @@ def drawn(make: Any, config: PretrainedConfig, seed: int, *purpose: str) -> Any:
 
 def bert_config(cfg: ModelConfig, max_length: int, vocab_size: int, labels: Sequence[str]) -> BertConfig:
     """The architecture that ``build`` makes, before any weight exists."""
+    from transformers import BertConfig
+
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=cfg.hidden_size,
@@ -189,6 +189,8 @@ def build_tiny_llama(texts: Iterable[str], cfg: ModelConfig, max_length: int, se
     Raises:
         ModelError: no text has any character, a vocabulary too small for all bytes, or heads of odd width.
     """
+    from transformers import LlamaForCausalLM
+
     tokenizer = build_byte_pairs(texts, cfg.vocab_size, max_length)
     config = llama_config(cfg, max_length, len(tokenizer))
     save_folder(drawn(LlamaForCausalLM, config, seed, "model", "tiny-llama"), tokenizer, out)
@@ -205,6 +207,8 @@ def llama_config(cfg: ModelConfig, max_length: int, vocab_size: int) -> LlamaCon
         raise ModelError(
             f"tiny-llama: 'model.hidden_size' / 'model.heads' = {cfg.hidden_size} / {cfg.heads} must be even"
         )
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=cfg.hidden_size,

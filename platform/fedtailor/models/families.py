@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
-    PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +27,9 @@ from fedtailor.core.errors import ModelError
 from fedtailor.lanes.layers import Linear
 from fedtailor.lanes.net import LaneNet
 from fedtailor.tasks.source import TaskKind
+
+if TYPE_CHECKING:  # transformers' base class takes seconds, and who only reads configs and tokens needs none
+    from transformers import PreTrainedModel
 
 _SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 """What BERT calls a layer -> what LLaMA calls it: papers write "query and value" for both."""

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fedtailor.core.errors import ModelError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+    from transformers import LlamaConfig  # late otherwise: it takes seconds, and all that name a model import this file
 
 _TENSORS = {
     "attn_norm": "input_layernorm",
@@ -103,6 +104,8 @@ def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 
 def _config(reader: GGUFReader) -> LlamaConfig:
+    from transformers import LlamaConfig
+
     heads = _value(reader, "llama.attention.head_count")
     return LlamaConfig(
         vocab_size=len(_value(reader, "tokenizer.ggml.tokens")),
@@ -149,6 +152,8 @@ def _halves(weights: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _check_shapes(config: LlamaConfig, tensors: dict[str, torch.Tensor], file: Path) -> None:
+    from transformers import LlamaForCausalLM
+
     with torch.device("meta"):
         expected = LlamaForCausalLM(config).state_dict()
     if config.tie_word_embeddings:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
@@ -27,6 +26,9 @@ from fedtailor.core.files import staged_folder
 from fedtailor.core.seeding import torch_rng
 from fedtailor.models.families import check_kind
 from fedtailor.tasks.source import TaskKind
+
+if TYPE_CHECKING:  # transformers' base class takes seconds, and who only reads configs and tokens needs none
+    from transformers import PreTrainedModel
 
 Quantisation = Literal["8bit", "4bit"]
 

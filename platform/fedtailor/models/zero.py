@@ -13,17 +13,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.initialization import no_init_weights
 
 from fedtailor.core.errors import ModelError, WorkerError
 from fedtailor.models.folder import weight_map
 from fedtailor.models.load import load_config, name_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PERSISTENT = 10_000
 """Weights of so few numbers (norms, biases) are gathered once and kept whole."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
-import torch
 
 import fedtailor
 
@@ -57,6 +56,8 @@ def source() -> dict[str, Any] | None:
 
 def hardware() -> dict[str, Any]:
     """CPU model, cores, memory in bytes, GPU names and their memory in bytes."""
+    import torch  # a second, which commands that only read a folder do not need
+
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu_model(),

@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import file_name
 from fedtailor.core.messages import METRIC_COLUMNS, ClientCost, FloatArray, Row
 from fedtailor.core.scope import ParamSpec
-from fedtailor.federated.rounds import RoundOutcome, RoundState
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.payloads import Payload
+
+if TYPE_CHECKING:  # reading a run's folder needs no torch
+    import pandas as pd
+
+    from fedtailor.federated.rounds import RoundOutcome, RoundState
 
 SHARED, SERVER, PRIVATE = "global/shared.safetensors", "server/state.safetensors", "clients/private.safetensors"
 METRICS, PREDICTIONS = "metrics.parquet", "predictions.parquet"
@@ -128,6 +131,8 @@ class CommittedRounds:
 
     def newest(self) -> RoundState | None:
         """The newest verified round; what does not verify goes to quarantine."""
+        from fedtailor.federated.rounds import RoundState
+
         commit = self._log.newest()
         if commit is None:
             return None

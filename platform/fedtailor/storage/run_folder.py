@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 
 from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import ClientCost, FloatArray
@@ -18,6 +17,9 @@ from fedtailor.storage.journal import Journal, utc_now
 from fedtailor.storage.payloads import TABLE, canonical_json, encode, read_table, sha256
 from fedtailor.storage.provenance import hardware, redact, source, versions
 from fedtailor.storage.round_store import METRIC_SCHEMA, METRICS, TIMING_SCHEMA, frame_of, timings_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 State = Literal["running", "complete", "failed", "interrupted"]

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedtailor.federated.rounds import RoundOutcome
+if TYPE_CHECKING:
+    from fedtailor.federated.rounds import RoundOutcome
+
 
 Event = Mapping[str, Any]
 COMMON = ("time", "seq", "run", "kind")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +15,15 @@ from torch import Tensor
 
 from fedtailor.core.errors import MethodError, TailorError
 from fedtailor.core.faults import Sabotage
-from fedtailor.core.messages import ClientCost, Failure, FloatArray, SegmentJob, SegmentResult, metric_row
+from fedtailor.core.messages import (
+    ClientCost,
+    Failure,
+    FloatArray,
+    SegmentJob,
+    SegmentResult,
+    metric_row,
+    peak_rss,
+)
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.federated.checks import bad_metrics, check_personalised, check_report
@@ -32,11 +38,6 @@ BASE_REF = "base"
 """What an exported adapter calls its base model; a path of this machine would enter committed bytes."""
 
 _FLOAT = 4
-
-
-def peak_rss() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Segment:
