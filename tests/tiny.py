@@ -42,6 +42,14 @@ TALK = [
 ]  # fmt: skip
 """The same for instructions and responses."""
 
+FORKED = [
+    "fedtailor.cli", "fedtailor.experiment.launch", "fedtailor.experiment.prepare", "fedtailor.experiment.execute",
+    "fedtailor.worker.worker", "actors.driver_actor", "pandas", "pyarrow.parquet",
+    "transformers.models.bert.modeling_bert", "tiny", "real_process", "bucket_store",
+]  # fmt: skip
+"""What the processes that tests fork find imported, wherever the library imports it: it takes each of them seconds.
+One list, since all tests of a process share the server that forks."""
+
 
 def talk(storage: Path, *overrides: str) -> ExperimentBase:
     return compose([], [*TALK, f"storage={storage}", *overrides])

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["fedtailor.cli", "fedtailor.worker.worker", "fedtailor.experiment.launch", "fedtailor.experiment.prepare",
-           "actors.driver_actor", "real_process", "tiny"]  # fmt: skip
+from tiny import FORKED
+
 TRACE, OUTPUT = "trace.jsonl", "output.txt"
 
 
@@ -32,7 +32,7 @@ class Process:
 
     def __init__(self, folder: Path, words: Sequence[str], fault: str | None = None, driver_node: str = "") -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context.set_forkserver_preload(FORKED)
         environment = {"FEDTAILOR_FAULT": fault} if fault else {}
         # A daemon, so that Ctrl-C on the tests leaves nothing behind.
         self._process = context.Process(

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from real_process import PRELOAD, Process
-from tiny import TINY, run_tiny, run_with_fault, tiny
+from real_process import Process
+from tiny import FORKED, TINY, run_tiny, run_with_fault, tiny
 
 from fedtailor.core.faults import POINTS
 from fedtailor.storage.digest import digest
@@ -60,7 +60,7 @@ MOMENTS = [(name, 2) for name in POINTS] + list(CHUNK_HITS.items())
 def in_process(storage: Path, fault: str | None) -> int:
     """Exit code of the tiny experiment in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(FORKED)
     process = context.Process(target=run_with_fault, args=(storage, CHAOS, fault))
     process.start()
     process.join(120)

@@ -226,12 +226,12 @@ def command(storage: Path, words: list[str], fault: str | None = None) -> subpro
     )  # fmt: skip
 
 
-def test_the_ray_driver_killed_with_its_actors_resumes(tmp_path: Path) -> None:
+def test_the_ray_driver_killed_with_its_actor_resumes(tmp_path: Path) -> None:
     """The driver actor dies at a commit of the strategy stage; the command ends non-zero and resumes."""
     alone = run_tiny(tiny(tmp_path / "alone", *CHAOS))
     storage = tmp_path / "ray"
     storage.mkdir()
-    words = ["run", *TINY, *CHAOS, f"storage={storage}", "--run-id", "run", "engine.backend=ray", "engine.actors=2"]
+    words = ["run", *TINY, *CHAOS, f"storage={storage}", "--run-id", "run", "engine.backend=ray", "engine.actors=1"]
     done = command(storage, words, "commit:after-record@5")
     assert done.returncode == 6, done.stdout
     assert "fedtailor resume run" in done.stdout

@@ -16,7 +16,7 @@ from typing import Any
 
 import bucket_store
 import pytest
-from tiny import TINY, run_tiny, tiny
+from tiny import FORKED, TINY, run_tiny, tiny
 
 from fedtailor import report as reporting
 from fedtailor.core.errors import ConfigError, StorageError
@@ -140,7 +140,7 @@ def run_on_store(folder: Path, fault: str | None) -> None:
 @pytest.mark.parametrize("fault", ["commit:record-temp@2", "commit:after-record@3"])
 def test_killed_and_resumed_on_a_store_is_undisturbed(local: RunFolder, tmp_path: Path, fault: str) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "bucket_store", "fedtailor.worker.worker", "fedtailor.experiment.execute"])
+    context.set_forkserver_preload(FORKED)
     codes = []
     for armed in (fault, None):
         process = context.Process(target=run_on_store, args=(tmp_path, armed))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from contract_kit import BUDGETS, SMALL, scopes_of, tiny_section
-from tiny import run_tiny, run_with_fault, tiny
+from tiny import FORKED, run_tiny, run_with_fault, tiny
 
 from fedtailor.methods import METHODS, build_method
 from fedtailor.storage.digest import digest
@@ -51,7 +51,7 @@ def clean(which: str, serial: dict[str, RunFolder], tmp_path_factory: pytest.Tem
 
 def in_process(storage: Path, words: tuple[str, ...], fault: str) -> int:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "fedtailor.worker.worker", "fedtailor.experiment.execute"])
+    context.set_forkserver_preload(FORKED)
     process = context.Process(target=run_with_fault, args=(storage, words, fault))
     process.start()
     process.join()

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from tiny import TINY
+from typer.testing import CliRunner
 
+from fedtailor.cli import app
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 
@@ -25,14 +28,16 @@ WORDS = [word for word in TINY if not word.startswith(("methods=", "budgets="))]
 SMALL = ["budgets=[2]", "strategy.rounds=15"]
 
 
+def command(storage: Path) -> list[str]:
+    return ["sweep", LAMBDA, *WORDS, *SMALL, f"storage={storage}", "--sweep-id", "s"]
+
+
 def start(storage: Path, output: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "fedtailor", "sweep", LAMBDA, *WORDS, *SMALL, f"storage={storage}"]
+    words = [sys.executable, "-m", "fedtailor", *command(storage)]
     env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     env.pop("RAY_ADDRESS", None)
     with (storage / output).open("wb") as file:
-        _started.append(
-            subprocess.Popen([*words, "--sweep-id", "s"], env=env, cwd=storage, stdout=file, stderr=subprocess.STDOUT)
-        )
+        _started.append(subprocess.Popen(words, env=env, cwd=storage, stdout=file, stderr=subprocess.STDOUT))
     return _started[-1]
 
 
@@ -72,7 +77,9 @@ def started(storage: Path, number: int) -> list[str]:
     return [e["stage"] for e in events if e["kind"] == "stage" and e["state"] == "running"]
 
 
-def test_a_sweep_killed_twice_is_restored_without_running_anything_again(tmp_path: Path) -> None:
+def test_a_sweep_killed_twice_is_restored_without_running_anything_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = start(tmp_path, "first")
     wait_for(lambda: {"complete", "running"} <= {state(tmp_path, n) for n in range(4)}, first)
     first.kill()  # with its cluster, in the middle of other trials
@@ -104,10 +111,14 @@ def test_a_sweep_killed_twice_is_restored_without_running_anything_again(tmp_pat
         assert len(list(commits.glob("*/COMMIT.json"))) == 15
     assert not list(tmp_path.glob("artifacts/strategy-*/quarantine/*"))
 
-    again = finish(tmp_path, "fourth", 0)  # nothing is left: no cluster, the same table
-    assert "started" not in again
-    best = [sys.executable, "-m", "fedtailor", "plan", *WORDS, "budgets=[2]", str(tmp_path / "s/best.yaml")]
-    assert subprocess.run(best, capture_output=True, cwd=tmp_path, check=False).returncode == 0
+    again = CliRunner().invoke(app, command(tmp_path))  # nothing is left: no cluster, the same table
+    assert again.exit_code == 0, again.output
+    assert "started" not in again.output
+    assert "the paper's choice" in again.output
+    assert not ray.is_initialized()
+    monkeypatch.chdir(tmp_path)
+    best = CliRunner().invoke(app, ["plan", *WORDS, "budgets=[2]", str(tmp_path / "s/best.yaml")])
+    assert best.exit_code == 0, best.output
 
 
 @pytest.mark.parametrize(("workers", "trials"), [(1, 2), (2, 1)])

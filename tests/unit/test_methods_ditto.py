@@ -22,7 +22,7 @@ from fedtailor.storage.digest import digest
 
 HOW = {"lr": 5e-3, "batch_size": 4, "epochs": 2, "dropout": 0.1}
 RUN = (
-    "methods=[ditto]", "base.name=none", "strategy.rounds=3", "ditto.lr=1e-2", "ditto.batch_size=8", "ditto.lam=0.1",
+    "methods=[ditto]", "base.name=none", "strategy.rounds=3", "ditto.lr=1e-2", "ditto.batch_size=64", "ditto.lam=0.1",
 )  # fmt: skip
 
 
