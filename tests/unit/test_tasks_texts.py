@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from fedtailor.cli.data_view import show_data
+from fedtailor.cli.plan_views import show_data
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.prepare import make_inputs
