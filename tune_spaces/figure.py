@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fedtailor.report.names import method_name
@@ -99,14 +99,16 @@ def _maps(outcome: Outcome) -> Figure:
     width = 1.5 + 0.95 * len(space[column])
     figure = Figure(figsize=(max(3.6, width) * len(panels) + 0.9, 1.7 + 0.62 * len(space[row])))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    values = [_shown(outcome, t.value) for t in outcome.trials if t.value is not None]
-    norm = Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1e-9)
+    table = pd.DataFrame([{**t.values, "value": t.value, "text": _cell(outcome, t)} for t in outcome.trials])
+    table["value"] = table["value"].astype(float) * (100 if outcome.plan.judged.share else 1)
+    low, high = table["value"].min(), table["value"].max()
+    norm = Normalize(low, max(high, low + 1e-9))
     cmap = SEQUENTIAL if outcome.plan.judged.mode == "max" else f"{SEQUENTIAL}_r"
     for axis, fixed in zip(axes, panels, strict=True):
-        here = dict(zip(rest, fixed, strict=True))
-        shown = [t for t in outcome.trials if all(t.values[key] == value for key, value in here.items())]
-        _panel(axis, outcome, shown, (column, row), norm, cmap)
-        axis.set_title(", ".join(f"{key} = {value:g}" for key, value in here.items()))
+        here = table[(table[rest] == list(fixed)).all(axis=1)]
+        values, texts = (here.pivot(index=row, columns=column, values=what) for what in ("value", "text"))
+        _panel(axis, values, texts, norm, cmap)
+        axis.set_title(", ".join(f"{key} = {value:g}" for key, value in zip(rest, fixed, strict=True)))
     axes[0].set_ylabel(row)
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=list(axes), shrink=0.9, aspect=18, pad=0.02)
     bar.set_label(_label(outcome))
@@ -118,32 +120,22 @@ def _maps(outcome: Outcome) -> Figure:
     return figure
 
 
-def _panel(
-    axis: Axes, outcome: Outcome, trials: Sequence[Trial], keys: tuple[str, str], norm: Normalize, cmap: str
-) -> None:
-    space = outcome.plan.grid.space
-    columns, rows = (sorted(space[key]) for key in keys)
-    colours = sns.color_palette(cmap, as_cmap=True)
-    for trial in trials:
-        x, y = columns.index(trial.values[keys[0]]), rows.index(trial.values[keys[1]])
-        done = trial.value is not None
-        tone = float(norm(_shown(outcome, trial.value))) if trial.value is not None else 0.0
-        box = Rectangle(
-            (x, y), 1, 1, facecolor=colours(tone) if done else "#f2f3f5", edgecolor="white", linewidth=0.8,
-            hatch=None if done else "///",
-        )  # fmt: skip
-        axis.add_patch(box)
-        light = done and _luminance(colours(tone)) < 0.45
-        axis.text(
-            x + 0.5, y + 0.5, _cell(outcome, trial), ha="center", va="center", fontsize=8, linespacing=1.3,
-            color="#fefefe" if light else "#000001", fontweight="bold" if trial is outcome.best else "normal",
-        )  # fmt: skip
-    axis.set(xlim=(0, len(columns)), ylim=(0, len(rows)), xlabel=keys[0])
-    axis.set_xticks(np.arange(len(columns)) + 0.5, _ticks(columns))
-    axis.set_yticks(np.arange(len(rows)) + 0.5, _ticks(rows))
+def _panel(axis: Axes, values: pd.DataFrame, texts: pd.DataFrame, norm: Normalize, cmap: str) -> None:
+    """A cell per trial; those without a value are hatched."""
+    sns.heatmap(
+        values, annot=texts, fmt="", norm=norm, cmap=cmap, cbar=False, linewidths=0.8, ax=axis,
+        annot_kws={"fontsize": 8, "linespacing": 1.3}, xticklabels=[plain(value) for value in values.columns],
+        yticklabels=[plain(value) for value in values.index],
+    )  # fmt: skip
+    for y, x in np.argwhere(values.isna().to_numpy()):
+        axis.text(x + 0.5, y + 0.5, texts.iat[y, x], ha="center", va="center", fontsize=8, linespacing=1.3)
+    for text in axis.texts:
+        text.set_fontweight("bold" if "best" in text.get_text() else "normal")
+    axis.patch.set(facecolor="#f2f3f5", edgecolor="white", hatch="///")
+    axis.invert_yaxis()
+    axis.set_ylabel("")
     axis.grid(False)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, rotation=0)
 
 
 def _cell(outcome: Outcome, trial: Trial) -> str:
@@ -151,12 +143,3 @@ def _cell(outcome: Outcome, trial: Trial) -> str:
     paper: Mapping[str, Value] = outcome.plan.picked
     marks = ["best"] * (trial is outcome.best) + ["paper"] * (dict(trial.values) == paper)
     return "\n".join(filter(None, [shown, ", ".join(marks)]))
-
-
-def _ticks(values: Sequence[Value]) -> list[str]:
-    return [plain(value) for value in values]
-
-
-def _luminance(colour: Sequence[float]) -> float:
-    """Relative brightness of an RGB(A) colour, 0 ... 1."""
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
