@@ -21,7 +21,6 @@ from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.methods import METHODS
 from fedtailor.models.load import load_base
-from fedtailor.personalise.data import Columns
 from fedtailor.personalise.export import export_client
 from fedtailor.personalise.new_client import MEASURES, Answer, Request, carry_out, prepared
 from fedtailor.personalise.trained import chosen_method
@@ -178,7 +177,7 @@ def test_models_that_answer_show_what_they_answered_before_and_after(talks: RunF
 
 def test_columns_are_not_named_for_instructions(talks: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--text, --pair and --label are for runs that classify"):
-        new_client(talks, tmp_path / "new", "unseen/all/c3", columns=Columns(text="prompt"))
+        new_client(talks, tmp_path / "new", "unseen/all/c3", text="prompt")
     (tmp_path / "mine.csv").write_text("frage,antwort\na,b\n")
     asked = Request("run", str(tmp_path / "mine.csv"), tmp_path / "new", talks.storage.url)
     with (

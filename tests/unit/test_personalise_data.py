@@ -11,13 +11,26 @@ import pandas as pd
 import pytest
 
 from fedtailor.core.errors import ConfigError, DataError
-from fedtailor.personalise.data import Columns, Rows, Table, instructed, labelled, read_tables
-from fedtailor.personalise.held_out import hold_out, limited, read_data, refuse_single_class, shared_texts
+from fedtailor.personalise.data import (
+    Rows,
+    Table,
+    hold_out,
+    instructed,
+    labelled,
+    limited,
+    read_data,
+    read_tables,
+    refuse_single_class,
+    shared_texts,
+)
+from fedtailor.tasks.columns import Columns
+from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example
 from fedtailor.tasks.task import task_config
 
 CLASSES = ("business", "sports", "health")
+USUAL = task_config("texts", client_column=None)
 ROWS = [("Bei ya mafuta", "business"), ("Timu, imeshinda", "sports"), ('Alisema "ndiyo"', "sports")]
 
 
@@ -27,7 +40,11 @@ def csv(path: Path, rows: list[tuple[str, str]] = ROWS, **more: Any) -> str:
 
 
 def read(source: str) -> Rows:
-    return labelled(read_tables(source, "--data", "train")[0], Columns(), CLASSES)
+    return labelled(read_tables(source, "--data", "train")[0], USUAL, CLASSES)
+
+
+def named(**columns: str) -> TaskConfig:
+    return USUAL.model_copy(update={f"{what}_column": name for what, name in columns.items()})
 
 
 def table(**columns: list[Any]) -> Table:
@@ -38,7 +55,7 @@ def table(**columns: list[Any]) -> Table:
 
 def made(labels: list[int], texts: list[str] | None = None) -> Rows:
     words = texts or [f"text {i}" for i in range(len(labels))]
-    names = Columns("text", None, "label")
+    names = Columns("text", "label")
     rows = tuple(map(Example, words, labels))
     return Rows("mine.csv", "0" * 64, names, rows, len(labels), 0)
 
@@ -139,50 +156,45 @@ def test_what_is_not_there_is_named_with_its_option() -> None:
 
 
 def test_columns_are_found_by_usual_names_or_taken_as_named() -> None:
-    found = labelled(table(Title=["x"], Sentence=["a"], Category=["sports"]), Columns(), CLASSES)
-    assert found.columns == Columns("Sentence", None, "Category")
-    paired = labelled(table(premise=["a"], hypothesis=["b"], label=["sports"]), Columns(), CLASSES)
-    assert paired.columns == Columns("premise", "hypothesis", "label")
+    found = labelled(table(Title=["x"], Sentence=["a"], Category=["sports"]), USUAL, CLASSES)
+    assert found.columns == Columns("Sentence", "Category")
+    paired = labelled(table(premise=["a"], hypothesis=["b"], label=["sports"]), USUAL, CLASSES)
+    assert paired.columns == Columns("premise", "label", "hypothesis")
     assert pairs(paired) == ["b"]
-    named = labelled(table(text=["x"], body=["a"], kind=["sports"]), Columns("body", "text", "kind"), CLASSES)
-    assert (texts(named), pairs(named)) == (["a"], ["x"])
-
-
-def test_columns_that_the_run_was_told_are_looked_for() -> None:
-    task = task_config("texts", text_column="body", label_column="kind")
-    assert Columns().or_of(task) == Columns("body", None, "kind")
-    assert Columns("text").or_of(task) == Columns("text", None, "kind")
-    assert Columns().or_of(task_config("cldr")) == Columns()
+    own = labelled(
+        table(text=["x"], body=["a"], kind=["sports"]), named(text="body", pair="text", label="kind"), CLASSES
+    )
+    assert (texts(own), pairs(own)) == (["a"], ["x"])
 
 
 def test_missing_columns_are_told_all_at_once_with_those_present() -> None:
     with pytest.raises(DataError) as caught:
-        labelled(table(corps=["a"], sujet=["sports"]), Columns(), CLASSES)
+        labelled(table(corps=["a"], sujet=["sports"]), USUAL, CLASSES)
     told = str(caught.value)
-    assert "no text column: looked for one of text, sentence" in told
-    assert "no label column: looked for one of label, labels, category" in told
+    assert "no text column: none of text, sentence" in told
+    assert "no label column: none of label, labels, category" in told
     assert told.endswith("Columns there: corps, sujet")
-    with pytest.raises(DataError, match=r"no pair column: looked for 'b' .*Columns there: text, label"):
-        labelled(table(text=["a"], label=["sports"]), Columns(pair="b"), CLASSES)
-    with pytest.raises(DataError, match="must be different columns"):
-        labelled(table(text=["a"], label=["sports"]), Columns(label="text"), CLASSES)
+    with pytest.raises(DataError, match=r"no column 'b' \(--pair\).*Columns there: text, label"):
+        labelled(table(text=["a"], label=["sports"]), named(pair="b"), CLASSES)
+    with pytest.raises(DataError, match=r"the column 'text' would be two of text .*name them with --text and alike$"):
+        labelled(table(text=["a"], label=["sports"]), named(label="text"), CLASSES)
 
 
 def test_rows_with_an_empty_text_are_left_out_and_counted() -> None:
-    found = labelled(table(text=["a", "", None, "  ", "b"], label=["sports"] * 5), Columns(), CLASSES)
+    found = labelled(table(text=["a", "", None, "  ", "b"], label=["sports"] * 5), USUAL, CLASSES)
     assert (texts(found), found.rows, found.empty) == (["a", "b"], 5, 3)
-    paired = labelled(table(premise=["a", "b"], hypothesis=["", "d"], label=[0, 1]), Columns(), CLASSES)
+    paired = labelled(table(premise=["a", "b"], hypothesis=["", "d"], label=[0, 1]), USUAL, CLASSES)
     assert (texts(paired), pairs(paired), paired.empty) == (["b"], ["d"], 1)
     with pytest.raises(DataError, match=r"all 2 rows have an empty text \(column 'text'\)"):
-        labelled(table(text=["", " "], label=["sports"] * 2), Columns(), CLASSES)
+        labelled(table(text=["", " "], label=["sports"] * 2), USUAL, CLASSES)
 
 
 def test_a_text_that_is_no_text_is_refused_with_its_row() -> None:
     with pytest.raises(DataError, match=r"mine\.csv, row 2: column 'text' holds 7 \(int\)"):
-        labelled(table(text=["a", 7], label=["sports"] * 2), Columns(), CLASSES)
+        labelled(table(text=["a", 7], label=["sports"] * 2), USUAL, CLASSES)
     half = json.loads('"\\ud800"')
     with pytest.raises(DataError, match=r"row 1: .*half a surrogate pair"):
-        labelled(table(text=[half], label=["sports"]), Columns(), CLASSES)
+        labelled(table(text=[half], label=["sports"]), USUAL, CLASSES)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------
@@ -190,17 +202,17 @@ def test_a_text_that_is_no_text_is_refused_with_its_row() -> None:
 
 def test_labels_are_names_in_any_case_or_numbers() -> None:
     given = ["sports", " Sports ", "SPORTS", 1, "1", 1.0, "1.0"]
-    assert labelled(table(text=["t"] * 7, label=given), Columns(), CLASSES).labels == [1] * 7
+    assert labelled(table(text=["t"] * 7, label=given), USUAL, CLASSES).labels == [1] * 7
 
 
 def test_a_class_named_like_a_number_wins_over_the_number() -> None:
-    assert labelled(table(text=["a", "b"], label=["1", "0"]), Columns(), ("1", "0")).labels == [0, 1]
+    assert labelled(table(text=["a", "b"], label=["1", "0"]), USUAL, ("1", "0")).labels == [0, 1]
 
 
 @pytest.mark.parametrize("label", ["sport", 3, -1, "1.5", True, [1], "9" * 5000, "²"])
 def test_an_unknown_label_is_named_with_its_row_and_the_allowed_ones(label: Any) -> None:
     with pytest.raises(DataError) as caught:
-        labelled(table(text=["a", "b"], label=["sports", label]), Columns(), CLASSES)
+        labelled(table(text=["a", "b"], label=["sports", label]), USUAL, CLASSES)
     told = str(caught.value)
     assert f"{label!r:.60} (mine.csv, row 2)" in told
     assert told.endswith("allowed: business (0), sports (1), health (2)")
@@ -290,7 +302,7 @@ def test_rows_of_a_test_split_are_never_learned_from(tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir(exist_ok=True)
         name.drop(columns="split").to_csv(tmp_path / f"folder/my_{part}.csv", index=False)
     for source in ("mine.csv", "folder"):
-        asked = (str(tmp_path / source), None, Columns(), CLASSES)
+        asked = (str(tmp_path / source), None, USUAL, CLASSES)
         train, test, how = read_data(*asked, None, None, 1)
         assert (texts(train), texts(test), how) == (["a", "b", "c", "d"], ["e", "f"], "by the data")
         with pytest.raises(ConfigError, match=rf"--test-fraction 0.5: {source} says itself which rows are for test"):

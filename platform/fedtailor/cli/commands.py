@@ -229,12 +229,11 @@ def personalise(
 ) -> None:
     """Give a client of your own the adapter that a method of a finished run makes for clients it never saw."""
     from fedtailor.cli.personalise_views import show_ready, show_result
-    from fedtailor.personalise.data import Columns
     from fedtailor.personalise.new_client import Request, carry_out, prepared
 
     asked = Request(
         run_id=run, data=data, out=out, storage=storage, method=method, budget=budget, seed=seed, test=test, base=base,
-        test_fraction=test_fraction, columns=Columns(text, pair, label), client=client, language=language, merge=merge,
+        test_fraction=test_fraction, text=text, pair=pair, label=label, client=client, language=language, merge=merge,
         split_column=None if split == "none" else split, overrides=tuple(words or ()), limit=limit, device=device,
     )  # fmt: skip
     with prepared(asked) as ready:

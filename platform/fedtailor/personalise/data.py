@@ -1,23 +1,28 @@
-"""A client's own rows, out of any table that a task's data can be: its columns, its classes."""
+"""A client's own rows, from any table that a task's data can be: columns, classes, what is held out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedtailor.core.errors import DataError, listed
-from fedtailor.tasks.columns import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES, find_column, text_cell
+from fedtailor.core.errors import ConfigError, DataError, listed
+from fedtailor.core.seeding import numpy_rng
+from fedtailor.tasks.columns import Columns, labelled_columns, text_cell
 from fedtailor.tasks.config import AUTO, TaskConfig
 from fedtailor.tasks.instructions import is_complete, none_dropped, read_example
 from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import Example, Split
 from fedtailor.tasks.tables import own_table
+
+TEST_FRACTION = 0.2
+"""Share of the data that is held out where neither they nor the user say which."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,6 @@ def read_tables(source: str, option: str, split: Split, split_column: str | None
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Names that the user gave; None: found by the usual ones of `tasks.columns`."""
-
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-
-    def or_of(self, task: TaskConfig) -> Columns:
-        """Where the user named none, the columns that the run was told."""
-        told = (task.text_column, task.pair_column, task.label_column)
-        own = Columns(*(None if name == AUTO else name for name in told))
-        return Columns(self.text or own.text, self.pair or own.pair, self.label or own.label)
-
-
-@dataclass(frozen=True)
 class Rows:
     """A client's rows: texts, or pairs of texts, with a class each; or instructions with a response each.
 
@@ -118,7 +108,8 @@ class Rows:
         if self.columns is None:
             return found
         counts = np.bincount(self.labels, minlength=len(classes)).tolist()
-        return found | {"columns": asdict(self.columns), "classes": dict(zip(classes, counts, strict=True))}
+        columns = {name: getattr(self.columns, name) for name in ("text", "pair", "label")}
+        return found | {"columns": columns, "classes": dict(zip(classes, counts, strict=True))}
 
 
 def instructed(table: Table) -> Rows:
@@ -134,51 +125,30 @@ def instructed(table: Table) -> Rows:
     return Rows(table.name, table.sha256, None, examples, len(table.rows), dropped.total())
 
 
-def labelled(table: Table, wanted: Columns, allowed: Sequence[str]) -> Rows:
+def labelled(table: Table, wanted: TaskConfig, allowed: Sequence[str]) -> Rows:
     """Finds the columns, drops rows without text and reads the labels.
 
     A label is a class name (case and surrounding spaces do not matter) or its number.
 
     Args:
         table: as read.
-        wanted: columns named by the user.
+        wanted: names of the columns; where it names none, the usual ones are looked for.
         allowed: class names of the base model in the order of their ids.
 
     Raises:
         DataError: a column is missing (names those present), a text is no text, a label is missing or unknown
             (names it, its place and the allowed ones), or nothing is left.
     """
-    columns = _find(table, wanted)
+    there = list(dict.fromkeys(name for row in table.rows for name in row.values))
+    columns = labelled_columns(there, wanted, table.name, "--{}")
     names = [name for name in (columns.text, columns.pair) if name]
     found = [(row, [text_cell(row, name) for name in names]) for row in table.rows]
     full = [(row, texts) for row, texts in found if all(map(str.strip, texts))]
     if not full:
         raise DataError(f"{table.name}: all {len(found)} rows have an empty text (column '{columns.text}')")
-    labels = _labels(table.name, str(columns.label), [row for row, _ in full], allowed)
+    labels = _labels(table.name, columns.label, [row for row, _ in full], allowed)
     examples = tuple(Example(texts[0], label, *texts[1:]) for (_, texts), label in zip(full, labels, strict=True))
     return Rows(table.name, table.sha256, columns, examples, len(found), len(found) - len(full))
-
-
-def _find(table: Table, wanted: Columns) -> Columns:
-    columns = list(dict.fromkeys(name for row in table.rows for name in row.values))
-    problems: list[str] = []
-
-    def column(what: str, given: str | None, guesses: Sequence[str]) -> str | None:
-        name = find_column(columns, [given] if given else guesses)
-        if name is None and (given or what != "pair"):
-            looked = f"'{given}'" if given else f"one of {', '.join(guesses)}"
-            problems.append(f"no {what} column: looked for {looked} (name it with --{what})")
-        return name
-
-    text = column("text", wanted.text, TEXT_NAMES)
-    partner = PAIR_NAMES.get((text or "").casefold())
-    pair = column("pair", wanted.pair, [partner] if partner else [])
-    label = column("label", wanted.label, LABEL_NAMES)
-    if problems:
-        raise DataError(f"{table.name}: {'; '.join(problems)}. Columns there: {', '.join(columns)}")
-    if len({text, pair, label}) < 3:
-        raise DataError(f"{table.name}: text ({text}), pair ({pair}) and label ({label}) must be different columns")
-    return Columns(text, pair, label)
 
 
 def _labels(table: str, column: str, rows: Sequence[Row], allowed: Sequence[str]) -> list[int]:
@@ -210,3 +180,120 @@ def _labels(table: str, column: str, rows: Sequence[Row], allowed: Sequence[str]
             f"{table}: column '{column}' has labels that the base model does not know: {strange}; allowed: {known}"
         )
     return ids
+
+
+def read_data(
+    data: str,
+    test: str | None,
+    wanted: TaskConfig,
+    classes: Sequence[str],
+    fraction: float | None,
+    limit: int | None,
+    seed: int,
+) -> tuple[Rows, Rows, str]:
+    """Rows to learn from, rows to score on, and where these come from.
+
+    Args:
+        data: file, folder or hub id, see `read_tables`.
+        test: the same, to score on; None: what ``data`` says is for test, else a share of it.
+        wanted: names of the columns, see `labelled`.
+        classes: class names of the base model in the order of their ids; none: it answers.
+        fraction: that share; None: `TEST_FRACTION`.
+        limit: most rows to learn from and hold out of ``data``; None: all.
+        seed: run seed.
+
+    Raises:
+        ConfigError: a share of data that say themselves what is for test.
+        DataError: see `read_tables`, `labelled`, `instructed` and `hold_out`; one class alone; single texts to learn
+            from and pairs to score on, or the other way round.
+    """
+
+    def made(table: Table) -> Rows:
+        return labelled(table, wanted, classes) if classes else instructed(table)
+
+    table, held = read_tables(data, "--data", "train", wanted.split_column)
+    if held is not None and fraction is not None:
+        raise ConfigError(
+            f"--test-fraction {fraction:g}: {table.name} says itself which rows are for test; leave it out"
+        )
+    train = made(table)
+    if limit is not None:
+        train = limited(train, limit, seed)
+    if classes:
+        refuse_single_class(train, classes)
+    if test is not None:
+        rest, own = read_tables(test, "--test", "test", wanted.split_column)
+        held_out, how = made(own or rest), "given"
+    elif held is not None:
+        held_out, how = made(held), "by the data"
+    else:
+        return *hold_out(train, TEST_FRACTION if fraction is None else fraction, seed), "held out of the data"
+    columns, others = train.columns, held_out.columns
+    if columns and others and (columns.pair is None) != (others.pair is None):
+        paired, pairs, single = (train, columns, held_out) if others.pair is None else (held_out, others, train)
+        raise DataError(
+            f"{paired.name} has pairs of texts ({pairs.text}, {pairs.pair}), {single.name} has single texts; name both "
+            "columns with --text and --pair"
+        )
+    return train, held_out, how
+
+
+def limited(data: Rows, limit: int, seed: int) -> Rows:
+    """At most ``limit`` rows: a seeded draw, in the order of the file."""
+    if len(data) <= limit:
+        return data
+    return data.take(sorted(numpy_rng(seed, "newcomer", "limit").permutation(len(data))[:limit]))
+
+
+def hold_out(data: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Splits into train and held-out rows, each class in proportion; no class loses its last train row.
+
+    Rows with the same text stay on one side.
+
+    Args:
+        data: all rows.
+        fraction: share to hold out, between 0 and 1.
+        seed: run seed.
+
+    Raises:
+        DataError: so few rows that none can be held out.
+    """
+    groups, labels = dict[str, list[int]](), data.labels
+    for i, row in enumerate(data.examples):
+        groups.setdefault(row.normal, []).append(i)
+    draws = numpy_rng(seed, "newcomer", "held-out").random(len(groups))
+    drawn = sorted(zip(groups.values(), draws, strict=True), key=lambda group: (labels[group[0][0]], group[1]))
+    left, owed, out = Counter(labels), 0.0, set[int]()
+    for rows, _ in drawn:
+        owed += fraction * len(rows)
+        used = Counter(labels[i] for i in rows)
+        if owed >= len(rows) / 2 and all(left[label] > count for label, count in used.items()):
+            out.update(rows)
+            owed -= len(rows)
+            left -= used
+    if not out:
+        raise DataError(
+            f"{data.name}: {len(data)} usable rows are too few to hold out {fraction:g} of them; give more rows, a "
+            "larger --test-fraction, or a file of held-out rows with --test"
+        )
+    return data.take(i for i in range(len(data)) if i not in out), data.take(sorted(out))
+
+
+def refuse_single_class(data: Rows, allowed: Sequence[str]) -> None:
+    """Nothing can be learned from one class.
+
+    Raises:
+        DataError: fewer than two classes; names the one there is.
+    """
+    present = sorted(set(data.labels))
+    if len(present) < 2:
+        raise DataError(
+            f"{data.name}: all {len(data)} usable rows are of one class ({allowed[present[0]]}); "
+            "personalising needs at least two classes"
+        )
+
+
+def shared_texts(train: Rows, test: Rows) -> int:
+    """Held-out rows whose text is trained on too: their score flatters."""
+    trained = {row.normal for row in train.examples}
+    return sum(row.normal in trained for row in test.examples)

@@ -23,7 +23,7 @@ from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stage_results import write_merged
 from fedtailor.federated.method import Overlay
 from fedtailor.models.load import load_base, load_tokenizer, quiet, save_folder
-from fedtailor.personalise.trained import labels_of, model_of
+from fedtailor.personalise.trained import labels_of, model_of, personal_stage
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.round_store import ADAPTERS, CommittedRounds, adapter_files, named
 from fedtailor.storage.run_folder import RunFolder
@@ -82,7 +82,7 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
     """
     exp = load_experiment(run)
     _refuse_unknown(run, exp, method, budget, seed)
-    stage = _personalised(run, method, budget, seed)
+    stage = personal_stage(run, method, seed, budget)
     commits = run.log(stage).all(objects=False)
     chunk = next((commit for commit in commits if client in commit.record["cohort"]), None)
     if chunk is None:
@@ -130,15 +130,6 @@ def _own_part(
     labels = labels_of(base)
     specs = overlay.specs(load_net(base, ModelConfig(), labels, exp.task_entry.kind))
     return overlay, named(specs, np.asarray(rounds.private(client, at[client]), np.float32)), labels
-
-
-def _personalised(run: RunFolder, method: str, budget: int, seed: int) -> Mapping[str, Any]:
-    """The personalising stage of a method that served ``budget``."""
-    for stage in run.stages("personalise"):
-        # A run folder that says no budgets is from before stages could have some of them only.
-        if (stage["method"], stage["seed"]) == (method, seed) and budget in stage.get("budgets", [budget]):
-            return stage
-    raise StorageError(f"run '{run.run_id}' has not got that far; resume it first")
 
 
 def _refuse_unknown(run: RunFolder, exp: ExperimentBase, method: str, budget: int, seed: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,9 +29,8 @@ from fedtailor.core.messages import SegmentJob, SegmentResult
 from fedtailor.experiment.config import to_json
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models.load import load_tokenizer
-from fedtailor.personalise.data import Columns, Rows
+from fedtailor.personalise.data import Rows, read_data, shared_texts
 from fedtailor.personalise.export import RECORD, belonging, merge_adapter, readme
-from fedtailor.personalise.held_out import read_data, shared_texts
 from fedtailor.personalise.trained import TrainedMethod, common_lora, open_method
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
@@ -68,7 +67,8 @@ class Request:
         seed: of the run.
         test: like ``data``, to score on; default: what ``data`` says is for test, else a share of it.
         test_fraction: that share; default 0.2.
-        columns: names of the columns; default: those that the run was told, else the usual ones.
+        text: name of the column; default, here and of the next two: the one that the run was told, else a usual one.
+        pair, label: as ``text``.
         split_column: of ``data`` and ``test``, says ``train`` or ``test`` of each row; see `read_tables`.
         client: its id, ``unseen/LANGUAGE/NAME``.
         language: code for the record; changes no number.
@@ -88,7 +88,9 @@ class Request:
     seed: int | None = None
     test: str | None = None
     test_fraction: float | None = None
-    columns: Columns = field(default_factory=Columns)
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
     split_column: str | None = AUTO
     client: str = CLIENT
     language: str = ""
@@ -137,9 +139,14 @@ def prepared(request: Request) -> Iterator[Ready]:
     run = RunFolder.open(Storage(request.storage), request.run_id)
     trained = open_method(run, request.method, request.budget, request.seed, request.base, request.overrides)
     task, seed = trained.exp.task, trained.stage.seed
-    columns = request.columns.or_of(task)
-    how_much = (request.test_fraction, request.limit, seed)
-    train, test, how = read_data(request.data, request.test, columns, trained.labels, *how_much, request.split_column)
+    named = {f"{what}_column": name for what in ("text", "pair", "label") if (name := getattr(request, what))}
+    if named and trained.answers:
+        raise ConfigError("--text, --pair and --label are for runs that classify; instructions have their usual names")
+    own = {"split_column": request.split_column, "client_column": None, "group_column": None}
+    train, test, how = read_data(
+        request.data, request.test, task.model_copy(update={**own, **named}), trained.labels, request.test_fraction,
+        request.limit, seed,
+    )  # fmt: skip
     tokenizer = load_tokenizer(trained.base)
     place = partial(place_of, task.model_copy(update={"path": request.data}))
     with TemporaryDirectory(prefix="fedtailor-") as folder:
@@ -247,7 +254,8 @@ def carry_out(ready: Ready) -> tuple[dict[str, Any], list[Answer]]:
             (out / name).write_bytes(content)
         if ready.request.merge:
             merge_adapter(trained.base, out, out / MERGED, trained.exp.task_entry.kind)
-    return record, _answers(before, after)
+    pairs = zip(before.predictions, after.predictions, strict=True)
+    return record, [Answer(x["prompt"], x["reference"], x["prediction"], y["prediction"]) for x, y in pairs]
 
 
 def _played(ready: Ready, method: str, net: LaneNet | None = None) -> tuple[OpenStage, SegmentResult]:
@@ -288,8 +296,3 @@ def _majority(ready: Ready) -> dict[str, Any]:
     top = int(np.bincount(train).argmax())
     hits = int((test == top).sum())
     return {"class": ready.trained.labels[top], "accuracy": hits / len(test), "correct": hits, "count": len(test)}
-
-
-def _answers(before: SegmentResult, after: SegmentResult) -> list[Answer]:
-    pairs = zip(before.predictions, after.predictions, strict=True)
-    return [Answer(x["prompt"], x["reference"], x["prediction"], y["prediction"]) for x, y in pairs]

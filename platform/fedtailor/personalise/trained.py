@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,13 +225,23 @@ def _overridden(exp: ExperimentBase, method: Method, overrides: Sequence[str]) -
 
 
 def _stage(run: RunFolder, exp: ExperimentBase, method: Method, seed: int, budget: int) -> Stage:
-    for entry in run.stages("personalise"):
+    entry = personal_stage(run, method.name, seed, budget if _apart(method) else None)
+    known: dict[str, Any] = {key: entry[key] for key in ("key", "kind", "artifact", "parent", "strategy")}
+    r_max = budget if _apart(method) else exp.r_max
+    return Stage(method=method.name, seed=seed, budgets=(budget,), r_max=r_max, **known)
+
+
+def personal_stage(run: RunFolder, method: str, seed: int, budget: int | None) -> Mapping[str, Any]:
+    """The personalising stage of a method that served ``budget``; None: any.
+
+    Raises:
+        StorageError: the run has not got that far.
+    """
+    for stage in run.stages("personalise"):
         # A run folder that says no budgets is from before stages could have some of them only.
-        serves = not _apart(method) or budget in entry.get("budgets", [budget])
-        if (entry["method"], entry["seed"]) == (method.name, seed) and serves:
-            known: dict[str, Any] = {key: entry[key] for key in ("key", "kind", "artifact", "parent", "strategy")}
-            r_max = budget if _apart(method) else exp.r_max
-            return Stage(method=method.name, seed=seed, budgets=(budget,), r_max=r_max, **known)
+        serves = budget is None or budget in stage.get("budgets", [budget])
+        if (stage["method"], stage["seed"]) == (method, seed) and serves:
+            return stage
     raise StorageError(f"run '{run.run_id}' has not got that far; fedtailor resume {run.run_id}")
 
 

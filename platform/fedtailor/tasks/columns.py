@@ -57,8 +57,14 @@ def find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next(filter(None, found), None)
 
 
-def labelled_columns(columns: Sequence[str], cfg: TaskConfig) -> Columns:
+def labelled_columns(columns: Sequence[str], cfg: TaskConfig, where: str, keys: str = "task.{}_column") -> Columns:
     """The columns that the configuration names, or has found by their usual names.
+
+    Args:
+        columns: those there are.
+        cfg: ``text_column`` and alike are used.
+        where: name of the table, for messages.
+        keys: what names a column, for messages; its kind takes the braces' place.
 
     Raises:
         DataError: every column that is missing, with the key that names it and the columns there are; or one column
@@ -73,9 +79,9 @@ def labelled_columns(columns: Sequence[str], cfg: TaskConfig) -> Columns:
         automatic = given in (AUTO, None)
         found = find_column(columns, names) if automatic else given if given in columns else None
         if found is None and not automatic:
-            problems.append(f"no column {given!r} (task.{key}_column){did_you_mean(str(given), columns)}")
+            problems.append(f"no column {given!r} ({keys.format(key)}){did_you_mean(str(given), columns)}")
         elif found is None and needed:
-            problems.append(f"no {key} column: none of {', '.join(names)}; name it with task.{key}_column")
+            problems.append(f"no {key} column: none of {', '.join(names)}; name it with {keys.format(key)}")
         return found
 
     text = chosen("text", TEXT_NAMES, needed=True)
@@ -84,12 +90,13 @@ def labelled_columns(columns: Sequence[str], cfg: TaskConfig) -> Columns:
     label = chosen("label", LABEL_NAMES, needed=True)
     client, group = chosen("client", CLIENT_NAMES), chosen("group", [])
     if problems:
-        raise DataError(f"{cfg.path}: {'; '.join(problems)}. Columns there: {', '.join(columns)}")
+        raise DataError(f"{where}: {'; '.join(problems)}. Columns there: {', '.join(columns)}")
     used = [column for column in (text, pair, label, client) if column]
     if twice := [column for column in used if used.count(column) > 1]:
+        none = " (null: none)" if keys.startswith("task") else ""
         raise DataError(
-            f"{cfg.path}: the column {twice[0]!r} would be two of text ({text}), pair ({pair}), label ({label}) and "
-            f"client ({client}); name them with task.text_column and alike (null: none)"
+            f"{where}: the column {twice[0]!r} would be two of text ({text}), pair ({pair}), label ({label}) and "
+            f"client ({client}); name them with {keys.format('text')} and alike{none}"
         )
     return Columns(str(text), str(label), pair, client, group)
 

@@ -58,7 +58,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
             few texts, an unseen client that does not exist, or the hub cannot be reached.
     """
     table = own_table(cfg)
-    columns = labelled_columns(table.columns, cfg)
+    columns = labelled_columns(table.columns, cfg, str(cfg.path))
     read = [(row, split, _texts(row, columns)) for row, split in zip(table.rows, table.splits, strict=True)]
     full = [(row, split, texts) for row, split, texts in read if all(map(str.strip, texts))]
     labels = [label_cell(row, columns.label) for row, *_ in full]
