@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import reading
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks import cldr, cldr_instruct
@@ -18,7 +19,7 @@ from fedtailor.tasks.cldr_instruct import KINDS
 from fedtailor.tasks.cldr_rules import STYLES, rules
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
 from fedtailor.tasks.source import Example, NaturalClient, Pool, Source, normalise
-from fedtailor.tasks.task import fingerprint, prepare, task_config
+from fedtailor.tasks.task import prepare, task_config
 
 PAPERS_LANGUAGES = tuple(sorted({*MASAKHANEWS, *XNLI, *FED_AYA} - {"ara"}))
 OTHERS = ("de", "el", "fa", "he", "hi", "id", "it", "ja", "ko", "nl", "pl", "th", "tr", "ur", "vi", "zh_Hant")
@@ -169,7 +170,7 @@ def test_clients_come_in_turns_of_the_languages_so_that_a_share_has_all(source: 
     everyone = prepare(cfg, 1, tmp_path / "all")
     assert sorted(c.id for c in some.pool("seen")) == [f"seen/{x}/0{i}" for x in ("eng", "swa", "yor") for i in (0, 1)]
     for client in some.clients:
-        assert some.pairs(client.id, "train") == everyone.pairs(client.id, "train")
+        assert reading.pairs(some, client.id, "train") == reading.pairs(everyone, client.id, "train")
 
 
 def test_a_client_has_one_to_four_languages_and_one_of_them_has_more_than_half(source: Source) -> None:
@@ -241,7 +242,7 @@ def test_a_client_is_asked_about_a_subject_once(source: Source) -> None:
 def test_equal_seeds_give_equal_clients_and_others_other_ones() -> None:
     cfg = config("eng", "amh", "yor")
     assert cldr_instruct.load(cfg, 5) == cldr_instruct.load(cfg, 5)
-    assert fingerprint(cfg, 5) != fingerprint(cfg, 6)
+    assert reading.fingerprint(cfg, 5) != reading.fingerprint(cfg, 6)
 
 
 def test_a_client_does_not_depend_on_how_many_there_are() -> None:

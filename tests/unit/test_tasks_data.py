@@ -7,13 +7,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import reading
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry, check_leakage
 from fedtailor.tasks.store import BLOCK, TaskData
-from fedtailor.tasks.task import fingerprint, prepare
+from fedtailor.tasks.task import prepare
 
 CFG = TaskConfig(languages=("yor", "amh", "sna"), clients_per_language=4)
 FILES = ("manifest.json", "texts.arrow", "examples.arrow")
@@ -53,7 +54,7 @@ def test_clients_are_sorted_by_pool_language_and_index(data: TaskData) -> None:
 def test_texts_have_the_sizes_and_classes_that_the_manifest_says(data: TaskData) -> None:
     for client, entry in zip(data.clients, data.manifest["clients"], strict=True):
         for split, n in (("train", client.n_train), ("test", client.n_test)):
-            texts, labels = data.texts(client.id, split)  # type: ignore[arg-type]
+            texts, labels = reading.texts(data, client.id, split)  # type: ignore[arg-type]
             assert len(texts) == len(labels) == n == entry[f"n_{split}"]
             assert labels.dtype == np.int64
             assert np.bincount(labels, minlength=len(data.labels)).tolist() == entry[f"{split}_classes"]
@@ -61,7 +62,7 @@ def test_texts_have_the_sizes_and_classes_that_the_manifest_says(data: TaskData)
 
 def test_the_clients_of_a_pool_hold_all_its_train_texts_once(data: TaskData) -> None:
     for pool in ("seen", "unseen"):
-        held = Counter(text for c in data.pool(pool) for text in data.texts(c.id, "train")[0])
+        held = Counter(text for c in data.pool(pool) for text in reading.texts(data, c.id, "train")[0])
         assert held == Counter(data.train_texts(pool))
 
 
@@ -70,7 +71,7 @@ def test_labels_belong_to_their_texts(data: TaskData) -> None:
     for client in data.clients:
         part = source.pools[client.pool][client.language]  # type: ignore[index]
         for split in ("train", "test"):
-            texts, labels = data.texts(client.id, split)  # type: ignore[arg-type]
+            texts, labels = reading.texts(data, client.id, split)  # type: ignore[arg-type]
             assert set(zip(texts, labels.tolist(), strict=True)) <= {e[:2] for e in part.split(split)}  # type: ignore[arg-type]
 
 
@@ -78,21 +79,25 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_another_partition(data: T
     again, other = prepare(CFG, 42, tmp_path / "again"), prepare(CFG, 43, tmp_path / "other")
     assert all((data.path / name).read_bytes() == (again.path / name).read_bytes() for name in FILES)
     assert other.hash != data.hash
-    assert other.texts("seen/amh/00", "train")[0] != data.texts("seen/amh/00", "train")[0]
+    assert reading.texts(other, "seen/amh/00", "train")[0] != reading.texts(data, "seen/amh/00", "train")[0]
 
 
 def test_the_order_of_the_languages_in_the_config_does_not_matter() -> None:
-    assert fingerprint(CFG, 42) == fingerprint(TaskConfig(languages=("sna", "amh", "yor"), clients_per_language=4), 42)
+    assert reading.fingerprint(CFG, 42) == reading.fingerprint(
+        TaskConfig(languages=("sna", "amh", "yor"), clients_per_language=4), 42
+    )
 
 
 def test_the_fingerprint_is_the_manifests_hash_and_depends_on_the_partition(data: TaskData) -> None:
-    assert fingerprint(CFG, 42) == data.hash
+    assert reading.fingerprint(CFG, 42) == data.hash
     different = [
         TaskConfig(languages=CFG.languages, clients_per_language=4, **{k: v})
         for k, v in (("alpha", 5.0), ("resample", 9))
     ]
-    assert len({data.hash, *(fingerprint(cfg, 42) for cfg in different)}) == 3
-    assert fingerprint(TaskConfig(languages=CFG.languages, clients_per_language=4, max_length=9), 42) == data.hash
+    assert len({data.hash, *(reading.fingerprint(cfg, 42) for cfg in different)}) == 3
+    assert (
+        reading.fingerprint(TaskConfig(languages=CFG.languages, clients_per_language=4, max_length=9), 42) == data.hash
+    )
 
 
 def test_clients_with_different_texts_have_different_hashes(data: TaskData) -> None:
@@ -124,7 +129,7 @@ def test_more_texts_than_one_block_keep_their_rows(monkeypatch: pytest.MonkeyPat
     train = split_texts(*(f"train {i}" for i in range(2 * BLOCK + 7)))
     cfg = custom(monkeypatch, toy(LanguagePool(train, split_texts("t0", "t1", "t2", "t3"))))
     data = prepare(cfg, 0, tmp_path)
-    held = [e for c in data.pool("seen") for e in zip(*data.texts(c.id, "train"), strict=True)]
+    held = [e for c in data.pool("seen") for e in zip(*reading.texts(data, c.id, "train"), strict=True)]
     assert sorted(held) == sorted((e.text, e.label) for e in train)
     assert sorted(data.train_texts("unseen")) == sorted("other " + e.text for e in train)
 
@@ -133,7 +138,7 @@ def test_long_and_odd_texts_survive(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     odd = ["x" * 100_000, "line\nbreak\r\n", "nul \0 byte", "🌍 é", " "]
     cfg = custom(monkeypatch, toy(LanguagePool(split_texts(*odd), split_texts("t0", "t1"))))
     data = prepare(cfg, 0, tmp_path)
-    assert sorted(t for c in data.pool("seen") for t in data.texts(c.id, "train")[0]) == sorted(odd)
+    assert sorted(t for c in data.pool("seen") for t in reading.texts(data, c.id, "train")[0]) == sorted(odd)
 
 
 def test_resampling_thousands_of_clients_stores_each_text_once(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_resampling_thousands_of_clients_stores_each_text_once(tmp_path: Path) -
     assert data.clients[-1].id == "unseen/sna/999"
     small = prepare(cfg.model_copy(update={"clients_per_language": 2}), 42, tmp_path / "small")
     assert (data.path / "texts.arrow").stat().st_size == (small.path / "texts.arrow").stat().st_size
-    assert data.texts("seen/sna/001", "train")[0] == small.texts("seen/sna/01", "train")[0]
+    assert reading.texts(data, "seen/sna/001", "train")[0] == reading.texts(small, "seen/sna/01", "train")[0]
 
 
 def test_leaks_are_counted_for_pools_and_for_splits() -> None:
@@ -170,12 +175,12 @@ def test_a_source_that_promises_disjoint_texts_must_keep_its_promise(
 def test_one_class_in_the_whole_task_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     part = LanguagePool([Example(f"{i}", 1) for i in range(9)], [Example("t", 0), Example("u", 1)])
     with pytest.raises(DataError, match=r"one class in the whole task \(b\)"):
-        fingerprint(custom(monkeypatch, toy(part)), 0)
+        reading.fingerprint(custom(monkeypatch, toy(part)), 0)
 
 
 def test_a_language_with_too_little_text_says_how_many_clients_fit() -> None:
     with pytest.raises(DataError, match=r"client seen/sna/\d\d would .*'sna' has \d+ train .*at most \d+ would fit"):
-        fingerprint(TaskConfig(languages=("fra", "sna"), clients_per_language=60), 42)
+        reading.fingerprint(TaskConfig(languages=("fra", "sna"), clients_per_language=60), 42)
 
 
 def test_an_unknown_task_is_a_config_error_with_the_nearest_name() -> None:
@@ -183,12 +188,12 @@ def test_an_unknown_task_is_a_config_error_with_the_nearest_name() -> None:
         ConfigError,
         match=r"'task.name' is 'masakanews', allowed: cldr, .*masakhanews, .*; did you mean 'masakhanews'",
     ):
-        fingerprint(TaskConfig(name="masakanews"), 0)
+        reading.fingerprint(TaskConfig(name="masakanews"), 0)
 
 
 def test_an_unknown_client_is_an_error(data: TaskData) -> None:
     with pytest.raises(DataError, match="no client 'seen/amh/9'"):
-        data.texts("seen/amh/9", "train")
+        reading.texts(data, "seen/amh/9", "train")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import reading
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.experiment.compose import compose
@@ -20,7 +21,7 @@ from fedtailor.tasks import task
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, NaturalClient, Pool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
-from fedtailor.tasks.task import fingerprint, prepare
+from fedtailor.tasks.task import prepare
 
 GROUPS = ("en", "sw")
 HISTORY = '[{"role": "user", "content": "Jambo"}, {"role": "assistant", "content": "Jambo!"}]'
@@ -69,11 +70,11 @@ def test_clients_keep_the_order_of_the_data_with_the_seen_ones_first(
 
 def test_a_client_holds_its_own_examples_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = stored(monkeypatch, tmp_path, SOME)
-    texts, groups = data.texts("seen/en/a", "test")
+    texts, groups = reading.texts(data, "seen/en/a", "test")
     assert texts == [f"a asks test {i}?" for i in range(4)]
     assert groups.tolist() == [0, 0, 1, 0]
-    assert data.pairs("seen/en/a", "test") == [f"a says test {i}." for i in range(4)]
-    assert data.history("seen/en/a", "test") == [None, None, HISTORY, None]
+    assert reading.pairs(data, "seen/en/a", "test") == [f"a says test {i}." for i in range(4)]
+    assert reading.history(data, "seen/en/a", "test") == [None, None, HISTORY, None]
 
 
 def test_the_manifest_says_generation_and_counts_each_client_by_group(
@@ -113,7 +114,7 @@ def test_classification_has_no_kind_in_its_manifest_and_no_responses(tmp_path: P
     data = prepare(TaskConfig(languages=("eng",), clients_per_language=2), 0, tmp_path)
     assert data.kind == "classification"
     assert not {"kind", "unseen", "template"} & {*data.manifest, *data.manifest["config"]}
-    assert data.pairs("seen/eng/00", "train") is None
+    assert reading.pairs(data, "seen/eng/00", "train") is None
 
 
 def test_equal_sources_give_equal_bytes_and_any_change_another_hash(
@@ -127,8 +128,8 @@ def test_equal_sources_give_equal_bytes_and_any_change_another_hash(
     for change in ({"pair": "other"}, {"text": "other?"}, {"label": 1}, {"history": HISTORY}):
         train = (first.train[0]._replace(**change), *first.train[1:])
         made = source(replace(first, train=train), *SOME.natural_clients[1:])
-        hashes.add(fingerprint(config(monkeypatch, made), 0))
-    hashes.add(fingerprint(config(monkeypatch, source(replace(first, name="c"), *SOME.natural_clients[1:])), 0))
+        hashes.add(reading.fingerprint(config(monkeypatch, made), 0))
+    hashes.add(reading.fingerprint(config(monkeypatch, source(replace(first, name="c"), *SOME.natural_clients[1:])), 0))
     assert len(hashes) == 6
 
 
@@ -155,10 +156,10 @@ def test_instructions_that_are_dealt_to_clients_are_stored_alike(
     made = Source(("qa",), pools, kind="generation")  # type: ignore[arg-type]
     data = stored(monkeypatch, tmp_path, made, clients_per_language=2, languages=("qa",))
     assert [c.id for c in data.clients] == ["seen/qa/00", "seen/qa/01", "unseen/qa/00", "unseen/qa/01"]
-    held = [data.texts(c, "train")[0] for c in ("seen/qa/00", "seen/qa/01")]
+    held = [reading.texts(data, c, "train")[0] for c in ("seen/qa/00", "seen/qa/01")]
     assert sorted(held[0] + held[1]) == [f"q{i}" for i in range(6)]
-    assert data.pairs("seen/qa/00", "train") == ["a" + text[1:] for text in held[0]]
-    assert data.history("seen/qa/00", "test") == [None, None]
+    assert reading.pairs(data, "seen/qa/00", "train") == ["a" + text[1:] for text in held[0]]
+    assert reading.history(data, "seen/qa/00", "test") == [None, None]
 
 
 # ---- leaks -------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def test_an_instruction_with_its_response_in_two_places_is_counted(
 
 def test_a_source_that_promises_no_leak_is_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="texts leak between pools or splits"):
-        fingerprint(config(monkeypatch, replace(leaky(), disjoint=True)), 0)
+        reading.fingerprint(config(monkeypatch, replace(leaky(), disjoint=True)), 0)
 
 
 # ---- refused -----------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ BAD = {
 def test_what_cannot_be_trained_or_judged_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     made, message = BAD[name]
     with pytest.raises(DataError, match=message):
-        fingerprint(config(monkeypatch, made), 0)
+        reading.fingerprint(config(monkeypatch, made), 0)
 
 
 def test_one_group_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_keys_that_deal_texts_are_refused_where_clients_have_their_own(
     monkeypatch: pytest.MonkeyPatch, key: str, value: int
 ) -> None:
     with pytest.raises(ConfigError, match=f"'task.{key}' deals texts to clients, and the clients of task 'toy' hold"):
-        fingerprint(config(monkeypatch, SOME, **{key: value}), 0)
+        reading.fingerprint(config(monkeypatch, SOME, **{key: value}), 0)
 
 
 # ---- cohorts -----------------------------------------------------------------------------------------------

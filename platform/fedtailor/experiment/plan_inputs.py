@@ -32,8 +32,7 @@ from fedtailor.storage.artifacts import artifact_path
 from fedtailor.storage.files import Storage
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare
-from fedtailor.tasks.tokens import TokenData
-from fedtailor.tasks.unknown_tokens import unknown_tokens
+from fedtailor.tasks.tokens import TokenData, unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
 
 MOST_TOKENISED = 10_000

@@ -44,8 +44,7 @@ from fedtailor.tasks import prompts
 from fedtailor.tasks.encoding import Encoder, check_texts
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare as prepare_task
-from fedtailor.tasks.tokens import PlaceOf, TokenData, check_conversations, tokenise
-from fedtailor.tasks.unknown_tokens import unknown_tokens
+from fedtailor.tasks.tokens import PlaceOf, TokenData, check_conversations, tokenise, unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
 
 _COPIES, _COPY = "working_dir_files", "_ray_pkg_"

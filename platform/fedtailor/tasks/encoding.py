@@ -85,25 +85,14 @@ def check_texts(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: boo
     """Checks that a tokenizer can serve.
 
     Raises:
-        ModelError: it has no PAD token, or max_length leaves no room beside special tokens.
+        ModelError: max_length leaves no room beside special tokens.
     """
-    check_pad(tokenizer)
     special = tokenizer.num_special_tokens_to_add(pair=paired)
     if max_length <= special:
         raise ModelError(
             f"'task.max_length' is {max_length}, but the tokenizer adds {special} special tokens to a "
             f"{'pair' if paired else 'text'}"
         )
-
-
-def check_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that batches can be padded.
-
-    Raises:
-        ModelError: the tokenizer has no PAD token.
-    """
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path!r} has no PAD token; set one before tokenising")
 
 
 # ---- instructions --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from fedtailor.tasks.partition import (
 from fedtailor.tasks.source import POOLS, SPLITS, Example, NaturalClient, Pool, Source, TaskEntry, check_leakage
 from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, TEXTS, TaskData, write_examples, write_stream
 
-__all__ = ["TASKS", "Client", "TaskData", "fingerprint", "prepare", "task_config"]
+__all__ = ["TASKS", "Client", "TaskData", "prepare", "task_config"]
 
 _FILES: Final = (
     "cldr",
@@ -93,11 +93,6 @@ def prepare(cfg: TaskConfig, seed: int, out: Path, source: Source | None = None)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return TaskData.open(out)
-
-
-def fingerprint(cfg: TaskConfig, seed: int) -> str:
-    """The hash that `prepare` would put into the manifest, without writing."""
-    return str(_manifest(cfg, seed, *_dealt(cfg, seed))["hash"])
 
 
 def _load(cfg: TaskConfig, seed: int) -> Source:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import DataError
 from fedtailor.lanes.batches import Examples
-from fedtailor.tasks.encoding import Encoded, Encoder, Overlong, Sample, check_pad, check_texts, encode_texts
+from fedtailor.tasks.encoding import Encoded, Encoder, Overlong, Sample, check_texts, encode_texts
 from fedtailor.tasks.prompts import PromptTemplate, identity, resolve
 from fedtailor.tasks.source import SPLITS, Example, Split
 from fedtailor.tasks.store import BLOCK, Partitioned, TaskData, cells, open_stream, write_examples, write_stream
@@ -54,7 +54,7 @@ def tokenise(
     are counted in the manifest. ``answers.arrow`` keeps their texts. `place_of` says for messages where an example is.
 
     Raises:
-        ModelError: the tokenizer has no PAD token, its segments are not two in a row, or max_length leaves no room
+        ModelError: the tokenizer's segments are not two in a row, or max_length leaves no room
             beside special tokens or the template; see `encoding.Encoder` for instructions, as for the next two.
         ConfigError: no such template.
         DataError: a client has only over-long examples, and these are dropped; names it. See `check_conversations`.
@@ -64,7 +64,6 @@ def tokenise(
     held = [[data.rows_of(client.id, split) for split in SPLITS] for client in data.clients]
     notes: dict[str, Any] = {}
     if data.kind == "generation":
-        check_pad(tokenizer)
         encoder = Encoder(template, tokenizer, max_length, overlong)
         encoded: list[tuple[int, bool, bool]] = []
         try:
@@ -219,10 +218,6 @@ class TokenData(Partitioned):
         """Tokens of the client's longest text in train and test, the T of its `Examples`."""
         return int(self.entry(client_id)["longest"])
 
-    def train_tokens(self, client_id: str) -> int:
-        """Real tokens of the client's train texts, a measure of its cost."""
-        return int(self.entry(client_id)["train_tokens"])
-
     def examples(self, client_id: str, split: Split) -> Examples:
         """The client's texts or pairs of one split as fresh, writable arrays."""
         rows = self.rows_of(client_id, split)
@@ -248,3 +243,33 @@ class TokenData(Partitioned):
     def questions(self, client_id: str, split: Split) -> list[str]:
         """The instructions without template and history, in the order of `examples`."""
         return cells(self._texts, "question", self.rows_of(client_id, split))
+
+
+def unknown_tokens(data: TaskData, tokens: TokenData, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, int]]:
+    """Of each language's texts, train and test, that clients hold: tokens that are unknown, and all of them.
+
+    A text counts once whoever holds it, as it was cut. Special tokens do not count; so a tokenizer whose unknown token
+    also begins or ends texts, as byte-level ones have it, knows every token.
+
+    Args:
+        data: what was tokenised.
+        tokens: its tokens.
+        tokenizer: what they were made with.
+    """
+    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    real = unknown is not None and unknown not in others
+    held = np.zeros(tokens.manifest["rows"], dtype=bool)
+    for client in tokens.clients:
+        for split in SPLITS:
+            held[tokens.rows_of(client.id, split)] = True
+    found: dict[str, tuple[int, int]] = {}
+    for number, (batch, (offsets, ids, _, _)) in enumerate(zip(data.batches, tokens.blocks, strict=True)):
+        counted = ~np.isin(ids, list(special - {unknown} if real else special))
+        sums = [np.concatenate([[0], np.cumsum(one)])[offsets] for one in (counted & (ids == unknown), counted)]
+        missing, total = (np.diff(one) * held[number * BLOCK :][: len(one) - 1] for one in sums)
+        languages = np.array(batch.column("language").to_pylist())
+        for language in np.unique(languages).tolist():
+            own, before = languages == language, found.get(language, (0, 0))
+            found[language] = (before[0] + int(missing[own].sum()), before[1] + int(total[own].sum()))
+    return {language: counts for language, counts in found.items() if counts[1]}
