@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.files import cache_root
@@ -29,7 +29,7 @@ from fedtailor.experiment.config import ExperimentBase
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models.dimensions import model_config
-from fedtailor.models.families import adapted_linears
+from fedtailor.models.families import adapted_linears, untrained
 from fedtailor.models.load import model_errors, name_labels, quiet
 from fedtailor.storage.files import Storage
 
@@ -168,18 +168,13 @@ def _step_seconds(exp: ExperimentBase, config: PretrainedConfig, choice: Choice,
 
 
 def _random_model(exp: ExperimentBase, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
-    talks = exp.task_entry.kind == "generation"
     config = copy.deepcopy(config)
-    if not talks:
+    if exp.task_entry.kind == "classification":
         name_labels(config, ["a", "b"])
     config.pad_token_id = 0
-    auto = AutoModelForCausalLM if talks else AutoModelForSequenceClassification
     options = {"attn_implementation": attention} if attention else {}
     with model_errors(f"model={exp.model.name}", f"it with {attention or 'its usual'} attention"):
-        model: PreTrainedModel = auto.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False, **options
-        )
-    return model
+        return untrained(config, exp.task_entry.kind, **options)
 
 
 def _bind(net: LaneNet) -> list[torch.Tensor]:

@@ -7,12 +7,12 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fedtailor.core.settings import ModelConfig
 from fedtailor.lanes.layers import AdaptedLayer
 from fedtailor.models.embedded import bert_config, llama_config
-from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal
+from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal, untrained
 from fedtailor.models.load import load_config, name_labels
 from fedtailor.models.source import EMBEDDED_CAUSAL, resolve
 from fedtailor.tasks.source import TaskKind
@@ -97,10 +97,7 @@ def meta_model(
         return meta_causal(config)
     name_labels(config, [f"LABEL_{i}" for i in range(num_labels)])
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
-    return model
+        return untrained(config, kind)
 
 
 def packaged_config(name: str) -> PretrainedConfig | None:

@@ -190,13 +190,17 @@ def is_decoder(config: PretrainedConfig) -> bool:
     return listed and type(config) not in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
 
 
+def untrained(config: PretrainedConfig, kind: TaskKind, **options: Any) -> PreTrainedModel:
+    """A model of a task's kind from a config, with whatever weights transformers draws; see its ``from_config``."""
+    auto: Any = AutoModelForCausalLM if kind == "generation" else AutoModelForSequenceClassification
+    model: PreTrainedModel = auto.from_config(config, trust_remote_code=False, **options)
+    return model
+
+
 def meta_causal(config: PretrainedConfig) -> PreTrainedModel:
     """A causal language model on the meta device: names and shapes without weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False, dtype=torch.float32
-        )
-    return model
+        return untrained(config, "generation", dtype=torch.float32)
 
 
 @lru_cache(maxsize=8)

@@ -233,8 +233,8 @@ def load_base(
     labels: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     *,
-    attn_implementation: str | None = None,
     quantisation: Quantisation | None = None,
+    **how: Any,
 ) -> PreTrainedModel:
     """Loads the model of a task's kind, in evaluation mode.
 
@@ -243,12 +243,12 @@ def load_base(
         kind: ``classification`` (`load_classifier`) or ``generation`` (`load_causal`).
         labels: class names in the order of their ids; without meaning for generation.
         dtype: type of the weights.
-        attn_implementation: ``eager``, ``sdpa``, ...; default: transformers' choice.
         quantisation: of a language model only.
+        how: keywords of both.
 
     Raises:
         ModelError: see `load_classifier` and `load_causal`.
     """
     if kind == "generation":
-        return load_causal(folder, dtype, attn_implementation=attn_implementation, quantisation=quantisation)
-    return load_classifier(folder, labels, dtype, attn_implementation=attn_implementation)
+        return load_causal(folder, dtype, quantisation=quantisation, **how)
+    return load_classifier(folder, labels, dtype, **how)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.initialization import no_init_weights
 
 from fedtailor.core.errors import ModelError, WorkerError
+from fedtailor.models.families import untrained
 from fedtailor.models.folder import weight_map
 from fedtailor.models.load import load_config, name_labels
+from fedtailor.tasks.source import TaskKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,11 +122,11 @@ def load_partitioned(
     settings = deepspeed_config(dtype, ranks, offload)
     if labels is not None:
         name_labels(config, labels)
-    auto: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    kind: TaskKind = "generation" if labels is None else "classification"
     options = {"attn_implementation": attention} if attention else {}
     # Types are left to transformers: rotary tables stay float32 in a bfloat16 model.
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=settings, tensor_overrides=set()):
-        model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+        model = untrained(config, kind, dtype=dtype, **options)
     model.tie_weights()
     probe = _fill(model, folder)
     for buffer in model.buffers():
