@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedtailor.core.errors import DataError
 from fedtailor.tasks.columns import CLIENT_NAMES, ONE_GROUP, find_column, name_cell
@@ -37,14 +37,6 @@ SHAPES = (
 _CONTEXTS, _RESPONSES = ("input", "context"), ("response", "output")
 
 
-class _Entry(NamedTuple):
-    """A row that was understood."""
-
-    client: str
-    group: str
-    example: Example
-
-
 def load(cfg: TaskConfig, seed: int) -> Source:
     """The clients that the rows name, in the order in which they first appear.
 
@@ -62,26 +54,25 @@ def load(cfg: TaskConfig, seed: int) -> Source:
             too few examples, an unseen client that does not exist, or the hub cannot be reached.
     """
     table = own_table(cfg)
-    columns = {"client": _client_column(table.columns, cfg)}
+    automatic = find_column(table.columns, CLIENT_NAMES) if cfg.client_column == AUTO else cfg.client_column
+    columns = {"client": automatic or CLIENT_NAMES[0]}  # rows without it are refused as they are read
     if cfg.group_column is not None:
         columns["group"] = cfg.group_column
-    entries = [_entry(row, columns) for row in table.rows]
+    named = [
+        {what: name_cell(row, column, f"task.{what}_column") for what, column in columns.items()} for row in table.rows
+    ]
+    examples = list(map(read_example, table.rows))
+    of_group = [names.get("group", ONE_GROUP) for names in named]
     dropped = none_dropped()
-    groups = sorted({entry.group for entry in entries if is_complete(entry.example, Counter())})
+    groups = sorted({group for group, e in zip(of_group, examples, strict=True) if is_complete(e, Counter())})
     labels = {group: label for label, group in enumerate(groups)}
-    clients: dict[str, list[LabelledSplit]] = {entry.client: [] for entry in entries}
-    for entry, split in zip(entries, table.splits, strict=True):
-        if is_complete(entry.example, dropped):
-            clients[entry.client].append(LabelledSplit(entry.example._replace(label=labels[entry.group]), split))
+    clients: dict[str, list[LabelledSplit]] = {names["client"]: [] for names in named}
+    for names, group, example, split in zip(named, of_group, examples, table.splits, strict=True):
+        if is_complete(example, dropped):
+            clients[names["client"]].append(LabelledSplit(example._replace(label=labels[group]), split))
     found = natural_clients(clients, predominant(groups), cfg, seed)
     notes = {**table.notes, **dropped}
     return Source(tuple(groups), notes=notes, kind="generation", natural_clients=tuple(found), columns=columns)
-
-
-def _client_column(columns: Sequence[str], cfg: TaskConfig) -> str:
-    """Where clients are named; rows without it are refused as they are read."""
-    automatic = find_column(columns, CLIENT_NAMES) if cfg.client_column == AUTO else cfg.client_column
-    return automatic or CLIENT_NAMES[0]
 
 
 def predominant(groups: Sequence[str]) -> GroupOf:
@@ -91,11 +82,6 @@ def predominant(groups: Sequence[str]) -> GroupOf:
         return groups[max(range(len(groups)), key=[e.label for e in examples].count)]
 
     return group_of
-
-
-def _entry(row: Row, columns: Mapping[str, str]) -> _Entry:
-    names = {what: name_cell(row, column, f"task.{what}_column") for what, column in columns.items()}
-    return _Entry(names["client"], names.get("group", ONE_GROUP), read_example(row))
 
 
 # ---- the shapes of rows --------------------------------------------------------------------------------------------

@@ -55,10 +55,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     folder = language_folders(cfg.path, "masakhanews")
     notes = {"dropped_empty": 0, "found_duplicates": 0, "dropped_duplicates": 0}
     splits = {
-        language: {
-            split: _without_empty(_local(folder, language, split) if folder else _hub(language, split), notes)
-            for split in _FILES
-        }
+        language: {split: _without_empty(_read(folder, language, split), notes) for split in _FILES}
         for language in cfg.languages
     }
     _duplicates(splits, cfg.drop_duplicates, notes)
@@ -68,11 +65,6 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         for pool in POOLS:
             pools[pool][language] = LanguagePool(train=halves["train"][pool], test=halves["test"][pool])
     return Source(labels=LABELS, pools=pools, notes=notes)
-
-
-def _local(folder: Path, language: str, split: str) -> Iterator[Example]:
-    for names in _FILES[split]:
-        yield from read_tsv(language_file(folder, language, names))
 
 
 def read_tsv(path: Path) -> Iterator[Example]:
@@ -85,7 +77,12 @@ def read_tsv(path: Path) -> Iterator[Example]:
     return map(_example, separated_rows(path, COLUMNS))
 
 
-def _hub(language: str, split: str) -> Iterator[Example]:
+def _read(folder: Path | None, language: str, split: str) -> Iterator[Example]:
+    """One split of a language, from its files or from the hub."""
+    if folder:
+        for names in _FILES[split]:
+            yield from read_tsv(language_file(folder, language, names))
+        return
     for name in ("train", "validation") if split == "train" else ("test",):
         yield from map(_example, hub_rows(HUB_ID, language, split=name))
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks.columns import (
     ONE_GROUP,
-    Columns,
     in_order,
     label_cell,
     labelled_columns,
@@ -26,18 +24,11 @@ from fedtailor.tasks.columns import (
 )
 from fedtailor.tasks.config import AUTO, TaskConfig
 from fedtailor.tasks.partition import LabelledSplit, natural_clients
-from fedtailor.tasks.rows import Row
 from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, Split, TaskEntry, seeded_halves
 from fedtailor.tasks.tables import own_table
 
-
-class _Entry(NamedTuple):
-    """A row that was understood."""
-
-    client: str
-    group: str
-    split: Split | None
-    example: Example
+Entry = tuple[str, str, Split | None, Example]
+"""Client (empty where none is named), group, split and example of a row that was understood."""
 
 
 def load(cfg: TaskConfig, seed: int) -> Source:
@@ -59,7 +50,11 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     """
     table = own_table(cfg)
     columns = labelled_columns(table.columns, cfg, str(cfg.path))
-    read = [(row, split, _texts(row, columns)) for row, split in zip(table.rows, table.splits, strict=True)]
+    names = [name for name in (columns.text, columns.pair) if name]
+    read = [
+        (row, split, [text_cell(row, name) for name in names])
+        for row, split in zip(table.rows, table.splits, strict=True)
+    ]
     full = [(row, split, texts) for row, split, texts in read if all(map(str.strip, texts))]
     labels = [label_cell(row, columns.label) for row, *_ in full]
     unlabelled = [row.where for (row, *_), label in zip(full, labels, strict=True) if not label]
@@ -67,7 +62,12 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     classes = in_order(set(labels))
     number = {label: i for i, label in enumerate(classes)}
     entries = [
-        _Entry(_client(row, columns), _group(row, columns), split, Example(texts[0], number[label], *texts[1:]))
+        (
+            name_cell(row, columns.client, "task.client_column") if columns.client else "",
+            name_cell(row, columns.group, "task.group_column") if columns.group else ONE_GROUP,
+            split,
+            Example(texts[0], number[label], *texts[1:]),
+        )
         for (row, split, texts), label in zip(full, labels, strict=True)
     ]
     if not entries:
@@ -77,33 +77,21 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     if columns.client:
         groups = _groups_of(entries)
         clients: dict[str, list[LabelledSplit]] = {name: [] for name in groups}
-        for entry in entries:
-            clients[entry.client].append(LabelledSplit(entry.example, entry.split))
+        for client, _, split, example in entries:
+            clients[client].append(LabelledSplit(example, split))
         found = natural_clients(clients, lambda name, _: groups[name], cfg, seed)
         return Source(tuple(classes), notes=notes, natural_clients=tuple(found), columns=used)
     _refuse_names(cfg)
-    if entries[0].split is None:
+    if table.splits[0] is None:
         notes["split"] = f"{cfg.test_fraction:g} of every class for test"
     return Source(tuple(classes), pools=_pools(entries, cfg, seed), notes=notes, columns=used)
 
 
-def _texts(row: Row, columns: Columns) -> list[str]:
-    return [text_cell(row, column) for column in (columns.text, columns.pair) if column]
-
-
-def _client(row: Row, columns: Columns) -> str:
-    return name_cell(row, columns.client, "task.client_column") if columns.client else ""
-
-
-def _group(row: Row, columns: Columns) -> str:
-    return name_cell(row, columns.group, "task.group_column") if columns.group else ONE_GROUP
-
-
-def _groups_of(entries: Sequence[_Entry]) -> dict[str, str]:
+def _groups_of(entries: Sequence[Entry]) -> dict[str, str]:
     """Client, in the order of first appearance, to the group of most of its rows; the first of equals."""
     counts: dict[str, Counter[str]] = {}
-    for entry in entries:
-        counts.setdefault(entry.client, Counter())[entry.group] += 1
+    for client, group, _, _ in entries:
+        counts.setdefault(client, Counter())[group] += 1
     return {client: min(found, key=lambda group: (-found[group], group)) for client, found in counts.items()}
 
 
@@ -119,11 +107,11 @@ def _refuse_names(cfg: TaskConfig) -> None:
         raise ConfigError(problems)
 
 
-def _pools(entries: Sequence[_Entry], cfg: TaskConfig, seed: int) -> dict[Pool, dict[str, LanguagePool]]:
+def _pools(entries: Sequence[Entry], cfg: TaskConfig, seed: int) -> dict[Pool, dict[str, LanguagePool]]:
     """Half of the texts of every group, split and class in each pool, and there some for test, if no row says which."""
     parts: dict[tuple[str, Split | None, int], list[Example]] = {}
-    for entry in entries:
-        parts.setdefault((entry.group, entry.split, entry.example.label), []).append(entry.example)
+    for _, group, split, example in entries:
+        parts.setdefault((group, split, example.label), []).append(example)
     held: dict[tuple[Pool, str, Split], list[Example]] = {}
     for (group, split, label), examples in sorted(parts.items(), key=lambda item: tuple(map(str, item[0]))):
         for pool, half in seeded_halves(examples, seed, "texts", group, str(split), str(label)).items():
