@@ -232,7 +232,8 @@ class RayPool:
             self._supervisor.handle_loss(slot, answer.loss, shrink=not self._per_client)
             if current:
                 queue.lose(call.positions, answer.loss)
-                self._report_retries(answer, queue)
+                for position in call.positions:
+                    self._report(_about("job_retried", queue.job(position), slot, answer.loss.kind))
             return
         if not current:
             return
@@ -245,11 +246,6 @@ class RayPool:
                 accepted(position, result)
             else:
                 self._report(_about("result_dropped", queue.job(position), slot, "a second result"))
-
-    def _report_retries(self, answer: Answer, queue: JobQueue) -> None:
-        assert answer.loss is not None
-        for position in answer.call.positions:
-            self._report(_about("job_retried", queue.job(position), answer.slot, answer.loss.kind))
 
 
 def _about(event: str, job: SegmentJob, slot: ActorSlot, reason: str) -> dict[str, Any]:

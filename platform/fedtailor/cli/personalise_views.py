@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedtailor.cli.terminal import plain_table
 from fedtailor.models.families import in_part_order, locate_module
-from fedtailor.report.names import method_name
+from fedtailor.report.names import method_name, shortened
 
 if TYPE_CHECKING:
     from fedtailor.personalise.new_client import Answer, Ready
@@ -105,15 +106,10 @@ def _show_answer(console: Console, answer: Answer) -> None:
         "personalised": answer.personalised,
     }  # fmt: skip
     for name, text in texts.items():
-        style = "bold" if name == "personalised" else "dim" if name == "asked" else ""
-        table.add_row(f"[dim]{name}[/]", f"[{style}]{escape(_excerpt(text))}[/]" if style else escape(_excerpt(text)))
+        style = {"personalised": "bold", "asked": "dim"}.get(name, "")
+        table.add_row(f"[dim]{name}[/]", Text(shortened(" ".join(text.split()), EXCERPT), style))
     console.print(table)
     console.print()
-
-
-def _excerpt(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 1]}…"
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -265,17 +265,13 @@ def _base(run: RunFolder, exp: ExperimentBase, parent: str, copied: Path | None)
     own = model_of(run, parent).resolve()
     folder = own if copied is None else copied.expanduser().resolve()
     check_folder(folder, exp.task.max_length, exp.task_entry.kind)
-    fingerprint = _fingerprint(folder)
-    if folder != own and (expected := _fingerprint(own)) != fingerprint:
+    fingerprint, expected = (hub.fingerprint(ModelSource("folder", at.name, str(at))) for at in (folder, own))
+    if fingerprint != expected:
         raise ModelError(
             f"{folder} is not the base model of run '{run.run_id}': its fingerprint is {fingerprint}, that of the "
             f"run's is {expected} (in {own})"
         )
     return folder, fingerprint
-
-
-def _fingerprint(folder: Path) -> str:
-    return hub.fingerprint(ModelSource("folder", folder.name, str(folder)))
 
 
 def model_of(run: RunFolder, artifact: str) -> Path:

@@ -20,7 +20,7 @@ from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
 from fedtailor.methods import METHODS
 from fedtailor.models.source import model_title
 from fedtailor.report.facts import base_line, strategy_line
-from fedtailor.report.names import Measure, get_path, in_method_order, in_pool_order, leaves, text
+from fedtailor.report.names import NOT_RECORDED, Measure, in_method_order, in_pool_order, leaves
 from fedtailor.report.scores import AVERAGE, checked, client_scores, in_table_order, primary, results_table, scored_rows
 from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
 from fedtailor.storage.digest import committed_stages, digest
@@ -208,7 +208,8 @@ def _differences(runs: Sequence[ComparedRun]) -> tuple[Rows, tuple[str, ...]]:
     used = {name for run in runs for name in (*run.exp.methods, run.exp.base.name)}
     neutral = (*_NEUTRAL, *(f"{name}." for name in METHODS if name not in used))
     rows = {key: tuple(tree.get(key, "not set") for tree in trees) for tree in trees for key in tree}
-    rows |= {key: tuple(text(get_path(run.info, key)) for run in runs) for key in _ORIGINS}
+    origins = [dict(leaves(run.info)) for run in runs]
+    rows |= {key: tuple(origin.get(key, NOT_RECORDED) for origin in origins) for key in _ORIGINS}
     rows = {key: values for key, values in rows.items() if len(set(values)) > 1}
     engine = {key for key in rows if key.startswith("engine.") and key.removeprefix("engine.") not in _ENGINE}
     idle = [key for key in rows if key in engine or key.startswith(neutral)]

@@ -19,8 +19,8 @@ from fedtailor.report import names
 from fedtailor.report.compare import Comparison, Rows, RunPair, compare
 from fedtailor.report.compare_wandb import on_wandb
 from fedtailor.report.curves import budget_panels, without_floor
-from fedtailor.report.grid import Grid, markdown
-from fedtailor.report.names import ABSENT, MARKDOWN
+from fedtailor.report.grid import Grid, markdown, plain
+from fedtailor.report.names import ABSENT
 from fedtailor.report.significance import LEVEL, MARKS, interval_text, p_text, table
 from fedtailor.report.style import MUTED, Drawing, drawable, looks, save, styled
 from fedtailor.storage.files import Storage
@@ -100,26 +100,26 @@ def _pairs_csv(pairs: Sequence[RunPair]) -> pd.DataFrame:
 def document(content: Comparison) -> str:
     """``compare.md``."""
     ids, measure = content.run_ids, content.measure
-    parts = [f"# {_plain(' · '.join(ids))}", "## Runs", markdown(by_key("", ids, content.facts))]
-    parts += ["\n".join(f"- {_plain(note)}" for note in content.notes)] if content.notes else []
+    parts = [f"# {plain(' · '.join(ids))}", "## Runs", markdown(by_key("", ids, content.facts))]
+    parts += ["\n".join(f"- {plain(note)}" for note in content.notes)] if content.notes else []
     changed = markdown(by_key("Key", ids, content.changed)) if content.changed else "No key that can change a number."
     parts += ["## What differs", changed]
     if content.neutral:
-        parts.append(f"Differ too, but change no number here: {_plain(', '.join(content.neutral))}.")
+        parts.append(f"Differ too, but change no number here: {plain(', '.join(content.neutral))}.")
     pools, called = names.in_pool_order(content.results["pool"]), {run_id: run_id for run_id in ids}
     rule = (
         f"{measure.title} in percent, {measure.mean}: mean (SD) over seeds; the best of each budget in bold. Clients "
         "and seeds are those behind a row. A method without budgets has the same number at each."
     )
     for pool in pools:
-        parts.append(f"## {_plain(names.pool_name(pool))}: {measure.phrase} (%)")
+        parts.append(f"## {plain(names.pool_name(pool))}: {measure.phrase} (%)")
         parts.append(markdown(replace(results_grid(content, pool, called), caption=[rule])))
-    parts += [f"![{measure.title} per budget](compare.svg)", _plain(_caption(content))]
+    parts += [f"![{measure.title} per budget](compare.svg)", plain(_caption(content))]
     rule = _RULE.format(phrase=measure.phrase, level=LEVEL)
     for pool in pools:
         grid = pairs_grid(content, pool, called)
         if grid.rows:
-            parts.append(f"## {_plain(names.pool_name(pool))}: paired differences")
+            parts.append(f"## {plain(names.pool_name(pool))}: paired differences")
             parts.append(markdown(replace(grid, caption=[rule])))
     if content.wandb:
         parts += ["## W&B", "\n".join(f"- {sentence}" for sentence in content.wandb)]
@@ -203,10 +203,6 @@ def _difference(pair: RunPair | None, brief: bool) -> str:
 
 def _title(budget: int) -> str:
     return names.budget_title(None if budget == -1 else budget)
-
-
-def _plain(word: str) -> str:
-    return names.escape(word, MARKDOWN)
 
 
 def _draw(content: Comparison) -> Drawing:

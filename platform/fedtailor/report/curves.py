@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedtailor.report import names, style
 from fedtailor.report.names import ACCURACY, Measure
-from fedtailor.report.scores import Block
+from fedtailor.report.scores import Block, pooled
 from fedtailor.report.significance import NOT_COMPARED
 from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, looks
 
@@ -48,9 +48,7 @@ def round_means(frame: pd.DataFrame) -> pd.DataFrame:
     rows = frame[trained & np.isfinite(frame["value"])]
     # Weight 0 everywhere means that the metric has no examples behind it: plain mean.
     weight = rows["weight"].where(rows.groupby(_KEYS)["weight"].transform("sum") > 0, 1.0)
-    sums = rows.assign(weight=weight, total=rows["value"] * weight).groupby(_KEYS)[["total", "weight"]].sum()
-    means: pd.DataFrame = sums.assign(value=sums["total"] / sums["weight"])[["value"]].reset_index()
-    return means
+    return pooled(rows.assign(weight=weight), _KEYS).drop(columns="weight")
 
 
 def _figure(stage: str, look: Look, method: str, series: pd.DataFrame) -> Drawing:

@@ -14,7 +14,7 @@ import pandas as pd
 from fedtailor.report.names import LATEX, MARKDOWN, escape
 
 _UPRIGHT_COLUMNS, _SIDEWAYS_COLUMNS = 10, 14
-_plain, _tex = partial(escape, rules=MARKDOWN), partial(escape, rules=LATEX)
+plain, _tex = partial(escape, rules=MARKDOWN), partial(escape, rules=LATEX)
 _PREAMBLE = r"% needs \usepackage[utf8]{inputenc} and the packages amssymb, booktabs, graphicx, rotating"
 
 
@@ -80,12 +80,12 @@ def markdown(grid: Grid) -> str:
     | -------- | ------------: |
     | my\\_lora | **84.22** (–) |
     """
-    blocks = [f"# {_plain(grid.title)}"] if grid.title else []
-    blocks += ["\n".join(map(_plain, grid.caption))] if grid.caption else []
+    blocks = [f"# {plain(grid.title)}"] if grid.title else []
+    blocks += ["\n".join(map(plain, grid.caption))] if grid.caption else []
     for title, columns in grid.parts:
-        blocks += [f"## {_plain(title)}"] if title else []
-        blocks.append(pipes(_cells(grid, columns, _plain, "**{}**"), grid.labels))
-    blocks += ["\n".join(f"- {_plain(note)}" for note in grid.notes)] if grid.notes else []
+        blocks += [f"## {plain(title)}"] if title else []
+        blocks.append(pipes(_cells(grid, columns, plain, "**{}**"), grid.labels))
+    blocks += ["\n".join(f"- {plain(note)}" for note in grid.notes)] if grid.notes else []
     return "\n\n".join(blocks)
 
 

@@ -150,15 +150,6 @@ def budget_title(budget: int | None) -> str:
     return "No budget" if budget is None else f"r = {budget}"
 
 
-def get_path(tree: Any, path: str) -> Any:
-    """Value at a dotted path of a nested mapping, None where there is none."""
-    for key in path.split("."):
-        if not isinstance(tree, Mapping) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree
-
-
 def text(value: Any) -> str:
     """A value as people write it: no quotes, lists in brackets, `NOT_RECORDED` for None."""
     return NOT_RECORDED if value is None or value == "" else format_value(value)

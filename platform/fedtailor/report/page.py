@@ -17,7 +17,7 @@ from fedtailor.report import names, significance, summary
 from fedtailor.report.facts import RunFacts
 from fedtailor.report.names import ABSENT, ACCURACY, Measure, budget_title, leaves, percent, plural, points, text
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
-from fedtailor.report.significance import Pair, against, rule
+from fedtailor.report.significance import Pair, against_base, rule
 from fedtailor.report.style import Drawing, Missing
 from fedtailor.report.tables import SEPARATOR, languages_of
 from fedtailor.tasks.task import TASKS
@@ -40,7 +40,7 @@ def render(
             share of ranks tied at the threshold), ``captions`` (pool to the sentences of its table), ``measures`` (all
             of a generation run) and ``measure_grids`` (pool to their table).
     """
-    versus = against(pairs)
+    versus = against_base(pairs)
     measure = next((block.measure for blocks in pools.values() for block in blocks), ACCURACY)
     page: str = (
         _environment()

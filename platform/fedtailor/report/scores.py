@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -141,11 +142,20 @@ def by_language(scored: pd.DataFrame) -> pd.DataFrame:
 
     Columns: ``value`` pooled over clients, ``n_clients``, ``n_examples``.
     """
-    rows = scored.assign(total=scored["value"] * scored["weight"])
-    table = rows.groupby(_GROUP, as_index=False).agg(
-        total=("total", "sum"), n_examples=("weight", "sum"), n_clients=("client", "nunique")
-    )
-    return table.assign(value=table["total"] / table["n_examples"]).drop(columns="total")
+    return pooled(scored, _GROUP, n_clients=("client", "nunique")).rename(columns={"weight": "n_examples"})
+
+
+def pooled(rows: pd.DataFrame, keys: Sequence[str], **more: Any) -> pd.DataFrame:
+    """A row per ``keys``: ``value`` weighted by ``weight``, and the sum of the weights.
+
+    Args:
+        rows: with both columns.
+        keys: what rows that are brought together have in common.
+        more: further columns, as `pandas`' ``agg`` takes them.
+    """
+    rows = rows.assign(total=rows["value"] * rows["weight"])
+    table = rows.groupby(list(keys), as_index=False).agg(total=("total", "sum"), weight=("weight", "sum"), **more)
+    return table.assign(value=table["total"] / table["weight"]).drop(columns="total")
 
 
 def averages(scored: pd.DataFrame) -> pd.DataFrame:
@@ -268,7 +278,4 @@ def client_scores(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: of `scored_rows`, of one metric.
     """
-    rows = rows.assign(total=rows["value"] * rows["weight"])
-    keys = ["pool", "method", "budget", "seed", "client"]
-    table = rows.groupby(keys, as_index=False)[["total", "weight"]].sum()
-    return table.assign(value=table["total"] / table["weight"]).drop(columns="total")
+    return pooled(rows, ["pool", "method", "budget", "seed", "client"])

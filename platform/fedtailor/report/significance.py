@@ -133,9 +133,9 @@ def table(pairs: Sequence[Pair]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def against(pairs: Sequence[Pair], other: str = REFERENCE) -> Mapping[tuple[str, int | None, str], Pair]:
-    """(pool, budget, method) to the comparison with ``other``."""
-    return {(pair.pool, pair.budget, pair.method): pair for pair in pairs if pair.other == other}
+def against_base(pairs: Sequence[Pair]) -> Mapping[tuple[str, int | None, str], Pair]:
+    """(pool, budget, method) to the comparison with the base model."""
+    return {(pair.pool, pair.budget, pair.method): pair for pair in pairs if pair.other == REFERENCE}
 
 
 def _opponents(methods: Sequence[str]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from fedtailor.report.names import in_method_order, in_pool_order, method_name, pool_name
 from fedtailor.report.scores import Block, primary
-from fedtailor.report.significance import Pair, against
+from fedtailor.report.significance import Pair, against_base
 from fedtailor.storage.round_store import TIMING_COLUMNS
 
 COST_COLUMNS = (
@@ -41,7 +41,7 @@ def summary_records(
 
     Records of generation runs have every measure's mean and SD under ``metrics``.
     """
-    versus = against(pairs)
+    versus = against_base(pairs)
     records = []
     for block in found:
         for method in block.methods:
