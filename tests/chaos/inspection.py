@@ -140,7 +140,7 @@ def _sizes(run: RunFolder) -> dict[str, int]:
 
 def _check_losses(run: RunFolder, scenario: Scenario, findings: Findings) -> None:
     """I8: every loss is an event with a cause and, for a node, its name; every rejected client a failure."""
-    events = [event for event in run.events() if event.get("kind") == "pool"]
+    events = [event for event in run.events.entries() if event.get("kind") == "pool"]
     lost = [event for event in events if event.get("event") == "actor_lost"]
     retried = {int(event["round"]) for event in events if event.get("event") == "job_retried"}
     # A node may go while its actor is still starting, and then no job was lost with it. A driver whose connection
@@ -154,6 +154,6 @@ def _check_losses(run: RunFolder, scenario: Scenario, findings: Findings) -> Non
         findings.say("I8: a node was lost, and no event says so")
     if any(not event.get("cause") or not event.get("node") for event in lost if event.get("during") == "run"):
         findings.say(f"I8: a loss without cause or node: {lost}")
-    told = {(int(f["round"]), f["kind"]) for f in run.failures()}
+    told = {(int(f["round"]), f["kind"]) for f in run.failures.entries()}
     if told != {(injury.round, "rejected") for injury in scenario.of("F15")}:
         findings.say(f"I8: failures.jsonl has {sorted(told)}")

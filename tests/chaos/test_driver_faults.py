@@ -146,7 +146,7 @@ def test_one_client_s_nan_is_left_out_as_if_it_had_been_absent(clean: Path, fold
     frame = open_run(folder).metrics()
     rejected = frame[frame.metric == "rejected_clients"]
     assert [(row["round"], row["value"], row["method"]) for _, row in rejected.iterrows()] == [(1, 1.0, "fedavg")]
-    [failure] = open_run(folder).failures()
+    [failure] = open_run(folder).failures.entries()
     assert (failure["kind"], failure["round"]) == ("rejected", 1)
     assert "rejected_clients" not in set(open_run(other).metrics().metric)
 
@@ -183,7 +183,7 @@ def test_with_drop_a_bad_answer_costs_its_clients_that_round_and_below_the_quoru
     frame = open_run(folder).metrics()
     rows = frame[(frame.stage == "base") & (frame.metric == "train_loss")].groupby("round").size()
     assert list(rows) == [6, 4, 6, 6]
-    assert [failure["round"] for failure in open_run(folder).failures()] == [1, 1]
+    assert [failure["round"] for failure in open_run(folder).failures.entries()] == [1, 1]
     shutil.rmtree(folder / "run")
     for made in (folder / "artifacts").glob("base-*"):
         shutil.rmtree(made)
@@ -213,7 +213,7 @@ def test_a_clock_that_jumps_changes_neither_order_nor_result(
         monkeypatch.setattr(module, "utc_now", lambda: next(stamps))
     run = run_tiny(tiny(folder, *WORDS[len(TINY) :]))
     assert digest(run.storage, run.run_id) == full_digest(clean)
-    rounds = [e["round"] for e in run.events() if e.get("kind") == "round"] or list(range(4))
+    rounds = [e["round"] for e in run.events.entries() if e.get("kind") == "round"] or list(range(4))
     assert rounds == sorted(rounds)
     assert run.metrics("base")["round"].is_monotonic_increasing
 

@@ -40,7 +40,7 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return embedded.build_tiny_bert(
+    return embedded.build_embedded(
         ["one two three"] * 10, LABELS, SIZES, 32, 1, tmp_path_factory.mktemp("good") / "tiny"
     )
 

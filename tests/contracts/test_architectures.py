@@ -70,8 +70,8 @@ def test_plan_events_and_report_say_once_what_there_is_to_know(
     events: list[dict] = []
     run = run_tiny(exp, events=events)
     assert [e["what"] for e in events if e["kind"] == "warning"] == [said]
-    assert not run.failures()
+    assert not run.failures.entries()
     for event in events:
-        run.event(event)
+        run.events.append(event)
     page = Path(report_of(run, tmp_path / "report")).read_text("utf-8")
     assert sentence in page

@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve layers, so that ``layer.1`` also begins ``layer.10`` and ``layer.11``."""
     home = tmp_path_factory.mktemp("export")
     cfg = ModelConfig(hidden_size=16, heads=2, layers=12, intermediate_size=24, vocab_size=200)
-    made = embedded.build_tiny_bert(["one two three four"] * 5, LABELS, cfg, 16, 1, home / "made")
+    made = embedded.build_embedded(["one two three four"] * 5, LABELS, cfg, 16, 1, home / "made")
     save_folder(hub.load_classifier(made, LABELS), hub.load_tokenizer(made), home / "base")
     return home / "base"
 

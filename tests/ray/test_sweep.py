@@ -73,7 +73,7 @@ def state(storage: Path, number: int) -> str:
 
 def started(storage: Path, number: int) -> list[str]:
     """Stages that the run of a trial has begun, each time it began them."""
-    events = RunFolder.open(Storage(str(storage)), f"s-0{number}").events()
+    events = RunFolder.open(Storage(str(storage)), f"s-0{number}").events.entries()
     return [e["stage"] for e in events if e["kind"] == "stage" and e["state"] == "running"]
 
 

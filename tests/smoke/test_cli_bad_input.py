@@ -78,7 +78,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was touched")
 
-    for module, name in ((hub, "load_classifier"), (prepare, "build_tiny_bert"), (prepare, "load_tokenizer")):
+    for module, name in ((hub, "load_classifier"), (prepare, "build_embedded"), (prepare, "load_tokenizer")):
         monkeypatch.setattr(module, name, loaded)
     monkeypatch.setattr(hub, "check_available", loaded)
 
@@ -242,7 +242,7 @@ def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
     def built(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr("fedtailor.models.embedded.build_tiny_bert", built)
+    monkeypatch.setattr("fedtailor.models.embedded.build_embedded", built)
 
 
 def write_task(folder: Path, rows: int = 60, labels: tuple[str, ...] = ("sports", "health")) -> Path:

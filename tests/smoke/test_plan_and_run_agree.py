@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fedtailor.cli import app
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models.embedded import build_tiny_bert, build_tiny_llama
+from fedtailor.models.embedded import build_embedded
 
 TEXTS = ["one two three", "four five six", "Name the capital", "Paris"] * 5
 SIZES = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 24, "vocab_size": 300}
@@ -37,9 +37,9 @@ def rewritten(file: Path, **values: Any) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     cfg = ModelConfig(name="tiny-bert", **SIZES)  # type: ignore[arg-type]
-    build_tiny_bert(TEXTS, ["a", "b"], cfg, 32, 1, folder / "bert")
+    build_embedded(TEXTS, ["a", "b"], cfg, 32, 1, folder / "bert")
     cfg = ModelConfig(name="tiny-llama", **SIZES)  # type: ignore[arg-type]
-    build_tiny_llama(TEXTS, cfg, 256, 1, folder / "llama")
+    build_embedded(TEXTS, (), cfg, 256, 1, folder / "llama")
     rewritten(folder / "llama/config.json", max_position_embeddings=200)
     return folder
 

@@ -164,7 +164,7 @@ def test_a_failing_server_costs_a_bounded_time_an_event_and_nothing_else(
     assert problem is not None
     assert re.search(told, problem), problem
     assert KEY not in problem
-    last = [event for event in complete.events() if event["kind"] == "wandb"][-1]
+    last = [event for event in complete.events.entries() if event["kind"] == "wandb"][-1]
     assert (last["state"], last["text"]) == ("failed", problem)
     assert {p: p.read_bytes() for p in files} == files
     assert not list(Path(complete.storage.url).glob("run/.wandb-*"))
@@ -187,5 +187,5 @@ def test_a_run_is_complete_and_tells_what_to_do_where_no_server_listens(tmp_path
     assert f"repeat with: fedtailor sync run --storage {tmp_path}" in done.stderr
     run = RunFolder.open(Storage(tmp_path), "run")
     assert run.status()["state"] == "complete"
-    assert [event["state"] for event in run.events() if event["kind"] == "wandb"] == ["failed"]
+    assert [event["state"] for event in run.events.entries() if event["kind"] == "wandb"] == ["failed"]
     assert KEY not in done.stdout + done.stderr

@@ -73,7 +73,7 @@ def rewrite(path: Path, **values: Any) -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return embedded.build_tiny_llama(TEXTS, CFG, 32, 1, tmp_path_factory.mktemp("causal") / "tiny")
+    return embedded.build_embedded(TEXTS, (), CFG, 32, 1, tmp_path_factory.mktemp("causal") / "tiny")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 
 def published(folder: Path, tied: bool = True, shard_size: str = "8KB", spare: int = 0) -> Path:
     """As Llama 3.2 is published: bfloat16 shards, no padding token, embeddings tied."""
-    config = embedded.llama_config(CFG, 32, TOKENS + spare)
+    config = embedded.embedded_config(CFG, 32, TOKENS + spare)
     config.tie_word_embeddings, config.pad_token_id = tied, None
     (folder / "model.safetensors").unlink()
     with torch.random.fork_rng():
@@ -328,7 +328,7 @@ def test_a_folder_serves_the_tasks_that_its_architecture_can_do(tiny: Path, tmp_
     hub.check_available(at(tiny), 32, "generation")
     hub.check_available(at(tiny), 32, "classification")
     sizes = ModelConfig(hidden_size=16, heads=2, layers=1, intermediate_size=24, vocab_size=200)
-    bert = embedded.build_tiny_bert(TEXTS, ["a", "b"], sizes, 32, 1, tmp_path / "bert")
+    bert = embedded.build_embedded(TEXTS, ["a", "b"], sizes, 32, 1, tmp_path / "bert")
     with pytest.raises(ModelError, match="no causal language model"):
         hub.check_available(at(bert), 32, "generation")
 

@@ -34,7 +34,7 @@ TEXTS = ["one two three", "four five six"] * 5
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return embedded.build_tiny_bert(TEXTS, LABELS, CFG, 32, 1, tmp_path_factory.mktemp("hub") / "tiny")
+    return embedded.build_embedded(TEXTS, LABELS, CFG, 32, 1, tmp_path_factory.mktemp("hub") / "tiny")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from fedtailor.core.errors import ModelError
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models import packaged
-from fedtailor.models.embedded import build_tiny_bert
+from fedtailor.models.embedded import build_embedded
 from fedtailor.models.hub import check_available, fingerprint, materialise
 from fedtailor.models.load import load_tokenizer
 from fedtailor.models.packaged import PACKAGE_RECORD, packaged_folder
@@ -28,7 +28,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A site folder with a package ``toy-model`` that carries a tiny BERT; ``toy`` is its name here."""
     folder = tmp_path / "site"
     model = folder / "toy_model/model"
-    build_tiny_bert(["one two three", "four five six"] * 5, ["a", "b"], CFG, 32, 1, model)
+    build_embedded(["one two three", "four five six"] * 5, ["a", "b"], CFG, 32, 1, model)
     files = tuple(f"toy_model/model/{path.name}" for path in sorted(model.iterdir()) if path.suffix != ".md")
     info = folder / "toy_model-1.0.dist-info"
     info.mkdir()

@@ -34,7 +34,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return embedded.build_tiny_llama(TEXTS * 3, CFG, 32, 42, tmp_path_factory.mktemp("model") / "tiny")
+    return embedded.build_embedded(TEXTS * 3, (), CFG, 32, 42, tmp_path_factory.mktemp("model") / "tiny")
 
 
 def test_the_folder_is_an_ordinary_hugging_face_folder(built: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_bytes_are_the_same_in_another_process_whatever_the_order_of_the_tex
         "from fedtailor.core.settings import ModelConfig\n"
         "from fedtailor.models import embedded\n"
         f"cfg = ModelConfig(**{CFG.model_dump(exclude={'targets'})!r})\n"
-        f"embedded.build_tiny_llama({list(reversed(TEXTS * 3))!r}, cfg, 32, 42, Path(sys.argv[2]))\n"
+        f"embedded.build_embedded({list(reversed(TEXTS * 3))!r}, (), cfg, 32, 42, Path(sys.argv[2]))\n"
     )
     root = Path(embedded.__file__).parents[2]
     subprocess.run([sys.executable, "-c", program, str(root), str(tmp_path / "again")], check=True)
@@ -70,7 +70,7 @@ def test_the_bytes_are_the_same_in_another_process_whatever_the_order_of_the_tex
 
 
 def test_the_seed_changes_the_weights_and_nothing_else(built: Path, tmp_path: Path) -> None:
-    other = digests(embedded.build_tiny_llama(TEXTS * 3, CFG, 32, 43, tmp_path / "other"))
+    other = digests(embedded.build_embedded(TEXTS * 3, (), CFG, 32, 43, tmp_path / "other"))
     changed = {name for name, digest in digests(built).items() if other[name] != digest}
     assert changed == {"model.safetensors"}
 
@@ -78,7 +78,7 @@ def test_the_seed_changes_the_weights_and_nothing_else(built: Path, tmp_path: Pa
 def test_the_global_random_state_is_neither_read_nor_changed(built: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    again = embedded.build_tiny_llama(TEXTS * 3, CFG, 32, 42, tmp_path / "again")
+    again = embedded.build_embedded(TEXTS * 3, (), CFG, 32, 42, tmp_path / "again")
     assert torch.equal(before, torch.get_rng_state())
     assert digests(again) == digests(built)
 
@@ -140,5 +140,5 @@ def test_what_cannot_be_built_is_refused(
     texts: list[str], changed: dict[str, int], complaint: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match=complaint):
-        embedded.build_tiny_llama(texts, CFG.model_copy(update=changed), 32, 42, tmp_path / "none")
+        embedded.build_embedded(texts, (), CFG.model_copy(update=changed), 32, 42, tmp_path / "none")
     assert not (tmp_path / "none").exists()

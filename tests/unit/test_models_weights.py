@@ -33,8 +33,8 @@ CFG = ModelConfig(name="tiny-llama", hidden_size=16, heads=2, layers=2, intermed
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return embedded.build_tiny_llama(
-        ["one two three", "four"] * 9, CFG, 32, 1, tmp_path_factory.mktemp("weights") / "tiny"
+    return embedded.build_embedded(
+        ["one two three", "four"] * 9, (), CFG, 32, 1, tmp_path_factory.mktemp("weights") / "tiny"
     )
 
 

@@ -178,7 +178,7 @@ def test_a_failing_wandb_is_told_and_kept_as_an_event_and_fails_nothing(
 
     monkeypatch.setattr("wandb.init", broken)
     assert sync_wandb(run, compose([], [*WORDS])) == "ConnectionError: W&B is down"
-    assert [e["text"] for e in run.events() if e["kind"] == "wandb"] == ["ConnectionError: W&B is down"]
+    assert [e["text"] for e in run.events.entries() if e["kind"] == "wandb"] == ["ConnectionError: W&B is down"]
     assert not (run.storage.local_path(run.run_id) / "wandb").exists()
 
 
@@ -194,7 +194,7 @@ def test_a_failing_sync_keeps_the_offline_run_before_it(run: RunFolder, monkeypa
 def test_nothing_happens_when_wandb_is_disabled(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtailor.report.wandb.sync_run", lambda *_: pytest.fail("W&B was used"))
     assert sync_wandb(run, compose([], ["wandb.mode=disabled"])) is None
-    assert run.events() == []
+    assert run.events.entries() == []
 
 
 def test_online_without_a_key_says_where_keys_are_looked_for(

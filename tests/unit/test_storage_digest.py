@@ -118,7 +118,7 @@ def test_pruning_and_what_is_outside_of_results_do_not_change_it(storage: Storag
     run = make(storage)
     before = digest(storage, "r")
     run.log(STAGES[0]).prune(1, ("global/", "server/"))
-    run.event({"event": "retried"})
+    run.events.append({"event": "retried"})
     run.timing("base/seed42", 0, {"a": 0.5})
     run.set_status("complete")
     run.set_stages(list(reversed(STAGES)))

@@ -137,8 +137,8 @@ def test_no_secret_reaches_any_file(storage: Storage, monkeypatch: pytest.Monkey
     }
     overrides = [f"wandb.api_key={CANARY}", {"key": "hf.token", "default": None, "value": CANARY}]
     run = RunFolder.create(storage, "r", config, overrides)
-    run.event({"kind": "warning", "text": f"401 for {CANARY}-env, api_key={CANARY}"})
-    run.failure({"client": "a", "reason": f"bad header {CANARY}-env"})
+    run.events.append({"kind": "warning", "text": f"401 for {CANARY}-env, api_key={CANARY}"})
+    run.failures.append({"client": "a", "reason": f"bad header {CANARY}-env"})
     run.set_status("failed", f"W&B refused {CANARY}-env")
     for name in storage.list("r"):
         assert CANARY not in storage.read_bytes(f"r/{name}").decode(), name
@@ -159,21 +159,21 @@ def test_stage_keys_and_plain_text_are_not_taken_for_secrets() -> None:
 
 def test_events_and_failures_are_kept_in_order_and_a_torn_line_costs_only_itself(storage: Storage) -> None:
     run = RunFolder.create(storage, "r", CONFIG)
-    run.event({"event": "one", "key": "base/seed42"})
+    run.events.append({"event": "one", "key": "base/seed42"})
     storage.append("r/events.jsonl", '{"event": "to')
     again = RunFolder.open(storage, "r")
-    again.event({"event": "two"})
-    again.event({"event": "three"})
-    assert [e.get("event", e.get("unreadable")) for e in again.events()] == [
+    again.events.append({"event": "two"})
+    again.events.append({"event": "three"})
+    assert [e.get("event", e.get("unreadable")) for e in again.events.entries()] == [
         "one",
         '{"event": "to',
         "two",
         "three",
     ]
-    assert again.events()[0]["key"] == "base/seed42"
-    assert again.failures() == []
-    again.failure({"client": "a", "reason": "NaN"})
-    assert again.failures()[0]["reason"] == "NaN"
+    assert again.events.entries()[0]["key"] == "base/seed42"
+    assert again.failures.entries() == []
+    again.failures.append({"client": "a", "reason": "NaN"})
+    assert again.failures.entries()[0]["reason"] == "NaN"
 
 
 def test_the_status_is_one_of_four(storage: Storage) -> None:

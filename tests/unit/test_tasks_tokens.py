@@ -71,7 +71,7 @@ def test_rows_are_padded_to_the_clients_own_longest_text(tokens: TokenData) -> N
         assert train.input_ids.shape == (client.n_train, longest)
         assert test.input_ids.shape == (client.n_test, longest)
         assert tokens.longest(client.id) == longest <= MAX_LENGTH
-        assert tokens.train_tokens(client.id) == train.lengths.sum()
+        assert tokens.entry(client.id)["train_tokens"] == train.lengths.sum()
         widths.add(int(longest))
     assert len(widths) > 1
 

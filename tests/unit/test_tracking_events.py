@@ -81,8 +81,8 @@ def test_every_event_of_a_run_with_failures_and_retries_is_as_the_table_says(tmp
     run, shown = run_shown(tmp_path, TroubledPool)
     assert [told for event in shown for told in problems(event)] == []
     assert {name_of(e) for e in shown} >= {"stage", "segment", "progress", "failure", "warning", "pool/job_retried"}
-    assert run.events() == [event for event in shown if name_of(event) not in QUIET]
-    assert [event["seq"] for event in run.events()] == list(range(1, len(run.events()) + 1))
+    assert run.events.entries() == [event for event in shown if name_of(event) not in QUIET]
+    assert [event["seq"] for event in run.events.entries()] == list(range(1, len(run.events.entries()) + 1))
     assert {event["run"] for event in shown} == {"run"}
     _, again = run_shown(tmp_path)
     assert again[0]["seq"] == len([e for e in shown if name_of(e) not in QUIET]) + 1

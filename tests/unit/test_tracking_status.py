@@ -125,10 +125,10 @@ def test_losses_retries_rejections_speed_and_disk_are_told(run: RunFolder) -> No
     run.set_status("running", "", {"launcher": asdict(LockHolder.here("r1"))})
     lost = {"actor": 0, "cause": "c", "host": "h", "node": "", "during": "run", "stack": ""}
     for how in ("death", "oom", "death"):
-        run.event({"kind": "pool", "event": "actor_lost", "how": how, **lost})
-    run.event({"kind": "pool", "event": "job_retried", "how": "", "stage": KEYS[0], "round": 0, "segment": 3,
+        run.events.append({"kind": "pool", "event": "actor_lost", "how": how, **lost})
+    run.events.append({"kind": "pool", "event": "job_retried", "how": "", "stage": KEYS[0], "round": 0, "segment": 3,
                "attempt": 1, "reason": "oom"})  # fmt: skip
-    run.failure({"client": "a", "stage": KEYS[0], "round": 0, "kind": "rejected", "reason": "NaN"})
+    run.failures.append({"client": "a", "stage": KEYS[0], "round": 0, "kind": "rejected", "reason": "NaN"})
     run.set_progress({"stage": KEYS[0], "clients_per_second": 2.5, "seconds_left": 90.0})
     run.storage.write_bytes("artifacts/base-seed1/blob", bytes(5000))
     found = status_of(run)

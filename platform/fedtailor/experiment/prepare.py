@@ -33,7 +33,7 @@ from fedtailor.experiment.trial import try_model
 from fedtailor.federated.pool import OnEvent
 from fedtailor.federated.updates import attack_of
 from fedtailor.models import hub
-from fedtailor.models.embedded import build_tiny_bert, build_tiny_llama
+from fedtailor.models.embedded import build_embedded
 from fedtailor.models.folder import check_folder
 from fedtailor.models.load import load_tokenizer
 from fedtailor.models.source import EMBEDDED_KINDS, model_title, resolve
@@ -272,11 +272,9 @@ def _texts_hash(data: TaskData) -> str:
 
 
 def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
-    if exp.model.name == "tiny-bert":
+    if exp.model.name in EMBEDDED_KINDS:
         # Seen train texts only: an unseen client's words must not shape the vocabulary.
-        build_tiny_bert(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
-    elif exp.model.name == "tiny-llama":
-        build_tiny_llama(data.train_texts("seen"), exp.model, exp.task.max_length, seed, out)
+        build_embedded(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
     else:
         folder = hub.fetch(resolve(exp.model), data.kind)
         check_folder(folder, exp.task.max_length, data.kind)

@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 
 from fedtailor.core.settings import ModelConfig
 from fedtailor.lanes.layers import AdaptedLayer
-from fedtailor.models.embedded import bert_config, llama_config
+from fedtailor.models.embedded import embedded_config
 from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal, untrained
 from fedtailor.models.load import load_config, name_labels
-from fedtailor.models.source import EMBEDDED_CAUSAL, resolve
+from fedtailor.models.source import resolve
 from fedtailor.tasks.source import TaskKind
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ def model_config(cfg: ModelConfig, max_length: int) -> PretrainedConfig:
         ModelError: it is not to be had.
     """
     source = resolve(cfg)
-    if source.kind == "embedded" and cfg.name == EMBEDDED_CAUSAL:
-        return llama_config(cfg, max_length, cfg.vocab_size)
     if source.kind == "embedded":
-        return bert_config(cfg, max_length, cfg.vocab_size, [])
+        return embedded_config(cfg, max_length, cfg.vocab_size)
     known = packaged_config(cfg.name) if source.kind == "hub" else None
     return known or load_config(source.location, source.revision)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -23,9 +23,7 @@ from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import seed_for
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.load import save_folder
-
-if TYPE_CHECKING:  # even the configs take seconds, and most runs find the model made
-    from transformers import BertConfig, LlamaConfig
+from fedtailor.models.source import EMBEDDED_CAUSAL
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PRIVATE_USE = 0xF0000
@@ -46,29 +44,32 @@ ROOM = 1024
 """Tokens that an answer may add to a text of the task's full length."""
 
 
-def build_tiny_bert(
+def build_embedded(
     texts: Iterable[str], labels: Sequence[str], cfg: ModelConfig, max_length: int, seed: int, out: Path
 ) -> Path:
     """Writes config, fp32 ``model.safetensors`` and tokenizer to the folder ``out``, as a whole.
 
     Args:
-        texts: the task's train texts; their order does not matter.
-        labels: class names in the order of their ids.
-        cfg: sizes; ``vocab_size`` is an upper bound, reached only if the texts are rich enough.
-        max_length: most tokens of a text, special ones included (number of positions).
+        texts: the task's train texts, of instructions the answers too; their order does not matter.
+        labels: class names in the order of their ids; without meaning for ``tiny-llama``.
+        cfg: name and sizes; ``vocab_size`` is an upper bound, reached only if the texts are rich enough.
+        max_length: most tokens of a text or example, special ones included.
         seed: run seed; the global random state is neither read nor changed.
         out: folder to make or replace.
 
     Raises:
-        ModelError: no text has any character, or there are no labels.
+        ModelError: no text has any character; of ``tiny-bert`` there are no labels; of ``tiny-llama`` the vocabulary is
+            too small for all bytes, or the heads' width is odd.
     """
-    from transformers import BertForSequenceClassification
+    from transformers import BertForSequenceClassification, LlamaForCausalLM
 
-    if not labels:
+    causal = cfg.name == EMBEDDED_CAUSAL
+    if not causal and not labels:
         raise ModelError("tiny-bert: the task has no labels")
-    tokenizer = build_wordpiece(texts, cfg.vocab_size, max_length)
-    config = bert_config(cfg, max_length, len(tokenizer), labels)
-    save_folder(drawn(BertForSequenceClassification, config, seed, "model", "tiny-bert"), tokenizer, out)
+    tokenizer = (build_byte_pairs if causal else build_wordpiece)(texts, cfg.vocab_size, max_length)
+    config = embedded_config(cfg, max_length, len(tokenizer), labels)
+    model = drawn(LlamaForCausalLM if causal else BertForSequenceClassification, config, seed, "model", cfg.name)
+    save_folder(model, tokenizer, out)
     return out
 
 
@@ -87,20 +88,37 @@ def drawn(make: Any, config: PretrainedConfig, seed: int, *purpose: str) -> Any:
         return make(config)
 
 
-def bert_config(cfg: ModelConfig, max_length: int, vocab_size: int, labels: Sequence[str]) -> BertConfig:
-    """The architecture that ``build`` makes, before any weight exists."""
-    from transformers import BertConfig
+def embedded_config(cfg: ModelConfig, max_length: int, vocab_size: int, labels: Sequence[str] = ()) -> PretrainedConfig:
+    """The architecture that `build_embedded` makes, before any weight exists; arguments as there.
 
-    return BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=cfg.hidden_size,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        intermediate_size=cfg.intermediate_size,
-        max_position_embeddings=max_length,
-        pad_token_id=BERT_SPECIAL.index("[PAD]"),
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
+    Raises:
+        ModelError: the width of ``tiny-llama``'s heads is odd, and rotary positions turn pairs.
+    """
+    from transformers import BertConfig, LlamaConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size, "hidden_size": cfg.hidden_size, "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads, "intermediate_size": cfg.intermediate_size,
+    }  # fmt: skip
+    if cfg.name != EMBEDDED_CAUSAL:
+        return BertConfig(
+            **sizes,
+            max_position_embeddings=max_length,
+            pad_token_id=BERT_SPECIAL.index("[PAD]"),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+    if cfg.hidden_size // cfg.heads % 2:
+        raise ModelError(
+            f"tiny-llama: 'model.hidden_size' / 'model.heads' = {cfg.hidden_size} / {cfg.heads} must be even"
+        )
+    return LlamaConfig(
+        **sizes,
+        max_position_embeddings=max_length + ROOM,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
     )
 
 
@@ -174,53 +192,6 @@ def _alphabet(words: Counter[str], inner: set[str], most: int) -> list[str]:
     ranked = sorted(counts, key=lambda char: (-counts[char], char))
     forms = accumulate(2 if char in inner else 1 for char in ranked)
     return sorted(char for char, total in zip(ranked, forms, strict=True) if total <= most)
-
-
-def build_tiny_llama(texts: Iterable[str], cfg: ModelConfig, max_length: int, seed: int, out: Path) -> Path:
-    """Writes config, fp32 ``model.safetensors`` and tokenizer to the folder ``out``, as a whole.
-
-    Args:
-        texts: the task's train texts, instructions and answers; their order does not matter.
-        cfg: sizes; ``vocab_size`` is an upper bound, reached only if the texts are rich enough.
-        max_length: most tokens of an example, special ones included.
-        seed: run seed; the global random state is neither read nor changed.
-        out: folder to make or replace.
-
-    Raises:
-        ModelError: no text has any character, a vocabulary too small for all bytes, or heads of odd width.
-    """
-    from transformers import LlamaForCausalLM
-
-    tokenizer = build_byte_pairs(texts, cfg.vocab_size, max_length)
-    config = llama_config(cfg, max_length, len(tokenizer))
-    save_folder(drawn(LlamaForCausalLM, config, seed, "model", "tiny-llama"), tokenizer, out)
-    return out
-
-
-def llama_config(cfg: ModelConfig, max_length: int, vocab_size: int) -> LlamaConfig:
-    """The architecture that ``build`` makes, before any weight exists.
-
-    Raises:
-        ModelError: the heads' width is odd, and rotary positions turn pairs.
-    """
-    if cfg.hidden_size // cfg.heads % 2:
-        raise ModelError(
-            f"tiny-llama: 'model.hidden_size' / 'model.heads' = {cfg.hidden_size} / {cfg.heads} must be even"
-        )
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=cfg.hidden_size,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        intermediate_size=cfg.intermediate_size,
-        max_position_embeddings=max_length + ROOM,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
 
 
 def build_byte_pairs(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

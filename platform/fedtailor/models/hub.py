@@ -138,7 +138,7 @@ def materialise(
     so is a missing one (``load_classifier``). For generation the weights stay what they are (`write_causal`).
 
     Args:
-        cfg: the model section; not an embedded model, which ``tiny_bert.build`` or ``tiny_llama.build`` writes.
+        cfg: the model section; not an embedded model, which `embedded.build_embedded` writes.
         labels: class names in the order of their ids; without meaning for generation.
         seed: run seed of a fresh head.
         out: folder to make or replace, as a whole.
