@@ -213,7 +213,7 @@ class Execution:
 
     def _note(self, stage: Stage, index: int, failures: Any, warnings: Any) -> None:
         for failure in failures:
-            self.run.failure(asdict(failure))
+            self.run.failures.append(asdict(failure))
             self.emit({**asdict(failure), "kind": "failure", "failure": failure.kind})
         for warning in warnings:
             self.emit({"kind": "warning", "stage": stage.key, "round": index, "what": warning})

@@ -136,7 +136,7 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, on_event: OnEven
     progress = ProgressFile(run)
 
     def emit(event: dict[str, Any]) -> None:
-        told = run.shown(event) if event["kind"] in QUIET else run.event(event)
+        told = run.events.stamped(event) if event["kind"] in QUIET else run.events.append(event)
         progress(event)
         on_event(told)
 

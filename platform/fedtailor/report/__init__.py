@@ -168,9 +168,8 @@ def _write_all(run: RunFolder, out: Path) -> Path:
     if metrics.empty:
         raise StorageError(f"run '{run.run_id}' has committed nothing yet that could be reported")
     add_stored(run.info()["config"].get("code", {}), run.run_id)
-    counts = {
-        "failures": len(run.failures()), "warnings": sum(event.get("kind") == "warning" for event in run.events()),
-    }  # fmt: skip
+    warnings = sum(event.get("kind") == "warning" for event in run.events.entries())
+    counts = {"failures": len(run.failures.entries()), "warnings": warnings}
     info = {**run.info(), "status": run.status()["state"], **counts}
     write_report(info, metrics, run.strategies(), modules_of(run), out, gather(run))
     return out / PAGE

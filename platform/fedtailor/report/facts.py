@@ -216,7 +216,7 @@ def gather(run: RunFolder) -> RunData:
         dealt="client" not in manifest.get("columns", {}),
         pretrain=_pretrain(run, exp.model.path),
         times=run.timings(),
-        events=run.events(),
+        events=run.events.entries(),
     )
 
 

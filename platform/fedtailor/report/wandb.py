@@ -286,7 +286,7 @@ def sync_wandb(run: RunFolder, exp: ExperimentBase) -> str | None:
         place = sync_run(run, exp.wandb)
     except Exception as error:  # W&B lets errors of many libraries through, and none may fail a committed run
         problem = str(error) if isinstance(error, TailorError) else scrub(f"{type(error).__name__}: {error}")
-        run.event({"kind": "wandb", "state": "failed", "text": problem})
+        run.events.append({"kind": "wandb", "state": "failed", "text": problem})
         return problem
-    run.event({"kind": "wandb", "state": "synced", "place": place})
+    run.events.append({"kind": "wandb", "state": "synced", "place": place})
     return None

@@ -26,7 +26,6 @@ State = Literal["running", "complete", "failed", "interrupted"]
 STATES = get_args(State)
 STRATEGIES, LAMBDA = "strategies.safetensors", "lambda/"
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-Entries = list[dict[str, Any]]
 
 
 class RunFolder:
@@ -45,8 +44,8 @@ class RunFolder:
             rule = "1 to 128 of A-Z a-z 0-9 . _ -, no leading dot, and not 'artifacts'"
             raise StorageError(f"run id '{run_id}': allowed are {rule}")
         self.storage, self.run_id = storage, run_id
-        self._events = Journal(storage, run_id, "events")
-        self._failures = Journal(storage, run_id, "failures")
+        self.events, self.failures = Journal(storage, run_id, "events"), Journal(storage, run_id, "failures")
+        """``events.jsonl``, see `tracking.events`, and ``failures.jsonl``."""
 
     @classmethod
     def create(
@@ -117,7 +116,7 @@ class RunFolder:
         path = f"artifacts/{names[0]}/manifest.json" if names and names[0] else None
         return self.storage.read_json(path) if path and self.storage.exists(path) else None
 
-    def stages(self, kind: str | None = None) -> Entries:
+    def stages(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Recorded stages, all or of one kind: base, strategy or personalise."""
         return [dict(stage) for stage in self.info()["stages"] if kind in (None, stage["kind"])]
 
@@ -139,26 +138,6 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """Content of ``status.json``: state, message, progress, updated."""
         return dict(self.storage.read_json(join(self.run_id, "status.json")))
-
-    def event(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Adds a line to ``events.jsonl`` and returns it: with time, number and run, see `tracking.events`."""
-        return self._events.append(entry)
-
-    def shown(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """An event that is shown but not kept, as `event` would return it, with the number of the one before."""
-        return self._events.stamped(entry)
-
-    def failure(self, entry: Mapping[str, Any]) -> None:
-        """Adds a line to ``failures.jsonl``, with time, number and run."""
-        self._failures.append(entry)
-
-    def events(self) -> Entries:
-        """Kept lines of ``events.jsonl``, see `storage.journal`; a torn one is given as ``{"unreadable": text}``."""
-        return self._events.entries()
-
-    def failures(self) -> Entries:
-        """Lines of ``failures.jsonl``, as `events`."""
-        return self._failures.entries()
 
     def timing(
         self, stage: str, index: int, seconds: Mapping[str, float], costs: Mapping[str, ClientCost] | None = None

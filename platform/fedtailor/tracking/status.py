@@ -100,7 +100,7 @@ def all_states(storage: Storage) -> list[State]:
 def status_of(run: RunFolder) -> Status:
     """Everything about a run; reads its event lines, so it is for people and not for every second."""
     state, stages = state_of(run), committed_stages(run)
-    events, progress = run.events(), run.progress()
+    events, progress = run.events.entries(), run.progress()
     readable = [(name_of(event), event) for event in events if "kind" in event]
     done = {stage["key"] for stage in stages if stage["done"]}
     here = state.state == "running" and progress.get("stage") not in {None, *done}
@@ -115,7 +115,7 @@ def status_of(run: RunFolder) -> Status:
         seconds_left=progress["seconds_left"] if here else None,
         retries=sum(name == "pool/job_retried" for name, _ in readable),
         losses=dict(Counter(str(event["how"]) for name, event in readable if name == "pool/actor_lost")),
-        rejected=dict(Counter(str(entry.get("kind")) for entry in run.failures())),
+        rejected=dict(Counter(str(entry.get("kind")) for entry in run.failures.entries())),
         events_given_up=max(0, int(events[0].get("seq", 1)) - 1) if events else 0,
         last_event={"time": str(last.get("time", "")), "text": text} if events else None,
         disk_bytes=sum(run.storage.size(folder) for folder in folders),
