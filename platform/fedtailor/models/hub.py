@@ -18,7 +18,7 @@ from fedtailor.models.folder import check_folder, check_length, check_listing, w
 from fedtailor.models.load import first_line, load_classifier, load_tokenizer, save_folder
 from fedtailor.models.packaged import PACKAGE_RECORD
 from fedtailor.models.packages import PACKAGED
-from fedtailor.models.source import EMBEDDED, EMBEDDED_CAUSAL, EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
+from fedtailor.models.source import EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
 from fedtailor.tasks.source import TaskKind
 
 PRETRAINING = "pretrain.json"
@@ -175,11 +175,14 @@ def _write(folder: Path, labels: Sequence[str], seed: int, out: Path, kind: Task
 def _check_embedded(cfg: ModelConfig, kind: TaskKind) -> None:
     made_for = EMBEDDED_KINDS[cfg.name]
     if made_for != kind:
-        other = next(name for name, its_kind in EMBEDDED_KINDS.items() if its_kind == kind)
         raise ModelError(
-            f"'model.name' ({cfg.name}) is for tasks of {made_for}, and this task is one of {kind}: use model={other}, "
-            f"or another model that can do it"
+            f"'model.name' ({cfg.name}) is for tasks of {made_for}, and this task is one of {kind}: use "
+            f"model={_embedded(kind)}, or another model that can do it"
         )
+
+
+def _embedded(kind: TaskKind) -> str:
+    return next(name for name, made_for in EMBEDDED_KINDS.items() if made_for == kind)
 
 
 @lru_cache(maxsize=256)
@@ -223,5 +226,5 @@ def _advice(source: ModelSource, kind: TaskKind = "classification") -> str:
     hint = did_you_mean(source.name, [*EMBEDDED_KINDS, PRETRAINED, *PACKAGED, *PRESETS]).removeprefix("; ")
     return (
         f"{hint}{' ' * bool(hint)}Give a local folder with 'model.path=FOLDER', fetch it once with "
-        f"'hf download {source.location}', or use model={EMBEDDED if kind == 'classification' else EMBEDDED_CAUSAL}"
+        f"'hf download {source.location}', or use model={_embedded(kind)}"
     )
