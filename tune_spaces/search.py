@@ -21,10 +21,10 @@ from actors.placement import ActorPlan
 from fedtailor.core.config import resolve
 from fedtailor.core.errors import DataError, Interrupted, LockedError, StorageError
 from fedtailor.core.settings import EngineConfig
-from fedtailor.experiment.config import ExperimentBase, overrides_of, to_json
+from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.launch import Backend, launch, run_serial
+from fedtailor.experiment.prepare import run_folder
 from fedtailor.federated.pool import OnEvent
-from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRICS
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.progress import LINE_EVERY_S
@@ -44,9 +44,6 @@ _ENVIRONMENT: Final = {
     "TUNE_GLOBAL_CHECKPOINT_S": "2",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-
-_FREE = ("storage", "wandb")
-"""Keys that may differ when a trial is taken up again."""
 
 _DYING_S = 60.0
 _ROUND_LOSSES = ("val_loss", "train_loss")
@@ -196,7 +193,7 @@ def play(config: Mapping[str, Any], plan: SweepPlan, place: Mapping[str, Any]) -
     adopt_environment(**place)
     number = plan.number(config)
     exp = plan.experiment(number)
-    run = RunFolder.create(Storage(exp.storage), plan.run_id(number), to_json(exp), overrides_of(exp), ignore=_FREE)
+    run = run_folder(exp, plan.run_id(number))
     watch = Watch(plan, run)
     if not is_complete(run):
         try:

@@ -13,11 +13,12 @@ from tiny import open_run, run_tiny, tiny
 from typer.testing import CliRunner
 
 from fedtailor.cli import app
-from fedtailor.core.errors import ConfigError, LockedError, PlacementError
+from fedtailor.core.errors import ConfigError, LockedError, PlacementError, StorageError
 from fedtailor.experiment import launch
-from fedtailor.experiment.prepare import check_placement, refuse_job_folder, refuse_other_configuration
+from fedtailor.experiment.prepare import check_placement, refuse_job_folder, refuse_other_configuration, run_folder
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import Lock
+from fedtailor.storage.payloads import canonical_json, sha256
 
 
 @pytest.fixture
@@ -89,6 +90,17 @@ def test_an_address_without_ray_is_refused(tmp_path: Path) -> None:
 def test_a_run_may_go_on_at_another_address(tmp_path: Path) -> None:
     open_run(tiny(tmp_path, "engine.backend=ray", "engine.address=auto"))
     refuse_other_configuration(Storage(tmp_path), "run", tiny(tmp_path, "engine.backend=ray"))
+
+
+def test_a_run_from_before_a_key_goes_on_and_one_of_another_configuration_does_not(tmp_path: Path) -> None:
+    exp = tiny(tmp_path)
+    run = run_folder(exp, "run")
+    info = run.info()
+    del info["config"]["model"]["attention"]
+    run.storage.write_json("run/run.json", {**info, "config_hash": sha256(canonical_json(info["config"]))})
+    assert run_folder(exp, "run").info()["created"] == info["created"]
+    with pytest.raises(StorageError, match=r"another configuration: seeds is \(42,\) there and \(7,\) here"):
+        run_folder(tiny(tmp_path, "seeds=[7]"), "run")
 
 
 def test_gpus_are_asked_of_the_cluster_that_a_job_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,22 +76,6 @@ def test_the_same_configuration_finds_its_run_again(storage: Storage) -> None:
     assert RunFolder.create(storage, "r", json.loads(json.dumps(CONFIG))).stages() == [stage("base", "fedavg")]
 
 
-def test_another_configuration_is_refused_and_the_keys_are_named(storage: Storage) -> None:
-    RunFolder.create(storage, "r", CONFIG)
-    other = {**CONFIG, "seeds": [52], "task": {"name": "cldr", "alpha": 0.5}}
-    with pytest.raises(StorageError, match=r"seeds: \[42\] there, \[52\] now; task.alpha: not set there, 0.5 now"):
-        RunFolder.create(storage, "r", other)
-    assert RunFolder.open(storage, "r").info()["config"] == CONFIG
-
-
-def test_keys_that_may_differ_do_not_part_runs(storage: Storage) -> None:
-    RunFolder.create(storage, "r", CONFIG)
-    other = {**CONFIG, "engine": {"actors": 7, "token_budget": 64}}
-    assert RunFolder.create(storage, "r", other, ignore=("engine.actors",)).run_id == "r"
-    with pytest.raises(StorageError, match=r"engine.actors: 2 there, 7 now"):
-        RunFolder.create(storage, "r", other, ignore=("engine.act",))
-
-
 def test_an_edited_configuration_is_noticed(storage: Storage) -> None:
     RunFolder.create(storage, "r", CONFIG)
     info = storage.read_json("r/run.json")

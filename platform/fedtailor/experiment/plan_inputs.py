@@ -13,25 +13,24 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from fedtailor.core.errors import DataError, ModelError, TailorError
-from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled_task
+from fedtailor.experiment.config import ExperimentBase, clients_per_language
 from fedtailor.experiment.estimate import Population
 from fedtailor.experiment.prepare import (
     check_placement,
     check_tokenizer,
+    checked_data,
     model_artifact,
     tokens_artifact,
     write_tokens,
 )
-from fedtailor.experiment.rules import check_population, check_weights
+from fedtailor.experiment.rules import check_weights
 from fedtailor.experiment.stages import Inputs
-from fedtailor.federated.updates import attack_of
 from fedtailor.models.folder import settle_padding
 from fedtailor.models.load import load_tokenizer
 from fedtailor.models.source import resolve
 from fedtailor.storage.artifacts import artifact_path
 from fedtailor.storage.files import Storage
 from fedtailor.tasks.store import TaskData
-from fedtailor.tasks.task import prepare
 from fedtailor.tasks.tokens import TokenData, unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
 
@@ -65,16 +64,13 @@ def inputs_here(
         return None, None, None
     with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
         try:
-            data = prepare(scaled_task(exp), seed, Path(folder) / "data")
+            data = checked_data(exp, seed, Path(folder) / "data")
         except DataError as error:
             if exp.task.path:
                 raise
             notes.append(f"Client sizes are unknown: {error}")
             return None, None, None
         seen, unseen = data.pool("seen"), data.pool("unseen")
-        if exp.task_entry.clients != "dealt":
-            check_population(exp, len(seen))
-        attack_of(exp.attack, [client.id for client in seen])
         population = Population(
             seen=len(seen),
             unseen=len(unseen),

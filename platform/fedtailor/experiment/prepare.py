@@ -70,7 +70,7 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     if exp.task_entry.kind == "generation":
         prompts.check_name(exp.task.template)
     prepare_data(exp, emit)
-    return RunFolder.create(storage, run_id, to_json(exp), overrides_of(exp), ignore=_FREE)
+    return run_folder(exp, run_id)
 
 
 def check_storage(exp: ExperimentBase) -> None:
@@ -106,6 +106,17 @@ def refuse_job_folder(key: str, url: str | os.PathLike[str]) -> None:
             f"'{key}': {os.fspath(url)} lies in this Ray job's copy of the working directory ({place}), which Ray "
             "deletes; give a folder that all nodes see, e.g. /shared/runs"
         )
+
+
+def run_folder(exp: ExperimentBase, run_id: str) -> RunFolder:
+    """Makes the run's folder, or opens it if it is this experiment's.
+
+    Raises:
+        StorageError: see `RunFolder.create` and `refuse_other_configuration`.
+    """
+    folder = RunFolder.create(Storage(exp.storage), run_id, to_json(exp), overrides_of(exp))
+    refuse_other_configuration(folder.storage, run_id, exp)
+    return folder
 
 
 def refuse_other_configuration(storage: Storage, run_id: str, exp: ExperimentBase) -> None:
@@ -193,11 +204,7 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
     model = artifacts.ensure(model_name, lambda out: _model(exp, seed, data, out))
     tokens_name = tokens_artifact(exp, data_name, model_name)
     tokenizer = load_tokenizer(model)
-
-    def write(out: Path) -> None:
-        write_tokens(exp, data, tokenizer, out)
-
-    tokens = TokenData.open(artifacts.ensure(tokens_name, write))
+    tokens = TokenData.open(artifacts.ensure(tokens_name, partial(write_tokens, exp, data, tokenizer)))
     return Inputs(data_name, model_name, tokens_name, unknown_tokens(data, tokens, tokenizer))
 
 
@@ -226,16 +233,25 @@ def _place_of(exp: ExperimentBase) -> PlaceOf | None:
     return partial(find, exp.task) if find else None
 
 
+def checked_data(exp: ExperimentBase, seed: int, out: Path) -> TaskData:
+    """Prepares a seed's data in a folder; refuses cohorts and attackers that they do not have.
+
+    Raises:
+        ConfigError, DataError: see `tasks.task.prepare`, `rules.check_population` and `updates.attack_of`.
+    """
+    data = prepare_task(scaled_task(exp), seed, out)
+    if exp.task_entry.clients != "dealt":
+        check_population(exp, len(data.pool("seen")))
+    attack_of(exp.attack, [client.id for client in data.pool("seen")])
+    return data
+
+
 def _data(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> tuple[TaskData, str]:
     # The name is the content's hash, so the data is always made; that takes seconds and catches changed files.
-    task = scaled_task(exp)
     with TemporaryDirectory(dir=artifacts.folder, prefix=".data-") as made:
-        data = prepare_task(task, seed, Path(made))
-        if exp.task_entry.clients != "dealt":
-            check_population(exp, len(data.pool("seen")))
-        attack_of(exp.attack, [client.id for client in data.pool("seen")])
+        data = checked_data(exp, seed, Path(made, "data"))
         name = f"data-{data.hash[:16]}"
-        folder = artifacts.ensure(name, lambda out: _move_files(Path(made), out))
+        folder = artifacts.ensure(name, data.path.rename)
     return TaskData.open(folder), name
 
 
@@ -280,8 +296,3 @@ def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
         check_folder(folder, exp.task.max_length, data.kind)
         try_model(exp.model, data.kind, folder)  # what there is to know of it is said when a stage opens it
         hub.materialise(exp.model, data.labels, seed, out, data.kind, exp.task.max_length)
-
-
-def _move_files(source: Path, target: Path) -> None:
-    for path in source.iterdir():
-        path.rename(target / path.name)

@@ -32,7 +32,7 @@ ARTIFACTS, MANIFEST = "artifacts", "FILES.json"
 Files = Mapping[str, str]
 """Path below the folder, with ``/``, to the sha256 of the content."""
 
-Make = Callable[[Path], None]
+Make = Callable[[Path], object]
 """Fills the empty folder that it is given."""
 
 _AT_ONCE, _TRIES = 4, 2

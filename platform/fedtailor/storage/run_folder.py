@@ -54,19 +54,17 @@ class RunFolder:
         run_id: str,
         config: Mapping[str, Any],
         overrides: Sequence[Any] = (),
-        ignore: tuple[str, ...] = (),
     ) -> RunFolder:
-        """Makes the folder as a whole, or opens it if it is there with the same configuration.
+        """Makes the folder as a whole, or opens it if it is there; whether it has this configuration is not looked at.
 
         Args:
             storage: storage of the run.
             run_id: letters, digits, ``.``, ``_`` and ``-``, at most 128, no leading dot.
             config: resolved configuration, JSON-like; secrets are hidden before anything is written.
             overrides: choices that depart from the defaults, as `experiment.overrides_of` lists them.
-            ignore: dotted prefixes of keys that may differ when a run is taken up again.
 
         Raises:
-            StorageError: a bad run id, or one that belongs to another configuration (names the keys).
+            StorageError: a bad run id, or one of something that is no run or was edited.
         """
         run = cls(storage, run_id)
         tree = json.loads(canonical_json(redact(dict(config))))
@@ -76,7 +74,7 @@ class RunFolder:
             "versions": versions(), "git": source(), "hardware": hardware(),
         }  # fmt: skip
         if storage.exists(join(run_id, "run.json")) or not run._publish(content):
-            run._compare(tree, ignore)
+            run._refuse_edited()
         return run
 
     @classmethod
@@ -207,26 +205,12 @@ class RunFolder:
                 self.storage.delete(self.run_id)
             raise
 
-    def _compare(self, tree: Mapping[str, Any], ignore: tuple[str, ...]) -> None:
+    def _refuse_edited(self) -> None:
         path = join(self.run_id, "run.json")
         if not self.storage.exists(path):
             raise StorageError(f"{self.storage.full(self.run_id)} exists and is no run; choose another --run-id")
-        info = self.info()
-        if info.get("config_hash") != _hash(info.get("config")):
+        if self.info().get("config_hash") != _hash(self.info().get("config")):
             raise StorageError(f"{self.storage.full(path)} was edited: its config_hash does not fit its config")
-        if info["config_hash"] == _hash(tree):
-            return
-        old, new = _leaves(info["config"]), _leaves(tree)
-        free = tuple(f"{prefix.rstrip('.')}." for prefix in ignore)
-        pairs = "; ".join(
-            f"{key}: {old.get(key, 'not set')} there, {new.get(key, 'not set')} now"
-            for key in sorted({*old, *new})
-            if old.get(key, "not set") != new.get(key, "not set") and not f"{key}.".startswith(free)
-        )
-        if pairs:
-            raise StorageError(
-                f"run '{self.run_id}' belongs to another configuration ({pairs}); choose another --run-id"
-            )
 
 
 def run_ids(storage: Storage) -> list[str]:
@@ -237,13 +221,3 @@ def run_ids(storage: Storage) -> list[str]:
 
 def _hash(tree: Any) -> str:
     return sha256(canonical_json(tree))
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    return {
-        key: leaf
-        for name, value in tree.items()
-        for key, leaf in _leaves(value, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
