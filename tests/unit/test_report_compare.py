@@ -27,7 +27,7 @@ from fedtailor.report.compare_files import at_every_budget, compare_runs, write
 from fedtailor.report.wandb import identity
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
-from fedtailor.storage.round_store import METRICS, metrics_table
+from fedtailor.storage.round_store import METRIC_SCHEMA, METRICS, table_of
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking.wandb_key import KEY
 
@@ -90,7 +90,7 @@ class Lab:
             for client in clients
             for budget in ((-1,) if method in ("base", "majority") else stage["budgets"])
         ]  # fmt: skip
-        run.log(stage).commit(0, {METRICS: metrics_table(rows)}, {"kind": "chunk"})
+        run.log(stage).commit(0, {METRICS: table_of(rows, METRIC_SCHEMA)}, {"kind": "chunk"})
         self.storage.write_json(f"artifacts/{stage['artifact']}/{DONE}", {"modules": ["m"]})
 
     def compare(self, *names: str) -> Comparison:

@@ -19,7 +19,7 @@ from fedtailor.report.judge import Request, judge_run
 from fedtailor.report.judge_client import NoScoreError, Template
 from fedtailor.storage.commit_log import CommitLog
 from fedtailor.storage.files import Storage
-from fedtailor.storage.round_store import PREDICTIONS, predictions_table
+from fedtailor.storage.round_store import PREDICTION_SCHEMA, PREDICTIONS, table_of
 from fedtailor.storage.run_folder import RunFolder
 
 CANARY = "sk-canary-0f1e2d3c4b5a69788796a5b4"
@@ -60,7 +60,7 @@ def make_run(storage: Path, state: str = "complete", **changes: Any) -> RunFolde
     for method, budget in (("base", -1), ("lora", 2)):
         artifact = f"personalise-{method}"
         log = CommitLog(run.storage, f"artifacts/{artifact}")
-        table = predictions_table(rows(method, budget))
+        table = table_of(rows(method, budget), PREDICTION_SCHEMA)
         for index, part in enumerate((table.slice(0, 4), table.slice(4))):
             kept = {PREDICTIONS: part} if config["personalise"]["save_predictions"] else {"other": b"x"}
             log.commit(index, kept, {"cohort": []})
@@ -217,7 +217,7 @@ def test_equal_answers_to_a_question_are_asked_once_and_count_for_both(tmp_path:
     stage = run.stages()[0]
     twin = [{**row, "method": "lora", "budget": 4} for row in rows("base", -1)]
     CommitLog(run.storage, "artifacts/personalise-twin").commit(
-        0, {PREDICTIONS: predictions_table(twin)}, {"cohort": []}
+        0, {PREDICTIONS: table_of(twin, PREDICTION_SCHEMA)}, {"cohort": []}
     )
     run.set_stages([*run.stages(), {**stage, "method": "lora", "artifact": "personalise-twin"}])
     with JudgeServer(well) as server:

@@ -23,7 +23,7 @@ from fedtailor.report.wandb import series, settled, sync_run, sync_wandb
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import Lock
-from fedtailor.storage.round_store import METRICS, metrics_table
+from fedtailor.storage.round_store import METRIC_SCHEMA, METRICS, table_of
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tracking import wandb_key
 
@@ -57,7 +57,7 @@ def run(tmp_path: Path) -> RunFolder:
                        client=f"seen/swa/0{i}", metric="train_loss", value=loss, weight=weight)
             for i, (loss, weight) in enumerate(zip(losses, (30.0, 10.0), strict=True))
         ]  # fmt: skip
-        folder.log(STAGES[0]).commit(number, {METRICS: metrics_table(rows)}, {"kind": "round"})
+        folder.log(STAGES[0]).commit(number, {METRICS: table_of(rows, METRIC_SCHEMA)}, {"kind": "round"})
     rows = [
         metric_row(stage="personalise", method="lora", seed=42, pool="seen", language=language, budget=budget,
                    client=f"seen/{language}/00", metric="accuracy", value=value, weight=weight)
@@ -65,7 +65,7 @@ def run(tmp_path: Path) -> RunFolder:
             ("swa", 2, 0.50, 10), ("yor", 2, 0.25, 40), ("swa", 4, 0.75, 10), ("yor", 4, 1.0, 40),
         )
     ]  # fmt: skip
-    folder.log(STAGES[1]).commit(0, {METRICS: metrics_table(rows)}, {"kind": "chunk"})
+    folder.log(STAGES[1]).commit(0, {METRICS: table_of(rows, METRIC_SCHEMA)}, {"kind": "chunk"})
     return folder
 
 
@@ -154,7 +154,7 @@ def test_results_per_language_are_a_table(run: RunFolder) -> None:
 def test_a_second_sync_replaces_the_first(run: RunFolder) -> None:
     first = sync(run)
     rows = [metric_row(stage="base", method="fedavg", seed=42, round=2, metric="train_loss", value=4.0, weight=1.0)]
-    run.log(STAGES[0]).commit(2, {METRICS: metrics_table(rows)}, {"kind": "round"})
+    run.log(STAGES[0]).commit(2, {METRICS: table_of(rows, METRIC_SCHEMA)}, {"kind": "round"})
     sync(run)
     (folder,) = offline_runs(run)
     points = [items(record.item) for record in read(folder)["history"]]
@@ -263,7 +263,7 @@ def test_no_point_is_sent_before_one_that_a_later_sync_must_send(run: RunFolder)
              "artifact": "s-1", "rounds": 1}  # fmt: skip
     run.set_stages([STAGES[0], later, STAGES[1]])
     row = metric_row(stage="strategy", method="fedp2eft", seed=42, round=0, metric="psg_loss", value=1.0, weight=1.0)
-    run.log(later).commit(0, {METRICS: metrics_table([row])}, {"kind": "round"})
+    run.log(later).commit(0, {METRICS: table_of([row], METRIC_SCHEMA)}, {"kind": "round"})
     early = list(series(settled(run, run.metrics())))
     assert [key for point in early for key in point if key != "round"] == ["base/seed42/train_loss"] * 2
     finish(run, STAGES[0])

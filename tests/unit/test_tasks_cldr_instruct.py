@@ -93,7 +93,7 @@ def test_what_a_locale_does_not_have_is_no_answer(kind: str, subject: Any, langu
 
 def test_months_that_babel_finds_in_another_context_only_are_found() -> None:
     assert rules()["date"].write(date(2024, 3, 3), locale_for("ur"), "medium") == "3 مارچ، 2024"
-    assert cldr.month(locale_for("yor"), 3, "wide") == "Oṣù Ẹrẹ̀nà"
+    assert cldr.calendar_name("months", locale_for("yor"), 3, "wide") == "Oṣù Ẹrẹ̀nà"
 
 
 def test_questions_are_asked_in_english_and_english_ones_by_codes() -> None:

@@ -27,14 +27,15 @@ from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import Lock
 from fedtailor.storage.payloads import Payload
 from fedtailor.storage.round_store import (
+    METRIC_SCHEMA,
     METRICS,
+    PREDICTION_SCHEMA,
     PREDICTIONS,
     SHARED,
     CommittedRounds,
     adapter_files,
-    metrics_table,
     named,
-    predictions_table,
+    table_of,
 )
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.tokens import TokenData
@@ -258,10 +259,10 @@ class Execution:
             raise ClientError(failures[0].client, stage.key, index, failures[0].reason)
         if len(failures) > (1 - engine.quorum) * len(clients):
             raise RoundError(f"{stage.key}, chunk {index}: {len(failures)} of {len(clients)} clients failed")
-        objects: dict[str, Payload] = {METRICS: metrics_table(row for r in results for row in r.metrics)}
+        objects: dict[str, Payload] = {METRICS: table_of((row for r in results for row in r.metrics), METRIC_SCHEMA)}
         answers = [row for result in results for row in result.predictions]
         if answers:
-            objects[PREDICTIONS] = predictions_table(answers)
+            objects[PREDICTIONS] = table_of(answers, PREDICTION_SCHEMA)
         strategies = {f"lambda/{client}": lam for r in results for client, lam in r.tensors.items()}
         if strategies:
             objects[STRATEGIES] = strategies

@@ -65,14 +65,9 @@ def adapter_files(lane: str) -> str:
     return f"{ADAPTERS}{'/'.join(map(file_name, lane.split('/')))}/"
 
 
-def metrics_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Metric rows as an Arrow table of METRIC_COLUMNS."""
-    return pa.Table.from_pylist(list(rows), METRIC_SCHEMA)
-
-
-def predictions_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Rows of PREDICTION_SCHEMA as an Arrow table, in the order given: clients, budgets, examples."""
-    return pa.Table.from_pylist(list(rows), PREDICTION_SCHEMA)
+def table_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as an Arrow table, in the order given; null where a row does not say."""
+    return pa.Table.from_pylist(list(rows), schema)
 
 
 def timings_table(stage: str, index: int, seconds: Mapping[str, float], costs: Mapping[str, ClientCost]) -> pa.Table:
@@ -82,7 +77,7 @@ def timings_table(stage: str, index: int, seconds: Mapping[str, float], costs: M
         | (asdict(costs[client]) if client in costs else {})
         for client, value in seconds.items()
     ]
-    return pa.Table.from_pylist(rows, TIMING_SCHEMA)
+    return table_of(rows, TIMING_SCHEMA)
 
 
 def frame_of(tables: Sequence[pa.Table], schema: pa.Schema) -> pd.DataFrame:
@@ -158,7 +153,7 @@ class CommittedRounds:
         state = outcome.state
         objects: dict[str, Payload] = {
             SHARED: named(self._specs, state.shared),
-            METRICS: metrics_table(outcome.metrics),
+            METRICS: table_of(outcome.metrics, METRIC_SCHEMA),
         }
         if state.server:
             objects[SERVER] = dict(state.server)

@@ -64,6 +64,9 @@ _NOTHING = frozenset(
 _UNSEEN_MARKS = {0x200E: None, 0x200F: None, 0x061C: None}
 """Marks that tell a screen the direction of writing."""
 
+CALENDAR = {"month": "months", "weekday": "days"}
+"""What instructions call a thing of the calendar -> what Babel calls all of its kind."""
+
 Names = Iterator[tuple[str, str, str]]
 """(kind, CLDR key, display name)."""
 
@@ -192,18 +195,16 @@ def plain(text: str) -> str:
     return " ".join(text.translate(_UNSEEN_MARKS).split())
 
 
-def month(locale: Locale, number: int, width: str) -> str | None:
-    """Month 1 ... 12 by itself, in ``wide`` or ``abbreviated``; the wide one where the other is not to be had."""
-    return _calendar("months", locale, number, width)
-
-
-def weekday(locale: Locale, number: int, width: str) -> str | None:
-    """Weekday 0 (Monday) ... 6 by itself, as `month`."""
-    return _calendar("days", locale, number, width)
-
-
 @cache
-def _calendar(what: str, locale: Locale, number: int, width: str) -> str | None:
+def calendar_name(what: str, locale: Locale, number: int, width: str) -> str | None:
+    """One of ``months``, 1 ... 12, or of ``days``, 0 (Monday) ... 6, by itself.
+
+    Args:
+        what: which of the two.
+        locale: of CLDR.
+        number: of the month or weekday.
+        width: ``wide`` or ``abbreviated``; the wide one is given where the other is not to be had.
+    """
     # Babel resolves some of CLDR's aliases to root's place holders ("M03", "Mon"): look where the locale has its own.
     root = getattr(Locale("root"), what)
     for context, its_width in ((c, w) for w in (width, "wide") for c in ("stand-alone", "format")):
@@ -238,12 +239,9 @@ def names_of(locale: Locale) -> tuple[Table, Counter[str]]:
 def _askable(locale: Locale) -> Names:
     """The names that instructions ask for, months and weekdays by number included."""
     yield from ((kind, key, plain(text)) for kind, key, text in _names(locale))
-    for number in range(1, 13):
-        if text := month(locale, number, "wide"):
-            yield "calendar", f"month {number}", text
-    for number in range(7):
-        if text := weekday(locale, number, "wide"):
-            yield "calendar", f"weekday {number}", text
+    for what, number in (*(("month", n) for n in range(1, 13)), *(("weekday", n) for n in range(7))):
+        if text := calendar_name(CALENDAR[what], locale, number, "wide"):
+            yield "calendar", f"{what} {number}", text
 
 
 @cache
@@ -278,7 +276,7 @@ def _codes() -> dict[tuple[str, str], str]:
                 continue
         elif kind == "calendar":
             what, number = key.split()
-            code = str((month if what == "month" else weekday)(english, int(number), "abbreviated"))
+            code = str(calendar_name(CALENDAR[what], english, int(number), "abbreviated"))
         else:
             code = key
         noun = "" if kind == "calendar" else f"the {kind} "

@@ -22,7 +22,7 @@ from babel.lists import format_list
 from babel.numbers import format_currency, get_currency_precision
 from babel.units import format_unit
 
-from fedtailor.tasks.cldr import is_english, month, plain, weekday
+from fedtailor.tasks.cldr import CALENDAR, calendar_name, is_english, plain
 from fedtailor.tasks.source import normalise
 
 STYLES: Final = ("short", "medium", "long", "full")
@@ -109,7 +109,7 @@ def _days() -> Iterator[date]:
 
 def _ask_date(day: date, english: bool) -> str:
     return (
-        f"{day}, a {weekday(Locale('en'), day.weekday(), 'wide')}"
+        f"{day}, a {calendar_name('days', Locale('en'), day.weekday(), 'wide')}"
         if english
         else plain(format_date(day, "full", locale="en"))
     )
@@ -272,7 +272,7 @@ def _write_list(subject: tuple[str, str, tuple[int, ...]], locale: Locale, style
 
 
 def _items(what: str, items: tuple[int, ...], locale: Locale, width: str) -> list[str]:
-    found = ((month if what == "month" else weekday)(locale, number, width) for number in items)
+    found = (calendar_name(CALENDAR[what], locale, number, width) for number in items)
     return [text for text in found if text]
 
 
