@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import actors
 import fedtailor
 from actors.placement import THREAD_VARIABLES, NodeResources
-from fedtailor.core.errors import PlacementError
+from fedtailor.core.errors import PlacementError, reported_as
 from fedtailor.core.outside import packages
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -177,10 +177,8 @@ def _knock(address: str) -> None:
     host, _, port = place.rpartition(":")
     if not host or not port.isdigit():
         return  # auto and names that only Ray can resolve
-    try:
+    with reported_as(PlacementError, f"no Ray cluster listens at engine.address={address}", OSError):
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
-    except OSError as error:
-        raise PlacementError(f"no Ray cluster listens at engine.address={address}: {error}") from error
     call = "RayletDriver/KVExists" if address.startswith(CLIENT) else "NodeInfoGcsService/CheckAlive"
     channel = init_grpc_channel(place)
     try:

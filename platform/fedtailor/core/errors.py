@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -11,56 +12,47 @@ class TailorError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
 
-class ConfigError(TailorError):
+
+class ConfigError(TailorError, exit_code=2):
     """The configuration cannot run. Holds every problem that was found, not just the first.
 
     Args:
         problems: one sentence each, naming the key, the value and the allowed values.
     """
 
-    exit_code = 2
-
     def __init__(self, problems: Sequence[str] | str) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
 
-class DataError(TailorError):
+class DataError(TailorError, exit_code=3):
     """A dataset is missing, damaged or unusable; names the file and line or the client."""
 
-    exit_code = 3
 
-
-class ModelError(TailorError):
+class ModelError(TailorError, exit_code=3):
     """A base model or tokenizer is missing, incomplete or of an unsupported architecture."""
 
-    exit_code = 3
 
-
-class CapabilityError(TailorError):
+class CapabilityError(TailorError, exit_code=2):
     """A method needs something that the chosen engine or adapter cannot do."""
 
-    exit_code = 2
 
-
-class PlacementError(TailorError):
+class PlacementError(TailorError, exit_code=4):
     """The requested resources do not exist on this machine or cluster."""
 
-    exit_code = 4
 
-
-class StorageError(TailorError):
+class StorageError(TailorError, exit_code=5):
     """A run folder, artifact or lock is in a state that forbids going on."""
-
-    exit_code = 5
 
 
 class LockedError(StorageError):
     """Another process that is alive has this run or artifact."""
 
 
-class ClientError(TailorError):
+class ClientError(TailorError, exit_code=6):
     """A client failed inside data or method code; says where.
 
     Args:
@@ -70,8 +62,6 @@ class ClientError(TailorError):
         cause: text of the original error.
     """
 
-    exit_code = 6
-
     def __init__(self, client: str, stage: str, round: int, cause: str) -> None:
         self.client, self.stage, self.round, self.cause = client, stage, round, cause
         super().__init__(f"client {client}, {stage}, round {round}: {cause}")
@@ -80,46 +70,47 @@ class ClientError(TailorError):
         return ClientError, (self.client, self.stage, self.round, self.cause)
 
 
-class MethodError(TailorError):
+class MethodError(TailorError, exit_code=6):
     """A method breaks a rule of `fedtailor.federated.method`; names the method, the rule and what was found instead."""
 
-    exit_code = 6
 
-
-class RoundError(TailorError):
+class RoundError(TailorError, exit_code=6):
     """A round has no valid update, or fewer than the quorum; the last good state is kept."""
 
-    exit_code = 6
 
-
-class SweepError(TailorError):
+class SweepError(TailorError, exit_code=6):
     """Trials of a sweep failed; the others are kept, and the same words try the failed ones again."""
 
-    exit_code = 6
 
-
-class TrackingError(TailorError):
+class TrackingError(TailorError, exit_code=7):
     """W&B did not take a run, or not all of it; the run folder is complete, and a later sync adds what is missing."""
 
-    exit_code = 7
 
-
-class JudgeError(TailorError):
+class JudgeError(TailorError, exit_code=7):
     """A judge's endpoint is down, or judgements are missing; the others are kept, the same words ask for the rest."""
 
-    exit_code = 7
 
-
-class WorkerError(TailorError):
+class WorkerError(TailorError, exit_code=6):
     """Actors died or hung more often than the retry policy allows."""
 
-    exit_code = 6
 
-
-class Interrupted(TailorError):
+class Interrupted(TailorError, exit_code=130):
     """The run was asked to stop (Ctrl-C or SIGTERM) and stopped at a commit; it can be resumed."""
 
-    exit_code = 130
+
+@contextmanager
+def reported_as(kind: type[TailorError], where: str, *errors: type[BaseException]) -> Iterator[None]:
+    """Turns a library's error into one of ours: ``where: what it says``.
+
+    Args:
+        kind: which one of ours.
+        where: begins the message: the place or key, and what is wrong with it.
+        errors: what the library raises.
+    """
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{where}: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 
-from fedtailor.core.errors import ConfigError
+from fedtailor.core.errors import ConfigError, reported_as
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, cohort_size, method_of, scaled
 from fedtailor.privacy.accounting import Mechanism, Spent, default_delta, epsilon, noise_for
 from fedtailor.privacy.secure_aggregation import Traffic, degree, traffic
@@ -60,10 +60,8 @@ def resolved(exp: ExperimentBase, seen: int) -> ExperimentBase:
         return exp
     blank = mechanism_of(exp, seen, 1.0)
     dearest = max(_pipelines(exp, seen).values(), key=lambda spent: epsilon(blank, spent))
-    try:
+    with reported_as(ConfigError, "'privacy.target_epsilon'", ValueError):
         noise = noise_for(cfg.target_epsilon, blank, dearest)
-    except ValueError as error:
-        raise ConfigError(f"'privacy.target_epsilon': {error}") from error
     section = cfg.model_copy(update={"noise_multiplier": noise, "target_epsilon": None})
     return exp.model_copy(update={"privacy": section})
 

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from fedtailor.core.errors import ModelError
+from fedtailor.core.errors import ModelError, reported_as
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -92,10 +92,8 @@ def _read(file: Path) -> GGUFReader:
         from gguf import GGUFReader
     except ModuleNotFoundError as error:
         raise ModelError(f"{file}: reading it needs the package gguf: pip install 'fedtailor[gguf]'") from error
-    try:
+    with reported_as(ModelError, f"{file} is damaged or no GGUF file", Exception):
         return GGUFReader(file)
-    except Exception as error:
-        raise ModelError(f"{file} is damaged or no GGUF file: {error}") from error
 
 
 def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
-from fedtailor.core.errors import ModelError, did_you_mean
+from fedtailor.core.errors import ModelError, did_you_mean, reported_as
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.dimensions import meta_model, packaged_config
 from fedtailor.models.families import check_kind
@@ -151,10 +151,8 @@ def materialise(
     folder = fetch(resolve(cfg), kind)
     check_folder(folder, max_length, kind)
     _write(folder, labels, seed, out, kind)
-    try:
+    with reported_as(ModelError, f"model folder {folder}: the copy that stages start from is not whole", ModelError):
         check_folder(out, max_length, kind)
-    except ModelError as error:
-        raise ModelError(f"model folder {folder}: the copy that stages start from is not whole: {error}") from error
     return out
 
 

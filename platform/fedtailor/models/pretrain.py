@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import fedtailor
-from fedtailor.core.errors import Interrupted, StorageError
+from fedtailor.core.errors import Interrupted, StorageError, reported_as
 from fedtailor.core.files import staged_folder
 from fedtailor.models.embedded import build_wordpiece
 from fedtailor.models.load import load_tokenizer, quiet
@@ -269,10 +269,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         StorageError: it is missing or damaged; names the file.
     """
-    try:
+    with reported_as(StorageError, f"{path} is missing or damaged", OSError, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} is missing or damaged: {error}") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path} is damaged: expected an object")
     return value

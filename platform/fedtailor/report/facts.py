@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import DataError, reported_as
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of, seen_clients
@@ -228,10 +228,8 @@ def _pretrain(run: RunFolder, folder: str | None) -> Mapping[str, Any] | None:
     file = next((file for name in ORIGINS if folder and (file := Path(folder) / name).is_file()), None)
     if file is None:
         return None
-    try:
+    with reported_as(DataError, f"{file}: no JSON mapping of keys", TypeError, ValueError):
         return dict(json.loads(file.read_text("utf-8")))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{file}: no JSON mapping of keys: {error}") from error
 
 
 @dataclass(frozen=True)

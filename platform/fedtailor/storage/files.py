@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from fedtailor.core.errors import StorageError
+from fedtailor.core.errors import StorageError, reported_as
 from fedtailor.storage.backends import LocalFiles, RemoteFiles, fresh, kind_of, retry
 from fedtailor.storage.provenance import scrub
 
@@ -88,10 +88,8 @@ class Storage:
                 f"'storage' = {scrub(self.url)}: a password in an address would end up in process lists and logs; give "
                 "it as the store's own variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or configuration file"
             )
-        try:
+        with reported_as(StorageError, f"'storage' = {self.url!r}", ValueError, ImportError):
             fs, root = url_to_fs(self.url)
-        except (ValueError, ImportError) as error:
-            raise StorageError(f"'storage' = {self.url!r}: {error}") from error
         self._root = str(root).rstrip("/")
         self.is_local = isinstance(fs, LocalFileSystem)
         self._fs = fs
@@ -207,10 +205,8 @@ class Storage:
             MissingFileError: there is none.
             StorageError: not JSON.
         """
-        try:
+        with reported_as(StorageError, f"{self.full(path)} is not JSON", ValueError):
             return json.loads(self.read_bytes(path))
-        except ValueError as error:
-            raise StorageError(f"{self.full(path)} is not JSON: {error}") from error
 
     def write_json(self, path: str, value: Mapping[str, Any]) -> None:
         """Replaces a JSON file as a whole."""

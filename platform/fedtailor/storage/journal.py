@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from math import inf, isfinite
 from typing import Any
 
-from fedtailor.core.errors import StorageError
+from fedtailor.core.errors import StorageError, reported_as
 from fedtailor.federated.release import PrivacySpend
 from fedtailor.privacy.accounting import Mechanism, Spent, epsilon
 from fedtailor.storage.files import Storage, join
@@ -150,10 +150,8 @@ class PrivacyLedger:
         Raises:
             StorageError: damaged anywhere else.
         """
-        try:
+        with reported_as(StorageError, f"{self._storage.full(self._path)} is damaged", ValueError):
             return [json.loads(line) for line in _text(self._storage, self._path, "strict").split("\n")[:-1]]
-        except ValueError as error:
-            raise StorageError(f"{self._storage.full(self._path)} is damaged: {error}") from error
 
     def record_spend(self, round: int, fingerprint: str) -> PrivacySpend:
         """Writes a release down; durable when it returns.

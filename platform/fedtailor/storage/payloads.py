@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from fedtailor.core.errors import StorageError
+from fedtailor.core.errors import StorageError, reported_as
 from fedtailor.storage.files import safe_path
 
 Array = npt.NDArray[Any]
@@ -42,11 +42,9 @@ def canonical_json(value: Any) -> bytes:
     Raises:
         StorageError: not JSON: a type it does not know, NaN or Inf.
     """
-    try:
+    with reported_as(StorageError, "a record must be JSON", TypeError, ValueError):
         plain = json.loads(json.dumps(value, allow_nan=False))
         return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-    except (TypeError, ValueError) as error:
-        raise StorageError(f"a record must be JSON: {error}") from error
 
 
 def sha256(data: bytes) -> str:
@@ -128,20 +126,16 @@ def read_table(name: str, data: bytes) -> pa.Table:
     Raises:
         StorageError: damaged.
     """
-    try:
+    with reported_as(StorageError, f"{name} is not a readable Parquet file", pa.ArrowException, OSError):
         return pq.read_table(io.BytesIO(data), use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{name} is not a readable Parquet file: {error}") from error
 
 
 def _entries(name: str, data: bytes) -> Entries:
     header = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header > min(MAX_HEADER, len(data) - 8):
         raise StorageError(f"{name}: refused: safetensors header of {header} bytes in {len(data)}")
-    try:
+    with reported_as(StorageError, f"{name} is not a readable safetensors file", SafetensorError, UnicodeDecodeError):
         return sorted(deserialize(data))  # type: ignore[no-untyped-call]
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise StorageError(f"{name} is not a readable safetensors file: {error}") from error
 
 
 def _tensor_content(name: str, entries: Entries) -> str:

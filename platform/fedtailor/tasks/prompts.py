@@ -16,7 +16,7 @@ from typing import Final
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fedtailor.core.errors import ConfigError, DataError, ModelError, did_you_mean
+from fedtailor.core.errors import ConfigError, DataError, ModelError, did_you_mean, reported_as
 
 Turn = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": ...}``"""
@@ -259,10 +259,8 @@ def _slots(path: str) -> str:
             f"'task.template' is {path!r}, allowed: {', '.join(NAMES)}, auto, or a text file (there is none here) "
             f"with the slots {INSTRUCTION} and {RESPONSE}{did_you_mean(path, (*NAMES, 'auto'))}"
         )
-    try:
+    with reported_as(ConfigError, f"'task.template': cannot read {path}", OSError, UnicodeDecodeError):
         text = file.read_text(encoding="utf-8").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'task.template': cannot read {path}: {error}") from error
     for slot in (INSTRUCTION, RESPONSE):
         if text.count(slot) != 1:
             raise ConfigError(f"'task.template': {path} has {text.count(slot)} times the slot {slot}; it needs one")

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import DataError, reported_as
 
 _BLOCK = 1 << 16
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -156,13 +156,10 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     raw = read_bytes(path)
-    try:
-        with pq.ParquetFile(pa.BufferReader(raw)) as file:
-            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
-            for number, value in enumerate(values):
-                yield plain_row(value, f"{path}, row {number}")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+    with reported_as(DataError, f"{path}: cannot be read as Parquet", pa.ArrowException, OSError):
+        values = (value for batch in pq.ParquetFile(pa.BufferReader(raw)).iter_batches() for value in batch.to_pylist())
+        for number, value in enumerate(values):
+            yield plain_row(value, f"{path}, row {number}")
 
 
 ENDINGS: Final[Mapping[str, Callable[[Path], Iterator[Row]]]] = {

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fedtailor.core.errors import DataError
+from fedtailor.core.errors import DataError, reported_as
 from fedtailor.core.messages import Client
 from fedtailor.tasks.source import Split, TaskKind
 
@@ -60,11 +60,8 @@ def open_stream(path: Path, rows: int) -> list[pa.RecordBatch]:
     Raises:
         DataError: the file is missing, damaged, or does not hold `rows` rows; names it.
     """
-    try:
-        with pa.ipc.open_stream(pa.memory_map(str(path), "r")) as reader:
-            batches = list(reader)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: missing or damaged data file: {error}") from error
+    with reported_as(DataError, f"{path}: missing or damaged data file", OSError, pa.ArrowInvalid):
+        batches = list(pa.ipc.open_stream(pa.memory_map(str(path), "r")))
     # A stream that was cut between two batches reads as a shorter one.
     found = sum(batch.num_rows for batch in batches)
     if found != rows:
@@ -195,10 +192,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         DataError: missing, not JSON, or not an object with clients.
     """
-    try:
+    with reported_as(DataError, f"{path}: missing or damaged manifest", OSError, ValueError):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: missing or damaged manifest: {error}") from error
     if not isinstance(manifest, dict) or "clients" not in manifest:
         raise DataError(f"{path}: not a manifest, it has no 'clients'")
     return manifest
