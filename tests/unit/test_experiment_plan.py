@@ -36,7 +36,7 @@ def paper() -> Plan:
     """The paper's experiment without data and without weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FEDTAILOR_DATA", raising=False)
-        patch.setattr("fedtailor.experiment.plan_inputs.try_to_load_from_cache", lambda *_, **__: None)
+        patch.setattr("fedtailor.experiment.plan.try_to_load_from_cache", lambda *_, **__: None)
         return make_plan(compose(["masakhanews_fedp2eft"], ["storage=/nonexistent/runs"]))
 
 
@@ -155,7 +155,7 @@ def three_billion() -> Plan:
 def planned(preset: str, memory_gb: float, *words: str) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FEDTAILOR_DATA", raising=False)
-        patch.setattr("fedtailor.experiment.plan_inputs.try_to_load_from_cache", lambda *_, **__: None)
+        patch.setattr("fedtailor.experiment.plan.try_to_load_from_cache", lambda *_, **__: None)
         return make_plan(compose([preset], ["storage=/nonexistent/runs", "seeds=[42]", *words]), memory_gb)
 
 

@@ -1,35 +1,51 @@
 """Plan of an experiment from sizes alone: stages, bytes, memory, work. No weights are read or made.
 
-How long clients took comes from earlier runs of the same task and model.
+Of this machine's surroundings, data and tokens, what a run would refuse is refused. How long clients took comes from
+earlier runs of the same task and model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
+from fedtailor.core.errors import DataError, ModelError, TailorError
 from fedtailor.core.scope import Scope
-from fedtailor.experiment.config import ExperimentBase, base_seed, method_of, to_json
+from fedtailor.experiment import prepare
+from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, to_json
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
-from fedtailor.experiment.plan_inputs import configured_population, inputs_here, note_surroundings
-from fedtailor.experiment.prepare import check_storage
+from fedtailor.experiment.rules import check_weights
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.experiment.trial import try_model
 from fedtailor.federated.method import Method
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
 from fedtailor.models.families import adapted_linears
+from fedtailor.models.folder import settle_padding
 from fedtailor.models.hub import check_available
+from fedtailor.models.load import load_tokenizer
+from fedtailor.models.source import resolve
+from fedtailor.storage.artifacts import artifact_path
 from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder, run_ids
 from fedtailor.tasks.prompts import check_name
+from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.tokens import TokenData, unknown_tokens
+from fedtailor.tracking.wandb_key import check_wandb
 
 LOOKED_AT = 20
 """Newest runs whose times are looked at."""
+
+MOST_TOKENISED = 10_000
+"""Texts up to which a plan tokenises them, which takes some seconds."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         ModelError: no config of the model is to be had, or a local model cannot serve.
     """
     notes: list[str] = []
-    check_storage(exp)
+    prepare.check_storage(exp)
     if exp.task_entry.kind == "generation":
         check_name(exp.task.template)
     note_surroundings(exp, notes)
@@ -134,6 +150,103 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
     unknown, told = inputs.unknown if inputs else {}, list(dict.fromkeys(notes))
     return Plan(exp, dims, sizes, population, list(stages.values()), told, fitting, unknown, manifest)
+
+
+def note_surroundings(exp: ExperimentBase, notes: list[str]) -> None:
+    """Notes what a run on this machine would be refused for; another machine may have it."""
+    checks: tuple[Callable[[], None], ...] = (
+        partial(prepare.check_placement, exp),
+        partial(check_weights, exp),
+        partial(check_wandb, exp.wandb, exp.save_adapters),
+    )
+    for check in checks:
+        try:
+            check()
+        except TailorError as error:
+            notes.append(f"A run on this machine would be refused: {error}.")
+
+
+def inputs_here(
+    exp: ExperimentBase, seed: int, model: Path | None, notes: list[str]
+) -> tuple[Population | None, Inputs | None, Mapping[str, Any] | None]:
+    """Clients of a seed, the names of its inputs and its data's manifest, each if it can be known.
+
+    What a run would refuse of them is refused.
+    """
+    if not (exp.task.path or os.environ.get("FEDTAILOR_DATA") or exp.task_entry.embedded):
+        notes.append("The data is not here (task.path, FEDTAILOR_DATA): client sizes are unknown.")
+        return None, None, None
+    with TemporaryDirectory(prefix="fedtailor-plan-") as folder:
+        try:
+            data = prepare.checked_data(exp, seed, Path(folder) / "data")
+        except DataError as error:
+            if exp.task.path:
+                raise
+            notes.append(f"Client sizes are unknown: {error}")
+            return None, None, None
+        seen, unseen = data.pool("seen"), data.pool("unseen")
+        population = Population(
+            seen=len(seen),
+            unseen=len(unseen),
+            classes=len(data.labels),
+            train=tuple(client.n_train for client in seen),
+            train_unseen=tuple(client.n_train for client in unseen),
+            test=sum(client.n_test for client in data.clients),
+        )
+        inputs = _inputs(exp, seed, data, notes)
+        unknown = _unknown(exp, data, inputs, model, Path(folder) / "tokens")
+        return population, inputs and replace(inputs, unknown=unknown), data.manifest
+
+
+def _unknown(
+    exp: ExperimentBase, data: TaskData, inputs: Inputs | None, model: Path | None, folder: Path
+) -> Mapping[str, tuple[int, int]]:
+    """Unknown tokens, in a run's tokens or in those made here of data that is not large; empty without tokenizer."""
+    storage = Storage(exp.storage)
+    if inputs is not None and storage.is_local:
+        made, tokens = (storage.local_path(artifact_path(name)) for name in (inputs.model, inputs.tokens))
+        if made.is_dir() and tokens.is_dir():
+            return unknown_tokens(data, TokenData.open(tokens), load_tokenizer(made))
+    if model is None:
+        return {}
+    generation = exp.task_entry.kind == "generation"
+    tokenizer = load_tokenizer(model, padded=not generation)
+    if generation:
+        settle_padding(tokenizer)
+    if data.manifest["rows"] > MOST_TOKENISED:
+        prepare.check_tokenizer(exp, data, tokenizer)
+        return {}
+    return unknown_tokens(data, prepare.write_tokens(exp, data, tokenizer, folder), tokenizer)
+
+
+def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) -> Inputs | None:
+    source = resolve(exp.model)
+    cached = source.kind != "hub" or isinstance(
+        try_to_load_from_cache(source.location, "config.json", revision=source.revision), str
+    )
+    try:
+        if not cached:
+            raise ModelError(f"{source.location} is not in the local cache")
+        name, model = f"data-{data.hash[:16]}", prepare.model_artifact(exp, seed, data)
+    except ModelError as error:
+        notes.append(f"Artifact names depend on the model's weights, which are not here: {error}.")
+        return None
+    return Inputs(name, model, prepare.tokens_artifact(exp, name, model))
+
+
+def configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
+    """The clients without their data: as published or as configured; of natural clients only the data tells."""
+    clients = exp.task_entry.published_clients
+    if clients is not None:
+        unseen = len(exp.task.unseen)
+        notes.append(f"{clients} clients, {unseen} of them unseen: as published, not as found in the data.")
+        return Population(seen=clients - unseen, unseen=unseen)
+    if exp.task_entry.clients != "dealt":
+        raise DataError(
+            f"task '{exp.task.name}' has the clients that its data has, and the data is not here: give task.path"
+        )
+    clients = len(exp.task.languages) * clients_per_language(exp)
+    return Population(seen=clients, unseen=clients)
 
 
 def _try_model(exp: ExperimentBase, notes: list[str]) -> Path | None:
