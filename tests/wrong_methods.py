@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fedtailor.adapters.pair import AdapterPair
+from fedtailor.adapters.lora import AdapterPair
 from fedtailor.core.scope import Scope
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Personalised, Report

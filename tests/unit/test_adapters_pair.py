@@ -9,8 +9,7 @@ import pytest
 import torch
 from toy import toy_context, toy_lanes, toy_llama, toy_net
 
-from fedtailor.adapters.lora import LoraAdapter, Targets
-from fedtailor.adapters.pair import AdapterPair
+from fedtailor.adapters.lora import AdapterPair, LoraAdapter, Targets
 from fedtailor.core.errors import ModelError
 from fedtailor.core.scope import Scope
 from fedtailor.federated.context import ClientContext

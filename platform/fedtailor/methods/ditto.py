@@ -25,8 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtailor.adapters.lora import LoraAdapter
-from fedtailor.adapters.pair import AdapterPair
+from fedtailor.adapters.lora import AdapterPair, LoraAdapter
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.scope import Scope
 from fedtailor.federated.context import ClientContext

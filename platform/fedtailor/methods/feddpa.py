@@ -22,8 +22,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedtailor.adapters.lora import LoraAdapter, chosen_layers
-from fedtailor.adapters.pair import AdapterPair
+from fedtailor.adapters.lora import AdapterPair, LoraAdapter, chosen_layers
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.messages import Row

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtailor.adapters.lora import LoraAdapter
-from fedtailor.adapters.pair import AdapterPair
+from fedtailor.adapters.lora import AdapterPair, LoraAdapter
 from fedtailor.core.config import Config, merge_layers, validate
 from fedtailor.core.errors import ConfigError, ModelError, StorageError, did_you_mean
 from fedtailor.core.messages import Row, StageInfo, StageSpec
