@@ -11,10 +11,9 @@ import yaml
 
 from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import StorageError
-from fedtailor.storage.digest import committed_stages
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.provenance import redact
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import RunFolder, committed_stages
 from tune_spaces.grid import Value, score
 from tune_spaces.plan import SweepPlan
 

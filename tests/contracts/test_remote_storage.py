@@ -22,9 +22,9 @@ from fedtailor import report as reporting
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.experiment.prepare import prepare
 from fedtailor.personalise import export
-from fedtailor.storage.digest import committed_stages, digest
+from fedtailor.storage.digest import digest
 from fedtailor.storage.files import Storage
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import RunFolder, committed_stages
 from fedtailor.worker.worker import SerialPool
 
 SHORT = ("methods=[fedp2eft]", "base.rounds=2", "strategy.rounds=1", "budgets=[2]", "task.clients_per_language=2",

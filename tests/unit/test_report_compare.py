@@ -25,10 +25,9 @@ from fedtailor.report import compare_wandb
 from fedtailor.report.compare import Comparison, compare
 from fedtailor.report.compare_files import at_every_budget, compare_runs, write
 from fedtailor.report.wandb import identity
-from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.round_store import METRIC_SCHEMA, METRICS, table_of
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import DONE, RunFolder
 from fedtailor.tracking.wandb_key import KEY
 
 CLIENTS = tuple(f"seen/{code}/0{k}" for code in ("swa", "yor") for k in range(3))

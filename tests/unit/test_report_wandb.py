@@ -20,11 +20,10 @@ from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import to_json
 from fedtailor.experiment.prepare import prepare
 from fedtailor.report.wandb import series, settled, sync_run, sync_wandb
-from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import Lock
 from fedtailor.storage.round_store import METRIC_SCHEMA, METRICS, table_of
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import DONE, RunFolder
 from fedtailor.tracking import wandb_key
 
 CANARY = "canary" + "0123456789abcdef" * 2

@@ -14,9 +14,9 @@ from fedtailor.core.errors import StorageError
 from fedtailor.core.messages import metric_row
 from fedtailor.storage import payloads
 from fedtailor.storage.commit_log import CommitLog
-from fedtailor.storage.digest import DONE, digest, stage_digests
+from fedtailor.storage.digest import digest, stage_digests
 from fedtailor.storage.files import Storage
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import DONE, RunFolder
 
 STAGES = [
     {"key": "base/seed42", "kind": "base", "method": "fedavg", "seed": 42, "artifact": "base-1", "rounds": 3},

@@ -22,7 +22,6 @@ from fedtailor.lanes.grouping import segments
 from fedtailor.methods.build import build_server_side
 from fedtailor.storage.artifacts import Artifacts, artifact_path, fetch, model_path, on_this_node
 from fedtailor.storage.commit_log import CommitLog
-from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import Lock
 from fedtailor.storage.payloads import Payload
@@ -37,7 +36,7 @@ from fedtailor.storage.round_store import (
     named,
     table_of,
 )
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import DONE, RunFolder
 from fedtailor.tasks.tokens import TokenData
 from fedtailor.tracking.events import spent_event
 

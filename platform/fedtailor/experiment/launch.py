@@ -20,10 +20,9 @@ from fedtailor.experiment.execute import Execution
 from fedtailor.experiment.stages import short_hash
 from fedtailor.federated.pool import OnEvent, Pool
 from fedtailor.methods.external import add_stored, allow
-from fedtailor.storage.digest import committed_stages
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import LockHolder
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import RunFolder, committed_stages
 from fedtailor.tracking.events import QUIET
 from fedtailor.tracking.progress import ProgressFile
 from fedtailor.worker.worker import SerialPool

@@ -33,9 +33,8 @@ from fedtailor.models.hub import check_available
 from fedtailor.models.load import load_tokenizer
 from fedtailor.models.source import resolve
 from fedtailor.storage.artifacts import artifact_path
-from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import Storage
-from fedtailor.storage.run_folder import RunFolder, run_ids
+from fedtailor.storage.run_folder import DONE, RunFolder, run_ids
 from fedtailor.tasks.prompts import check_name
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.tokens import TokenData, unknown_tokens

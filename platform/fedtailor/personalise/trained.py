@@ -22,9 +22,8 @@ from fedtailor.models.load import load_config
 from fedtailor.models.source import ModelSource
 from fedtailor.storage.artifacts import fetch, model_path, published
 from fedtailor.storage.commit import Commit
-from fedtailor.storage.digest import DONE
 from fedtailor.storage.round_store import SERVER, SHARED, flatten
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import DONE, RunFolder
 from fedtailor.training.finetune import FinetuneConfig
 
 USUAL = "fedp2eft"

@@ -27,9 +27,8 @@ from fedtailor.report.scores import TIE_RULE, Block
 from fedtailor.report.style import Drawing, Missing, class_label, language_label, save, styled
 from fedtailor.report.summary import cost_table, gaps, summary_records, tied_shares
 from fedtailor.report.tables import file_label, measure_blocks, measures_data, measures_grid, table_data, table_grid
-from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import join
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import DONE, RunFolder
 
 __all__ = ["RunData", "gather", "report_of", "write_report"]
 PAGE = "report.html"

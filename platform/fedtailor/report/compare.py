@@ -23,9 +23,9 @@ from fedtailor.report.facts import base_line, strategy_line
 from fedtailor.report.names import NOT_RECORDED, Measure, in_method_order, in_pool_order, leaves
 from fedtailor.report.scores import AVERAGE, checked, client_scores, in_table_order, primary, results_table, scored_rows
 from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
-from fedtailor.storage.digest import committed_stages, digest
+from fedtailor.storage.digest import digest
 from fedtailor.storage.files import Storage
-from fedtailor.storage.run_folder import RunFolder, run_ids
+from fedtailor.storage.run_folder import RunFolder, committed_stages, run_ids
 
 Rows = tuple[tuple[str, tuple[str, ...]], ...]
 """Name or key, and a text per run."""

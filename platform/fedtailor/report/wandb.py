@@ -21,12 +21,11 @@ from fedtailor.core.errors import StorageError, TailorError, TrackingError
 from fedtailor.core.settings import WandbConfig
 from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.stages import short_hash
-from fedtailor.storage.digest import DONE
 from fedtailor.storage.files import safe_path
 from fedtailor.storage.lock import Lock
 from fedtailor.storage.provenance import redact, scrub
 from fedtailor.storage.round_store import ADAPTERS
-from fedtailor.storage.run_folder import RunFolder
+from fedtailor.storage.run_folder import DONE, RunFolder
 from fedtailor.tracking.wandb_key import Mode, api_key, settled_mode
 
 if TYPE_CHECKING:

@@ -13,13 +13,10 @@ from typing import Any
 
 from fedtailor.core.errors import StorageError
 from fedtailor.storage.commit import Commit
-from fedtailor.storage.files import Storage, join
+from fedtailor.storage.files import Storage
 from fedtailor.storage.payloads import canonical_json, sha256
 from fedtailor.storage.round_store import PREDICTIONS
-from fedtailor.storage.run_folder import RunFolder
-
-DONE = "DONE.json"
-"""File in an artifact's folder that says that its stage is finished."""
+from fedtailor.storage.run_folder import RunFolder, committed_stages
 
 
 def digest(storage: Storage, run_id: str) -> str:
@@ -67,14 +64,3 @@ def _unfinished(run: RunFolder, stage: Mapping[str, Any]) -> str | None:
     if (why := run.log(stage).damage()) is not None:
         return f"damaged: {why}"
     return f"only {done} of {rounds} rounds are committed" if done < rounds else None
-
-
-def committed_stages(run: RunFolder) -> list[dict[str, Any]]:
-    """The stages of a run with ``committed`` rounds or chunks, ``total`` (0: not known here) and ``done``."""
-    stages = []
-    for stage in run.stages():
-        log = run.log(stage)
-        count, done = len(log.all(objects=False)), run.storage.exists(join(log.path, DONE))
-        total = stage.get("rounds") or (count if done else 0)
-        stages.append({**stage, "committed": count, "total": total, "done": done})
-    return stages

@@ -25,6 +25,9 @@ SCHEMA = 1
 State = Literal["running", "complete", "failed", "interrupted"]
 STATES = get_args(State)
 STRATEGIES, LAMBDA = "strategies.safetensors", "lambda/"
+DONE = "DONE.json"
+"""File in an artifact's folder that says that its stage is finished."""
+
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -211,6 +214,17 @@ class RunFolder:
             raise StorageError(f"{self.storage.full(self.run_id)} exists and is no run; choose another --run-id")
         if self.info().get("config_hash") != _hash(self.info().get("config")):
             raise StorageError(f"{self.storage.full(path)} was edited: its config_hash does not fit its config")
+
+
+def committed_stages(run: RunFolder) -> list[dict[str, Any]]:
+    """The stages of a run with ``committed`` rounds or chunks, ``total`` (0: not known here) and ``done``."""
+    stages = []
+    for stage in run.stages():
+        log = run.log(stage)
+        count, done = len(log.all(objects=False)), run.storage.exists(join(log.path, DONE))
+        total = stage.get("rounds") or (count if done else 0)
+        stages.append({**stage, "committed": count, "total": total, "done": done})
+    return stages
 
 
 def run_ids(storage: Storage) -> list[str]:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from fedtailor.storage.digest import committed_stages
 from fedtailor.storage.files import MissingFileError, Storage
 from fedtailor.storage.lock import STALE_S, LockHolder, lock_holder
-from fedtailor.storage.run_folder import RunFolder, run_ids
+from fedtailor.storage.run_folder import RunFolder, committed_stages, run_ids
 from fedtailor.tracking.events import describe, name_of
 
 DEAD = "dead"
