@@ -124,11 +124,11 @@ def _panel(axis: Axes, values: pd.DataFrame, texts: pd.DataFrame, norm: Normaliz
     """A cell per trial; those without a value are hatched."""
     sns.heatmap(
         values, annot=texts, fmt="", norm=norm, cmap=cmap, cbar=False, linewidths=0.8, ax=axis,
-        annot_kws={"fontsize": 8, "linespacing": 1.3}, xticklabels=[plain(value) for value in values.columns],
-        yticklabels=[plain(value) for value in values.index],
+        annot_kws={"fontsize": 8, "linespacing": 1.3}, xticklabels=[plain(float(value)) for value in values.columns],
+        yticklabels=[plain(float(value)) for value in values.index],
     )  # fmt: skip
     for y, x in np.argwhere(values.isna().to_numpy()):
-        axis.text(x + 0.5, y + 0.5, texts.iat[y, x], ha="center", va="center", fontsize=8, linespacing=1.3)
+        axis.text(x + 0.5, y + 0.5, str(texts.iat[y, x]), ha="center", va="center", fontsize=8, linespacing=1.3)
     for text in axis.texts:
         text.set_fontweight("bold" if "best" in text.get_text() else "normal")
     axis.patch.set(facecolor="#f2f3f5", edgecolor="white", hatch="///")

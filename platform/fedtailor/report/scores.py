@@ -155,7 +155,8 @@ def pooled(rows: pd.DataFrame, keys: Sequence[str], **more: Any) -> pd.DataFrame
     """
     rows = rows.assign(total=rows["value"] * rows["weight"])
     table = rows.groupby(list(keys), as_index=False).agg(total=("total", "sum"), weight=("weight", "sum"), **more)
-    return table.assign(value=table["total"] / table["weight"]).drop(columns="total")
+    means: pd.DataFrame = table.assign(value=table["total"] / table["weight"]).drop(columns="total")
+    return means
 
 
 def averages(scored: pd.DataFrame) -> pd.DataFrame:
