@@ -1,13 +1,17 @@
-"""What a segment's clients played one at a time add up to."""
+"""What a segment's clients played one at a time add up to, and what they find when a group of them broke."""
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.messages import Failure, SegmentResult
+from fedtailor.core.messages import Failure, SegmentJob, SegmentResult
+from fedtailor.worker.segment import Segment
 from fedtailor.worker.worker import merge_results
 
 
@@ -37,3 +41,39 @@ def test_single_clients_make_one_segment_with_everything_that_each_brought() -> 
     np.testing.assert_array_equal(whole.partial.total, [3, 3])
     assert merge_results([alone("a", [1]), lost, alone("c", [2])]).partial == [1, 2]
     assert merge_results([lost, alone("c", sums[1])]).partial is sums[1]
+
+
+class Activations:
+    """What a forward pass keeps."""
+
+
+class BreaksTogether(Segment):
+    """Two clients are one too many; one alone looks whether what the two had is still there."""
+
+    kept: weakref.ref[Activations]
+
+    def _group(self, clients: Any) -> None:
+        if len(clients) == 1:
+            assert self.kept() is None, "the broken group's memory is still held"
+            return
+        activations = Activations()
+        self.kept = weakref.ref(activations)
+        try:
+            raise MemoryError("of the allocator")
+        except MemoryError as error:
+            raise RuntimeError(f"out of memory beside {activations}") from error
+
+    def _costs(self, clients: Any) -> dict[str, Any]:
+        return {}
+
+    def _add_in_order(self) -> None:
+        pass
+
+
+def test_what_a_broken_group_held_is_free_when_its_clients_run_one_by_one() -> None:
+    net = SimpleNamespace(device=torch.device("cpu"), ranks=None, unbind=lambda: None)
+    stage = SimpleNamespace(net=net, groups=lambda clients: [[0, 1]])
+    result = BreaksTogether(stage, SegmentJob("base/seed0", 0, 0, ("a", "b")), None).play()  # type: ignore[arg-type]
+    assert result.valid == ("a", "b")
+    assert [warning["kind"] for warning in result.warnings] == ["group-rerun"]
+    assert result.warnings[0]["reason"].startswith("RuntimeError: out of memory beside")

@@ -67,7 +67,7 @@ class Segment:
             clients = [job.clients[i] for i in group]
             if stage.net.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(stage.net.device)
-            started = time.perf_counter()
+            started, broken = time.perf_counter(), None
             try:
                 self._group(clients)
             except TailorError:
@@ -75,7 +75,9 @@ class Segment:
             except Exception as error:
                 if stage.net.ranks is not None:
                     raise  # the ranks are out of step now: their group starts again
-                self._one_by_one(clients, error)
+                broken = _without_frames(error)
+            if broken is not None:
+                self._one_by_one(clients, broken)
             share = (time.perf_counter() - started) / len(clients)
             self.result.seconds |= dict.fromkeys(clients, share)
             self.result.costs |= self._costs(clients)
@@ -277,6 +279,13 @@ class Segment:
                 peak_gpu=gpu, attempt=job.attempt, host=platform.node(), pid=os.getpid(),
             )  # fmt: skip
         return costs
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error without the frames that it passed through: they hold the group's activations, and where memory ran out
+    that is what the clients need to run one by one."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _reason(error: BaseException) -> str:
