@@ -8,7 +8,7 @@ WORKERS ?= 2
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
-.PHONY: demo demo-real demo-generation-real test check lint types unit contracts architectures bench bench-3b chaos clean
+.PHONY: demo demo-real demo-generation-real test check lint types unit contracts architectures bench bench-gpu bench-3b chaos clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
@@ -60,6 +60,9 @@ architectures: $(VENV)/.ready  ## the table of what works with which architectur
 
 bench: $(VENV)/.ready  ## speed and memory beside a plain loop, Flower and pfl; a part: BENCH='--only null'
 	$(BIN)/python tests/benchmarks $(BENCH)
+
+bench-gpu: $(VENV)/.ready  ## what a first GPU hour should answer, in ten minutes; without one: BENCH='--device cpu --quick'
+	$(BIN)/python tests/benchmarks/gpu.py $(BENCH)
 
 bench-3b: $(VENV)/.ready  ## Llama-3.2-3B's architecture under ZeRO-3 on two CPU ranks: 16 GB of memory, 7 GB of disk
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/three_billion.py

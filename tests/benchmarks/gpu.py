@@ -1,8 +1,8 @@
 """`make bench-gpu`: what a first hour with a GPU should answer, in ten minutes on one card.
 
-Every part runs in a process of its own with a deadline of its own. What it measures is written at once: lines of JSON in
-``gpu.jsonl``, and ``gpu.md``, which grows. A part that fails or is killed at its deadline does not stop the others. The
-exit code is 0 if all parts that were asked for succeeded. Weights are random: nothing is downloaded.
+Every part runs in a process of its own with a deadline of its own. What it measures is written at once: lines of JSON
+in ``gpu.jsonl``, and ``gpu.md``, which grows. A part that fails or is killed at its deadline does not stop the others.
+The exit code is 0 if all parts that were asked for succeeded. Weights are random: nothing is downloaded.
 
 ``python tests/benchmarks/gpu.py --only lanes-135m,fence`` measures some parts and keeps the others of an earlier page.
 """

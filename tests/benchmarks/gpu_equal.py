@@ -14,9 +14,9 @@ import torch
 from contract_kit import Bench as Kit
 from contract_kit import Played, losses, play
 from gpu_part import Bench
-from gpu_step import SHAPES, TYPES, Shape, Step, Type, computing, random_net
-from toy import toy_lanes, toy_llama, toy_net, with_prompts
+from gpu_step import SHAPES, TYPES, Shape, Step, computing, random_net
 from torch import Tensor
+from toy import toy_lanes, toy_llama, toy_net, with_prompts
 
 from fedtailor.core.settings import DecodingConfig
 from fedtailor.evaluation.decoding import Decoding, answer
@@ -117,7 +117,8 @@ def _report(bench: Bench, model: str, kind: str, found: Gradients, expected: Gra
     loss, gradient = (_apart(a, b) for a, b in zip(found, expected, strict=True))
     good = max(loss, gradient) <= limit  # False of NaN, too
     bench.row(_STEPS, {
-        "model": model, "type": kind, "loss": loss, "gradients": gradient, "limit": limit, "equal": "yes" if good else "NO",
+        "model": model, "type": kind, "loss": loss, "gradients": gradient, "limit": limit,
+        "equal": "yes" if good else "NO",
     })  # fmt: skip
     if not good:
         bench.fail(f"{model} in {kind}: losses differ by {loss:.1e}, gradients by {gradient:.1e} (limit {limit:g})")
@@ -130,7 +131,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 def _twice(bench: Bench) -> None:
     """Is training on this device repeatable to the bit? An answer, no demand."""
-    shape = SHAPES["encoder"]
+    shape = SHAPES["encoder"].sized(bench.quick)
     for sure in (False, True):
         torch.use_deterministic_algorithms(sure, warn_only=True)
         ends = []
@@ -142,7 +143,8 @@ def _twice(bench: Bench) -> None:
         how = "torch.use_deterministic_algorithms" if sure else "as the platform runs"
         equal = torch.equal(*ends)
         bench.row("five steps twice", {
-            "how": how, "bits": "the same" if equal else "other ones", "largest difference": float((ends[0] - ends[1]).abs().max()),
+            "how": how, "bits": "the same" if equal else "other ones",
+            "largest difference": float((ends[0] - ends[1]).abs().max()),
         })  # fmt: skip
     torch.use_deterministic_algorithms(False)
 

@@ -69,7 +69,9 @@ def _side_by_side(bench: Bench, count: int, fraction: float, total: int) -> None
         if not (inside and last["said"] and last["alive"]):
             bench.fail(f"{count} fences of {fraction:g}: {last}")
         if not whole:
-            bench.fail(f"{count} fences of {fraction:g}: only {first['held'] / 1e9:.1f} GB of {allowed / 1e9:.1f} to be had")
+            bench.fail(
+                f"{count} fences of {fraction:g}: only {first['held'] / 1e9:.1f} GB of {allowed / 1e9:.1f} to be had"
+            )
 
 
 def fill(pipe: Connection, fraction: float, total: int) -> None:

@@ -1,4 +1,4 @@
-"""`make bench-gpu`, what needs more than torch: Ray actors with fractions of a card, and a base under DeepSpeed ZeRO-3."""
+"""`make bench-gpu`, what needs more than torch: Ray actors with fractions of a card, a base under DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 

@@ -183,13 +183,13 @@ _LOOK = """
 import json, sys, torch
 cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "error": "", "cards": [
-    {"name": c.name, "memory": c.total_memory, "capability": f"{c.major}.{c.minor}", "processors": c.multi_processor_count}
-    for c in cards]}))
+    {"name": c.name, "memory": c.total_memory, "capability": f"{c.major}.{c.minor}",
+     "processors": c.multi_processor_count} for c in cards]}))
 """
 
 
 def earlier(file: Path, head: Mapping[str, Any], again: Sequence[str]) -> list[dict[str, Any]]:
-    """Lines of an earlier call that still stand: of the same device and size, and of parts that are not measured now."""
+    """Lines of an earlier call that still stand: of the same device and size, of parts that are not measured now."""
     if not file.exists():
         return []
     lines = [json.loads(text) for text in file.read_text("utf-8").splitlines() if text.strip()]

@@ -108,7 +108,7 @@ def work(pipe: Connection, device: str, quick: bool) -> None:
             if name not in nets:
                 nets = {name: random_net(SHAPES[name], KIND, device, quick)}
             nets[name].unbind()
-            step = Step(nets[name], SHAPES[name], lanes)
+            step = Step(nets[name], SHAPES[name].sized(quick), lanes)
             for _ in range(1 if quick else 3):
                 step()
             synchronize(device)

@@ -45,15 +45,16 @@ def peak(bench: Bench) -> None:
     small = torch.zeros(16, device=bench.device)
     launch = seconds_each(lambda: small.add_(1), bench.device, bench.quick)
     bench.row("other limits", {"what": "copy, read and written", "measured": f"{copied / 1e9:,.0f} GB/s"})
-    bench.row("other limits", {"what": "the smallest operation, begun from Python", "measured": f"{launch * 1e6:.1f} us"})
+    bench.row(
+        "other limits", {"what": "the smallest operation, begun from Python", "measured": f"{launch * 1e6:.1f} us"}
+    )
     products = ", ".join(f"{kind} {value / 1e12:,.1f}" for kind, value in found.items())
     bench.answer(f"{products} TFLOP/s; copies at {copied / 1e9:,.0f} GB/s; {launch * 1e6:.1f} us to begin an operation")
 
 
 def lanes(bench: Bench, name: str) -> None:
     """Steps of 1 to 64 clients at once, in every type."""
-    shape = SHAPES[name]
-    best = []
+    shape, best = SHAPES[name].sized(bench.quick), []
     for kind in (TYPES[name] for name in shape.types):
         if kind.tf32 and bench.device == "cpu":
             continue
@@ -111,7 +112,7 @@ def graphs(bench: Bench) -> None:
             if bench.left < ENOUGH_S:
                 bench.row(_WAYS, {"shape": name, "lanes": count, "type": kind.name, "note": "no time was left"})
                 return
-            gains += _ways(bench, SHAPES[name], count, kind)
+            gains += _ways(bench, SHAPES[name].sized(bench.quick), count, kind)
     if gains:
         bench.answer("; ".join(gains))
 

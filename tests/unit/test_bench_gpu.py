@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-OWN_PARTS = '''
+OWN_PARTS = """
 import subprocess, sys, time
 
 def works(bench):
@@ -33,10 +33,10 @@ def goes_on(bench):
     with bench.attempt("figures", {"lanes": 1}, "note"):
         raise RuntimeError("first")
     bench.row("figures", {"lanes": 2})
-'''
+"""
 
 
-@pytest.fixture()
+@pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """The program, with parts of our own beside its own; gone from the modules afterwards."""
     before = set(sys.modules)
