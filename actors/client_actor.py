@@ -17,7 +17,7 @@ import ray
 
 from actors.metrics import ActorMetrics
 from actors.placement import THREAD_VARIABLES
-from fedtailor.core.config import resolve
+from fedtailor.core.config import importing, resolve
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.core.scope import Ranks
 
@@ -100,6 +100,13 @@ class ClientActor:
         self._info: StageInfo | None = None
         adopt_environment(setup.environment)
 
+    def load(self) -> None:
+        """Makes the worker, which is mostly imports, while the driver prepares data.
+
+        Nobody waits for the answer: what fails here fails again, and is heard, when a stage is opened.
+        """
+        self._worker = self._start()
+
     def open(self, spec: StageSpec) -> str:
         """Opens a stage and returns a fingerprint of its `StageInfo`, equal on every actor."""
         if self._worker is None:
@@ -144,11 +151,12 @@ class ClientActor:
         for name in THREAD_VARIABLES:
             os.environ[name] = str(self._setup.threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        worker = resolve(self._setup.worker)
-        # A worker without torch (tests) must not pay seconds for importing it.
-        if torch := sys.modules.get("torch"):
-            self._limit(torch)
-        return worker() if self.ranks is None else worker(self.ranks)
+        with importing():
+            worker = resolve(self._setup.worker)
+            # A worker without torch (tests) must not pay seconds for importing it.
+            if torch := sys.modules.get("torch"):
+                self._limit(torch)
+            return worker() if self.ranks is None else worker(self.ranks)
 
     def _limit(self, torch: Any) -> None:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]

@@ -16,7 +16,7 @@ from actors.metrics import counting_commits
 from actors.ray_errors import ActorLoss, classify_error
 from actors.ray_pool import RayPool
 from actors.session import ensure_ray
-from fedtailor.core.config import resolve
+from fedtailor.core.config import importing, resolve
 from fedtailor.core.errors import WorkerError
 from fedtailor.core.settings import EngineConfig
 from fedtailor.federated.pool import OnEvent
@@ -70,7 +70,9 @@ class DriverActor:
         adopt_environment(environment, folder)
         run = str(payload.get("run_id", ""))
         on_event = counting_commits(self._reporter.event, run)
-        return resolve(entry)(payload, partial(RayPool, run=run), on_event, self._stop.is_set)
+        with importing():
+            function = resolve(entry)
+        return function(payload, partial(RayPool, run=run), on_event, self._stop.is_set)
 
     def events(self, since: int, wait_s: float) -> list[dict[str, Any]]:
         """See `Reporter.read`."""

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedtailor.cli import app, views
+from fedtailor.cli import app, status_views
 from fedtailor.storage.files import Storage
 from fedtailor.storage.lock import LOCK, STALE_S, Lock, LockHolder
 from fedtailor.storage.run_folder import RunFolder
@@ -183,7 +183,7 @@ def test_watching_ends_with_the_run_and_with_its_exit_code(run: RunFolder, state
 
 
 def test_watching_goes_on_until_the_run_ends(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "REFRESH_S", 0.01)
+    monkeypatch.setattr(status_views, "REFRESH_S", 0.01)
     run.set_status("running", "", {"launcher": asdict(LockHolder.here("r1"))})
     threading.Timer(0.3, lambda: run.set_status("complete")).start()
     code, text = cli("r1", "--storage", run.storage.url, "--watch", "--json")

@@ -5,6 +5,7 @@ Heavy imports are inside the commands, so that help and errors come at once.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -183,6 +184,8 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Console entry point."""
+    # Imports make a million objects that stay; by default they would be looked through again and again, for a second.
+    gc.set_threshold(100_000)
     app(prog_name="fedtailor")
 
 

@@ -25,7 +25,6 @@ from fedtailor.storage.lock import LockHolder
 from fedtailor.storage.run_folder import RunFolder, committed_stages
 from fedtailor.tracking.events import QUIET
 from fedtailor.tracking.progress import ProgressFile
-from fedtailor.worker.worker import SerialPool
 
 MakePool = Callable[[EngineConfig, OnEvent], Pool]
 ShouldStop = Callable[[], bool]
@@ -146,6 +145,8 @@ def run_serial(
     entry: str, payload: Mapping[str, Any], config: EngineConfig, on_event: OnEvent, should_stop: ShouldStop
 ) -> None:
     """The backend without Ray: everything in this process. Arguments: `actors.driver_actor.run_on_driver`."""
+    from fedtailor.worker.worker import SerialPool  # a driver of actors needs no worker
+
     resolve(entry)(payload, SerialPool, on_event, should_stop)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,7 @@ class Worker:
     """
 
     def __init__(self, ranks: Ranks | None = None) -> None:
+        import_module("transformers.modeling_utils")  # every stage needs it; who only waits for workers does not
         self._ranks = ranks
         if ranks is None:  # the weights that ranks gather come and go: theirs go back to the system
             keep_freed_memory()
