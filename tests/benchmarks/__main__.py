@@ -28,6 +28,7 @@ from null_round import null_part
 from page import page
 from peers import peers_part
 from scale import scale_part
+from start import start_part
 
 Part = Callable[[], dict[str, Any]]
 
@@ -66,6 +67,7 @@ def main() -> None:
             "peers": lambda: peers_part(jobs, chosen.out / "env", say, chosen.regimes, chosen.quick),
             "null": lambda: null_part(chosen.out / "env", say, chosen.quick),
             "scale": lambda: scale_part(jobs, say, chosen.quick),
+            "start": lambda: start_part(jobs, say, chosen.quick),
             "lanes": lanes_part,
             "memory": memory_part,
         }

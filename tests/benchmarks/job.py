@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 from regimes import CLASSES, LEARNING_RATE, RANK, SCALE, VOCAB, Regime
-from transformers import BertConfig, BertForSequenceClassification
-from transformers.utils.logging import disable_progress_bar
 
 from fedtailor.core.messages import StageSpec
 from fedtailor.core.seeding import numpy_rng
@@ -22,14 +21,20 @@ from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.lanes.batches import training_indices
 from fedtailor.tasks.store import BLOCK, EXAMPLES, write_stream
 from fedtailor.tasks.tokens import TOKENS
-from fedtailor.worker.open_stage import OpenStage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STAGE, SEED = "base/seed0", 0
-disable_progress_bar()
 
 
 def write_job(regime: Regime, folder: Path) -> Path:
     """Model, clients, cohorts, orders and initial LoRA of a regime; returns the folder."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from fedtailor.worker.open_stage import OpenStage
+
+    disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "regime.json").write_text(json.dumps(regime.as_json()))
     _model(regime).save_pretrained(folder / "model")
@@ -79,7 +84,9 @@ def stage_spec(regime: Regime, folder: Path, engine: EngineConfig) -> StageSpec:
     )  # fmt: skip
 
 
-def _model(regime: Regime) -> BertForSequenceClassification:
+def _model(regime: Regime) -> PreTrainedModel:
+    from transformers import BertConfig, BertForSequenceClassification  # two seconds that who only plays does not pay
+
     h = regime.hidden
     config = BertConfig(
         vocab_size=VOCAB, hidden_size=h, num_hidden_layers=regime.layers, num_attention_heads=max(2, h // 64),

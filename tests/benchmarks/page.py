@@ -16,7 +16,10 @@ def page(results: Results, figure: str | None) -> str:
     parts = ["# Benchmarks", _machine(results["machine"]), "## Targets", _targets(results)]
     if figure:
         parts.append(f"![Clients per second by system and regime.]({figure})")
-    for name, make in (("peers", _peers), ("null", _null), ("scale", _scale), ("lanes", _lanes), ("memory", _memory)):
+    sections = {
+        "peers": _peers, "null": _null, "scale": _scale, "start": _start, "lanes": _lanes, "memory": _memory,
+    }  # fmt: skip
+    for name, make in sections.items():
         if name in results:
             parts += make(results)
     return "\n\n".join(parts) + "\n"
@@ -152,6 +155,12 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     if value is None:
         return row.get("missing", "–") if key == "clients_per_s" else "–"
     return f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else number(value)
+
+
+def _start(results: Results) -> list[str]:
+    header = ["", "median", "least", "most", "unit"]
+    note = f"The smallest job of the peers' part; load average at the end {results['start']['load']:.1f}."
+    return ["## Start (ours)", note, table(header, results["start"]["rows"])]
 
 
 def _lanes(results: Results) -> list[str]:

@@ -9,26 +9,26 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from bench_worker import StampedWorker
-from job import round_plan, stage_spec
 from regimes import Regime
 
+from fedtailor.core.config import importing
 from fedtailor.core.settings import EngineConfig
-from fedtailor.federated.pool import Pool
-from fedtailor.federated.rounds import RoundOutcome, run_rounds
-from fedtailor.methods import build_method
-from fedtailor.storage.commit_log import CommitLog
-from fedtailor.storage.files import Storage
-from fedtailor.storage.round_store import CommittedRounds
-from fedtailor.worker.worker import SerialPool
+
+if TYPE_CHECKING:
+    from fedtailor.federated.pool import Pool
+    from fedtailor.federated.rounds import RoundOutcome
 
 
 def open_pool(engine: EngineConfig, events: list[dict[str, Any]]) -> Pool:
     if engine.backend == "serial":
+        from bench_worker import StampedWorker
+
+        from fedtailor.worker.worker import SerialPool
+
         pool = SerialPool(engine, events.append)
         pool._worker = StampedWorker()
         return pool
@@ -42,7 +42,16 @@ def run(folder: Path, engine: EngineConfig) -> dict[str, Any]:
     regime = Regime(**{**known, "sizes": tuple(known["sizes"])})
     events: list[dict[str, Any]] = []
     outcomes: list[RoundOutcome] = []
-    pool = open_pool(engine, events)
+    with importing():
+        pool = open_pool(engine, events)  # as a run's driver does: its actors come up while all this is imported
+        from job import round_plan, stage_spec
+
+        from fedtailor.federated.rounds import run_rounds
+        from fedtailor.methods import build_method
+        from fedtailor.storage.commit_log import CommitLog
+        from fedtailor.storage.files import Storage
+        from fedtailor.storage.round_store import CommittedRounds
+
     with TemporaryDirectory() as storage:
         spec = stage_spec(regime, folder, engine)
         info = pool.open(spec)
@@ -67,11 +76,11 @@ def run(folder: Path, engine: EngineConfig) -> dict[str, Any]:
 
 
 def main() -> None:
-    from plain_model import report
-
     folder, out, *words = sys.argv[1:]
     engine = EngineConfig(**{k: yaml.safe_load(v) for k, _, v in (word.partition("=") for word in words)})
     found = run(Path(folder), engine)
+    from plain_model import report  # imports torch, which the pool need not wait for
+
     driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     report(out, found["round_s"], found["final"], found["loss"], lost=found["lost"], driver_mb=driver)
 
