@@ -92,13 +92,9 @@ class Bench:
         bare = stage_spec(exp, stage, str(model), str(self.data.path), None)
         return replace(bare, method=method, method_config=section(method, self.kind))
 
-    def strategy(self, method: str, model: Path, lanes: int) -> tuple[FloatArray | None, list[float]]:
+    def strategy(self, method: str, model: Path, lanes: int, pool: SerialPool) -> tuple[FloatArray | None, list[float]]:
         """SHARED state after one round, and what the clients reported; nothing of a method without rounds."""
-        built, pool, log = (
-            build_method(method, section(method, self.kind), BUDGET),
-            SerialPool(self.exp.engine, print),
-            MemoryLog(),
-        )
+        built, log = build_method(method, section(method, self.kind), BUDGET), MemoryLog()
         if built.local_update is None:
             return None, []
         key = f"strategy/{method}/seed42"
@@ -108,9 +104,11 @@ class Bench:
         state = run_rounds(plan, built, pool, info.initial, log, lambda _: None, lambda _: None)
         return state.shared, [row["value"] for row in log.outcomes[0].metrics if "loss" in row["metric"]]
 
-    def personalise(self, method: str, model: Path, lanes: int, shared: FloatArray | None) -> SegmentResult:
+    def personalise(
+        self, method: str, model: Path, lanes: int, pool: SerialPool, shared: FloatArray | None
+    ) -> SegmentResult:
         """Personal models of all clients."""
-        pool, key = SerialPool(self.exp.engine, print), f"personalise/{method}/seed42"
+        key = f"personalise/{method}/seed42"
         pool.open(self.spec(key, method, model, lanes))
         assert pool._worker._stage is not None
         assert len(pool._worker._stage.groups(self.clients)) == CLIENTS // lanes, "all beside each other, or each alone"
@@ -169,10 +167,12 @@ def measure(architecture: Architecture, bench: Bench, root: Path) -> Row:
         return Row("refused: " + reason.partition(" (allowed")[0])
     materialise(cfg, bench.data.labels, 42, base, bench.kind)
     same, found = True, {}
+    # As in a run, a worker keeps the model from stage to stage.
+    pools = {lanes: SerialPool(bench.exp.engine, print) for lanes in (CLIENTS, 1)}
     for method in METHODS:
-        shared, reported = bench.strategy(method, base, CLIENTS)
-        beside, by_itself = (bench.personalise(method, base, lanes, shared) for lanes in (CLIENTS, 1))
-        same &= _close(reported, bench.strategy(method, base, 1)[1])
+        shared, reported = bench.strategy(method, base, CLIENTS, pools[CLIENTS])
+        beside, by_itself = (bench.personalise(method, base, *side, shared) for side in pools.items())
+        same &= _close(reported, bench.strategy(method, base, 1, pools[1])[1])
         same &= _close(*(losses(result, bench.clients) for result in (beside, by_itself)))
         found[method] = _personal(bench, base, beside, root / method)
     alone = any(clause.startswith("clients run one by one") for clause in said)
