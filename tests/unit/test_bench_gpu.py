@@ -63,7 +63,7 @@ def test_one_part_fails_and_one_hangs_and_the_others_are_on_the_page(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [
-        bench.Part("hangs", "own_parts:hangs", 2, "Does it end?"),
+        bench.Part("hangs", "own_parts:hangs", 15, "Does it end?"),
         bench.Part("fails", "own_parts:fails", 60, "Is there a kernel?"),
         bench.Part("card", "own_parts:fails", 60, "Is there a card?", needs_card=True),
         bench.Part("peak", "gpu_speed:peak", 120, "What can it do?"),
@@ -80,7 +80,7 @@ def test_one_part_fails_and_one_hangs_and_the_others_are_on_the_page(
     assert failed["error"] == "ValueError: no such kernel"
     assert "raise ValueError" in failed["traceback"]
     page = (tmp_path / "out/gpu.md").read_text("utf-8")
-    assert "| hangs | **deadline** | 2 | not finished after 2 s, killed |" in page
+    assert "| hangs | **deadline** | 15 | not finished after 15 s, killed |" in page
     assert "| card | does not apply | 0 | needs a card |" in page
     assert "| bfloat16 | 0.500 |" in page, "what a part measured before it failed is kept"
     assert page.index("## hangs") < page.index("## fails") < page.index("## peak")
