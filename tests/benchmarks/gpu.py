@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -140,4 +141,5 @@ def _arguments(words: Sequence[str] | None, parts: Sequence[Part]) -> argparse.N
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part at work ends with this process
     sys.exit(main())
