@@ -58,7 +58,10 @@ def as_talk(examples: Examples, name: str) -> Examples:
     return replace(examples, prompt_length=prompt.astype(np.int64))
 
 
-def toy_llama(dtype: torch.dtype = torch.float64, checkpointing: bool = False) -> LaneNet:
+def toy_llama(
+    dtype: torch.dtype = torch.float64, checkpointing: bool = False, compute: str = "float32", head: bool = False
+) -> LaneNet:
+    """With ``head`` the output embedding is adapted, too, beside a few layers."""
     from fedtailor.models.families import adapted_linears
 
     config = LlamaConfig(
@@ -73,7 +76,8 @@ def toy_llama(dtype: torch.dtype = torch.float64, checkpointing: bool = False) -
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.data.normal_(0, 0.3)
-    return LaneNet(model.to(dtype), adapted_linears(model, "all-linear"), checkpointing=checkpointing)
+    linears = adapted_linears(model, ("q_proj", "down_proj", "lm_head") if head else "all-linear")
+    return LaneNet(model.to(dtype), linears, compute, checkpointing=checkpointing)
 
 
 def _exact_norms(model: torch.nn.Module) -> None:

@@ -21,6 +21,7 @@ from fedtailor.adapters.bayestune_lora import BayesTuneLora
 from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, StageInfo, StageSpec, metric_row
 from fedtailor.core.scope import Ranks, Scope
 from fedtailor.core.settings import EngineConfig, ZeroConfig
+from fedtailor.lanes import loss
 from fedtailor.lanes.batches import make_batch
 from fedtailor.lanes.net import LaneNet
 from fedtailor.methods import build_method
@@ -28,6 +29,9 @@ from fedtailor.models.families import adapted_linears
 from fedtailor.models.zero import base_bytes, load_partitioned
 from fedtailor.training.bayestune import RankSearchConfig, search_ranks
 from fedtailor.worker.worker import check_answer
+
+# Responses are scored in pieces, whose weight is gathered once.
+loss.WHOLE_LOGITS, loss.PIECE_LOGITS = 1_000, 500  # type: ignore[misc]
 
 SEARCH = RankSearchConfig(lr=1e-3, lambda_lr=1e-2, epochs=5, batch_size=8, alpha_s=1.0)
 BUDGETS = (2, 4)

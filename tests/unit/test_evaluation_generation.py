@@ -73,7 +73,7 @@ def test_the_loss_of_a_sample_is_the_mean_over_its_own_response() -> None:
     net = toy_llama()
     net.state.shapes = ((1, 1),)
     [examples] = examples_for([6])
-    [found] = response_losses(net.logits, [examples], 0, 40)
+    [found] = response_losses(net, [examples], 0, 40)
     for row, (prompt, length) in enumerate(zip(examples.prompt_length, examples.lengths, strict=True)):  # type: ignore[arg-type]
         ids = torch.from_numpy(examples.input_ids[row, :length])
         said = net.model(input_ids=ids.unsqueeze(0)).logits[0].log_softmax(-1)
@@ -83,12 +83,12 @@ def test_the_loss_of_a_sample_is_the_mean_over_its_own_response() -> None:
 
 def test_losses_do_not_depend_on_the_batch_nor_on_other_lanes() -> None:
     tests, net = examples_for([9, 2, 5]), toy_llama()
-    whole = response_losses(net.logits, tests, 0, 10_000)
+    whole = response_losses(net, tests, 0, 10_000)
     for budget in (1, 60):
-        for one, other in zip(whole, response_losses(net.logits, tests, 0, budget), strict=True):
+        for one, other in zip(whole, response_losses(net, tests, 0, budget), strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-9)
     for lane, examples in enumerate(tests):
-        np.testing.assert_allclose(response_losses(net.logits, [examples], 0, 60)[0], whole[lane], rtol=1e-9)
+        np.testing.assert_allclose(response_losses(net, [examples], 0, 60)[0], whole[lane], rtol=1e-9)
 
 
 def test_every_sample_counts_once_for_its_own_group() -> None:
@@ -106,7 +106,7 @@ def test_a_groups_numbers_are_means_over_its_samples() -> None:
     [examples], net = examples_for([9]), toy_llama()
     [asked] = asked_of([examples])
     [one] = scored(net, [asked])
-    [losses] = response_losses(net.logits, [examples], 0, 300)
+    [losses] = response_losses(net, [examples], 0, 300)
     for label in set(examples.labels.tolist()):
         mine = np.flatnonzero(examples.labels == label)
         values = [generation.measures(one.answers[i], asked.references[i]) for i in mine]
@@ -269,7 +269,7 @@ def test_fedp2eft_trains_with_the_further_pair() -> None:
 
 def test_losses_alone_are_those_of_the_scores() -> None:
     tests, net = examples_for([7]), toy_llama()
-    [tally] = loss_tallies(net.logits, tests, GROUPS, 0, 300)
+    [tally] = loss_tallies(net, tests, GROUPS, 0, 300)
     [one] = scored(net, asked_of(tests))
     assert {g: m["loss"] for g, m in tally.items()} == {g: m["loss"] for g, m in one.tally.items()}
 

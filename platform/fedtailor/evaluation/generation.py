@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import CapabilityError
 from fedtailor.evaluation.decoding import Decoding, answer_all
 from fedtailor.evaluation.text_metrics import NAMES, Tally, Tokenizer, add, exact_match, init, meteor, rouge
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, make_batch
+from fedtailor.lanes.loss import target_losses
 from fedtailor.lanes.net import LaneNet
 
 METRICS = (*NAMES, "meteor", "exact_match")
@@ -90,7 +90,7 @@ def score(
     """
     if logits != net.logits:
         raise CapabilityError("a method that answers without the language model cannot be asked for text")
-    losses = response_losses(logits, [a.examples for a in asked], how.pad_id, token_budget, net.device)
+    losses = response_losses(net, [a.examples for a in asked], how.pad_id, token_budget)
     prompts = [[row[:n] for row, n in zip(a.examples.input_ids, _prompt(a.examples), strict=True)] for a in asked]
     tokens = answer_all(net, prompts, how, token_budget)
     found = []
@@ -105,16 +105,11 @@ def score(
 
 
 def loss_tallies(
-    logits: Callable[[LaneBatch], Tensor],
-    texts: Sequence[Examples],
-    groups: Sequence[str],
-    pad_id: int,
-    token_budget: int,
-    device: torch.device | str = "cpu",
+    net: LaneNet, texts: Sequence[Examples], groups: Sequence[str], pad_id: int, token_budget: int
 ) -> list[Tally]:
     """The loss alone, group -> ``loss``, of each lane; see `response_losses`."""
     found = []
-    for examples, losses in zip(texts, response_losses(logits, texts, pad_id, token_budget, device), strict=True):
+    for examples, losses in zip(texts, response_losses(net, texts, pad_id, token_budget), strict=True):
         tally = init()
         for i in np.argsort(examples.labels, kind="stable").tolist():
             tally = add(tally, groups[int(examples.labels[i])], {"loss": float(losses[i])})
@@ -124,20 +119,15 @@ def loss_tallies(
 
 @torch.no_grad()
 def response_losses(
-    logits: Callable[[LaneBatch], Tensor],
-    texts: Sequence[Examples],
-    pad_id: int,
-    token_budget: int,
-    device: torch.device | str = "cpu",
+    net: LaneNet, texts: Sequence[Examples], pad_id: int, token_budget: int
 ) -> list[np.ndarray[tuple[int], np.dtype[np.float64]]]:
     """Mean negative log-likelihood of each response's tokens given what precedes them, (n,) float64 per lane.
 
     Args:
-        logits: (k, m, C) of a batch over the first k lanes.
+        net: the model with the lanes' adapters bound, in evaluation mode.
         texts: one set of examples per lane.
         pad_id: padding token.
         token_budget: tokens of one step over all lanes.
-        device: where batches go.
     """
     sizes = [len(t.labels) for t in texts]
     # Long ones first, side by side: little padding, and the largest step comes first.
@@ -149,8 +139,8 @@ def response_losses(
         stop = start + max(1, token_budget // (len(texts) * width))
         # A lane that has run out stays in the batch with its shortest text, which is not counted again.
         indices = [o[start:stop] if start < n else o[-1:] for o, n in zip(order, sizes, strict=True)]
-        batch = make_batch(texts, indices, pad_id, device)
-        means = _row_means(logits(batch), batch).cpu().numpy()
+        batch = make_batch(texts, indices, pad_id, net.device)
+        means = _row_means(target_losses(net, batch), batch).cpu().numpy()
         for lane, (index, n) in enumerate(zip(indices, sizes, strict=True)):
             if start < n:
                 found[lane][index] = means[lane, : len(index)]
@@ -158,15 +148,13 @@ def response_losses(
     return found
 
 
-def _row_means(scores: Tensor, batch: LaneBatch) -> Tensor:
-    """Mean cross-entropy over the targets of each row, (k, b) float64."""
+def _row_means(each: Tensor, batch: LaneBatch) -> Tensor:
+    """Means over the targets of each row, (k, b) float64, of what each of them has, (k, m)."""
     assert batch.target_row is not None
-    k, m, classes = scores.shape
-    each = functional.cross_entropy(scores.reshape(k * m, classes), batch.labels.reshape(k * m), reduction="none")
-    sums = torch.zeros(batch.input_ids.shape[:2], dtype=torch.float64, device=scores.device)
+    sums = torch.zeros(batch.input_ids.shape[:2], dtype=torch.float64, device=each.device)
     counts, own = torch.zeros_like(sums), batch.valid.double()
     # A masked target may be infinite, and 0 x inf is not 0.
-    each = torch.where(batch.valid, each.view(k, m).double(), 0.0)
+    each = torch.where(batch.valid, each.double(), 0.0)
     sums.scatter_add_(1, batch.target_row, each)
     counts.scatter_add_(1, batch.target_row, own)
     return sums / counts.clamp_min(1)

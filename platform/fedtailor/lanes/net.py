@@ -213,15 +213,9 @@ class LaneNet:
 
     def logits(self, batch: LaneBatch) -> Tensor:
         """Class scores (k, m, C) of the batch's targets, float32 or the base's type if wider."""
-        k, b, t = batch.input_ids.shape
-        if k > 1 and not self.state.fused:
-            return torch.cat([self.lane_logits(batch, lane) for lane in range(k)])
-        self.state.shapes, self.state.rows = batch.shapes, b
-        ids, mask = batch.input_ids.reshape(-1, t), batch.attention_mask.reshape(-1, t)
-        with self.autocast():
-            out = self._pooled(batch, ids, mask) if batch.positions is None else self._at(batch.positions, ids, mask)
-        out = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
-        return out.view(k, -1, out.shape[-1])
+        if batch.lanes > 1 and not self.state.fused:
+            return torch.cat([self.lane_logits(batch, lane) for lane in range(batch.lanes)])
+        return self._pooled(batch) if batch.positions is None else self.scores(self.at_targets(batch))
 
     @contextmanager
     def alone(self, lane: int) -> Iterator[None]:
@@ -234,10 +228,21 @@ class LaneNet:
 
     def hidden(self, batch: LaneBatch) -> Tensor:
         """What a language model's output embedding reads, (k b, T, d); no token is scored."""
-        k, b, t = batch.input_ids.shape
-        self.state.shapes, self.state.rows = batch.shapes, b
+        self.state.shapes, self.state.rows = batch.shapes, batch.input_ids.shape[1]
+        inputs = {"input_ids": batch.input_ids.flatten(0, 1), "attention_mask": batch.attention_mask.flatten(0, 1)}
         with self.autocast():
-            return self._body(batch.input_ids.reshape(k * b, t), batch.attention_mask.reshape(k * b, t))
+            return self.model.base_model(**inputs, use_cache=False)[0]  # type: ignore[operator,no-any-return]
+
+    def at_targets(self, batch: LaneBatch) -> Tensor:
+        """Of `hidden` what the batch's targets are predicted from, (k, m, d): the vocabulary is too wide for more."""
+        assert batch.positions is not None
+        hidden = self.hidden(batch).unflatten(0, (batch.lanes, -1)).flatten(1, 2)
+        return hidden.gather(1, batch.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """A language model's `logits` (k, n, C) of any n of what `at_targets` found, (k, n, d)."""
+        with self.autocast():
+            return _wide(self.model.get_output_embeddings()(hidden))  # type: ignore[operator]
 
     def lane_logits(self, batch: LaneBatch, lane: int) -> Tensor:
         """`logits` of one lane of the batch, (1, m, C), computed without the others."""
@@ -248,24 +253,19 @@ class LaneNet:
         """The compute type, for a forward pass."""
         return torch.autocast(self.device.type, dtype=self.compute_type) if self.compute_type else nullcontext()
 
-    def _pooled(self, batch: LaneBatch, ids: Tensor, mask: Tensor) -> Tensor:
-        """One prediction per row, (k b, C)."""
-        segments = batch.token_type_ids if _takes_segments(self.model) else None
-        types = {} if segments is None else {"token_type_ids": segments.reshape(ids.shape)}
-        logits: Tensor = self.model(input_ids=ids, attention_mask=mask, **types).logits
-        return logits
+    def _pooled(self, batch: LaneBatch) -> Tensor:
+        """One prediction per row, (k, b, C)."""
+        self.state.shapes, self.state.rows = batch.shapes, batch.input_ids.shape[1]
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if batch.token_type_ids is not None and _takes_segments(self.model):
+            inputs["token_type_ids"] = batch.token_type_ids
+        with self.autocast():
+            scores = _wide(self.model(**{name: value.flatten(0, 1) for name, value in inputs.items()}).logits)
+        return scores.view(batch.lanes, -1, scores.shape[-1])
 
-    def _at(self, positions: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Predictions from some tokens only, (k, m, C): the vocabulary is too wide to score every token."""
-        hidden = self._body(ids, mask)
-        hidden = hidden.view(len(positions), -1, hidden.shape[-1])
-        chosen = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        scores: Tensor = self.model.get_output_embeddings()(chosen)  # type: ignore[operator]
-        return scores
 
-    def _body(self, ids: Tensor, mask: Tensor) -> Tensor:
-        found: Tensor = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]  # type: ignore[operator]
-        return found
+def _wide(scores: Tensor) -> Tensor:
+    return scores.float() if scores.itemsize < 4 else scores
 
 
 def _bit_sum(weight: Tensor) -> Tensor:

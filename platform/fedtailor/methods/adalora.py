@@ -32,7 +32,7 @@ from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Personalised
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.batches import LaneBatch
-from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.lanes.loss import lane_losses
 from fedtailor.methods.adalora_budget import RankBudget, Schedule
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.finetune import budget_lanes, budgets_of
@@ -155,7 +155,7 @@ class AdaptiveRanks:
 
         def loss(batch: LaneBatch) -> Tensor:
             nonlocal total
-            own = lane_cross_entropy(ctx.net.logits(batch), batch)
+            own = lane_losses(ctx.net, batch)
             total = total + own.detach()[0]
             return own + cfg.orth * orthogonality(ctx.net, ctx.params) if cfg.orth else own
 

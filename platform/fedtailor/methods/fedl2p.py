@@ -37,6 +37,7 @@ from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Capability, EarlyStop, Method, MethodEntry, Personalised, Report
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.batches import Examples
+from fedtailor.lanes.loss import WHOLE_LOGITS
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import clip_lanes
 from fedtailor.methods.fedl2p_hypergradient import HypergradientConfig, OuterPairs, rate_derivative
@@ -155,6 +156,8 @@ class LearnRates:
         """Mean cross-entropy over the whole validation split, (K,)."""
         width = max(int(v.lengths.max()) for v in validation)
         tokens = self.cfg.finetune.batch_size * len(validation) * width
+        if validation[0].prompt_length is not None:
+            tokens = min(tokens, WHOLE_LOGITS // own.net.config.vocab_size)
         scores = evaluate(own.net.logits, validation, own.pad_id, tokens, own.net.device)
         return torch.tensor([score.loss_sum / score.count for score in scores], dtype=torch.float64)
 
@@ -201,8 +204,7 @@ class GeneratedRates:
 
 def _needs(cfg: FedL2PConfig) -> frozenset[Capability]:
     """Without Neumann terms the hypergradient needs no Hessian: the first-order option for large models."""
-    first_order = cfg.hypergradient.terms == 0 and cfg.hypergradient.form == "lookahead"
-    return frozenset() if first_order else frozenset({Capability.SECOND_ORDER})
+    return frozenset() if cfg.hypergradient.first_order else frozenset({Capability.SECOND_ORDER})
 
 
 def build(cfg: FedL2PConfig, r_max: int) -> Method:

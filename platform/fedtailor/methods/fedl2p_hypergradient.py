@@ -33,7 +33,9 @@ In every direction where the loss curves upwards (0 < psi h < 1) its sign is opp
 lowers a rate where a longer last step would have lowered the validation loss, and raises it where that would have
 done harm.
 
-The outer batch is pairs of one training and one validation text, many in one pass.
+The outer batch is pairs of one training and one validation text, many in one pass. H needs all their logits at once:
+its second backward pass goes through them again, and what `lanes.loss` makes a piece at a time is gone by then. At
+first order there is no H, and no such need.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -54,7 +57,8 @@ from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import Natural, Positive, Rate
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, make_batch
-from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.lanes.loss import lane_cross_entropy, lane_losses
+from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
 
 Tensors = Sequence[Tensor]
@@ -79,6 +83,11 @@ class HypergradientConfig(Config):
     """Multiply the series by psi, as Lorraine et al. do: psi * v tends to the inverse Hessian times g."""
     share_losses: bool = False
     """H of a pair's loss divided by the number of pairs, as in the public code: psi is that much smaller."""
+
+    @property
+    def first_order(self) -> bool:
+        """There is no H."""
+        return not self.terms and self.form == "lookahead"
 
 
 def neumann(gradient: Tensors, product: HessianProduct, terms: int, psi: float) -> list[Tensor]:
@@ -114,7 +123,7 @@ def hessian_product(slope: Tensors, params: Tensors) -> HessianProduct:
 
 
 def cotangent(
-    logits: Callable[[LaneBatch], Tensor],
+    losses: Callable[[LaneBatch], Tensor],
     params: Tensors,
     train: LaneBatch,
     validation: LaneBatch,
@@ -125,7 +134,8 @@ def cotangent(
     Every lane is one pair (clients and pairs alike): lane losses are summed, so each lane has its own g and H.
 
     Args:
-        logits: class scores (k, b, C) of a batch over all lanes of ``params``.
+        losses: mean cross-entropies (k,) of a batch over all lanes of ``params``; twice differentiable but at first
+            order.
         params: leaf tensors (k, \*shape) at w_T.
         train: gives H.
         validation: gives g.
@@ -135,13 +145,13 @@ def cotangent(
         One tensor like each of ``params``.
     """
     share = 1 / cfg.pairs if cfg.share_losses else 1.0
-    if not cfg.terms and cfg.form == "lookahead":
-        gradient = torch.autograd.grad(lane_cross_entropy(logits(validation), validation).sum(), params)
+    if cfg.first_order:
+        gradient = torch.autograd.grad(losses(validation).sum(), params)
         return [cfg.psi * g for g in gradient] if cfg.times_psi else list(gradient)
     # Fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
-        gradient = torch.autograd.grad(lane_cross_entropy(logits(validation), validation).sum(), params)
-        loss = share * lane_cross_entropy(logits(train), train).sum()
+        gradient = torch.autograd.grad(losses(validation).sum(), params)
+        loss = share * losses(train).sum()
         product = hessian_product(torch.autograd.grad(loss, params, create_graph=True), params)
         v = neumann(gradient, product, cfg.terms, cfg.psi)
         if cfg.form == "implicit":
@@ -166,6 +176,10 @@ def cycled(size: int, count: int, rng: np.random.Generator) -> IntArray:
     """``count`` row numbers below ``size``: pass after pass over all rows, each in another order."""
     passes = [rng.permutation(size) for _ in range(math.ceil(count / size))]
     return np.concatenate(passes)[:count]
+
+
+def _whole_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
+    return lane_cross_entropy(net.logits(batch), batch)
 
 
 @dataclass(frozen=True)
@@ -212,6 +226,7 @@ class OuterPairs:
         """
         net, lanes = self.ctx.net, len(self.ctx.lanes)
         names = lora_names(net)
+        losses = partial(lane_losses if cfg.first_order else _whole_losses, net)
         sums: list[Tensor] = []
         for start in range(0, cfg.pairs, cfg.at_once):
             chosen = slice(start, min(start + cfg.at_once, cfg.pairs))
@@ -219,7 +234,7 @@ class OuterPairs:
             wide = self._copies(adapter, each)
             train = self._batch([lane.train for lane in self.ctx.lanes], self.train_rows[:, step, chosen])
             validation = self._batch(self.validation, self.validation_rows[:, step, chosen])
-            found = cotangent(net.logits, [wide[name] for name in names], train, validation, cfg)
+            found = cotangent(losses, [wide[name] for name in names], train, validation, cfg)
             parts = [t.view(lanes, each, *t.shape[1:]).sum(1) for t in found]
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
         adapter.bind(net, self.ctx.params)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fedtailor.adapters.lora import lora_names
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.context import ClientContext, Lane
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch
+from fedtailor.lanes.loss import target_losses
 from fedtailor.lanes.params import clip_lanes
 from fedtailor.training.local import backward, cross_entropy_of
 
@@ -97,7 +97,7 @@ def fine_tune(ctx: ClientContext, rates: Tensor, how: InnerLoop) -> FineTuned:
         for number, batch in enumerate(ctx.batches([[np.concatenate(step) for step in lane] for lane in steps])):
             optimizer.zero_grad()
             if how.hold_first:
-                losses = _loss(ctx.net.logits(batch), batch, [lane[number] for lane in steps[: batch.lanes]])
+                losses = _loss(target_losses(ctx.net, batch), batch, [lane[number] for lane in steps[: batch.lanes]])
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 totals[: batch.lanes] += losses.detach()
             else:
@@ -112,10 +112,9 @@ def fine_tune(ctx: ClientContext, rates: Tensor, how: InnerLoop) -> FineTuned:
     return FineTuned(totals / batches, [direction[name] for name in names])
 
 
-def _loss(logits: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]]) -> Tensor:
-    """The sum over each lane's batches, which share a step, of their mean cross-entropies, (k,)."""
-    k, m, classes = logits.shape
-    each = functional.cross_entropy(logits.reshape(k * m, classes), batch.labels.reshape(k * m), reduction="none")
+def _loss(each: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]]) -> Tensor:
+    """The sum over each lane's batches, which share a step, of the means of their targets' losses (k, m); (k,)."""
+    k, m = each.shape
     rows = each.new_zeros(max(len(step) for step in steps), k, m)
     target_row = torch.arange(m, device=each.device).expand(k, m) if batch.target_row is None else batch.target_row
     for lane, step in enumerate(steps):
@@ -124,7 +123,7 @@ def _loss(logits: Tensor, batch: LaneBatch, steps: Sequence[Sequence[IntArray]])
             own = (target_row[lane] >= start) & (target_row[lane] < start + len(index))
             rows[part, lane] = (own & batch.valid[lane]).to(each.dtype)
             start += len(index)
-    return ((each.view(k, m) * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)
+    return ((each * rows).sum(2) / rows.sum(2).clamp_min(1)).sum(0)
 
 
 def held_out(size: int, share: float) -> int:

@@ -24,7 +24,7 @@ from fedtailor.core.settings import Positive, Rate
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.batches import LaneBatch
-from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.lanes.loss import lane_losses
 from fedtailor.training.local import Training, train
 
 LAMBDA_MIN, LAMBDA_MAX = 1e-4, 1e3
@@ -107,7 +107,7 @@ def search_ranks(ctx: ClientContext, start: Tensor, cfg: RankSearchConfig) -> tu
         raw = params[LAMBDA][:k]
         lam = clamp_lambda(raw)
         use_lambda(net, raw if cfg.forward == "raw" else lam)
-        ce = lane_cross_entropy(net.logits(batch), batch)
+        ce = lane_losses(net, batch)
         ce_sum[:k] += ce.detach() if batch.step_share is None else ce.detach() * batch.step_share.to(ce.dtype)
         penalty = cfg.alpha_s * sparsity(column_norms(net, params, k), lam) + cfg.alpha_p * hyper_prior(lam)
         return ce + penalty / sizes[:k]

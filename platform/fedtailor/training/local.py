@@ -13,7 +13,7 @@ from fedtailor.federated.checks import check_loss
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.batches import IntArray, LaneBatch, micro_batches
-from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.lanes.loss import lane_losses
 from fedtailor.lanes.params import clip_lanes
 
 LaneLoss = Callable[[LaneBatch], Tensor]
@@ -56,7 +56,7 @@ class Trace:
 
 def cross_entropy_of(ctx: ClientContext) -> LaneLoss:
     """Mean cross-entropy of each running lane, (k,)."""
-    return lambda batch: lane_cross_entropy(ctx.net.logits(batch), batch)
+    return lambda batch: lane_losses(ctx.net, batch)
 
 
 def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:

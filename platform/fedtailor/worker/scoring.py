@@ -50,7 +50,7 @@ def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[
     from fedtailor.evaluation.generation import loss_tallies
 
     texts, budget = [data.examples(lane.client.id, "train") for lane in made.lanes], stage.spec.engine.token_budget
-    tallies = loss_tallies(made.logits, texts, data.labels, data.pad_id, budget, stage.net.device)
+    tallies = loss_tallies(stage.net, texts, data.labels, data.pad_id, budget)
     return [_rows(tally, {"loss": "train_loss_after"}) for tally in tallies]
 
 
