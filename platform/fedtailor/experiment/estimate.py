@@ -6,8 +6,8 @@ tables cost none.
 Per token and block, autograd keeps about the inputs and outputs of the block's linear layers (for BERT this is
 Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022, to a few percent). With
 checkpointing it keeps a block's input, and one block whole while that is computed again. Logits exist at response
-tokens only: as computed, in float32, and as gradient. Texts are taken at their longest and all of a row as response, so
-real runs need less.
+tokens only: as computed, in float32, and as gradient; no more of them at once than `lanes.loss` lets be, but where a
+second derivative needs all. Texts are taken at their longest and all of a row as response, so real runs need less.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from fedtailor.core.settings import DecodingConfig, EngineConfig, ModelConfig, Z
 from fedtailor.experiment.config import ExperimentBase
 from fedtailor.experiment.rules import model_problems, zero_problems
 from fedtailor.experiment.stages import Stage
-from fedtailor.federated.method import Method
+from fedtailor.federated.method import Capability, Method
+from fedtailor.lanes.loss import WHOLE_LOGITS
 from fedtailor.models.dimensions import ModelDimensions
 from fedtailor.models.families import locate_module
 
@@ -33,7 +34,6 @@ WEIGHT_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "8b
 COMPUTE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
 USABLE: Final = 0.9
 """Share of the memory that is planned with; the rest is for libraries, buffers and fragmentation."""
-
 _SHOWN_RANKS: Final = (2, 4, 8)
 
 
@@ -132,7 +132,7 @@ def estimate(
     # The widest group of lanes at full texts; a client with its budgets is never cut.
     lanes = each if alone else each * max(1, min(engine.max_lanes, fitting) // each)
     lane_rows = min(ceil(method.batch_size / engine.zero.ranks), engine.micro_batch or method.batch_size)
-    tokens = lanes * lane_rows * length
+    tokens, whole = lanes * lane_rows * length, Capability.SECOND_ORDER in method.requires and not personal
     return Estimate(
         updates=updates,
         steps=steps,
@@ -143,7 +143,7 @@ def estimate(
         trained=trained * lanes * FLOAT,
         optimizer=optimizer_of_rank(trained * lanes, engine.zero),
         activations=activation_bytes(dims, tokens, model, engine.dtype) if passes else 0,
-        logits=logit_bytes(dims, tokens, engine.dtype) if passes and talks else 0,
+        logits=logit_bytes(dims, tokens, engine.dtype, whole) if passes and talks else 0,
         cache=cache_bytes(dims, lanes, length, engine, exp.decoding) if personal and talks else 0,
     )
 
@@ -195,11 +195,11 @@ def _by_block(dims: ModelDimensions, size: Callable[[int, int], int]) -> list[in
     return list(blocks.values())
 
 
-def logit_bytes(dims: ModelDimensions, tokens: int, dtype: str) -> int:
+def logit_bytes(dims: ModelDimensions, tokens: int, dtype: str, whole: bool = False) -> int:
     """Bytes of logits, their float32 log-probabilities and their gradient, every token of every row a response."""
     width = min((d_in for _, d_in, _ in dims.linears), default=1)
-    vocabulary = dims.embedding_parameters // width  # a language model has one embedding table
-    return tokens * vocabulary * (2 * COMPUTE_BYTES[dtype] + FLOAT)
+    logits = tokens * (dims.embedding_parameters // width)  # a language model has one embedding table
+    return (logits if whole else min(logits, WHOLE_LOGITS)) * (2 * COMPUTE_BYTES[dtype] + FLOAT)
 
 
 def cache_bytes(dims: ModelDimensions, lanes: int, length: int, engine: EngineConfig, how: DecodingConfig) -> int:
