@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import VOCAB, toy_context, toy_lanes, toy_llama, with_prompts
 
@@ -27,8 +28,8 @@ SIZES = (7, 4, 1)
 HEADS = ("frozen", "adapted", "trained")
 
 
-class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that any operation gives."""
+class MostLogits(TorchDispatchMode):
+    """Numbers of the largest new tensor whose last axis is the vocabulary; views of others are not new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,8 +37,10 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        given = {each.data_ptr() for each in args if isinstance(each, Tensor)}
         for each in found if isinstance(found, (tuple, list)) else [found]:
-            self.numbers = max(self.numbers, each.numel() if isinstance(each, Tensor) else 0)
+            if isinstance(each, Tensor) and each.dim() > 1 and each.shape[-1] == VOCAB and each.data_ptr() not in given:
+                self.numbers = max(self.numbers, each.numel())
         return found
 
 
@@ -84,7 +87,7 @@ def test_pieces_give_the_losses_and_gradients_of_the_whole(
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 2e-6), ("bfloat16", 3e-2)])
 def test_narrow_types_differ_by_their_rounding(
     head: str, compute: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +99,7 @@ def test_narrow_types_differ_by_their_rounding(
     torch.testing.assert_close(found, losses, rtol=1e-6 if compute == "float32" else 1e-3, atol=0)
     error, before = ((each.double() - exact).norm() / exact.norm() for each in (own, whole))
     assert error < tolerance
-    assert error < 1.2 * before + 1e-7, "not less exact than the whole"
+    assert error < 1.2 * before + 1e-6, "not less exact than the whole"
 
 
 def test_it_is_the_cross_entropy_of_the_model_at_its_responses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,14 +121,13 @@ def test_it_is_the_cross_entropy_of_the_model_at_its_responses(monkeypatch: pyte
 def test_no_more_logits_are_there_than_a_piece(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx, batch, names = setting(head)
     every = batch.labels.numel() * VOCAB
-    own = max(p.numel() for p in (*ctx.net.model.parameters(), *(ctx.params[name] for name in names)))
-    for whole in (True, False):
-        if not whole:
-            cut(monkeypatch, every // 3)
-        with Largest() as largest:
-            gradient_of(ctx, batch, names)
-        assert (largest.numbers >= every) is whole
-        assert whole or largest.numbers <= max(every // 3, ctx.params.flat(ctx.params.specs[0].scope).numel(), own)
+    with MostLogits() as most:
+        gradient_of(ctx, batch, names)
+    assert most.numbers == every
+    cut(monkeypatch, every // 3)
+    with MostLogits() as most:
+        gradient_of(ctx, batch, names)
+    assert 0 < most.numbers <= every // 3
 
 
 def test_up_to_the_limit_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +187,7 @@ def test_a_second_derivative_of_pieces_is_an_error(monkeypatch: pytest.MonkeyPat
     ctx, batch, names = setting("frozen")
     cut(monkeypatch, VOCAB)
     leaf = ctx.params[names[0]]
-    (slope,) = torch.autograd.grad(lane_losses(ctx.net, batch).sum(), leaf, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        (slope,) = torch.autograd.grad(lane_losses(ctx.net, batch).sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()  # type: ignore[no-untyped-call]
