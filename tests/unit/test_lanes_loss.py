@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import VOCAB, toy_context, toy_lanes, toy_llama, with_prompts
 
@@ -187,7 +186,6 @@ def test_a_second_derivative_of_pieces_is_an_error(monkeypatch: pytest.MonkeyPat
     ctx, batch, names = setting("frozen")
     cut(monkeypatch, VOCAB)
     leaf = ctx.params[names[0]]
-    with sdpa_kernel(SDPBackend.MATH):
-        (slope,) = torch.autograd.grad(lane_losses(ctx.net, batch).sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()  # type: ignore[no-untyped-call]
+    losses = lane_losses(ctx.net, batch).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(losses, leaf, create_graph=True)

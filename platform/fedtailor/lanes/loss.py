@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -120,8 +119,9 @@ class _FrozenHead(torch.autograd.Function):
         return torch.cat([each for each, _ in parts], 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError("logits in pieces have no second derivative; take lane_cross_entropy(net.logits(...))")
         (slopes,) = ctx.saved_tensors
         return (slopes * gradients[0].unsqueeze(-1)).to(slopes.dtype), None, None, None, None
 
