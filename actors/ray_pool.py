@@ -193,7 +193,7 @@ class RayPool:
             from actors.zero_group import ZeroGroup  # with torch's process groups, which others need not wait for
 
             return ray.remote(**options)(ZeroGroup).remote(setup, self._plan, config.zero.deadline_s)
-        actor = ray.remote(**options)(ClientActor).remote(setup)
+        actor: Any = ray.remote(**options)(ClientActor).remote(setup)
         actor.load.remote()
         return actor
 

@@ -71,10 +71,8 @@ def target_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
     width = -(-m // -(-m // most))  # as many pieces as it takes, about equally wide
     if frozen:
         kind = net.compute_type or head.weight.dtype
-        return _called(
-            head, lambda x: _FrozenHead.apply(x, batch.labels, head.weight.to(kind), head.bias, width), hidden
-        )
-    pieces = zip(hidden.split(width, 1), batch.labels.split(width, 1), strict=True)
+        return _called(head, lambda x: _frozen_head(x, batch.labels, head.weight.to(kind), head.bias, width), hidden)
+    pieces = zip(torch.split(hidden, width, 1), torch.split(batch.labels, width, 1), strict=True)
     how: dict[str, Any] = {"use_reentrant": False, "context_fn": replaying(net.state)}
     return torch.cat([checkpoint(lambda x, y: _cross_entropy(net.scores(x), y), *piece, **how) for piece in pieces], 1)
 
@@ -104,6 +102,11 @@ def _called(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -
     return found
 
 
+def _frozen_head(hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, width: int) -> Tensor:
+    losses: Tensor = _FrozenHead.apply(hidden, labels, weight, bias, width)  # type: ignore[no-untyped-call]
+    return losses
+
+
 class _FrozenHead(torch.autograd.Function):
     """Cross-entropy (k, m) of hidden states (k, m, d) under a frozen linear layer, and its gradient there.
 
@@ -112,7 +115,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, width: int) -> Tensor:
-        pieces = zip(hidden.split(width, 1), labels.split(width, 1), strict=True)
+        pieces = zip(torch.split(hidden, width, 1), torch.split(labels, width, 1), strict=True)
         parts = [_scored(x, y, weight, bias, ctx.needs_input_grad[0]) for x, y in pieces]
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat([slope for _, slope in parts], 1).to(hidden.dtype))

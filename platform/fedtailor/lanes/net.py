@@ -236,7 +236,8 @@ class LaneNet:
     def at_targets(self, batch: LaneBatch) -> Tensor:
         """Of `hidden` what the batch's targets are predicted from, (k, m, d): the vocabulary is too wide for more."""
         assert batch.positions is not None
-        hidden = self.hidden(batch).unflatten(0, (batch.lanes, -1)).flatten(1, 2)
+        hidden = self.hidden(batch)
+        hidden = hidden.view(batch.lanes, -1, hidden.shape[-1])
         return hidden.gather(1, batch.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def scores(self, hidden: Tensor) -> Tensor:
