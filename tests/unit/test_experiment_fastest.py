@@ -12,7 +12,7 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.experiment import fastest as module
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import ExperimentBase
-from fedtailor.experiment.fastest import candidates, fastest, settled
+from fedtailor.experiment.fastest import LARGEST_MEASURED, candidates, fastest, settled, unasked
 from fedtailor.storage.files import Storage
 
 BOTH = ["engine.dtype=auto", "model.attention=auto"]
@@ -75,6 +75,19 @@ def test_a_small_gain_changes_nothing(times: Times) -> None:
     times(1.0, 0.9, 0.8, 0.78)
     exp, chosen = settled(tiny(*BOTH))
     assert (exp.engine.dtype, exp.model.attention, str(chosen)) == ("float32", None, "float32")
+
+
+def test_a_plan_says_what_auto_would_gain_where_it_is_worth_it_and_quickly_known(times: Times) -> None:
+    measured, exp = times(1.0, 0.9, 0.7, 0.5), compose([], ["model=mbert"])
+    for other in (tiny(), compose([], ["model=mbert", "engine.dtype=bfloat16"]), tiny("model.attention=eager")):
+        assert unasked(other, 1000) is None
+    assert unasked(exp, LARGEST_MEASURED + 1) is None
+    assert not measured
+    found = unasked(exp, LARGEST_MEASURED)
+    assert str(found) == "bfloat16 with eager attention: 2.0 times as fast here as the usual choice"
+    assert len(measured) == 4
+    times(1.0, 0.9, 0.8, 0.78)
+    assert unasked(compose([], ["model=mbert", "task.max_length=32"]), 1000) is None
 
 
 def test_a_measurement_is_kept_for_this_machine_and_these_shapes(times: Times, monkeypatch: pytest.MonkeyPatch) -> None:

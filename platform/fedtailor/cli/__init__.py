@@ -147,13 +147,16 @@ def plan(
 ) -> None:
     """Show stages, bytes, memory and work of an experiment without running it; needs no weights."""
     from fedtailor.cli.plan_views import show_plan
-    from fedtailor.experiment.fastest import settled
+    from fedtailor.experiment.fastest import settled, unasked
     from fedtailor.experiment.plan import make_plan
 
     exp, chosen = settled(_compose(words)[1])
-    show_plan(console(), make_plan(exp, memory_gb))
+    made = make_plan(exp, memory_gb)
+    show_plan(console(), made)
     if chosen:
         console().print(f"[bold]auto[/]  {chosen}")
+    elif better := unasked(exp, made.model.parameters):
+        console().print(f"[bold]auto[/]  engine.dtype=auto model.attention=auto would choose {better}")
 
 
 def doctor_(

@@ -31,6 +31,7 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.models.dimensions import model_config
 from fedtailor.models.families import adapted_linears, untrained
 from fedtailor.models.load import model_errors, name_labels, quiet
+from fedtailor.models.source import EMBEDDED_KINDS
 from fedtailor.storage.files import Storage
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ WORTH = 1.3
 
 _BLOCKS, _TOKENS, _RANK, _REPEATS = 2, 512, 8, 3
 """Blocks that are timed, tokens of a step, rank of its adapters; the fastest of so many repetitions counts."""
+
+LARGEST_MEASURED = 500_000_000
+"""Parameters of a model up to which `unasked` measures."""
 
 Choice = tuple[str, str | None]
 """Compute type, attention kernel (None: transformers' choice)."""
@@ -93,6 +97,28 @@ def settled(exp: ExperimentBase, run_id: str | None = None) -> tuple[ExperimentB
     engine = exp.engine.model_copy(update={"dtype": dtype if exp.engine.dtype == AUTO else exp.engine.dtype})
     kernel = attention if exp.model.attention == AUTO else exp.model.attention
     return exp.model_copy(update={"engine": engine, "model": exp.model.model_copy(update={"attention": kernel})}), found
+
+
+def unasked(exp: ExperimentBase, parameters: int) -> Fastest | None:
+    """What ``auto`` would choose for an experiment that does not ask for it; None: nothing else than the usual.
+
+    Args:
+        exp: checked configuration.
+        parameters: of its model. Embedded models are not measured, since nothing is gained on them, nor are large ones
+            or those that go to a GPU, since that takes long or another machine.
+    """
+    usual = exp.engine.dtype == "float32" and exp.model.attention is None and exp.engine.device == "cpu"
+    if not usual or exp.model.name in EMBEDDED_KINDS or parameters > LARGEST_MEASURED:
+        return None
+    found = fastest(
+        exp.model_copy(
+            update={
+                "engine": exp.engine.model_copy(update={"dtype": AUTO}),
+                "model": exp.model.model_copy(update={"attention": AUTO}),
+            }
+        )
+    )
+    return found if found.gain >= WORTH else None
 
 
 def candidates(exp: ExperimentBase) -> list[Choice]:
