@@ -170,7 +170,7 @@ def test_clients_come_in_turns_of_the_languages_so_that_a_share_has_all(source: 
     everyone = prepare(cfg, 1, tmp_path / "all")
     assert sorted(c.id for c in some.pool("seen")) == [f"seen/{x}/0{i}" for x in ("eng", "swa", "yor") for i in (0, 1)]
     for client in some.clients:
-        assert reading.pairs(some, client.id, "train") == reading.pairs(everyone, client.id, "train")
+        assert some.pairs(client.id, "train") == everyone.pairs(client.id, "train")
 
 
 def test_a_client_has_one_to_four_languages_and_one_of_them_has_more_than_half(source: Source) -> None:

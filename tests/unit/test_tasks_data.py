@@ -54,7 +54,7 @@ def test_clients_are_sorted_by_pool_language_and_index(data: TaskData) -> None:
 def test_texts_have_the_sizes_and_classes_that_the_manifest_says(data: TaskData) -> None:
     for client, entry in zip(data.clients, data.manifest["clients"], strict=True):
         for split, n in (("train", client.n_train), ("test", client.n_test)):
-            texts, labels = reading.texts(data, client.id, split)  # type: ignore[arg-type]
+            texts, labels = data.texts(client.id, split)  # type: ignore[arg-type]
             assert len(texts) == len(labels) == n == entry[f"n_{split}"]
             assert labels.dtype == np.int64
             assert np.bincount(labels, minlength=len(data.labels)).tolist() == entry[f"{split}_classes"]
@@ -62,7 +62,7 @@ def test_texts_have_the_sizes_and_classes_that_the_manifest_says(data: TaskData)
 
 def test_the_clients_of_a_pool_hold_all_its_train_texts_once(data: TaskData) -> None:
     for pool in ("seen", "unseen"):
-        held = Counter(text for c in data.pool(pool) for text in reading.texts(data, c.id, "train")[0])
+        held = Counter(text for c in data.pool(pool) for text in data.texts(c.id, "train")[0])
         assert held == Counter(data.train_texts(pool))
 
 
@@ -71,7 +71,7 @@ def test_labels_belong_to_their_texts(data: TaskData) -> None:
     for client in data.clients:
         part = source.pools[client.pool][client.language]  # type: ignore[index]
         for split in ("train", "test"):
-            texts, labels = reading.texts(data, client.id, split)  # type: ignore[arg-type]
+            texts, labels = data.texts(client.id, split)  # type: ignore[arg-type]
             assert set(zip(texts, labels.tolist(), strict=True)) <= {e[:2] for e in part.split(split)}  # type: ignore[arg-type]
 
 
@@ -79,7 +79,7 @@ def test_equal_seeds_give_equal_bytes_and_another_seed_another_partition(data: T
     again, other = prepare(CFG, 42, tmp_path / "again"), prepare(CFG, 43, tmp_path / "other")
     assert all((data.path / name).read_bytes() == (again.path / name).read_bytes() for name in FILES)
     assert other.hash != data.hash
-    assert reading.texts(other, "seen/amh/00", "train")[0] != reading.texts(data, "seen/amh/00", "train")[0]
+    assert other.texts("seen/amh/00", "train")[0] != data.texts("seen/amh/00", "train")[0]
 
 
 def test_the_order_of_the_languages_in_the_config_does_not_matter() -> None:
@@ -129,7 +129,7 @@ def test_more_texts_than_one_block_keep_their_rows(monkeypatch: pytest.MonkeyPat
     train = split_texts(*(f"train {i}" for i in range(2 * BLOCK + 7)))
     cfg = custom(monkeypatch, toy(LanguagePool(train, split_texts("t0", "t1", "t2", "t3"))))
     data = prepare(cfg, 0, tmp_path)
-    held = [e for c in data.pool("seen") for e in zip(*reading.texts(data, c.id, "train"), strict=True)]
+    held = [e for c in data.pool("seen") for e in zip(*data.texts(c.id, "train"), strict=True)]
     assert sorted(held) == sorted((e.text, e.label) for e in train)
     assert sorted(data.train_texts("unseen")) == sorted("other " + e.text for e in train)
 
@@ -138,7 +138,7 @@ def test_long_and_odd_texts_survive(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     odd = ["x" * 100_000, "line\nbreak\r\n", "nul \0 byte", "🌍 é", " "]
     cfg = custom(monkeypatch, toy(LanguagePool(split_texts(*odd), split_texts("t0", "t1"))))
     data = prepare(cfg, 0, tmp_path)
-    assert sorted(t for c in data.pool("seen") for t in reading.texts(data, c.id, "train")[0]) == sorted(odd)
+    assert sorted(t for c in data.pool("seen") for t in data.texts(c.id, "train")[0]) == sorted(odd)
 
 
 def test_resampling_thousands_of_clients_stores_each_text_once(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_resampling_thousands_of_clients_stores_each_text_once(tmp_path: Path) -
     assert data.clients[-1].id == "unseen/sna/999"
     small = prepare(cfg.model_copy(update={"clients_per_language": 2}), 42, tmp_path / "small")
     assert (data.path / "texts.arrow").stat().st_size == (small.path / "texts.arrow").stat().st_size
-    assert reading.texts(data, "seen/sna/001", "train")[0] == reading.texts(small, "seen/sna/01", "train")[0]
+    assert data.texts("seen/sna/001", "train")[0] == small.texts("seen/sna/01", "train")[0]
 
 
 def test_leaks_are_counted_for_pools_and_for_splits() -> None:
@@ -193,7 +193,7 @@ def test_an_unknown_task_is_a_config_error_with_the_nearest_name() -> None:
 
 def test_an_unknown_client_is_an_error(data: TaskData) -> None:
     with pytest.raises(DataError, match="no client 'seen/amh/9'"):
-        reading.texts(data, "seen/amh/9", "train")
+        data.texts("seen/amh/9", "train")
 
 
 @pytest.mark.parametrize("name", FILES)

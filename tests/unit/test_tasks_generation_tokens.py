@@ -72,9 +72,9 @@ def tokens(data: TaskData, tmp_path_factory: pytest.TempPathFactory) -> TokenDat
 
 
 def samples(data: TaskData, client: str, split: Any) -> list[Sample]:
-    texts, _ = reading.texts(data, client, split)
+    texts, _ = data.texts(client, split)
     turns = [tuple(json.loads(history)) if history else () for history in reading.history(data, client, split)]
-    return [Sample(*each) for each in zip(texts, reading.pairs(data, client, split) or (), turns, strict=True)]
+    return [Sample(*each) for each in zip(texts, data.pairs(client, split) or (), turns, strict=True)]
 
 
 def test_every_example_is_its_templates_encoding(data: TaskData, tokens: TokenData) -> None:
@@ -93,7 +93,7 @@ def test_every_example_is_its_templates_encoding(data: TaskData, tokens: TokenDa
                 assert (examples.input_ids[i, examples.lengths[i] :] == tokens.pad_id).all()
                 assert examples.prompt_length[i] == row.prompt_tokens
             assert examples.input_ids.dtype == examples.prompt_length.dtype == np.int64
-            assert (examples.labels == reading.texts(data, client.id, split)[1]).all()  # type: ignore[arg-type]
+            assert (examples.labels == data.texts(client.id, split)[1]).all()  # type: ignore[arg-type]
     assert found_history == 1
 
 
@@ -101,8 +101,8 @@ def test_questions_and_answers_are_read_from_the_tokens_alone(data: TaskData, to
     opened = TokenData.open(tokens.path)
     for client in data.clients:
         for split in SPLITS:
-            assert opened.questions(client.id, split) == reading.texts(data, client.id, split)[0]  # type: ignore[arg-type]
-            assert opened.answers(client.id, split) == reading.pairs(data, client.id, split)  # type: ignore[arg-type]
+            assert opened.questions(client.id, split) == data.texts(client.id, split)[0]  # type: ignore[arg-type]
+            assert opened.answers(client.id, split) == data.pairs(client.id, split)  # type: ignore[arg-type]
 
 
 def test_the_targets_of_a_batch_are_the_responses(tokens: TokenData) -> None:

@@ -318,8 +318,8 @@ def test_prepared_instructions_keep_response_history_and_group(tmp_path: Path) -
     cfg = write(tmp_path / "r.jsonl", values).model_copy(update={"group_column": "lang"})
     data = prepare(cfg, 0, tmp_path / "out")
     assert [c.id for c in data.clients] == ["seen/en/a"]
-    assert reading.texts(data, "seen/en/a", "train")[0] == ["user says"] * 3
-    assert reading.pairs(data, "seen/en/a", "test") == ["assistant says"]
+    assert data.texts("seen/en/a", "train")[0] == ["user says"] * 3
+    assert data.pairs("seen/en/a", "test") == ["assistant says"]
     assert data.manifest["kind"] == "generation"
     assert data.manifest["notes"]["rows_read"] == 4
     assert data.hash == reading.fingerprint(cfg, 0)
@@ -529,9 +529,9 @@ def test_dolly_deals_every_category_to_clients_of_its_own_in_both_pools(tmp_path
     data = prepare(dolly_file(tmp_path, dolly_rows(20)), 0, tmp_path / "out")
     assert [c.id for c in data.pool("seen")] == [f"seen/{c}/{i:02d}" for c in DOLLY_CATEGORIES for i in range(2)]
     assert {(c.n_train, c.n_test) for c in data.clients} == {(4, 1)}
-    held = [t for c in data.clients for s in ("train", "test") for t in reading.texts(data, c.id, s)[0]]
+    held = [t for c in data.clients for s in ("train", "test") for t in data.texts(c.id, s)[0]]
     assert sorted(held) == sorted(row["instruction"] for row in dolly_rows(20))
-    assert all(text.startswith(c.language) for c in data.clients for text in reading.texts(data, c.id, "train")[0])
+    assert all(text.startswith(c.language) for c in data.clients for text in data.texts(c.id, "train")[0])
 
 
 def test_dolly_limits_a_clients_examples_exactly(tmp_path: Path) -> None:

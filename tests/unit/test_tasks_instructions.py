@@ -70,10 +70,10 @@ def test_clients_keep_the_order_of_the_data_with_the_seen_ones_first(
 
 def test_a_client_holds_its_own_examples_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = stored(monkeypatch, tmp_path, SOME)
-    texts, groups = reading.texts(data, "seen/en/a", "test")
+    texts, groups = data.texts("seen/en/a", "test")
     assert texts == [f"a asks test {i}?" for i in range(4)]
     assert groups.tolist() == [0, 0, 1, 0]
-    assert reading.pairs(data, "seen/en/a", "test") == [f"a says test {i}." for i in range(4)]
+    assert data.pairs("seen/en/a", "test") == [f"a says test {i}." for i in range(4)]
     assert reading.history(data, "seen/en/a", "test") == [None, None, HISTORY, None]
 
 
@@ -114,7 +114,7 @@ def test_classification_has_no_kind_in_its_manifest_and_no_responses(tmp_path: P
     data = prepare(TaskConfig(languages=("eng",), clients_per_language=2), 0, tmp_path)
     assert data.kind == "classification"
     assert not {"kind", "unseen", "template"} & {*data.manifest, *data.manifest["config"]}
-    assert reading.pairs(data, "seen/eng/00", "train") is None
+    assert data.pairs("seen/eng/00", "train") is None
 
 
 def test_equal_sources_give_equal_bytes_and_any_change_another_hash(
@@ -156,9 +156,9 @@ def test_instructions_that_are_dealt_to_clients_are_stored_alike(
     made = Source(("qa",), pools, kind="generation")  # type: ignore[arg-type]
     data = stored(monkeypatch, tmp_path, made, clients_per_language=2, languages=("qa",))
     assert [c.id for c in data.clients] == ["seen/qa/00", "seen/qa/01", "unseen/qa/00", "unseen/qa/01"]
-    held = [reading.texts(data, c, "train")[0] for c in ("seen/qa/00", "seen/qa/01")]
+    held = [data.texts(c, "train")[0] for c in ("seen/qa/00", "seen/qa/01")]
     assert sorted(held[0] + held[1]) == [f"q{i}" for i in range(6)]
-    assert reading.pairs(data, "seen/qa/00", "train") == ["a" + text[1:] for text in held[0]]
+    assert data.pairs("seen/qa/00", "train") == ["a" + text[1:] for text in held[0]]
     assert reading.history(data, "seen/qa/00", "test") == [None, None]
 
 

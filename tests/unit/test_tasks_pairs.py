@@ -72,8 +72,8 @@ def tokens(data: TaskData, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -
 
 def test_clients_hold_pairs(data: TaskData) -> None:
     stored = {(e.text, e.pair): e.label for e in pair_source().pools["seen"]["en"].train}
-    texts, labels = reading.texts(data, "seen/en/00", "train")
-    pairs = reading.pairs(data, "seen/en/00", "train")
+    texts, labels = data.texts("seen/en/00", "train")
+    pairs = data.pairs("seen/en/00", "train")
     assert pairs is not None
     assert [stored[key] for key in zip(texts, pairs, strict=True)] == labels.tolist()
 
@@ -91,7 +91,7 @@ def test_single_texts_have_no_pairs_no_column_for_them_and_no_segments(
     cfg: TaskConfig, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data = prepare(cfg.model_copy(update={"name": "single"}), 1, tmp_path / "d")
-    assert reading.pairs(data, "seen/en/00", "train") is None
+    assert data.pairs("seen/en/00", "train") is None
     assert data.batches[0].schema.names == ["pool", "language", "split", "text", "label"]
     examples = tokenise(data, tokenizer, MAX_LENGTH, tmp_path / "t").examples("seen/en/00", "train")
     assert examples.first_segment_length is None
@@ -112,8 +112,8 @@ def test_every_pair_is_the_tokenizers_own_encoding_of_the_pair(
 ) -> None:
     cut = 0
     for client in data.clients:
-        texts, _ = reading.texts(data, client.id, split)  # type: ignore[arg-type]
-        pairs = reading.pairs(data, client.id, split) or []  # type: ignore[arg-type]
+        texts, _ = data.texts(client.id, split)  # type: ignore[arg-type]
+        pairs = data.pairs(client.id, split) or []  # type: ignore[arg-type]
         examples = tokens.examples(client.id, split)  # type: ignore[arg-type]
         assert examples.first_segment_length is not None
         for i, (text, pair) in enumerate(zip(texts, pairs, strict=True)):

@@ -35,15 +35,15 @@ def test_a_kept_client_is_the_same_client_as_in_the_whole_task(tmp_path: Path, r
     for client, entry in zip(some.clients, some.manifest["clients"], strict=True):
         assert entry == entries[client.id]
         for split in SPLITS:
-            texts, labels = reading.texts(some, client.id, split)  # type: ignore[arg-type]
-            same, same_labels = reading.texts(whole, client.id, split)  # type: ignore[arg-type]
+            texts, labels = some.texts(client.id, split)  # type: ignore[arg-type]
+            same, same_labels = whole.texts(client.id, split)  # type: ignore[arg-type]
             assert texts == same
             assert (labels == same_labels).all()
 
 
 def test_the_texts_of_dropped_clients_are_gone_also_for_the_vocabulary(tmp_path: Path) -> None:
     some = prepare(changed(clients_kept=2), 42, tmp_path)
-    held = [text for c in some.pool("seen") for text in reading.texts(some, c.id, "train")[0]]
+    held = [text for c in some.pool("seen") for text in some.texts(c.id, "train")[0]]
     assert sorted(some.train_texts()) == sorted(held)
     assert some.manifest["rows"] == sum(c.n_train + c.n_test for c in some.clients)
 
@@ -86,7 +86,7 @@ def test_the_references_unseen_clients_hold_the_row_numbers_of_the_seen_ones(
     for index in range(8):
         for split in SPLITS:
             seen, unseen = (
-                [text.split()[-1] for text in reading.texts(data, f"{pool}/en/{index:02d}", split)[0]]  # type: ignore[arg-type]
+                [text.split()[-1] for text in data.texts(f"{pool}/en/{index:02d}", split)[0]]  # type: ignore[arg-type]
                 for pool in ("seen", "unseen")
             )
             assert seen == unseen

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import reading
 from rich.console import Console
 
 from fedtailor.cli.plan_views import show_data
@@ -139,7 +138,7 @@ def test_without_a_column_of_clients_half_of_every_class_is_dealt_in_each_pool(t
     assert len(data.pool("unseen")) == 4
     counts = data.manifest["class_counts"]
     assert counts == {f"{p}/all/{s}": [n] * 3 for p in ("seen", "unseen") for s, n in (("train", 16), ("test", 4))}
-    held = [text for o in data.clients for split in ("train", "test") for text in reading.texts(data, o.id, split)[0]]
+    held = [text for o in data.clients for split in ("train", "test") for text in data.texts(o.id, split)[0]]
     assert sorted(held) == sorted(rows["text"])
     other = saved(tmp_path / "d.jsonl", table(each=30), clients_per_language=4, client_column=None)
     assert prepare(other, 3, tmp_path / "other").hash == data.hash

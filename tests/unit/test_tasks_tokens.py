@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reading
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -55,7 +54,7 @@ def test_every_example_is_the_tokenizers_own_encoding(
 ) -> None:
     for client in data.clients:
         for split in SPLITS:
-            texts, labels = reading.texts(data, client.id, split)  # type: ignore[arg-type]
+            texts, labels = data.texts(client.id, split)  # type: ignore[arg-type]
             examples = tokens.examples(client.id, split)  # type: ignore[arg-type]
             assert (examples.labels == labels).all()
             for text, row, length in zip(texts, examples.input_ids, examples.lengths, strict=True):
@@ -118,7 +117,7 @@ def test_long_and_unreadable_texts_give_at_least_one_token(monkeypatch: pytest.M
     tokenizer = word_pieces(["ordinary text"], pad_token="[PAD]")
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # as GPT-2: no special tokens
     examples = tokenise(data, tokenizer, 16, tmp_path / "tokens").examples("seen/x/00", "train")
-    texts = reading.texts(data, "seen/x/00", "train")[0]
+    texts = data.texts("seen/x/00", "train")[0]
     lengths = dict(zip(texts, examples.lengths.tolist(), strict=True))
     assert lengths[" "] == 1
     assert lengths["x y " * 25_000] == 16
@@ -152,18 +151,13 @@ def test_a_damaged_file_is_named(data: TaskData, tokenizer: PreTrainedTokenizerF
 
 
 def test_unknown_tokens_are_counted_by_language_each_text_once(data: TaskData, tmp_path: Path) -> None:
-    latin = [
-        text
-        for client in data.clients
-        if "/amh/" not in client.id
-        for text in reading.texts(data, client.id, "train")[0]
-    ]
+    latin = [text for client in data.clients if "/amh/" not in client.id for text in data.texts(client.id, "train")[0]]
     tokenizer = word_pieces(latin, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     tokens = tokenise(data, tokenizer, MAX_LENGTH, tmp_path / "tokens")
     expected = dict.fromkeys(("amh", "sna", "yor"), (0, 0))
     for client in data.clients:
         for split in SPLITS:
-            for text in reading.texts(data, client.id, split)[0]:  # type: ignore[arg-type]
+            for text in data.texts(client.id, split)[0]:  # type: ignore[arg-type]
                 ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"][1:-1]
                 unknown, total = expected[client.language]
                 expected[client.language] = (unknown + ids.count(tokenizer.unk_token_id), total + len(ids))

@@ -162,6 +162,15 @@ class TaskData(Partitioned):
         """The examples are pairs of texts; an instruction and its response are one too."""
         return bool(self.batches) and "pair" in self.batches[0].schema.names
 
+    def texts(self, client_id: str, split: Split) -> tuple[list[str], Ints]:
+        """A client's texts (of a pair the first one, see `pairs`) or instructions, and their labels, (n,) int64."""
+        rows = self.rows_of(client_id, split)
+        return cells(self.batches, "text", rows), np.array(cells(self.batches, "label", rows), dtype=np.int64)
+
+    def pairs(self, client_id: str, split: Split) -> list[str] | None:
+        """The second texts, or the responses, in the order of `texts`; None where texts are single."""
+        return cells(self.batches, "pair", self.rows_of(client_id, split)) if self.paired else None
+
     def train_texts(self, pool: str = "seen") -> Iterator[str]:
         """The pool's train texts (both of a pair, an instruction and its response), each row once, in table order."""
         names = ["pool", "split", "text", *(["pair"] if self.paired else [])]
