@@ -202,7 +202,7 @@ def test_a_clients_tokens_are_those_that_its_training_steps_read(clean: RunFolde
     """Over all epochs and budgets; none where nothing is trained."""
     data = TokenData.open(next((Path(clean.storage.url) / "artifacts").glob("tokens-*")))
     times = clean.timings()
-    times["passes"] = times["tokens"] / times["client"].map(data.train_tokens)
+    times["passes"] = times["tokens"] / times["client"].map(lambda client: data.entry(client)["train_tokens"])
     passes = {stage: set(rows["passes"]) for stage, rows in times.groupby("stage")}
     budgets = 2
     assert passes == {

@@ -30,9 +30,6 @@ from fedtailor.models.zero import base_bytes, load_partitioned
 from fedtailor.training.bayestune import RankSearchConfig, search_ranks
 from fedtailor.worker.worker import check_answer
 
-# Responses are scored in pieces, whose weight is gathered once.
-loss.WHOLE_LOGITS, loss.PIECE_LOGITS = 1_000, 500  # type: ignore[misc]
-
 SEARCH = RankSearchConfig(lr=1e-3, lambda_lr=1e-2, epochs=5, batch_size=8, alpha_s=1.0)
 BUDGETS = (2, 4)
 
@@ -66,6 +63,8 @@ class ZeroWorker:
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._ranks = ranks
+        if ranks is not None:  # of a process of its own: responses are scored in pieces, whose weight is gathered once
+            loss.WHOLE_LOGITS, loss.PIECE_LOGITS = 1_000, 500  # type: ignore[misc]
 
     def open(self, spec: StageSpec) -> StageInfo:
         self._config = spec.method_config

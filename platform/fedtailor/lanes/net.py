@@ -1,7 +1,7 @@
 """The resident frozen model seen through lanes.
 
 Activation checkpointing knows lanes: a block that is computed again sees what it saw the first time. Freed memory is
-kept in the process, since a training step asks for the same buffers as the one before it.
+kept in the process: a training step asks for the same buffers as the one before it.
 """
 
 from __future__ import annotations
@@ -236,8 +236,7 @@ class LaneNet:
     def at_targets(self, batch: LaneBatch) -> Tensor:
         """Of `hidden` what the batch's targets are predicted from, (k, m, d): the vocabulary is too wide for more."""
         assert batch.positions is not None
-        hidden = self.hidden(batch)
-        hidden = hidden.view(batch.lanes, -1, hidden.shape[-1])
+        hidden = torch.unflatten(self.hidden(batch), 0, (batch.lanes, -1)).flatten(1, 2)
         return hidden.gather(1, batch.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
     def scores(self, hidden: Tensor) -> Tensor:
