@@ -27,6 +27,7 @@ from measure import our_path, python
 from null_round import null_part
 from page import page
 from peers import peers_part
+from real_work import real_part
 from scale import scale_part
 from start import start_part
 
@@ -70,6 +71,7 @@ def main() -> None:
             "start": lambda: start_part(jobs, say, chosen.quick),
             "lanes": lanes_part,
             "memory": memory_part,
+            "real": lambda: real_part(say, chosen.quick),
         }
         chosen = _arguments(list(parts))
         out = chosen.out

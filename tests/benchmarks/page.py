@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from real_work import LABELS
 from targets import TARGETS, speed
 
 Results = Mapping[str, Any]
@@ -18,6 +19,7 @@ def page(results: Results, figure: str | None) -> str:
         parts.append(f"![Clients per second by system and regime.]({figure})")
     sections = {
         "peers": _peers, "null": _null, "scale": _scale, "start": _start, "lanes": _lanes, "memory": _memory,
+        "real": _real,
     }  # fmt: skip
     for name, make in sections.items():
         if name in results:
@@ -161,6 +163,20 @@ def _start(results: Results) -> list[str]:
     header = ["", "median", "least", "most", "unit"]
     note = f"The smallest job of the peers' part; load average at the end {results['start']['load']:.1f}."
     return ["## Start (ours)", note, table(header, results["start"]["rows"])]
+
+
+def _real(results: Results) -> list[str]:
+    rows = results["real"]["rows"]
+    lines = []
+    for row in rows:
+        speed_of = f"{row['per_s']:,.0f}" if "per_s" in row else row["missing"]
+        seen = [speed_of, f"{row['loss']:.3f}" if row.get("loss") else ""]
+        lines.append(
+            [f"{row['model']}: {LABELS[row['work']]}", row["side"], f"{row['dtype']}, {row['attention']}", *seen]
+        )
+    header = ["work", "side", "type, attention", "tokens/s", "mean loss"]
+    what = "One thread each, the same rows in the same order; tokens that are read in training, written in answers."
+    return ["## Real weights, real texts", what, table(header, lines)]
 
 
 def _lanes(results: Results) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from real_work import LABELS, WORK, gain, goal
+
 Results = Mapping[str, Any]
 
 
@@ -59,6 +61,10 @@ def _growth(part: str, key: str, small: int, large: int, value: str) -> Callable
     return measured
 
 
+def _real(model: str, work: str) -> Callable[[Results], float | None]:
+    return lambda results: gain(results.get("real", {}).get("rows", []), model, work)
+
+
 PLAIN, PFL, OURS, BF16 = ("plain", "plain_all"), ("pfl1", "pfl2"), ("lanes", "serial"), ("lanes16",)
 TARGETS = (
     Target("overhead-bound: ours against the best pfl", 2, _ratio("overhead-bound", OURS, PFL)),
@@ -85,4 +91,8 @@ TARGETS = (
         _growth("cohort", "cohort", 10, 1000, "driver_mb"),
         most=True,
     ),
+    *[
+        Target(f"{model}: {LABELS[work]}: ours against peft and a plain loop", goal(model, work), _real(model, work))
+        for model, work in WORK
+    ],
 )
