@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedtailor.core.scope import ParamSpec, Scope
+from fedtailor.lanes import adam
 from fedtailor.lanes.adam import AdamGroup, LaneAdam
 from fedtailor.lanes.params import LaneParams, clip_lanes
 
@@ -15,6 +16,12 @@ SPECS = [
     ParamSpec("c", (2, 2), Scope.SHARED),
 ]
 STEPS = [7, 7, 5, 2]
+
+
+@pytest.fixture(params=[adam.CHUNK, 3], autouse=True)
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is updated in one piece, and in several."""
+    monkeypatch.setattr(adam, "CHUNK", request.param)
 
 
 def noisy_gradients(step: int, lane: int) -> dict[str, torch.Tensor]:
@@ -41,11 +48,11 @@ def test_lanes_that_stop_early_equal_separate_adams() -> None:
         lanes.step(k)
     for lane, steps in enumerate(STEPS):
         own = {name: value[lane].clone().requires_grad_() for name, value in start.items()}
-        adam = torch.optim.Adam([{"params": [own["a"], own["c"]], "lr": 1e-2}, {"params": [own["b"]], "lr": 3e-1}])
+        separate = torch.optim.Adam([{"params": [own["a"], own["c"]], "lr": 1e-2}, {"params": [own["b"]], "lr": 3e-1}])
         for step in range(steps):
             for name, grad in noisy_gradients(step, lane).items():
                 own[name].grad = grad.clone()
-            adam.step()
+            separate.step()
         for name, value in own.items():
             torch.testing.assert_close(params[name][lane], value, rtol=1e-12, atol=1e-14)
 
@@ -132,11 +139,11 @@ def test_rates_per_lane_and_tensor_equal_separate_adams() -> None:
     for lane, steps in enumerate(STEPS):
         own = {name: start[name][lane].clone().requires_grad_() for name in names}
         rates = RATES[lane].tolist()
-        adam = torch.optim.Adam([{"params": [own[n]], "lr": lr} for n, lr in zip(names, rates, strict=True)])
+        separate = torch.optim.Adam([{"params": [own[n]], "lr": lr} for n, lr in zip(names, rates, strict=True)])
         for step in range(steps):
             for name, grad in noisy_gradients(step, lane).items():
                 own[name].grad = grad.clone()
-            adam.step()
+            separate.step()
         for name, value in own.items():
             torch.testing.assert_close(params[name][lane], value, rtol=1e-12, atol=1e-14)
 

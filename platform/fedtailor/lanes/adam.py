@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from fedtailor.core.scope import ParamSpec, Ranks
 from fedtailor.lanes.params import FlatSlice, LaneParams
+
+CHUNK: Final = 2**18
+"""Columns that one pass of the update goes over: they stay in the caches from its first operation to its last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +142,14 @@ class LaneAdam:
 
     def _update(self, value: Tensor, grad: Tensor, m: Tensor, v: Tensor, step_size: Tensor, root: Tensor) -> None:
         b1, b2 = self._betas
-        m.lerp_(grad, 1 - b1)
-        v.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        denominator = v.sqrt().div_(root).add_(self._eps)
-        value.sub_(denominator.reciprocal_().mul_(m).mul_(step_size))
+        for start in range(0, value.shape[1], CHUNK):
+            part = slice(start, start + CHUNK)
+            m_, v_, g = m[:, part], v[:, part], grad[:, part]
+            m_.lerp_(g, 1 - b1)
+            v_.mul_(b2).addcmul_(g, g, value=1 - b2)
+            denominator = v_.sqrt().div_(root).add_(self._eps)
+            size = step_size if step_size.shape[1] == 1 else step_size[:, part]
+            value[:, part].sub_(denominator.reciprocal_().mul_(m_).mul_(size))
 
 
 @dataclass(frozen=True, eq=False)
