@@ -11,8 +11,9 @@ learning rate of 5e-5; ``weights=bfloat16`` emulates it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,7 +36,12 @@ from fedtailor.training.local import Training, train
 class FedAvgConfig(Config):
     """Defaults: FedP2EFT A.3 (mBERT on XNLI and MasakhaNEWS)."""
 
+    when_absent: ClassVar[Mapping[str, Any]] = {"embeddings": True}
+
     adapter: Literal["full", "lora"] = "full"
+    embeddings: bool = True
+    """adapter=full: whether embedding tables are trained, too. They may be half of a model, of which a client's texts
+    touch little, and yet each step updates and each round sends all of them."""
     lr: Rate = 5e-5
     lr_final: Rate | None = None
     """Cosine decay from lr to this value over the rounds (FedP2EFT's Fed-Aya base: 2e-5 to 1e-6); None: constant."""
@@ -99,7 +105,7 @@ def build(cfg: FedAvgConfig, r_max: int) -> Method:
     """FedAvg on all weights or on LoRA."""
     return Method(
         name="fedavg",
-        adapter=FullModel() if cfg.adapter == "full" else _lora(cfg),
+        adapter=FullModel(embeddings=cfg.embeddings) if cfg.adapter == "full" else _lora(cfg),
         local_update=LocalSgd(cfg),
         personaliser=NoPersonalisation(),
         aggregator=WeightedMean(),
