@@ -40,14 +40,17 @@ def evaluate(
         device: where batches go.
     """
     sizes = [len(t.labels) for t in tests]
-    width = max(int(t.lengths.max()) for t in tests)
-    rows = max(1, token_budget // (len(tests) * width))
+    # Long ones first, side by side: little padding, and the largest step comes first.
+    order = [np.argsort(-t.lengths, kind="stable") for t in tests]
     correct, count = np.zeros(len(tests), np.int64), np.zeros(len(tests), np.int64)
     losses = np.zeros(len(tests), np.float64)
-    for start in range(0, max(sizes), rows):
+    start = 0
+    while start < max(sizes):
+        width = max(int(t.lengths[own[start]]) for t, own in zip(tests, order, strict=True) if start < len(own))
+        stop = start + max(1, token_budget // (len(tests) * width))
         # Lanes are ordered by training size, so any of them may run out of test texts first: it stays in the
-        # batch with its last text, which is not counted again.
-        indices = [np.arange(start, min(start + rows, n)) if start < n else np.array([n - 1]) for n in sizes]
+        # batch with its shortest text, which is not counted again.
+        indices = [own[start:stop] if start < len(own) else own[-1:] for own in order]
         batch = make_batch(tests, indices, pad_id, device)
         alive = torch.tensor([start < n for n in sizes], device=batch.valid.device)
         counted = batch.valid & alive.unsqueeze(1)
@@ -58,4 +61,5 @@ def evaluate(
         correct += hits.sum(1).cpu().numpy()
         losses += (each.view(k, b).double() * counted).sum(1).cpu().numpy()
         count += counted.sum(1).cpu().numpy()
+        start = stop
     return [Score(int(c), float(loss), int(n)) for c, loss, n in zip(correct, losses, count, strict=True)]
