@@ -36,9 +36,10 @@ def measure(way: str, dtype: str) -> dict[str, float]:
     from fedtailor.core.seeding import numpy_rng
     from fedtailor.lanes import loss as lanes_loss
     from fedtailor.lanes.batches import Examples, make_batch
-    from fedtailor.lanes.net import LaneNet, keep_freed_memory
+    from fedtailor.lanes.net import LaneNet
     from fedtailor.models.families import adapted_linears
     from fedtailor.training.local import backward, cross_entropy_of
+    from fedtailor.worker.worker import keep_freed_memory
 
     if way == "whole":
         lanes_loss.WHOLE_LOGITS = 2**60  # type: ignore[misc]

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from fedtailor.lanes.net import keep_freed_memory
+from fedtailor.worker.worker import keep_freed_memory
 
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

@@ -32,8 +32,7 @@ from fedtailor.models.families import locate_module
 FLOAT: Final = 4
 WEIGHT_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
 COMPUTE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
-USABLE: Final = 0.9
-"""Share of the memory that is planned with; the rest is for libraries, buffers and fragmentation."""
+USABLE: Final = 0.9  # of the memory; the rest is for libraries, buffers and fragmentation
 _SHOWN_RANKS: Final = (2, 4, 8)
 
 
@@ -115,6 +114,7 @@ def estimate(
     else:
         passes, rows, updates = method.epochs, list(population.train), stage.rounds * stage.cohort
         trained, share = sum(numbers), updates / max(1, len(rows))
+    copied = (model.weights, engine.dtype, engine.zero.ranks) == ("float32", "bfloat16", 1)  # `lanes.layers.KeptLinear`
     steps = read = flops = None
     if rows:
         if method.steps is not None and not personal:
@@ -139,7 +139,7 @@ def estimate(
         tokens=read,
         flops=flops,
         wire=numbers[0] * FLOAT * stage.cohort,
-        base=base_of_rank(dims, model.weights, engine.zero),
+        base=base_of_rank(dims, model.weights, engine.zero) + 2 * copied * dims.matrices(talks),
         trained=trained * lanes * FLOAT,
         optimizer=optimizer_of_rank(trained * lanes, engine.zero),
         activations=activation_bytes(dims, tokens, model, engine.dtype) if passes else 0,

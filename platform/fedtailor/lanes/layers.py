@@ -16,6 +16,36 @@ Linear = nn.Linear | Conv1D
 """Layers that compute W x + c; a ``Conv1D`` keeps W transposed, (d_in, d_out)."""
 
 
+class KeptLinear(nn.Linear):
+    """A frozen linear layer that also keeps its weights in autocast's type, which would cast them at every call.
+
+    Same numbers, for two more bytes per weight. Weights that are trained are cast as ever.
+    """
+
+    _kept: tuple[int, int, Tensor, Tensor | None] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X (..., d_in) to (..., d_out)."""
+        device = input.device.type
+        if self.weight.requires_grad or not torch.is_autocast_enabled(device):
+            return super().forward(input)
+        return nn.functional.linear(input, *self.narrow(torch.get_autocast_dtype(device)))
+
+    def narrow(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a narrower type, cast when they are asked for first, or have changed since."""
+        at = (self.weight.data_ptr(), self.weight._version)
+        if self._kept is None or self._kept[:2] != at or self._kept[2].dtype != dtype:
+            self._kept = (*at, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return self._kept[2:]
+
+
+def keep_narrow(model: nn.Module) -> None:
+    """Makes the linear layers of a model `KeptLinear`, in place and under their names; other classes stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = KeptLinear
+
+
 @dataclass
 class LaneState:
     """What all lane-wise layers of a model need to know about the batch under way."""
@@ -121,6 +151,8 @@ class LaneLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X (k*b, ..., d_in), lanes outermost, to (k*b, ..., d_out)."""
         lanes = len(self.state.shapes)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, and not for each of the products below
         y = self._base(x, lanes)
         if self.under is not None and not self.state.bypass:
             y = _low_rank(

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.layers import KeptLinear
 from fedtailor.lanes.net import LaneNet, replaying
 
 WHOLE_LOGITS: Final = 2**26
@@ -61,7 +62,7 @@ def target_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
     if batch.positions is None:
         return _cross_entropy(net.logits(batch), batch.labels)
     head: Any = net.model.get_output_embeddings()  # type: ignore[operator]
-    frozen = type(head) is nn.Linear and not head.weight.requires_grad
+    frozen = type(head) in (nn.Linear, KeptLinear) and not head.weight.requires_grad
     classes = getattr(head, "base", head).out_features
     # ZeRO gathers the weights of an adapted layer at every call, and ranks may have unequally many pieces.
     if batch.labels.numel() * classes <= WHOLE_LOGITS or (net.ranks is not None and not frozen):
@@ -71,7 +72,7 @@ def target_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
     width = -(-m // -(-m // most))  # as many pieces as it takes, about equally wide
     if frozen:
         kind = net.compute_type or head.weight.dtype
-        return _called(head, lambda x: _frozen_head(x, batch.labels, head.weight.to(kind), head.bias, width), hidden)
+        return _called(head, lambda x: _frozen_head(x, batch.labels, *_narrow(head, kind), width), hidden)
     pieces = zip(torch.split(hidden, width, 1), torch.split(batch.labels, width, 1), strict=True)
     how: dict[str, Any] = {"use_reentrant": False, "context_fn": replaying(net.state)}
     return torch.cat([checkpoint(lambda x, y: _cross_entropy(net.scores(x), y), *piece, **how) for piece in pieces], 1)
@@ -90,6 +91,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _means(each: Tensor, batch: LaneBatch) -> Tensor:
     weight = batch.valid.to(each.dtype)
     return (each * weight).sum(1) / weight.sum(1)
+
+
+def _narrow(head: nn.Linear, kind: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return head.narrow(kind) if isinstance(head, KeptLinear) else (head.weight.to(kind), head.bias)
 
 
 def _called(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

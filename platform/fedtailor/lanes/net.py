@@ -1,12 +1,10 @@
 """The resident frozen model seen through lanes.
 
-Activation checkpointing knows lanes: a block that is computed again sees what it saw the first time. Freed memory is
-kept in the process: a training step asks for the same buffers as the one before it.
+Activation checkpointing knows lanes: a block that is computed again sees what it saw the first time.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -19,20 +17,11 @@ from transformers import PretrainedConfig
 
 from fedtailor.core.scope import Ranks
 from fedtailor.lanes.batches import LaneBatch
-from fedtailor.lanes.layers import AdaptedLayer, LaneEmbedding, LaneLinear, LaneState, Linear, attach
+from fedtailor.lanes.layers import AdaptedLayer, LaneEmbedding, LaneLinear, LaneState, Linear, attach, keep_narrow
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8
-"""Numbers of glibc's mallopt(3)."""
-
 _signature = cache(signature)
-
-LARGEST_KEPT = 32 * 2**20
-"""Bytes; glibc takes no larger threshold. Weights of large models stay above it and go back to the system."""
-
-KEPT = 512 * 2**20
-"""Free bytes at the end of the heap from which on they are given back."""
 
 
 def replaying(state: LaneState) -> Callable[[], Contexts]:
@@ -126,6 +115,8 @@ class LaneNet:
         if checkpointing:
             how = {"use_reentrant": False, "context_fn": replaying(self.state)}
             model.gradient_checkpointing_enable(how)  # type: ignore[operator]
+        if dtype == "bfloat16" and ranks is None:  # the weights that ranks gather come and go
+            keep_narrow(model)
         self.layers = attach(model, linears, self.state)
         self.base_dropout = base_dropout
         self.overlay_index: dict[str, int] = {}
@@ -279,22 +270,3 @@ def _takes_segments(model: nn.Module) -> bool:
     """The model has embeddings for two segments."""
     types = getattr(getattr(model, "config", None), "type_vocab_size", 0)
     return isinstance(types, int) and types > 1 and "token_type_ids" in _signature(type(model).forward).parameters
-
-
-def keep_freed_memory() -> bool:
-    """Tells glibc to use freed buffers again instead of giving them back to the system after every step.
-
-    By default large buffers and the end of the heap go back when they are freed, so every step asks for the same pages
-    again, which the kernel zeroes first: up to 600,000 a round. Changes no number.
-
-    Returns:
-        Whether this C library can be told so; others (musl, macOS) are left as they are.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    # One arena: those of further threads give back whole heaps of 64 MB, whatever the thresholds say.
-    settings = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, LARGEST_KEPT), (_TRIM_THRESHOLD, KEPT))
-    taken = [bool(mallopt(key, value)) for key, value in settings]
-    return all(taken)

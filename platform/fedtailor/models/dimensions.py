@@ -49,6 +49,10 @@ class ModelDimensions:
         """L, the number of adapted linear layers; the budget r stands for r * L ranks."""
         return len(self.linears)
 
+    def matrices(self, generation: bool) -> int:
+        """Weights of linear layers: no embedding tables, but the output embedding of a language model."""
+        return self.body_parameters - (0 if generation else self.embedding_parameters)
+
     def adapter_parameters(self, rank: int) -> int:
         """Parameters of A and B together at ``rank`` in every adapted layer."""
         return sum(rank * (d_in + d_out) for _, d_in, d_out in self.linears)
