@@ -12,8 +12,9 @@ from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.scope import Scope
 from fedtailor.evaluation.classification import evaluate
 from fedtailor.lanes.adam import AdamGroup
-from fedtailor.lanes.batches import Examples, make_batch, micro_batches
+from fedtailor.lanes.batches import Examples, make_batch
 from fedtailor.lanes.loss import lane_cross_entropy
+from fedtailor.lanes.parts import micro_batches
 from fedtailor.training.local import Training, backward, cross_entropy_of, train
 
 TALK = Examples(

@@ -46,7 +46,7 @@ class Ranks(Protocol):
     """This process among those that hold the model.
 
     All of them run the same client function on the same client. Each has its own rows of every step (see
-    `lanes.batches.micro_batches`); gradients are summed before the optimizer, which does the same everywhere.
+    `lanes.parts.micro_batches`); gradients are summed before the optimizer, which does the same everywhere.
     """
 
     @property

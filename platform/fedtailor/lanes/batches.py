@@ -144,69 +144,6 @@ def _with_responses(
     return replace(batch, labels=labels_, valid=valid_, positions=positions_, target_row=rows_)
 
 
-def micro_batches(batch: LaneBatch, rows: int | None, ranks: tuple[int, int] = (0, 1)) -> list[LaneBatch]:
-    """A step cut into parts of at most ``rows`` rows per lane, each with its share of the targets.
-
-    The gradients of ``step_share * mean over the part's targets`` add up to those of the mean over the step's targets.
-
-    Args:
-        batch: a whole step.
-        rows: most rows of a part; None: no limit.
-        ranks: (index, size) of a group whose members go through a step together: the parts are dealt out in turn.
-            All members get equally many parts; who has too few repeats one at share 0.
-    """
-    index, size = ranks
-    b = batch.input_ids.shape[1]
-    most = min(rows or b, -(-b // size))
-    if most >= b and size == 1:
-        return [batch]
-    starts = list(range(0, b, most))
-    turns = -(-len(starts) // size)
-    parts = []
-    for turn in range(turns):
-        number = turn * size + index
-        part = _part(batch, starts[min(number, len(starts) - 1)], most)
-        if number >= len(starts):
-            assert part.step_share is not None
-            part = replace(part, step_share=torch.zeros_like(part.step_share))
-        parts.append(part)
-    return parts
-
-
-def _part(batch: LaneBatch, start: int, rows: int) -> LaneBatch:
-    """Rows ``start`` to ``start + rows`` of every lane. A lane without rows there keeps one target of share 0."""
-    b, t = batch.input_ids.shape[1:]
-    end = min(start + rows, b)
-    here = batch.valid[:, start:end]
-    if batch.target_row is not None:
-        here = batch.valid & (batch.target_row >= start) & (batch.target_row < end)
-    counts = here.sum(1)
-    if batch.positions is None or batch.target_row is None:
-        column = torch.arange(end - start, device=counts.device)
-        taken = {"labels": batch.labels[:, start:end], "valid": column < counts.clamp_min(1).unsqueeze(1)}
-    else:
-        m = max(1, int(counts.max()))
-        # Stable: targets keep their order; those of other parts go to the end, where `valid` is False.
-        order = torch.argsort((~here).to(torch.int8), dim=1, stable=True)[:, :m]
-        taken = {
-            "labels": batch.labels.gather(1, order),
-            "valid": torch.arange(m, device=counts.device) < counts.clamp_min(1).unsqueeze(1),
-            "positions": (batch.positions.gather(1, order) - start * t).clamp(0, (end - start) * t - 1),
-            "target_row": (batch.target_row.gather(1, order) - start).clamp(0, end - start - 1),
-        }
-    shapes = tuple((max(0, min(n, end) - start), width) for n, width in batch.shapes)
-    types = batch.token_type_ids
-    return replace(
-        batch,
-        input_ids=batch.input_ids[:, start:end],
-        attention_mask=batch.attention_mask[:, start:end],
-        shapes=shapes,
-        token_type_ids=None if types is None else types[:, start:end],
-        step_share=counts.double() / batch.valid.sum(1),
-        **taken,
-    )
-
-
 def training_indices(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:
     """Row numbers of every step: each epoch a fresh permutation, its last batch possibly smaller.
 
