@@ -250,6 +250,8 @@ def private_state_comes_back_and_is_used(entry: MethodEntry, bench: Bench) -> No
                 "a local update goes on from the PRIVATE state that came back: with another one it gives the same",
             )  # fmt: skip
     assert done.made is not None
+    if Scope.PRIVATE not in scopes_of(done.method, modules=False):
+        return  # an optimizer's state, say, is no part of a model
     plain, other = losses(done.made), losses(personalise(done, entry, bench, moved(private_rows(done))))
     for client in bench.sizes:
         demand(
@@ -272,9 +274,9 @@ def owns_what_its_file_says(entry: MethodEntry, bench: Bench) -> None:
         )  # fmt: skip
 
 
-def scopes_of(method: Method) -> frozenset[Scope]:
-    """Scopes of what a method declares."""
-    parts = [*([method.adapter] if method.adapter else []), *method.modules]
+def scopes_of(method: Method, modules: bool = True) -> frozenset[Scope]:
+    """Scopes of what a method declares, in its modules beside the adapter too."""
+    parts = [*([method.adapter] if method.adapter else []), *(method.modules if modules else ())]
     net = toy_net()
     return frozenset(spec.scope for part in parts for spec in part.specs(net))
 

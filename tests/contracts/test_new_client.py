@@ -34,10 +34,9 @@ ALONE = ("personalise.chunk=1", "personalise.pools=[unseen]", "budgets=[2]", "sa
 REFUSED = {
     "majority": "trains nothing",
     "base": "trains nothing",
-    "feddpa": "trains the classification head's own weights",
     "dept": "trains the base's own weights",
 }
-COMMON = {"fedavg": 3, "fedprox": 3}
+COMMON = {"fedavg": 3, "fedprox": 3, "feddpa": 3, "homlora": 3}
 """Methods whose clients all use one LoRA, and its rank."""
 
 
@@ -99,7 +98,7 @@ def same_as_in_the_run(run: RunFolder, tmp_path: Path, client: str, method: str)
         name: value for name, value in own.items() if name not in MEASURES
     }
     assert record["scores"]["base"]["loss"] == given(run, client, "base").get("loss", record["scores"]["base"]["loss"])
-    if method not in COMMON and method != "feddpa":
+    if method not in COMMON:
         export_client(run, client, method, 2, 42, tmp_path / "own")
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
@@ -125,7 +124,9 @@ def test_a_client_with_an_unseen_client_s_instructions_gets_its_adapter_and_scor
     same_as_in_the_run(talks, tmp_path, "unseen/all/c3", method)
 
 
-@pytest.mark.parametrize(("method", "kind"), [("fedavg", "texts"), ("fedprox", "texts"), ("feddpa", "talks")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("fedavg", "texts"), ("feddpa", "texts"), ("homlora", "texts"), ("feddpa", "talks")]
+)
 def test_the_lora_that_all_clients_use_is_what_peft_loads(
     request: pytest.FixtureRequest, tmp_path: Path, method: str, kind: str
 ) -> None:

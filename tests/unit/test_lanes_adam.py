@@ -7,7 +7,7 @@ import torch
 
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.lanes import adam
-from fedtailor.lanes.adam import AdamGroup, LaneAdam
+from fedtailor.lanes.adam import AdamGroup, LaneAdam, LaneSgd
 from fedtailor.lanes.params import LaneParams, clip_lanes
 
 SPECS = [
@@ -55,6 +55,64 @@ def test_lanes_that_stop_early_equal_separate_adams() -> None:
             separate.step()
         for name, value in own.items():
             torch.testing.assert_close(params[name][lane], value, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_decayed_weights_equal_torchs(kind: type[torch.optim.Optimizer]) -> None:
+    params = LaneParams(SPECS, 2, dtype=torch.float64)
+    for spec in SPECS:
+        params.set(spec.name, torch.linspace(-2, 3, 2 * spec.size, dtype=torch.float64).view(2, *spec.shape))
+    own = {s.name: params[s.name][1].detach().clone().requires_grad_() for s in SPECS}
+    groups = [AdamGroup(("a", "c"), 1e-2, weight_decay=0.3), AdamGroup(("b",), 3e-1)]
+    lanes = LaneAdam(params, groups) if kind is torch.optim.AdamW else LaneSgd(params, groups)
+    theirs = kind([
+        {"params": [own["a"], own["c"]], "lr": 1e-2, "weight_decay": 0.3 if kind is torch.optim.AdamW else 0.0},
+        {"params": [own["b"]], "lr": 3e-1, "weight_decay": 0.0},
+    ], lr=1.0)  # fmt: skip
+    for step in range(4):
+        lanes.zero_grad()
+        for name, grad in noisy_gradients(step, 1).items():
+            params[name].grad[1] += grad
+            own[name].grad = grad.clone()
+        if kind is torch.optim.SGD:  # torch's SGD has no decoupled decay
+            with torch.no_grad():
+                for name in ("a", "c"):
+                    own[name].mul_(1 - 1e-2 * 0.3)
+        lanes.step(2)
+        theirs.step()
+    for name, value in own.items():
+        torch.testing.assert_close(params[name][1], value, rtol=1e-12, atol=1e-14)
+
+
+def test_a_rate_per_parameter_decays_at_that_rate() -> None:
+    params = LaneParams(SPECS, 2, dtype=torch.float64)
+    for spec in SPECS:
+        params.set(spec.name, torch.ones(spec.shape, dtype=torch.float64))
+    rates = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype=torch.float64)
+    LaneAdam(params, [AdamGroup(("a", "b", "c"), rates, weight_decay=0.5)]).step(2)
+    for column, name in enumerate("abc"):
+        expected = (1 - 0.5 * rates[:, column]).view(2, *[1] * (params[name].dim() - 1))
+        torch.testing.assert_close(params[name].detach(), expected.expand_as(params[name]), rtol=1e-12, atol=0)
+
+
+def test_an_optimizer_goes_on_from_a_state_that_was_kept() -> None:
+    values = []
+    for cut in (False, True):
+        params = LaneParams(SPECS, 2, dtype=torch.float64)
+        groups = [AdamGroup(("a", "c"), 1e-2, weight_decay=0.1), AdamGroup(("b",), 3e-1)]
+        adam = LaneAdam(params, groups)
+        for step in range(6):
+            if cut and step == 3:
+                state, adam = adam.state(), LaneAdam(params, groups)
+                assert [part.shape for part in state] == [(2, 14), (2, 14), (2, 1)]
+                adam.load(*state)
+            adam.zero_grad()
+            for lane in range(2 if step < 4 else 1):
+                for name, grad in noisy_gradients(step, lane).items():
+                    params[name].grad[lane] += grad
+            adam.step(2 if step < 4 else 1)
+        values.append(torch.cat([params[s.name].detach().flatten() for s in SPECS]))
+    assert torch.equal(values[0], values[1])
 
 
 def test_clipping_a_lane_is_torch_clipping_of_that_lane() -> None:

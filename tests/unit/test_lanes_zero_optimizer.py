@@ -37,7 +37,7 @@ class Threads:
 
 
 def steps(ranks: Ranks | None, rate: float | Tensor) -> tuple[list[Tensor], list[Tensor], int]:
-    """Three steps, the last of one lane only: values, directions and how many numbers the moments have."""
+    """Three steps, the last of one lane only: values, directions, states and how many numbers the moments have."""
     params = LaneParams(SPECS, LANES)
     params.optimizer_ranks = ranks
     rng = torch.Generator().manual_seed(4)
@@ -51,7 +51,11 @@ def steps(ranks: Ranks | None, rate: float | Tensor) -> tuple[list[Tensor], list
             grad.copy_(torch.randn(LANES, *spec.shape, generator=rng))
         adam.step(LANES if step < 2 else 1)
     kept = sum(m.numel() for group in adam._moments for m, _ in group)
-    return [params[spec.name].detach().clone() for spec in SPECS], list(adam.directions(0).values()), kept
+    first, second, counts = adam.state()
+    again = LaneAdam(params, adam.groups)
+    again.load(first, second, counts)
+    ahead = [*adam.directions(0).values(), first, second, *again.state()]
+    return [params[spec.name].detach().clone() for spec in SPECS], ahead, kept
 
 
 def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

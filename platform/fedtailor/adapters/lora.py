@@ -70,6 +70,8 @@ class LoraAdapter:
         targets: layers that get one.
         head: whether the classification head's own weights are trained too (peft's SEQ_CLS).
         prefix: of the parameters' names.
+        first_row: draws of A that another adapter has: with its rank both together start as one of both ranks.
+        head_scope: of the head's own weights; None: ``scope``.
     """
 
     rank: int
@@ -79,6 +81,8 @@ class LoraAdapter:
     targets: Targets = "all-linear"
     head: bool = False
     prefix: str = "lora"
+    first_row: int = 0
+    head_scope: Scope | None = None
     lanes: bool = True
     trains_base: ClassVar[bool] = False
     r_init: ClassVar[int] = 0
@@ -93,12 +97,15 @@ class LoraAdapter:
                 ParamSpec(f"{self.prefix}_B.{adapted.name}", (adapted.d_out, self.rank), self.scope),
             )
         ]
-        own = [
-            ParamSpec(f"{name}.{part}", tuple(value.shape), self.scope)
+        return low_rank + self.head_specs(net)
+
+    def head_specs(self, net: LaneNet) -> list[ParamSpec]:
+        """The head's own weights and biases, where they are trained."""
+        return [
+            ParamSpec(f"{name}.{part}", tuple(value.shape), self.head_scope or self.scope)
             for name, layer in self._heads(net)
             for part, value in layer.base.named_parameters()
         ]
-        return low_rank + own
 
     def names(self, net: LaneNet) -> tuple[str, ...]:
         """Names of its parameters, in the order of ``specs``."""
@@ -106,9 +113,10 @@ class LoraAdapter:
 
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
         """Seeded A; B stays zero and the head as it is, so the adapted model is the base model."""
-        rows = max(self.draw_rank or 0, self.rank)
+        last = self.first_row + self.rank
+        rows = max(self.draw_rank or 0, last)
         values = {
-            f"{self.prefix}_A.{adapted.name}": initial_a(adapted, rows, seed)[: self.rank]
+            f"{self.prefix}_A.{adapted.name}": initial_a(adapted, rows, seed)[self.first_row : last]
             for adapted, _ in chosen_layers(net, self.targets)
         }
         for name, layer in self._heads(net):
@@ -169,14 +177,21 @@ class LoraAdapter:
             base_ref: where the base model is, as peft gets it.
 
         Raises:
-            ModelError: a value is not finite, or the head's own weights are trained, which are no LoRA.
+            ModelError: a value is not finite.
         """
-        if self._heads(net):
-            raise ModelError(f"client {clients[lane]}: a head with weights of its own does not fit a LoRA folder")
-        layers = [adapted for adapted, _ in chosen_layers(net, self.targets)]
-        a, b = ({x.name: params[f"{self.prefix}_{part}.{x.name}"][lane] for x in layers} for part in "AB")
-        lam = {x.name: torch.ones(self.rank) for x in layers}
-        return export_adapter(layers, a, b, lam, self.scale, base_ref, clients[lane])
+        return export_stacked([self], net, params, clients, lane, base_ref)
+
+    def own_head(self, net: LaneNet, params: LaneParams, lane: int) -> dict[str, Tensor]:
+        """A lane's head as plain weights, by full name; empty where the head is not trained."""
+        return {
+            f"{name}.{part}": params[f"{name}.{part}"][lane].detach()
+            for name, layer in self._heads(net)
+            for part, _ in layer.base.named_parameters()
+        }
+
+    def layers_of(self, net: LaneNet) -> list[AdaptedLayer]:
+        """The layers that get A and B."""
+        return [adapted for adapted, _ in chosen_layers(net, self.targets)]
 
     def _heads(self, net: LaneNet) -> list[tuple[str, LaneLinear]]:
         layers = zip(net.modules, net.layers, strict=True)
@@ -186,6 +201,33 @@ class LoraAdapter:
 def lora_names(net: LaneNet) -> tuple[str, ...]:
     """Names of all A and B."""
     return tuple(f"lora_{matrix}.{adapted.name}" for adapted in net.adapted for matrix in "AB")
+
+
+def export_stacked(
+    parts: Sequence[LoraAdapter], net: LaneNet, params: LaneParams, clients: Sequence[str], lane: int, base_ref: str
+) -> dict[str, bytes]:
+    """The sum of adapters of one scale as one peft folder: A one above the other, B side by side, ranks added up.
+
+    Args and errors are those of `LoraAdapter.export`. A trained head is written as a whole (peft's
+    ``modules_to_save``), with its LoRA in it where it has one.
+    """
+    layers = [adapted for adapted in net.adapted if any(adapted in part.layers_of(net) for part in parts)]
+    a, b = ({x.name: _stacked(parts, net, params, lane, matrix, x) for x in layers} for matrix in "AB")
+    head = {name: value for part in parts for name, value in part.own_head(net, params, lane).items()}
+    for x in layers:
+        if f"{x.name}.weight" in head:
+            head[f"{x.name}.weight"] = head[f"{x.name}.weight"] + parts[0].scale * b[x.name] @ a[x.name]
+    left = [x for x in layers if f"{x.name}.weight" not in head]
+    lam = {x.name: torch.ones(len(a[x.name])) for x in left}
+    return export_adapter(left, a, b, lam, parts[0].scale, base_ref, clients[lane], head)
+
+
+def _stacked(
+    parts: Sequence[LoraAdapter], net: LaneNet, params: LaneParams, lane: int, matrix: str, adapted: AdaptedLayer
+) -> Tensor:
+    """A (sum of ranks, d_in) or B (d_out, sum of ranks) of one lane and layer."""
+    found = [params[f"{part.prefix}_{matrix}.{adapted.name}"][lane] for part in parts if adapted in part.layers_of(net)]
+    return torch.cat(found, 0 if matrix == "A" else 1).detach()
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def export_adapter(
     scale: float,
     base_ref: str,
     client: str,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> dict[str, bytes]:
     """Makes the files of a peft LoRA adapter that computes W x + scale * B diag(lambda) A x.
 
@@ -47,6 +48,7 @@ def export_adapter(
         scale: s, the factor of the update, dimensionless.
         base_ref: where the base model is, as peft is told (folder, relative or not, or hub id).
         client: client id, for messages.
+        whole: weights that replace the base's, by full name: of layers that carry no adapter here.
 
     Returns:
         File name -> content; the same bytes for the same arguments.
@@ -65,12 +67,18 @@ def export_adapter(
             ranks[name] = down.shape[0]
             tensors[f"base_model.model.{name}.lora_A.weight"] = down
             tensors[f"base_model.model.{name}.lora_B.weight"] = up
+    for name, value in (whole or {}).items():
+        if not bool(value.isfinite().all()):
+            raise ModelError(f"client {client}, {name}: the weight holds values that are not finite")
+        tensors[f"base_model.model.{name}"] = value.detach().to("cpu", torch.float32).contiguous()
     if not ranks:
         raise ModelError(
             f"client {client}: no rank is kept in any of its {len(names)} modules, so there is no adapter "
             f"to export; its model is the base model"
         )
     config = _config(ranks, [name for name in names if name not in ranks], scale, base_ref)
+    if whole:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole})
     # peft sets it layer by layer where a model has both kinds (GPT-2's head is no Conv1D).
     config["fan_in_fan_out"] = any(layer.transposed and layer.name in ranks for layer in layers)
     return {

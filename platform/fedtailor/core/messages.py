@@ -149,6 +149,10 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+ALL_BUDGETS = "all"
+"""In the place of a budget: adapters of a method that makes a client one model for all of them."""
+
+
 @dataclass
 class SegmentResult:
     """Answer to a `SegmentJob`."""
@@ -165,7 +169,7 @@ class SegmentResult:
     tensors: dict[str, FloatArray] = field(default_factory=dict)
     """Further results to commit, e.g. ``lambda/<client>`` (L, r_init) float32."""
     adapters: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """Exported adapters: ``r8/<client>`` -> file name -> content."""
+    """Exported adapters: ``r8/<client>``, or `ALL_BUDGETS` in the place of r8, -> file name -> content."""
     predictions: list[dict[str, Any]] = field(default_factory=list)
     """Answers with question and reference, in client order, where ``save_predictions`` asks for them."""
     failures: list[Failure] = field(default_factory=list)

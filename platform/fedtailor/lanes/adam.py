@@ -1,8 +1,11 @@
-"""Adam (Kingma & Ba, 2015) over lanes: one fused step, yet each lane is a separate ``torch.optim.Adam``."""
+"""Optimizers over lanes: one fused step, yet each lane is a separate ``torch.optim`` optimizer.
+
+Adam (Kingma & Ba, 2015), AdamW where a group decays its weights (Loshchilov & Hutter, 2019), and SGD.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,16 +29,18 @@ class AdamGroup:
             A tensor whose entries all equal a float gives the same bits as the float.
         zero_grad: False keeps the gradient over steps (a reference bug that some experiments need).
         rounded: bfloat16 emulates weights without an fp32 master copy: every step is rounded to it.
+        weight_decay: decoupled decay of AdamW: before its step a weight loses lr * weight_decay of itself.
     """
 
     names: tuple[str, ...]
     lr: float | Tensor
     zero_grad: bool = True
     rounded: torch.dtype | None = None
+    weight_decay: float = 0.0
 
 
 class LaneAdam:
-    r"""Adam without weight decay; step counts are kept per lane.
+    r"""Adam, or AdamW in groups with ``weight_decay``; step counts are kept per lane.
 
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2 \\
@@ -99,6 +104,9 @@ class LaneAdam:
                 value, grad = s.value[:lanes, own], s.grad[:lanes, own]
                 step_size = rate.step_size(lanes, correction1).to(value.dtype)
                 spread = rate.spread(step_size, own)
+                if group.weight_decay:
+                    left = 1 - group.weight_decay * rate.step_size(lanes, torch.ones_like(correction1))
+                    value.mul_(rate.spread(left.to(value.dtype), own))
                 self._update(value, grad, m[:lanes], v[:lanes], spread, correction2.to(value.dtype))
                 if group.rounded is not None:
                     value.copy_(value.to(group.rounded))
@@ -110,6 +118,40 @@ class LaneAdam:
             whole[:, : own.start] = 0
             whole[:, own.stop :] = 0
             self._ranks.sum_(whole)
+
+    @property
+    def size(self) -> int:
+        """Numbers of a lane that are trained."""
+        return sum(s.value.shape[1] for slices in self.slices for s in slices)
+
+    @torch.no_grad()
+    def load(self, first: Tensor, second: Tensor, steps: Tensor) -> None:
+        """Goes on from moments (K, `size`) and step counts (K, 1), as `state` gave them."""
+        self.steps.copy_(steps)
+        for kept, start, (m, v), own in self._kept():
+            m.copy_(first[:, start : start + kept][:, own])
+            v.copy_(second[:, start : start + kept][:, own])
+
+    @torch.no_grad()
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """First and second moments (K, `size`), group by group in flat order, and step counts (K, 1)."""
+        lanes = len(self.steps)
+        reference = self._moments[0][0][0]
+        first, second = reference.new_zeros(lanes, self.size), reference.new_zeros(lanes, self.size)
+        for kept, start, moments, own in self._kept():
+            for whole, part in zip((first, second), moments, strict=True):
+                columns = whole[:, start : start + kept]
+                columns[:, own] = part
+                self._collect(columns, own)
+        return first, second, self.steps.clone()
+
+    def _kept(self) -> Iterator[tuple[int, int, tuple[Tensor, Tensor], slice]]:
+        """Of each slice its width and place among all of them, its moments, and the columns that they are of."""
+        start = 0
+        for slices, moments, owned in zip(self.slices, self._moments, self._own, strict=True):
+            for s, pair, own in zip(slices, moments, owned, strict=True):
+                yield s.value.shape[1], start, pair, own
+                start += s.value.shape[1]
 
     @torch.no_grad()
     def directions(self, group: int = 0) -> dict[str, Tensor]:
@@ -150,6 +192,36 @@ class LaneAdam:
             denominator = v_.sqrt().div_(root).add_(self._eps)
             size = step_size if step_size.shape[1] == 1 else step_size[:, part]
             value[:, part].sub_(denominator.reciprocal_().mul_(m_).mul_(size))
+
+
+class LaneSgd:
+    """Plain gradient descent, without state: w = w - lr g, decayed like `LaneAdam`'s.
+
+    Args:
+        params: the lanes' parameters.
+        groups: disjoint groups, at one rate each.
+    """
+
+    def __init__(self, params: LaneParams, groups: Sequence[AdamGroup]) -> None:
+        self.groups = tuple(groups)
+        self.slices: list[list[FlatSlice]] = [params.slices(group.names) for group in groups]
+
+    def zero_grad(self) -> None:
+        """Sets the gradients of all groups to zero, in place."""
+        for slices in self.slices:
+            for s in slices:
+                s.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, lanes: int) -> None:
+        """Updates the first ``lanes`` lanes."""
+        for group, slices in zip(self.groups, self.slices, strict=True):
+            for s in slices:
+                value = s.value[:lanes].mul_(1 - group.lr * group.weight_decay)
+                value.sub_(s.grad[:lanes] * group.lr)
+
+
+LaneOptimizer = LaneAdam | LaneSgd
 
 
 @dataclass(frozen=True, eq=False)

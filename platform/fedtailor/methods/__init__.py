@@ -22,6 +22,7 @@ FILES: Final = (
     "bayestune_lora",
     "ditto",
     "fedbabu",
+    "homlora",
     "fedl2p",
     "fedp2eft",
 )

@@ -16,7 +16,7 @@ from peft import PeftModel
 from fedtailor.adapters.peft_export import CONFIG_FILE
 from fedtailor.core.errors import ConfigError, StorageError, did_you_mean
 from fedtailor.core.files import refuse_used, staged_folder
-from fedtailor.core.messages import Row
+from fedtailor.core.messages import ALL_BUDGETS, Row
 from fedtailor.core.settings import ModelConfig
 from fedtailor.experiment.config import ExperimentBase, method_of
 from fedtailor.experiment.launch import load_experiment
@@ -90,7 +90,8 @@ def export_client(run: RunFolder, client: str, method: str, budget: int, seed: i
         hint = did_you_mean(client, known) or f" (one of its {len(known)}: {known[0]})" * bool(known)
         raise StorageError(f"run '{run.run_id}' has no committed client '{client}'{hint}")
     # Earlier versions named the files by the client's id as it is.
-    for prefix in (adapter_files(f"r{budget}/{client}"), f"{ADAPTERS}r{budget}/{client}/"):
+    here = (adapter_files(f"r{budget}/{client}"), adapter_files(f"{ALL_BUDGETS}/{client}"))
+    for prefix in (*here, f"{ADAPTERS}r{budget}/{client}/"):
         files = {name.removeprefix(prefix): chunk.bytes(name) for name in chunk.objects if name.startswith(prefix)}
         if files:
             break

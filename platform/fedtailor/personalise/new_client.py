@@ -25,7 +25,7 @@ from fedtailor import __version__
 from fedtailor.adapters.peft_export import WEIGHTS_FILE
 from fedtailor.core.errors import ConfigError, ModelError
 from fedtailor.core.files import refuse_used, staged_folder
-from fedtailor.core.messages import SegmentJob, SegmentResult
+from fedtailor.core.messages import ALL_BUDGETS, SegmentJob, SegmentResult
 from fedtailor.experiment.config import to_json
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models.load import load_tokenizer
@@ -230,9 +230,11 @@ def carry_out(ready: Ready) -> tuple[dict[str, Any], list[Answer]]:
     trained, client = ready.trained, ready.request.client
     stage, before = _played(ready, "base")
     stage, after = _played(ready, trained.stage.method, stage.net)
-    if (common := common_lora(stage.method)) is not None:
+    made = (after.adapters.get(f"{at}/{client}") for at in (f"r{trained.budget}", ALL_BUDGETS))
+    files = next(filter(None, made), {})
+    if not files and (common := common_lora(stage.method)) is not None:
         files = common.export(stage.net, stage.params[1], [client], 0, BASE_REF)
-    elif not (files := after.adapters.get(f"r{trained.budget}/{client}", {})):
+    if not files:
         raise ModelError(f"method {trained.stage.method} made no adapter: its Personalised.export is None")
     tensors, modules = load(files[WEIGHTS_FILE]), stage.net.modules
     ranks = {name: len(tensors.get(f"base_model.model.{name}.lora_A.weight", ())) for name in modules}

@@ -156,11 +156,7 @@ def no_adapter(exp: ExperimentBase, name: str) -> str | None:
         return None
     if method.adapter is None:
         return "trains nothing"
-    if common is None:
-        return "trains the base's own weights, which are no adapter"
-    if common.head and exp.task_entry.kind == "classification":
-        return "trains the classification head's own weights, which do not fit a LoRA folder"
-    return None
+    return None if common is not None else "trains the base's own weights, which are no adapter"
 
 
 def chosen_method(run_id: str, exp: ExperimentBase, asked: str | None) -> str:

@@ -60,7 +60,7 @@ def adapter_files(lane: str) -> str:
     ('adapters/r8/seen/amh/00/', 'adapters/r8/seen/all/%41na/')
 
     Args:
-        lane: ``r<budget>/<client>``.
+        lane: ``r<budget>/<client>``, or ``all/<client>``.
     """
     return f"{ADAPTERS}{'/'.join(map(file_name, lane.split('/')))}/"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedtailor.federated.checks import check_loss
 from fedtailor.federated.context import ClientContext
-from fedtailor.lanes.adam import AdamGroup, LaneAdam
+from fedtailor.lanes.adam import AdamGroup, LaneAdam, LaneOptimizer
 from fedtailor.lanes.batches import IntArray, LaneBatch
 from fedtailor.lanes.loss import lane_losses
 from fedtailor.lanes.params import clip_lanes
@@ -92,7 +92,7 @@ def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:
 
 def train(
     ctx: ClientContext,
-    groups: Sequence[AdamGroup],
+    trained: Sequence[AdamGroup] | LaneOptimizer,
     how: Training,
     loss: LaneLoss | None = None,
     after_backward: AfterBackward | None = None,
@@ -104,16 +104,16 @@ def train(
 
     Args:
         ctx: lanes ordered by falling training size.
-        groups: what is trained, at which rate.
+        trained: what is trained, at which rate, by Adam from its start; or an optimizer, which goes on.
         how: epochs, batch size, clipping, dropout.
         loss: (k,) loss of the running lanes; cross-entropy by default.
         after_backward: called with the batch and step number before clipping, e.g. to log a gradient's parts.
         after_step: called with the step number after the optimizer, gradients still there, e.g. to prune ranks.
     """
     loss = loss or cross_entropy_of(ctx)
-    optimizer = LaneAdam(ctx.params, groups)
+    optimizer = LaneAdam(ctx.params, trained) if isinstance(trained, Sequence) else trained
     clipped = [s for index in how.clip_groups for s in optimizer.slices[index]]
-    indices = _indices(ctx, how)
+    indices = step_rows(ctx, how)
     totals = torch.zeros(len(ctx.lanes), dtype=torch.float64, device=ctx.net.device)
     for group in optimizer.slices:
         for s in group:
@@ -138,7 +138,7 @@ def train(
     return Trace(totals / steps, steps)
 
 
-def _indices(ctx: ClientContext, how: Training) -> list[list[IntArray]]:
+def step_rows(ctx: ClientContext, how: Training) -> list[list[IntArray]]:
     """Rows of every step of every lane."""
     if how.steps is None:
         return ctx.training_order(how.epochs, how.batch_size, how.purpose)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedtailor.core.errors import MethodError, TailorError
 from fedtailor.core.faults import Sabotage
 from fedtailor.core.messages import (
+    ALL_BUDGETS,
     ClientCost,
     Failure,
     FloatArray,
@@ -198,7 +199,8 @@ class Segment:
             if self.stage.overlay is not None and client not in self.job.overlay:
                 rows.append(self._row(lane, metric="initial_overlay", value=1.0, weight=float(lane.size)))
             if spec.save_adapters and made.export is not None:
-                self.result.adapters[f"r{lane.budget}/{client}"] = made.export(k, BASE_REF)
+                at = ALL_BUDGETS if lane.budget is None else f"r{lane.budget}"
+                self.result.adapters[f"{at}/{client}"] = made.export(k, BASE_REF)
 
     def _rank_rows(self, made: Personalised, k: int, lane: Lane) -> list[dict[str, Any]]:
         if made.ranks is None or not made.selects_ranks:
