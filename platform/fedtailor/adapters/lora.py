@@ -129,6 +129,10 @@ class LoraAdapter:
             layer.bind(
                 params[f"{self.prefix}_A.{adapted.name}"], params[f"{self.prefix}_B.{adapted.name}"], None, self.scale
             )
+        self.bind_head(net, params)
+
+    def bind_head(self, net: LaneNet, params: LaneParams) -> None:
+        """Plugs the head's weights into the head, where they are trained."""
         for name, layer in self._heads(net):
             layer.bind_own(*(params[f"{name}.{part}"] for part, _ in layer.base.named_parameters()))
 
@@ -234,7 +238,8 @@ def _stacked(
 class AdapterPair:
     """Two LoRA adapters in one model, one that is shared, say, and one that stays with the client.
 
-    The parameters of both; the model computes with the first, with the second, or with their sum.
+    The parameters of both; the model computes with the first, with the second, or with their sum, in which the second
+    alone is trained ("both") or the first, too ("joint").
 
     Args:
         first: its parameters come first.
@@ -260,11 +265,27 @@ class AdapterPair:
         self.first.bind_frozen(net, params)
         self.second.bind(net, params)
 
-    def switch(self, net: LaneNet, params: LaneParams, to: Literal["first", "second", "both"]) -> None:
+    def switch(self, net: LaneNet, params: LaneParams, to: Literal["first", "second", "both", "joint"]) -> None:
         """Takes off what is bound, and binds one of the two or, as `bind` does, both."""
         net.unbind()
+        if to == "joint":
+            self._bind_joint(net, params)
+            return
         adapters: Mapping[str, LoraAdapter | AdapterPair] = {"first": self.first, "second": self.second, "both": self}
         adapters[to].bind(net, params)
+
+    def _bind_joint(self, net: LaneNet, params: LaneParams) -> None:
+        """The sum of both, with gradients and one dropout mask for both."""
+        for adapted, layer in chosen_layers(net, self.first.targets):
+            a, b = (params[f"{self.first.prefix}_{matrix}.{adapted.name}"] for matrix in "AB")
+            layer.under = Branch(a, b, self.first.scale, dropout=True)
+        self.first.bind_head(net, params)
+        self.second.bind(net, params)
+
+    @property
+    def head(self) -> bool:
+        """Whether the classification head's own weights are trained."""
+        return self.first.head or self.second.head
 
     def merge(self, model: nn.Module, tensors: Mapping[str, Row]) -> None:
         """The first's values as plain weights; see `LoraAdapter.merge`."""

@@ -13,6 +13,7 @@ from fedtailor.core.errors import ConfigError, PlacementError
 from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of, method_section
 from fedtailor.federated.method import Capability, Method
 from fedtailor.methods import METHODS, build_method
+from fedtailor.tasks.source import TaskKind
 
 _QUANTISED = ("8bit", "4bit")
 _FEWEST_MASKED = 3
@@ -127,20 +128,21 @@ def zero_problems(exp: ExperimentBase) -> Iterator[str]:
         )
     for name in exp.used_methods:
         where = f"'base.name' = {name}" if name == exp.base.name else f"'methods': {name}"
-        if problem := _needs_whole_base(method_of(exp, name)):
+        if problem := _needs_whole_base(method_of(exp, name), exp.task_entry.kind):
             yield f"{where} {problem}; use engine.zero.ranks=1 or another one"
 
 
-def _needs_whole_base(method: Method) -> str | None:
+def _needs_whole_base(method: Method, kind: TaskKind) -> str | None:
     """Why a method needs the whole base in one process."""
     if Capability.SECOND_ORDER in method.requires:
         return (
             "needs second derivatives (SECOND_ORDER), and a base that is partitioned over ranks is gone when the "
-            "second backward pass comes (its first-order form, e.g. fedl2p.hypergradient.terms=0, works)"
+            "second backward pass comes (its form without them, e.g. fedl2p.hypergradient.terms=0, "
+            "pf2lora.order=finite_difference or perfedavg_lora.order=hessian_free, works)"
         )
     if _trains_base(method):
         return "trains the base's own weights, of which a rank has only a part"
-    if getattr(method.adapter, "head", False):
+    if kind == "classification" and getattr(method.adapter, "head", False):
         return "trains the classification head's own weights, of which a rank has only a part"
     return None
 

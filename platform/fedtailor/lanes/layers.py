@@ -75,11 +75,12 @@ class LaneState:
 
 @dataclass(frozen=True)
 class Branch:
-    """A low-rank term s B (A x): A (K, r, d_in), B (K, d_out, r)."""
+    """A low-rank term s B (A x): A (K, r, d_in), B (K, d_out, r); ``dropout``: x as the adapter on top has it."""
 
     a: Tensor
     b: Tensor
     scale: float
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,18 +155,18 @@ class LaneLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, and not for each of the products below
         y = self._base(x, lanes)
-        if self.under is not None and not self.state.bypass:
-            y = _low_rank(
-                y, x, self.state.running(self.under.a), self.state.running(self.under.b), None, self.under.scale
-            )
-        if self.a is None or self.b is None or self.state.bypass:
-            if not self.state.bypass:
-                # A bare layer draws too: which layers are bare depends on the other lanes' ranks.
-                self._dropout(x, lanes)
+        if self.state.bypass:
+            return y
+        # A bare layer draws too: which layers are bare depends on the other lanes' ranks.
+        dropped = self._dropout(x, lanes)
+        if self.under is not None:
+            a, b = self.state.running(self.under.a), self.state.running(self.under.b)
+            y = _low_rank(y, dropped if self.under.dropout else x, a, b, None, self.under.scale)
+        if self.a is None or self.b is None:
             return y
         lam = None if self.lam is None else self.state.running(self.lam)
         a, b = self.state.running(self.a), self.state.running(self.b)
-        return _low_rank(y, self._dropout(x, lanes), a, b, lam, self.scale)
+        return _low_rank(y, dropped, a, b, lam, self.scale)
 
     def _base(self, x: Tensor, lanes: int) -> Tensor:
         y: Tensor

@@ -5,7 +5,7 @@ that of its own loss alone, times what comes from above: under a frozen output e
 loss, so that no logits outlive their piece and nothing is computed twice (as in Liger Kernel, Hsu et al., 2024). An
 output embedding that is trained or adapted is computed again in the backward pass, piece by piece.
 
-A second derivative needs logits that are still there: who takes one (FedL2P's Hessian) uses `LaneNet.logits`.
+A second derivative needs logits that are still there: who takes one uses `whole_losses`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,18 @@ PIECE_LOGITS: Final = 2**24
 def lane_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
     """Mean cross-entropy of each lane over its own targets, (k,), at most `WHOLE_LOGITS` logits at a time.
 
-    It has no second derivative above that; `lane_cross_entropy` of `LaneNet.logits` has.
+    It has no second derivative above that; `whole_losses` has.
 
     Args:
         net: scores.
         batch: texts, or instructions with their response tokens as targets.
     """
     return _means(target_losses(net, batch), batch)
+
+
+def whole_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
+    """`lane_losses` that can be differentiated twice: with all logits at once, however many."""
+    return lane_cross_entropy(net.logits(batch), batch)
 
 
 def lane_cross_entropy(logits: Tensor, batch: LaneBatch) -> Tensor:
@@ -129,7 +134,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled():  # by create_graph=True
-            raise RuntimeError("logits in pieces have no second derivative; take lane_cross_entropy(net.logits(...))")
+            raise RuntimeError("logits in pieces have no second derivative; take whole_losses")
         (slopes,) = ctx.saved_tensors
         return (slopes * gradients[0].unsqueeze(-1)).to(slopes.dtype), None, None, None, None
 

@@ -23,6 +23,8 @@ FILES: Final = (
     "ditto",
     "fedbabu",
     "homlora",
+    "perfedavg_lora",
+    "pf2lora",
     "fedl2p",
     "fedp2eft",
 )

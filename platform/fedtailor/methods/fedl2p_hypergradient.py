@@ -57,8 +57,7 @@ from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import Natural, Positive, Rate
 from fedtailor.federated.context import ClientContext
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, make_batch
-from fedtailor.lanes.loss import lane_cross_entropy, lane_losses
-from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.loss import lane_losses, whole_losses
 from fedtailor.lanes.params import LaneParams
 
 Tensors = Sequence[Tensor]
@@ -178,10 +177,6 @@ def cycled(size: int, count: int, rng: np.random.Generator) -> IntArray:
     return np.concatenate(passes)[:count]
 
 
-def _whole_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
-    return lane_cross_entropy(net.logits(batch), batch)
-
-
 @dataclass(frozen=True)
 class OuterPairs:
     """The pairs of every lane and outer step.
@@ -226,7 +221,7 @@ class OuterPairs:
         """
         net, lanes = self.ctx.net, len(self.ctx.lanes)
         names = lora_names(net)
-        losses = partial(lane_losses if cfg.first_order else _whole_losses, net)
+        losses = partial(lane_losses if cfg.first_order else whole_losses, net)
         sums: list[Tensor] = []
         for start in range(0, cfg.pairs, cfg.at_once):
             chosen = slice(start, min(start + cfg.at_once, cfg.pairs))
