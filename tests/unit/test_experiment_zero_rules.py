@@ -27,12 +27,23 @@ def test_a_group_of_whole_processes_is_allowed() -> None:
     compose([], TALK)
     compose([], [*TALK, "engine.num_gpus=1", "engine.zero.offload=true"])
     compose([], [*TALK, "methods=[fedl2p]", "fedl2p.hypergradient.terms=0"])
+    forms = ("pf2lora.order=finite_difference", "perfedavg_lora.order=hessian_free")
+    compose([], [*TALK, "methods=[homlora,pf2lora,perfedavg_lora]", *forms])
+
+
+def test_ranks_do_not_train_a_head_s_own_weights() -> None:
+    words = ["base=none", "methods=[homlora]", "engine.zero.ranks=2"]
+    with pytest.raises(ConfigError, match="homlora trains the classification head's own weights"):
+        compose([], words)
+    compose([], [*words, "homlora.head=frozen"])
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
         ("methods=[fedl2p]", r"'methods': fedl2p needs second derivatives \(SECOND_ORDER\)"),
+        ("methods=[pf2lora]", r"'methods': pf2lora needs second derivatives .*pf2lora.order=finite_difference"),
+        ("methods=[perfedavg_lora]", r"perfedavg_lora needs second .* perfedavg_lora.order=hessian_free, works"),
         ("base=fedavg", "'base.name' = fedavg trains the base's own weights"),
         ("engine.num_gpus=0.5", r"'engine.num_gpus' = 0.5 \(allowed: 1, or 0 for CPUs\)"),
         ("engine.num_gpus=2", r"'engine.num_gpus' = 2 \(allowed: 1"),

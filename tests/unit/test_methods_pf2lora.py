@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ from toy import toy_context, toy_lanes, toy_llama, toy_net, with_prompts, write_
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.scope import Scope
 from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import method_of
+from fedtailor.experiment.plan import make_plan, method_sizes
+from fedtailor.experiment.rules import check_whole_logits
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Capability, Method
 from fedtailor.lanes.batches import make_batch
@@ -296,6 +298,31 @@ def test_peft_scores_the_stacked_adapter_as_the_run_did(tmp_path: Path, kind: st
     ],
 )
 def test_bad_keys_are_named(override: str, words: str) -> None:
-    with warnings.catch_warnings(), pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError) as error:
         compose([], ["methods=[pf2lora,perfedavg_lora,homlora]", override])
     assert words in str(error.value)
+
+
+def test_second_derivatives_of_logits_in_pieces_are_refused_before_work_starts() -> None:
+    words = ["task=cldr_instruct", "base=none", "methods=[pf2lora,homlora]", "task.max_length=512"]
+    words += ["pf2lora.batch_size=64", "homlora.batch_size=64"]
+    with pytest.raises(ConfigError) as error:
+        check_whole_logits(compose([], words))
+    assert str(error.value).strip() == (
+        "'pf2lora.batch_size' = 64: second derivatives need all logits of a client's step at once, and those of 64 "
+        "rows of 512 tokens and 4,000 classes are 131,072,000; above 67,108,864 they are taken in pieces, which have "
+        "none. Use engine.micro_batch=32, or a form without them (pf2lora.order)"
+    )
+    for way_out in ("engine.micro_batch=32", "pf2lora.order=finite_difference", "pf2lora.order=first"):
+        check_whole_logits(compose([], [*words, way_out]))
+    with pytest.raises(ConfigError, match="logits"):
+        make_plan(compose([], words))
+
+
+def test_a_plan_tells_what_is_trained_from_an_optimizer_s_state() -> None:
+    exp = compose([], ["base=none", "methods=[homlora,pf2lora]", "homlora.head=frozen", "pf2lora.head=frozen"])
+    one, two = (method_sizes(exp, method_of(exp, name), 7) for name in exp.methods)
+    per_rank = 2 * 2 * (64 + 64)
+    assert (one.shared, one.private, one.state) == (8 * per_rank, 16 * per_rank + 1, 16 * per_rank + 1)
+    assert (two.shared, two.private - two.state) == (8 * per_rank, 2 * per_rank)
+    assert not one.generators

@@ -101,12 +101,13 @@ def _show_header(console: Console, plan: Plan) -> None:
 
 def _show_trained(console: Console, plan: Plan) -> None:
     table = plain_table(
-        "method", "SHARED", "PRIVATE", "EPHEMERAL", "generator",
+        "method", "SHARED", "PRIVATE", "EPHEMERAL", "generator or optimizer state",
         title="Numbers that methods declare, per client", numbers=("SHARED", "PRIVATE", "EPHEMERAL"),
     )  # fmt: skip
     for name, sizes in plan.sizes.items():
         generators = [f"{'-'.join(map(str, g.widths))} with {g.parameters:,} parameters" for g in sizes.generators]
-        counts = [f"{n:,}" if n else "" for n in (sizes.shared, sizes.private, sizes.ephemeral)]
+        generators += [f"{sizes.state:,} more PRIVATE ones, AdamW's moments and step count"] if sizes.state else []
+        counts = [f"{n:,}" if n else "" for n in (sizes.shared, sizes.private - sizes.state, sizes.ephemeral)]
         table.add_row(method_name(name), *counts, ", ".join(generators))
     console.print(table)
 

@@ -21,7 +21,7 @@ from fedtailor.core.scope import Scope
 from fedtailor.experiment import prepare
 from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, to_json
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
-from fedtailor.experiment.rules import check_weights
+from fedtailor.experiment.rules import check_weights, check_whole_logits
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.experiment.trial import try_model
 from fedtailor.federated.method import Method
@@ -39,6 +39,7 @@ from fedtailor.tasks.prompts import check_name
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.tokens import TokenData, unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
+from fedtailor.training.common_lora import KeptAdam
 
 LOOKED_AT = 20
 """Newest runs whose times are looked at."""
@@ -62,12 +63,13 @@ class Generator:
 
 @dataclass(frozen=True)
 class MethodSizes:
-    """Numbers that a method trains: SHARED ones travel, the others stay where they are."""
+    """Numbers of a client: SHARED ones travel, the others stay; ``state`` of the PRIVATE ones are an optimizer's."""
 
     shared: int
     private: int
     ephemeral: int
     generators: tuple[Generator, ...]
+    state: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         check_name(exp.task.template)
     note_surroundings(exp, notes)
     model = _try_model(exp, notes)
+    check_whole_logits(exp)
     data = {seed: inputs_here(exp, seed, model, notes) for seed in dict.fromkeys(base_seed(exp, s) for s in exp.seeds)}
     population, inputs, manifest = next(iter(data.values()))
     population = population or configured_population(exp, notes)
@@ -132,7 +135,8 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
 
     def work_of(stage: Stage, other: ExperimentBase = exp) -> Estimate:
         method, size = sized(stage.method, stage.r_max)
-        return estimate(other, stage, method, (size.shared, size.private + size.ephemeral), dims, population)
+        own = size.private - size.state + size.ephemeral
+        return estimate(other, stage, method, (size.shared, own), dims, population)
 
     stages: dict[str, StagePlan] = {}  # seeds that share a base list it once
     storage = Storage(exp.storage)
@@ -208,9 +212,8 @@ def _unknown(
             return unknown_tokens(data, TokenData.open(tokens), load_tokenizer(made))
     if model is None:
         return {}
-    generation = exp.task_entry.kind == "generation"
-    tokenizer = load_tokenizer(model, padded=not generation)
-    if generation:
+    tokenizer = load_tokenizer(model, padded=exp.task_entry.kind != "generation")
+    if exp.task_entry.kind == "generation":
         settle_padding(tokenizer)
     if data.manifest["rows"] > MOST_TOKENISED:
         prepare.check_tokenizer(exp, data, tokenizer)
@@ -250,27 +253,27 @@ def configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
 
 def _try_model(exp: ExperimentBase, notes: list[str]) -> Path | None:
     """Checks a model as far as its files are here, and tries it; their folder."""
-    kind = exp.task_entry.kind
-    folder = check_available(exp.model, exp.task.max_length, kind, ask=False)
+    folder = check_available(exp.model, exp.task.max_length, exp.task_entry.kind, ask=False)
     if folder is not None:
-        notes += [f"{clause[:1].upper()}{clause[1:]}." for clause in try_model(exp.model, kind, folder)]
+        notes += [f"{x[:1].upper()}{x[1:]}." for x in try_model(exp.model, exp.task_entry.kind, folder)]
     return folder
 
 
 def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
     """Sums a method's declared parameters by owner, on a model without weights."""
     model = meta_model(exp.model, classes, exp.task.max_length, exp.task_entry.kind)
-    own_layers = method.name == exp.base.name
-    net = LaneNet(model, adapted_linears(model, "all-linear" if own_layers else exp.model.targets))
+    targets = "all-linear" if method.name == exp.base.name else exp.model.targets
+    net = LaneNet(model, adapted_linears(model, targets))
     modules = [module.specs(net) for module in method.modules]
     specs = [*(method.adapter.specs(net) if method.adapter else ()), *(spec for module in modules for spec in module)]
     total = {scope: sum(spec.size for spec in specs if spec.scope is scope) for scope in Scope}
-    generators = []
-    for module in modules:
-        layers = [spec.shape for spec in module if len(spec.shape) == 2]
-        widths = (layers[0][1], *(out for out, _ in layers)) if layers else ()
-        generators.append(Generator(widths, sum(spec.size for spec in module)))
-    return MethodSizes(total[Scope.SHARED], total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators))
+    generators = [
+        Generator((layers[0][1], *(width for width, _ in layers)), sum(spec.size for spec in module))
+        for module in modules
+        if (layers := [spec.shape for spec in module if len(spec.shape) == 2])
+    ]
+    state = sum(spec.size for part in method.modules if isinstance(part, KeptAdam) for spec in part.specs(net))
+    return MethodSizes(total[Scope.SHARED], total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators), state)
 
 
 def seconds_per_client(exp: ExperimentBase) -> dict[tuple[str, str], float]:

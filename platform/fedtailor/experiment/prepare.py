@@ -27,7 +27,7 @@ from fedtailor.experiment.config import (
     stored_experiment,
     to_json,
 )
-from fedtailor.experiment.rules import check_population, check_weights
+from fedtailor.experiment.rules import check_population, check_weights, check_whole_logits
 from fedtailor.experiment.stages import Inputs, short_hash
 from fedtailor.experiment.trial import try_model
 from fedtailor.federated.pool import OnEvent
@@ -67,6 +67,7 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     check_wandb(exp.wandb, exp.save_adapters)
     hub.check_available(exp.model, exp.task.max_length, exp.task_entry.kind)
     check_weights(exp)
+    check_whole_logits(exp)
     if exp.task_entry.kind == "generation":
         prompts.check_name(exp.task.template)
     prepare_data(exp, emit)

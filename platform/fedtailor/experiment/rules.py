@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from fedtailor.core.errors import ConfigError, PlacementError
 from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of, method_section
 from fedtailor.federated.method import Capability, Method
+from fedtailor.lanes.loss import WHOLE_LOGITS
 from fedtailor.methods import METHODS, build_method
+from fedtailor.models.dimensions import model_config
 from fedtailor.tasks.source import TaskKind
 
 _QUANTISED = ("8bit", "4bit")
@@ -145,6 +147,33 @@ def _needs_whole_base(method: Method, kind: TaskKind) -> str | None:
     if kind == "classification" and getattr(method.adapter, "head", False):
         return "trains the classification head's own weights, of which a rank has only a part"
     return None
+
+
+def check_whole_logits(exp: ExperimentBase) -> None:
+    """Refuses second derivatives of steps whose logits would be taken in pieces; reads the model's config.
+
+    Raises:
+        ConfigError: names the batch size, the number of logits and the ways out.
+        ModelError: no config of the model is to be had.
+    """
+    if exp.task_entry.kind != "generation":
+        return
+    problems = []
+    for name in exp.used_methods:
+        if not (whole := method_of(exp, name).whole_rows):
+            continue
+        classes, length = model_config(exp.model, exp.task.max_length).vocab_size, exp.task.max_length
+        rows, most = min(whole, exp.engine.micro_batch or whole), WHOLE_LOGITS // (length * classes)
+        if rows > most:
+            parts = f"engine.micro_batch={most}, " if most else "a smaller 'task.max_length', "
+            problems.append(
+                f"'{name}.batch_size' = {whole}: second derivatives need all logits of a client's step at once, and "
+                f"those of {rows} rows of {length} tokens and {classes:,} classes are {rows * length * classes:,}; "
+                f"above {WHOLE_LOGITS:,} they are taken in pieces, which have none. Use {parts}"
+                f"or a form without them ({name}.order)"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_population(exp: ExperimentBase, seen: int) -> None:

@@ -276,6 +276,7 @@ def build(cfg: Pf2LoraConfig, r_max: int) -> Method:
         requires=frozenset({Capability.SECOND_ORDER} if second else ()),
         batch_size=cfg.batch_size,
         steps=cfg.local_steps,
+        whole_rows=cfg.batch_size if second else 0,
     )
 
 
