@@ -90,7 +90,10 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("strategy.rouds=3", ["unknown key 'strategy.rouds'", "did you mean 'rounds'?", "cohort, rounds"]),
+        (
+            "strategy.rouds=3",
+            ["unknown key 'strategy.rouds'", "did you mean 'rounds'?", "cohort, evaluate_every, rounds"],
+        ),
         ("rounds=3", ["unknown key 'rounds'", "did you mean 'base.rounds' or 'strategy.rounds'?"]),
         ("base.rounds=many", ["'base.rounds'", "valid integer", "'many'"]),
         ("base.rounds=-1", ["'base.rounds'", "greater than or equal to 0", "-1"]),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -55,7 +55,8 @@ def _is_number(annotation: Any) -> bool:
     if get_origin(annotation) is Annotated:
         return _is_number(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return all(_is_number(part) for part in get_args(annotation) if part is not type(None))
+        parts = [part for part in get_args(annotation) if part is not type(None) and get_origin(part) is not Literal]
+        return bool(parts) and all(map(_is_number, parts))
     return annotation in (int, float)
 
 
@@ -113,7 +114,7 @@ def validate(kind: type[C], tree: Mapping[str, Any]) -> C:
         places: dict[tuple[Any, ...], list[Any]] = {}
         for problem in error.errors():
             # pydantic adds the branch of a union, such as "tuple[str, ...]", to the place.
-            place = tuple(part for part in problem["loc"] if "[" not in str(part))
+            place = tuple(part for part in problem["loc"] if not re.search(r"\[|^constrained-", str(part)))
             places.setdefault(place, []).append(problem)
         raise ConfigError([_sentence(kind, place, problems) for place, problems in places.items()]) from None
 

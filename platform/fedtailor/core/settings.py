@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -12,6 +13,8 @@ from fedtailor.core.config import Config
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Cohort = Rate | Literal["all"]
+"""Clients of each round: a share of the seen pool below 1, else a number; or all of them."""
 _WANDB_KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_")
 
 
@@ -84,8 +87,8 @@ class BaseStageConfig(Named):
     """A method whose entry says ``base=True``, e.g. ``fedavg``: standard FL; ``feddpa``: personalised FL, a part of the
     base is each client's own; or ``none``: off-the-shelf."""
     rounds: Natural = 100
-    cohort: Annotated[float, Field(gt=0)] = 0.1
-    """Clients sampled each round: a share of the seen pool if <= 1 and not an integer, else a number."""
+    cohort: Cohort = 0.1
+    """Clients sampled each round: a share of the seen pool below 1, else a number; ``all`` of them."""
     seed: Natural | None = None
     """Seed of partition, initial head and base for all runs, as the reference has it (42); by default every seed
     of the run has its own. Methods and cohorts of the later stages follow the run's seeds either way."""
@@ -94,8 +97,12 @@ class BaseStageConfig(Named):
 class StrategyStageConfig(Config):
     """Rounds of a method's own federated training (FedP2EFT 4.1: 150 rounds, 10 % of the seen clients)."""
 
+    when_absent: ClassVar[Mapping[str, Any]] = {"evaluate_every": 0}
     rounds: Natural = 150
-    cohort: Annotated[float, Field(gt=0)] = 0.1
+    cohort: Cohort = 0.1
+    evaluate_every: Natural = 0
+    """After every so many rounds the models of all clients are personalised and scored on their test examples as they
+    would be in the end: metrics ``test_loss``, ``test_accuracy`` ... of the round. 0: in the end alone."""
 
 
 class PersonaliseStageConfig(Config):

@@ -15,6 +15,7 @@ from fedtailor.core.settings import (
     AggregationConfig,
     AttackConfig,
     BaseStageConfig,
+    Cohort,
     DecodingConfig,
     EngineConfig,
     ModelConfig,
@@ -236,12 +237,14 @@ def base_seed(exp: ExperimentBase, seed: int) -> int:
     return seed if exp.base.seed is None else exp.base.seed
 
 
-def cohort_size(cohort: float, pool: int) -> int:
-    """Clients per round: a share below 1 (rounded to nearest), or a number from 1 on.
+def cohort_size(cohort: Cohort, pool: int) -> int:
+    """Clients per round: a share below 1 (rounded to nearest), a number from 1 on, or all.
 
-    >>> cohort_size(0.1, 160), cohort_size(16, 160), cohort_size(1.0, 160)
-    (16, 16, 1)
+    >>> cohort_size(0.1, 160), cohort_size(16, 160), cohort_size(1.0, 160), cohort_size("all", 160)
+    (16, 16, 1, 160)
     """
+    if cohort == "all":
+        return pool
     return round(cohort * pool) if cohort < 1 else int(cohort)
 
 

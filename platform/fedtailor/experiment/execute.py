@@ -12,6 +12,7 @@ from fedtailor.core.errors import CapabilityError, ClientError, Interrupted, Rou
 from fedtailor.core.messages import SegmentJob, SegmentResult, StageInfo, StageSpec
 from fedtailor.experiment.config import ExperimentBase, base_seed, method_section
 from fedtailor.experiment.prepare import make_inputs
+from fedtailor.experiment.round_scores import RoundScores
 from fedtailor.experiment.stage_results import EarlierStages, Mergeable, spending, write_merged
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages, short_hash, stage_spec
 from fedtailor.federated.checks import checked_results
@@ -186,16 +187,21 @@ class Execution:
             private=sum(param.size for param in info.private),
             poisson=self.exp.privacy.sampler == "poisson",
         )
-        rounds = CommittedRounds(log, info.shared, engine.keep_rounds)
+        rounds, overlay = CommittedRounds(log, info.shared, engine.keep_rounds), self._earlier.overlay(stage)
+        models = [c.id for c in data.clients if c.pool in self.exp.personalise.pools]
+        scores = RoundScores(self.exp, stage, spec, self.pool, rounds, models, overlay, self._may_go_on)
         run_rounds(
             plan, method, self.pool, info.initial, rounds, self._received, partial(self._committed, stage),
-            self._earlier.overlay(stage), spending(self.storage, self.exp, stage, self._stages, len(seen)),
+            overlay, spending(self.storage, self.exp, stage, self._stages, len(seen)), scores,
         )  # fmt: skip
         return info
 
-    def _received(self, result: SegmentResult) -> None:
+    def _may_go_on(self, result: SegmentResult) -> None:
         if self.should_stop():
             raise Interrupted(f"stopped in {result.stage}, round {result.round}: its commits are kept")
+
+    def _received(self, result: SegmentResult) -> None:
+        self._may_go_on(result)
         self.emit({"kind": "segment", "stage": result.stage, "clients": len(result.valid), **result.host})
 
     def _committed(self, stage: Stage, outcome: RoundOutcome) -> None:

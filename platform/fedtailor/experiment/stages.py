@@ -129,6 +129,8 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         "quorum": exp.engine.quorum,
         **{f"guard/{name}": section for name, section in server_side.items()},
     }
+    every = exp.strategy.evaluate_every
+    scored = [every, exp.personalise.pools, to_json(exp.decoding) if exp.task_entry.kind == "generation" else None]
     of_models = {
         "pools": exp.personalise.pools,
         "chunk": exp.personalise.chunk,
@@ -172,7 +174,8 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
             serves: dict[str, Any] = {"budgets": budgets, "r_max": r_max}
             own, strategy = {"r_max": r_max, "base_dropout": exp.model.base_dropout}, None
             if built.local_update is not None:
-                strategy = add(trained(f"strategy/{path}", method, seed, base, **serves), **own, **of_rounds)
+                over = {"evaluate_every": scored} if every else {}
+                strategy = add(trained(f"strategy/{path}", method, seed, base, **serves), **own, **of_rounds, **over)
             last = Stage(f"personalise/{path}", "personalise", method, seed, parent=base, strategy=strategy, **serves)
             add(last, **own, budgets=budgets, **of_models)
     return stages

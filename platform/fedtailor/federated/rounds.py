@@ -6,7 +6,7 @@ No method's name occurs here, and no arithmetic on weights: that is the aggregat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -131,6 +131,7 @@ def run_rounds(
     on_round: Callable[[RoundOutcome], None],
     overlay: Callable[[Sequence[str]], Mapping[str, FloatArray]] = lambda clients: {},
     record_spend: RecordSpend = no_ledger,
+    score: Callable[[RoundOutcome], Sequence[Mapping[str, Any]]] = lambda outcome: (),
 ) -> RoundState:
     """Runs what is missing of a stage and returns its last state.
 
@@ -149,6 +150,7 @@ def run_rounds(
         on_round: called after each commit.
         overlay: what some clients keep of their base.
         record_spend: writes down what a release costs, before it is made.
+        score: metric rows about a round that is about to be committed, which they will be part of.
 
     Raises:
         ClientError: a client failed and the policy is to fail.
@@ -182,7 +184,8 @@ def run_rounds(
             results = pool.run(jobs, state.shared, on_result, settle) if jobs else []
         finally:
             settle()
-        closed.append(close_round(plan, method, state, cohort, results, record_spend))
+        outcome = close_round(plan, method, state, cohort, results, record_spend)
+        closed.append(replace(outcome, metrics=[*outcome.metrics, *score(outcome)]))
         state = closed[0].state
         if method.mechanism is not None or closed[0].private:
             settle()

@@ -54,19 +54,19 @@ def round_means(frame: pd.DataFrame) -> pd.DataFrame:
 def _figure(stage: str, look: Look, method: str, series: pd.DataFrame) -> Drawing:
     found = set(series["metric"])
     metrics = [name for name in _FIRST if name in found] + sorted(found - set(_FIRST))
-    budgets = sorted(set(series["budget"]))
+    budgets = sorted(set(series["budget"]) - {-1})
     # Methods that train one strategy per budget: a shade each, light to dark.
     shades = sns.color_palette("viridis_r", len(budgets) + 1).as_hex()[1:]
     one = INK if stage == "base" else look.colour
-    colours = dict(zip(budgets, shades if len(budgets) > 1 else [one], strict=True))
+    colours = {-1: one} | dict(zip(budgets, shades if len(budgets) > 1 else [one] * len(budgets), strict=True))
     columns = min(3, len(metrics))
     figure, axes = style.panels(len(metrics), columns, 4.1 * max(columns, 2 if len(budgets) > 1 else 1), 2.6)
     for axis, metric in zip(axes, metrics, strict=True):
         _panel(axis, series[series["metric"] == metric], colours)
         axis.set_title(drawable(names.metric_name(metric)))
     if len(budgets) > 1:
-        handles = axes[0].get_legend_handles_labels()[0]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+        handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles=list(handles.values()), loc="outside upper left", ncols=len(handles))
     whose = f"base model, {look.label}" if stage == "base" else f"strategy of {look.label}"
     several = series["seed"].nunique() > 1
     return Drawing(
@@ -86,8 +86,8 @@ def _panel(axis: Axes, series: pd.DataFrame, colours: dict[int, str]) -> None:
         table = rows.pivot_table(index="round", columns="seed", values="value")
         mean, x = table.mean(axis=1).to_numpy(), table.index.to_numpy() + 1
         colour = colours[int(str(budget))]
-        single = len(x) == 1
-        axis.plot(x, mean, color=colour, linewidth=1.5, marker="o" if single else None, label=f"r = {budget}")
+        single, label = len(x) == 1, f"r = {budget}" if int(str(budget)) >= 0 else None
+        axis.plot(x, mean, color=colour, linewidth=1.5, marker="o" if single else None, label=label)
         if table.shape[1] > 1:
             spread = table.std(axis=1).fillna(0.0).to_numpy()
             axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)

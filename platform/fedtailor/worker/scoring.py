@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -17,6 +17,10 @@ from fedtailor.worker.open_stage import OpenStage
 
 if TYPE_CHECKING:
     from fedtailor.evaluation.text_metrics import Tally
+
+
+SCORES: Final = ("accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss")
+"""Metrics of test examples that a client's model may be scored by."""
 
 
 @dataclass(frozen=True)
