@@ -14,7 +14,6 @@ Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Cohort = Rate | Literal["all"]
-"""Clients of each round: a share of the seen pool below 1, else a number; or all of them."""
 _WANDB_KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])|wandb_v\d_")
 
 
@@ -59,8 +58,7 @@ class ModelConfig(Named):
     checkpointing: bool = False
     """Compute activations of every block again in the backward pass instead of keeping them."""
     attention: Literal["sdpa", "eager", "auto"] | None = None
-    """Attention kernel; default: transformers' choice. ``auto``: the faster one here, measured when the run begins. For
-    short texts in bfloat16 on a CPU, eager is faster."""
+    """Attention kernel; default: transformers' choice. ``auto``: the faster one here, measured when the run begins."""
     base_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the frozen base while adapters train; above 0 one client at a time (no lanes)."""
 
@@ -90,8 +88,8 @@ class BaseStageConfig(Named):
     cohort: Cohort = 0.1
     """Clients sampled each round: a share of the seen pool below 1, else a number; ``all`` of them."""
     seed: Natural | None = None
-    """Seed of partition, initial head and base for all runs, as the reference has it (42); by default every seed
-    of the run has its own. Methods and cohorts of the later stages follow the run's seeds either way."""
+    """Seed of partition, initial head and base, one for all runs (reference: 42); None: each run's own. Later stages
+    follow the run's."""
 
 
 class StrategyStageConfig(Config):
@@ -101,8 +99,7 @@ class StrategyStageConfig(Config):
     rounds: Natural = 150
     cohort: Cohort = 0.1
     evaluate_every: Natural = 0
-    """After every so many rounds the models of all clients are personalised and scored on their test examples as they
-    would be in the end: metrics ``test_loss``, ``test_accuracy`` ... of the round. 0: in the end alone."""
+    """Every so many rounds all clients' models are made and scored, as in the end: ``test_loss``, ... 0: never."""
 
 
 class PersonaliseStageConfig(Config):
@@ -112,8 +109,7 @@ class PersonaliseStageConfig(Config):
     chunk: Positive = 40
     """Clients per commit."""
     score_train: bool = False
-    """Also score every personalised model on the texts that it was trained on (``train_accuracy`` and
-    ``train_loss_after``), as FedP2EFT does to pick hyper-parameters (A.4)."""
+    """Also score models on their training texts (``train_accuracy``, ``train_loss_after``), as FedP2EFT does (A.4)."""
     save_predictions: bool = False
     """Generation: keep every answer with its prompt and reference, e.g. for ``fedtailor judge``."""
 
@@ -160,8 +156,7 @@ class AggregationConfig(Named):
     """How the server joins the clients' SHARED parameters, in every stage with rounds.
 
     ``method``: as the method itself says (mostly the mean weighted by examples). The others withstand a share of
-    clients that send anything; all but ``norm_bound`` need every client's own update at the server and count each
-    client once.
+    clients that send anything; all but ``norm_bound`` need every client's own update, and count each client once.
     """
 
     name: Literal["method", "median", "trimmed_mean", "krum", "norm_bound"] = "method"
@@ -220,8 +215,7 @@ class AttackConfig(Named):
 
 
 class EngineConfig(Config):
-    """Where and how clients run. Only threads, token_budget, max_lanes, segments, micro_batch, zero and dtype may
-    change numbers."""
+    """Where and how clients run; of it `stages.NUMERIC_ENGINE_KEYS`, micro_batch and zero may change numbers."""
 
     backend: Literal["ray", "serial"] = "ray"
     actors: Positive | None = None
