@@ -104,6 +104,7 @@ def build(cfg: DittoConfig, r_max: int) -> Method:
         server=ServerSgd(),
         batch_size=cfg.batch_size,
         epochs=2 * cfg.epochs,
+        steps=2 * cfg.local_steps if cfg.local_steps else None,
         budget_epochs=cfg.epochs,
         per_budget=True,
     )

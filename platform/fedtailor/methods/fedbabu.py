@@ -67,7 +67,7 @@ class Tuned:
         for name in self.body.names(net):
             own.params.set(name, repeat_lanes(ctx.params[name].detach(), ctx))
         tuned = replace(whole, targets=self.cfg.tune or ("head" if net.heads else "all-linear"))
-        how = replace(self.cfg.training("personalise"), epochs=self.cfg.tune_epochs)
+        how = replace(self.cfg.training("personalise"), epochs=self.cfg.tune_epochs, steps=None)
         trace = train(own, [AdamGroup(tuned.names(net), self.cfg.lr)], how)
         clients = [lane.client.id for lane in own.lanes]
         return Personalised(
@@ -91,6 +91,7 @@ def build(cfg: FedBabuConfig, r_max: int) -> Method:
         requires=frozenset({Capability.CLASSES} if cfg.tune == "head" else ()),
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
+        steps=cfg.local_steps,
         budget_epochs=cfg.tune_epochs,
         per_budget=True,
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from fedtailor.training.local import Training, train
 class FedDpaConfig(Config):
     """Defaults: FedP2EFT A.3."""
 
+    when_absent: ClassVar[Mapping[str, Any]] = {"local_steps": None}
     targets: tuple[str, ...] = ("query", "value")
     rank: Positive = 8
     local_rank: Natural = 8
@@ -51,6 +52,8 @@ class FedDpaConfig(Config):
     lr: Rate = 5e-5
     epochs: Positive = 2
     """Of each of the two phases."""
+    local_steps: Positive | None = None
+    """Exactly so many steps in the place of epochs, in each of the two phases."""
     batch_size: Positive = 32
     server_lr: Rate = 1.0
 
@@ -72,7 +75,8 @@ class GlobalThenLocal:
         return Report({"train_loss": loss, "local_train_loss": self._train(ctx, self.adapter.second, "local")})
 
     def _train(self, ctx: ClientContext, part: LoraAdapter, purpose: str) -> Tensor:
-        how = Training(self.cfg.epochs, self.cfg.batch_size, purpose, dropout=self.cfg.dropout)
+        cfg = self.cfg
+        how = Training(cfg.epochs, cfg.batch_size, purpose, dropout=cfg.dropout, steps=cfg.local_steps)
         return train(ctx, [AdamGroup(part.names(ctx.net), self.cfg.lr)], how).loss
 
 
@@ -109,6 +113,7 @@ def build(cfg: FedDpaConfig, r_max: int) -> Method:
     shared = LoraAdapter(cfg.rank, cfg.scale, Scope.SHARED, targets=cfg.targets, head=True, prefix="global")
     own = LoraAdapter(cfg.local_rank, cfg.scale, Scope.PRIVATE, targets=cfg.targets, prefix="local")
     adapter = AdapterPair(shared, own) if cfg.local_rank else shared
+    phases = 2 if cfg.local_rank else 1
     return Method(
         name="feddpa",
         adapter=adapter,
@@ -117,7 +122,8 @@ def build(cfg: FedDpaConfig, r_max: int) -> Method:
         aggregator=WeightedMean(),
         server=ServerSgd(cfg.server_lr),
         batch_size=cfg.batch_size,
-        epochs=(2 if cfg.local_rank else 1) * cfg.epochs,
+        epochs=phases * cfg.epochs,
+        steps=phases * cfg.local_steps if cfg.local_steps else None,
         overlay=LocalLoraOverlay(own) if cfg.local_rank else None,
     )
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from fedtailor.adapters.lora import LoraAdapter
@@ -92,6 +92,16 @@ class FedL2PConfig(Config):
             "lrnet": {"clip": "norm", "weights": "bfloat16", "features_eps": 1e-5, **sections["lrnet"]},
             "hypergradient": {"form": "implicit", "share_losses": True, **sections["hypergradient"]},
         }
+
+    @field_validator("finetune")
+    @classmethod
+    def _in_epochs(cls, value: FinetuneConfig) -> FinetuneConfig:
+        if value.local_steps is not None:
+            raise ValueError(
+                f"'fedl2p.finetune.local_steps' = {value.local_steps}: FedL2P's inner loop runs in epochs (allowed: "
+                "null, with fedl2p.finetune.epochs)"
+            )
+        return value
 
     @classmethod
     def for_task(cls, given: Mapping[str, Any], task: TaskConfig) -> Mapping[str, Any]:

@@ -67,6 +67,7 @@ def build(cfg: FedProxConfig, r_max: int) -> Method:
         server=ServerSgd(),
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
+        steps=cfg.local_steps,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -24,8 +24,11 @@ from fedtailor.training.local import Training, train
 class FinetuneConfig(Config):
     """Personal fine-tuning with cross-entropy alone (FedP2EFT section 3.2 and A.4)."""
 
+    when_absent: ClassVar[Mapping[str, Any]] = {"local_steps": None}
     lr: Rate = 1e-4
     epochs: Positive = 2
+    local_steps: Positive | None = None
+    """Exactly so many steps in the place of epochs (PF2LoRA's I, of every method alike)."""
     batch_size: Positive = 32
     scale: Rate = 2.0
     """s = alpha / r; the paper's alpha = 2 r gives 2 at every budget."""
@@ -34,7 +37,9 @@ class FinetuneConfig(Config):
 
     def training(self, purpose: str) -> Training:
         """How `train` runs by these settings; see `Training.purpose`."""
-        return Training(self.epochs, self.batch_size, purpose, self.max_grad_norm, dropout=self.dropout)
+        return Training(
+            self.epochs, self.batch_size, purpose, self.max_grad_norm, dropout=self.dropout, steps=self.local_steps
+        )
 
 
 def budget_lanes(ctx: ClientContext) -> ClientContext:
