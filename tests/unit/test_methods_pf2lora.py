@@ -192,12 +192,18 @@ def test_a_step_in_parts_is_the_same_step(order: str) -> None:
     close(values(parts, "common"), values(whole, "common"), rtol=1e-7)
 
 
-def test_two_sides_start_as_one_lora_of_both_ranks() -> None:
-    method, wide = build_method("pf2lora", HOW, 4), build_method("homlora", COMMON | {"rank": 5}, 4)
+@pytest.mark.parametrize("start", ["lora", "normal_a", "normal"])
+def test_two_sides_start_as_one_lora_of_both_ranks(start: str) -> None:
+    changes = {"start": start}
+    method = build_method("pf2lora", HOW | changes, 4)
+    wide = build_method("homlora", COMMON | {"rank": 5} | changes, 4)
     ctx, one = context(method, spread=False), context(wide, spread=False)
-    for name in (s.name for s in ctx.params.specs if s.name.startswith("own_A")):
-        both = torch.cat([ctx.params[name.replace("own", "common")], ctx.params[name]], 1)
+    for name in (s.name for s in ctx.params.specs if s.name.startswith("own")):
+        both = torch.cat([ctx.params[name.replace("own", "common")], ctx.params[name]], 1 if "own_A" in name else 2)
         assert torch.equal(both, one.params[name.replace("own", "lora")])
+        assert bool(both.any()) == (start == "normal" or "own_A" in name)
+        if both.any():
+            assert bool(both.abs().max() > 1) == (start != "lora")
 
 
 def test_the_common_part_travels_and_the_rest_stays() -> None:

@@ -26,12 +26,17 @@ Targets = Literal["all-linear", "body", "head"] | tuple[str, ...]
 of module paths."""
 
 
-def initial_a(adapted: AdaptedLayer, rank: int, seed: int) -> Tensor:
-    """A before training, (rank, d_in) float32: Kaiming-uniform with a = sqrt(5), i.e. U(-1/sqrt(d_in), 1/sqrt(d_in)).
+Start = Literal["lora", "normal_a", "normal"]
+
+
+def initial_a(adapted: AdaptedLayer, rank: int, seed: int, normal: bool = False) -> Tensor:
+    """A before training, (rank, d_in) float32: Kaiming-uniform with a = sqrt(5), U(±1/sqrt(d_in)), or N(0, 1).
 
     The stream is named by (seed, layer) only: every client, round and method starts from the same A, as in the
     FedP2EFT reference, which seeds torch right before it attaches adapters.
     """
+    if normal:
+        return torch.randn(rank, adapted.d_in, generator=torch_rng(seed, "lora_A", adapted.name))
     bound = 1 / math.sqrt(adapted.d_in)
     draws = torch.rand(rank, adapted.d_in, generator=torch_rng(seed, "lora_A", adapted.name))
     return draws.mul_(2 * bound).sub_(bound)
@@ -72,6 +77,7 @@ class LoraAdapter:
         prefix: of the parameters' names.
         first_row: draws of A that another adapter has: with its rank both together start as one of both ranks.
         head_scope: of the head's own weights; None: ``scope``.
+        start: A drawn as LoRA does and B zero, or A N(0, 1) and B zero, or both N(0, 1).
     """
 
     rank: int
@@ -83,6 +89,7 @@ class LoraAdapter:
     prefix: str = "lora"
     first_row: int = 0
     head_scope: Scope | None = None
+    start: Start = "lora"
     lanes: bool = True
     trains_base: ClassVar[bool] = False
     r_init: ClassVar[int] = 0
@@ -113,12 +120,13 @@ class LoraAdapter:
 
     def initial(self, net: LaneNet, seed: int) -> Mapping[str, Tensor]:
         """Seeded A; B stays zero and the head as it is, so the adapted model is the base model."""
-        last = self.first_row + self.rank
+        last, values = self.first_row + self.rank, dict[str, Tensor]()
         rows = max(self.draw_rank or 0, last)
-        values = {
-            f"{self.prefix}_A.{adapted.name}": initial_a(adapted, rows, seed)[self.first_row : last]
-            for adapted, _ in chosen_layers(net, self.targets)
-        }
+        for x in self.layers_of(net):
+            values[f"{self.prefix}_A.{x.name}"] = initial_a(x, rows, seed, self.start != "lora")[self.first_row : last]
+            if self.start == "normal":
+                b = torch.randn(rows, x.d_out, generator=torch_rng(seed, "lora_B", x.name))
+                values[f"{self.prefix}_B.{x.name}"] = b[self.first_row : last].T
         for name, layer in self._heads(net):
             values |= {f"{name}.{part}": value.detach() for part, value in layer.base.named_parameters()}
         return values

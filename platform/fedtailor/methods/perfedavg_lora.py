@@ -102,7 +102,7 @@ class MetaSteps:
         x, masks, graphs = [ctx.params[name] for name in names], dropout_state(ctx), None
         if cfg.order == "second" and cfg.batches == 2:
             graphs, inner_loss = slopes(ctx, inner, x)
-            slope = [sum(parts).detach() for parts in zip(*graphs, strict=True)]  # type: ignore[arg-type,union-attr]
+            slope = [sum(parts).detach() for parts in zip(*graphs, strict=True)]
         else:
             inner_loss = gradient(ctx, inner)
             slope = gradients(ctx, names)

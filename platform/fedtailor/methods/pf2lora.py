@@ -260,7 +260,10 @@ class CommonAndOwn:
 def build(cfg: Pf2LoraConfig, r_max: int) -> Method:
     """PF2LoRA of ranks ``cfg.rank`` + ``cfg.private_rank``, whatever the budget."""
     first = cfg.adapter("common")
-    own = LoraAdapter(cfg.private_rank, cfg.scale, Scope.PRIVATE, targets=cfg.targets, prefix="own", first_row=cfg.rank)
+    own = LoraAdapter(
+        cfg.private_rank, cfg.scale, Scope.PRIVATE, targets=cfg.targets, prefix="own", first_row=cfg.rank,
+        start=cfg.start,
+    )  # fmt: skip
     pair = AdapterPair(first, own)
     levels = TwoLevels(cfg, pair, CommonTraining(cfg, first))
     local: tuple[Parameters, ...] = (OwnCommon(first),) if (cfg.sync, cfg.evaluate) == ("end", "local") else ()

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtailor.adapters.lora import LoraAdapter, Targets
+from fedtailor.adapters.lora import LoraAdapter, Start, Targets
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.scope import ParamSpec, Scope
@@ -38,6 +38,9 @@ class CommonLoraConfig(Config):
     """s of W + s B A. The paper's Eq. 1 has none; LoRA's own scripts have alpha / r = 2 (RoBERTa), 8 (GPT-2)."""
     targets: Targets = ("query", "value")
     """Layers that get a LoRA: all, ``body``, ``head``, or endings of module paths."""
+    start: Start = "lora"
+    """A as LoRA draws it and B zero; ``normal_a``: A N(0, 1) and B zero; ``normal``: both N(0, 1) (PF2LoRA's synthetic
+    task, appendix K)."""
     head: Literal["shared", "frozen", "client"] = "shared"
     """The classification head's own weights, which the paper does not mention: trained and averaged like A and B, left
     as they are, or trained and each client's own (such a head learns the client's label prior)."""
@@ -63,7 +66,7 @@ class CommonLoraConfig(Config):
         own = Scope.PRIVATE if self.head == "client" else None
         return LoraAdapter(
             self.rank, self.scale, Scope.SHARED, targets=self.targets, head=self.head != "frozen", prefix=prefix,
-            head_scope=own,
+            head_scope=own, start=self.start,
         )  # fmt: skip
 
     def aggregator(self) -> WeightedMean:
