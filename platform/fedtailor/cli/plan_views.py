@@ -21,7 +21,7 @@ from fedtailor.experiment.estimate import USABLE, Estimate
 from fedtailor.experiment.plan import Plan, StagePlan, seconds_per_client
 from fedtailor.experiment.privacy import masked_traffic
 from fedtailor.models.source import model_title
-from fedtailor.report.names import method_name
+from fedtailor.report.names import method_name, plural
 from fedtailor.report.unknown_tokens import unknown_counts, unknown_sentence
 from fedtailor.tasks.source import POOLS, look_alikes
 from fedtailor.tasks.tables import data_files, is_saved
@@ -79,14 +79,14 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 def _show_header(console: Console, plan: Plan) -> None:
     exp, people, model = plan.exp, plan.population, plan.model
-    texts, groups = "sizes unknown", f"{len(exp.task.languages)} languages; "
+    texts, groups = "sizes unknown", f"{plural(len(exp.task.languages), 'language')}; "
     if plan.data and "columns" in plan.data:
         groups = f"{len(plan.data['languages'])} groups; " if "group" in plan.data["columns"] else ""
     if people.train:
         trains = (*people.train, *people.train_unseen)
         texts = f"{int(median(trains))} training texts in the middle ({min(trains)} to {max(trains)})"
     rows = {
-        "task": f"{exp.task.name}: {people.seen} seen and {people.unseen} unseen clients, {groups}{texts}",
+        "task": f"{exp.task.title}: {people.seen} seen and {people.unseen} unseen clients, {groups}{texts}",
         "model": f"{model_title(exp.model)}: {model.parameters:,} parameters, L = {model.layers} adapted linear layers",
         "budgets": f"r = {', '.join(map(str, exp.budgets))} (r L = "
         f"{', '.join(str(r * model.layers) for r in exp.budgets)} ranks); r_max = {exp.r_max}",

@@ -63,7 +63,7 @@ def show_header(console: Console, run_id: str, exp: ExperimentBase) -> None:
 
     console.print(f"[bold]{escape(run_id)}[/]  [dim]in {escape(exp.storage)}[/]")
     rows = {
-        "task, model": f"{exp.task.name}, {model_title(exp.model)}; base dropout {exp.model.base_dropout:g}",
+        "task, model": f"{exp.task.title}, {model_title(exp.model)}; base dropout {exp.model.base_dropout:g}",
         "methods": ", ".join(exp.methods),
         "budgets, seeds": f"{', '.join(map(str, exp.budgets))}; {', '.join(map(str, exp.seeds))}",
         **({} if exp.attack.name == "none" else {"attack": str(exp.attack)}),

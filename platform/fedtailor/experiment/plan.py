@@ -248,7 +248,7 @@ def configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
             f"task '{exp.task.name}' has the clients that its data has, and the data is not here: give task.path"
         )
     clients = len(exp.task.languages) * clients_per_language(exp)
-    return Population(seen=clients, unseen=clients)
+    return Population(seen=clients, unseen=clients if "unseen" in exp.task.pools else 0)
 
 
 def _try_model(exp: ExperimentBase, notes: list[str]) -> Path | None:

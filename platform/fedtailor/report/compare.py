@@ -186,7 +186,7 @@ def _facts(run: ComparedRun) -> dict[str, str]:
     return {
         "State": run.state if done == total else f"{run.state}, {done} of {total} stages",
         "Digest": run.digest[:12] if run.digest else "none yet",
-        "Task": exp.task.name,
+        "Task": exp.task.title,
         "Model": model_title(exp.model),
         "Base": base_line(exp, run.values),
         "Strategies": strategy_line(exp, run.values),

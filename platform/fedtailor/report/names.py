@@ -220,6 +220,8 @@ class Measure:
         value: what the number of one group is, a sentence without its subject.
         group: what results are split by: ``language``, or ``group`` where the data's groups are no languages.
         own_groups: the examples of one client may belong to several groups, and each counts for its own.
+        per_client: a group's number is the mean over its clients, each counted once, whatever its examples.
+        lowest: least value that it can have.
     """
 
     name: str
@@ -228,6 +230,8 @@ class Measure:
     value: str
     group: str = "language"
     own_groups: bool = True
+    per_client: bool = False
+    lowest: float = 0.0
 
     @property
     def groups(self) -> str:
@@ -246,6 +250,8 @@ class Measure:
     @property
     def pooling(self) -> str:
         """How a group's examples are brought together, as the subject and verb of a sentence."""
+        if self.per_client:
+            return f"A {self.group} is the mean over its clients, each counted once"
         if not self.own_groups:
             return f"A {self.group} is pooled over its clients"
         return f"A {self.group} is pooled over all test examples in it, whichever client has them"
@@ -259,6 +265,29 @@ ACCURACY: Final = Measure(
     own_groups=False,
 )
 
+MCC: Final = Measure(
+    "mcc",
+    "Matthews correlation",
+    "Matthews correlation",
+    "Correlation of labels and answers (0 where either are of one class), mean over clients, each counted once",
+    own_groups=False,
+    per_client=True,
+    lowest=-1.0,
+)
+
+POOLED_MCC: Final = Measure(
+    "mcc_pooled",
+    "Pooled Matthews correlation",
+    "pooled Matthews correlation",
+    "Correlation of labels and answers, of all clients' test examples together",
+    own_groups=False,
+    lowest=-1.0,
+)
+"""Of no client alone: it is counted from their confusion matrices."""
+
+CONFUSION: Final = "confusion"
+"""Rows of clients' confusion matrices; ``module`` is ``label/answer``."""
+
 ROUGE_L: Final = Measure("rougeL", "ROUGE-L", "ROUGE-L", "Longest common subsequence of answer and reference, F1")
 
 GENERATION: Final[tuple[Measure, ...]] = (
@@ -270,8 +299,16 @@ GENERATION: Final[tuple[Measure, ...]] = (
 )
 """Measures of answers, in the order in which tables show them."""
 
-SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, *GENERATION)}
-"""Metrics of personalised clients that must lie in [0, 1]."""
+BESIDE: Final[Mapping[str, tuple[Measure, ...]]] = {
+    MCC.name: (MCC, POOLED_MCC, ACCURACY),
+    ACCURACY.name: (),
+    ROUGE_L.name: GENERATION,
+}
+"""What a run is compared by, as its task names it, to all measures that are shown beside each other. Of a run that has
+several of these scores the first counts."""
+
+SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, *GENERATION)}
+"""Metrics of personalised clients that must lie between their lowest value and 1."""
 
 SCORES: Final[tuple[str, ...]] = (*SHARES, LOSS)
 """All metrics of personalised clients on their test examples."""

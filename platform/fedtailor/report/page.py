@@ -116,9 +116,11 @@ def _tiles(
     entry = TASKS.get(exp.task.name)
     known = entry is not None and (entry.clients == "natural" or not entry.label_skew)
     evenly = known or not facts.dealt  # no Dirichlet draw
+    share = exp.task.sorted_share
+    skew = ("Alpha (label skew)", str(exp.task.alpha)) if share is None else ("Share sorted by label", str(share))
     clients = " + ".join(f"{blocks[0].n_clients} {pool}".strip() for pool, blocks in pools.items())
     tiles = [
-        ("Task", exp.task.name),
+        ("Task", exp.task.title),
         ("Model", model_title(exp.model)),
         ("Adapted layers L", str(facts.n_modules)),
         ("Clients", clients),
@@ -128,7 +130,7 @@ def _tiles(
         ("Base", facts.base_line),
         ("Strategy", facts.strategy_line),
         ("Scale", str(exp.scale)),
-        *([] if evenly else [("Alpha (label skew)", str(exp.task.alpha))]),
+        *([] if evenly else [skew]),
         ("Status", facts.status),
         ("Failures", text(run.get("failures"))),
         ("Warnings", text(run.get("warnings"))),

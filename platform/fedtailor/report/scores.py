@@ -17,8 +17,9 @@ import pandas as pd
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS
+from fedtailor.evaluation.classification import matthews
 from fedtailor.report import names
-from fedtailor.report.names import ACCURACY, GENERATION, LOSS, ROUGE_L, SCORES, SHARES, Measure
+from fedtailor.report.names import ACCURACY, BESIDE, CONFUSION, LOSS, POOLED_MCC, SCORES, SHARES, Measure
 
 AVERAGE = "average"
 REFERENCE = "base"
@@ -77,24 +78,22 @@ class Block:
 
 
 def primary(rows: pd.DataFrame) -> Measure:
-    """The measure of a run: ``accuracy`` where it has such rows, else ``rougeL``; accuracy for a run without scores.
+    """The measure of a run: the first of `names.BESIDE` that it has rows of; accuracy for a run without scores.
 
     Args:
         rows: metric rows; those of the personalising stage are looked at.
     """
     scored = rows[rows["stage"] == "personalise"]
     found = set(scored["metric"])
-    measure = ACCURACY if ACCURACY.name in found or ROUGE_L.name not in found else ROUGE_L
+    measure = next((SHARES[name] for name in BESIDE if name in found), ACCURACY)
     return replace(measure, group=_group(set(scored.loc[scored["metric"] == measure.name, "language"])))
 
 
 def answer_measures(rows: pd.DataFrame) -> tuple[Measure, ...]:
-    """The measures of a generation run, primary one included; empty for classification."""
+    """The measures that a run shows beside each other, primary one included; empty where accuracy is all there is."""
     main = primary(rows)
-    if main.name == ACCURACY.name:
-        return ()
     found = set(rows.loc[rows["stage"] == "personalise", "metric"])
-    return tuple(replace(measure, group=main.group) for measure in GENERATION if measure.name in found)
+    return tuple(replace(measure, group=main.group) for measure in BESIDE[main.name] if measure.name in found)
 
 
 def _group(codes: set[str]) -> str:
@@ -123,18 +122,23 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
         raise DataError(
             f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: {row.metric} is given twice"
         )
-    wrong = scored[scored["metric"].isin(SHARES) & ~scored["value"].between(0, 1)]
+    lowest = scored["metric"].map({name: measure.lowest for name, measure in SHARES.items()})
+    wrong = scored[lowest.notna() & ~scored["value"].between(lowest, 1)]
     if len(wrong):
-        row = wrong.iloc[0]
+        row, least = wrong.iloc[0], lowest[wrong.index[0]]
         raise DataError(
-            f"client {row.client}, {row.method}, budget {row.budget}: {row.metric} {row.value} is not in [0, 1]"
+            f"client {row.client}, {row.method}, budget {row.budget}: {row.metric} {row.value} is not in [{least:g}, 1]"
         )
     return frame
 
 
 def scored_rows(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `checked` that score a personalised client on at least one test example."""
-    return frame[(frame["stage"] == "personalise") & frame["metric"].isin(SCORES) & (frame["weight"] > 0)]
+    """Rows of `checked` that score a personalised client on at least one test example.
+
+    Cells of confusion matrices stand for the measure that is counted from them.
+    """
+    scored = frame["metric"].isin([*SCORES, CONFUSION]) & (frame["stage"] == "personalise") & (frame["weight"] > 0)
+    return frame[scored].replace({"metric": {CONFUSION: POOLED_MCC.name}})
 
 
 def by_language(scored: pd.DataFrame) -> pd.DataFrame:
@@ -142,7 +146,25 @@ def by_language(scored: pd.DataFrame) -> pd.DataFrame:
 
     Columns: ``value`` pooled over clients, ``n_clients``, ``n_examples``.
     """
-    return pooled(scored, _GROUP, n_clients=("client", "nunique")).rename(columns={"weight": "n_examples"})
+    cells = scored["metric"] == POOLED_MCC.name
+    each = scored[~cells].assign(examples=scored["weight"])
+    once = each["metric"].isin([name for name, measure in SHARES.items() if measure.per_client])
+    each["weight"] = each["weight"].where(~once, 1.0)
+    table = pooled(each, _GROUP, n_clients=("client", "nunique"), n_examples=("examples", "sum")).drop(columns="weight")
+    return pd.concat([table, _matthews(scored[cells])], ignore_index=True) if cells.any() else table
+
+
+def _matthews(cells: pd.DataFrame) -> pd.DataFrame:
+    """As `by_language`, of the clients' confusion matrices together."""
+    rows = []
+    for place, some in cells.groupby(_GROUP):
+        counts = some.assign(label=some["module"].str.split("/").str[0]).groupby(["label", "module"])["value"].sum()
+        size = counts.index.get_level_values("label").nunique()
+        rows.append({
+            **dict(zip(_GROUP, place, strict=True)), "n_clients": some["client"].nunique(),
+            "n_examples": counts.sum(), "value": matthews(counts.to_numpy(np.int64).reshape(size, size)),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def pooled(rows: pd.DataFrame, keys: Sequence[str], **more: Any) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from fedtailor.report.scores import REFERENCE, Block, client_scores, primary
 from fedtailor.report.tables import file_label
 
 LEVEL = 0.05
-CENTRES = (REFERENCE, "lora", "fedp2eft")
+CENTRES = (REFERENCE, "prior_shift", "lora", "fedp2eft")
 """Every other method is compared with each of these."""
 
 NOT_COMPARED = ("majority",)

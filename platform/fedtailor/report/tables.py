@@ -15,9 +15,10 @@ from fedtailor.models.source import model_title
 from fedtailor.report import names
 from fedtailor.report.facts import RunFacts
 from fedtailor.report.grid import Grid
-from fedtailor.report.names import ABSENT, NOT_RECORDED, ROUGE_L
+from fedtailor.report.names import ABSENT, NOT_RECORDED
 from fedtailor.report.scores import AVERAGE, Block, Cell, answer_measures, blocks
 from fedtailor.report.unknown_tokens import unknown_sentence
+from fedtailor.tasks.sorted_share import skew_sentence
 
 SEPARATOR = " / "
 """Between the measures of one cell."""
@@ -64,10 +65,11 @@ def _caption(facts: RunFacts, found: Sequence[Block]) -> list[str]:
         f"{measure.title} in percent on {pool}: {spread}; the best of each {measure.group} and budget in bold.",
         facts.scale,
         facts.privacy,
-        f"Task {exp.task.name}, model {model_title(exp.model)} with L = {facts.n_modules} adapted layers, budget rL "
+        f"Task {exp.task.title}, model {model_title(exp.model)} with L = {facts.n_modules} adapted layers, budget rL "
         f"ranks; {clients} in {names.plural(len(languages_of(found)), measure.group)}; seeds {seeds}.",
         facts.pretrained,
         unknown_sentence(facts.unknown),
+        skew_sentence(exp.task),
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
         facts.fallbacks.get(block.pool, ""),
         facts.duplicates,
@@ -158,12 +160,13 @@ def measures_grid(found: Sequence[Block], caption: Sequence[str]) -> Grid:
         title = ABSENT if budget is None else names.budget_title(budget)
         rows.append([title, names.method_name(method), *map(SEPARATOR.join, texts)])
     titles, (first, *rest) = SEPARATOR.join(measure.title for measure in measures), caption
+    main = next(measure.title for measure in measures if first.startswith(measure.title))
     means = "; ".join(f"{m.title}: {m.value[0].lower()}{m.value[1:]}" for m in measures)
     return Grid(
         header=["Budget", "Method", *map(language_title, codes), "Average", f"Wins ({measures[0].groups})"],
         rows=rows,
         bold=bold,
-        caption=[first.replace(ROUGE_L.title, f"{titles}, in this order,", 1), f"{means}.", *rest],
+        caption=[first.replace(main, f"{titles}, in this order,", 1), f"{means}.", *rest],
         title=f"{names.pool_name(found[0].pool)}: {titles} (%)",
         label=f"metrics-{file_label(found[0].pool)}",
         rules={i for i, row in enumerate(rows) if i and row[0] != rows[i - 1][0]},

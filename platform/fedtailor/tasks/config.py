@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,17 +24,34 @@ class TaskConfig(Named):
     Keys that are not given follow the task, see `TaskEntry.defaults`; the values below are MasakhaNEWS's.
     """
 
+    when_absent: ClassVar[Mapping[str, Any]] = {
+        "subset": None,
+        "pools": ("seen", "unseen"),
+        "sorted_share": None,
+        "test_split": "mirror",
+    }
+
     name: str = "cldr"
     path: str | None = None
     """Local folder of the dataset (``fed_aya``, ``dolly``: or the file itself); else $FEDTAILOR_DATA is looked in, else
     the hub (not for ``fed_aya``). ``texts`` and ``instructions`` need it: a file, a folder of files, or a hub id."""
+    subset: Literal["cola", "sst2", "qnli", "mnli", "qqp"] | None = None
+    """glue only: which of its data sets."""
     languages: tuple[str, ...] = MASAKHANEWS_LANGUAGES
     clients_per_language: Positive = 10
     """n clients per language and pool; 16 x 10 x 2 = 320 in the paper (xnli: 15 x 20 x 2 = 600)."""
     clients_kept: Positive | None = None
     """Keep the first so many of them with the texts that they have in the whole task, drop the others' texts."""
+    pools: tuple[Literal["seen", "unseen"], ...] = ("seen", "unseen")
+    """``[seen]``: all texts go to seen clients, and there are no unseen ones (PF2LoRA)."""
     alpha: Rate = 0.5
     """Dirichlet concentration of the label skew; large is IID."""
+    sorted_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Label skew in the place of ``alpha``: this share of the train texts is sorted by label and cut into a contiguous
+    block for each client, the rest is dealt out IID (PF2LoRA's tables; the text of the paper says the opposite)."""
+    test_split: Literal["mirror", "blocks"] = "mirror"
+    """With ``sorted_share``: every client's test texts have the class shares of its train texts, or the test texts are
+    sorted and cut like the train texts, so that clients at the border of two classes differ."""
     max_length: Annotated[int, Field(ge=4)] = 256
     """Tokens kept of a text, special tokens included."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
@@ -84,6 +102,18 @@ class TaskConfig(Named):
     """Repeat a mistake of the reference code's xnli: deal the unseen pool by the row numbers that the seen pool's
     labels gave, whatever labels these rows have, so that unseen clients have hardly any label skew."""
 
+    @field_validator("subset", mode="before")
+    @classmethod
+    def _subset(cls, value: Any) -> Any:
+        return value.lower().replace("-", "") if isinstance(value, str) else value  # CoLA, SST-2
+
+    @field_validator("pools")
+    @classmethod
+    def _pools(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value not in (("seen",), ("seen", "unseen")):
+            raise ValueError("allowed: [seen], [seen,unseen]")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
         if self.clients_kept is not None and self.clients_kept > self.clients_per_language:
@@ -93,7 +123,17 @@ class TaskConfig(Named):
             )
         if self.reference_unseen_partition and self.resample:
             raise ValueError("'task.reference_unseen_partition' and 'task.resample' exclude each other: give one")
+        if self.reference_unseen_partition and self.pools == ("seen",):
+            raise ValueError("'task.reference_unseen_partition' deals the unseen pool, and 'task.pools' has none")
+        for key in ("resample", "reference_unseen_partition"):
+            if self.sorted_share is not None and getattr(self, key):
+                raise ValueError(f"'task.sorted_share' and 'task.{key}' exclude each other: both deal texts to clients")
         return self
+
+    @property
+    def title(self) -> str:
+        """How tables name it: ``xnli``, ``glue/cola``."""
+        return self.name if self.subset is None else f"{self.name}/{self.subset}"
 
     @property
     def clients_used(self) -> int:

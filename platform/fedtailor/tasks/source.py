@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from fedtailor.tasks.config import TaskConfig
 Pool = Literal["seen", "unseen"]
 Split = Literal["train", "test"]
 TaskKind = Literal["classification", "generation"]
+ClassScore = Literal["accuracy", "mcc"]
 POOLS: tuple[Pool, ...] = ("seen", "unseen")
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -90,6 +91,7 @@ class Source:
         kind: ``classification`` (text to class) or ``generation`` (instruction to response).
         natural_clients: the clients, where the data names them; `pools` is empty then.
         columns: of a user's own table: what was taken from which column (``text``, ``label``, ``client``, ...).
+        score: of classes, what results are compared by: ``accuracy``, or ``mcc`` beside it (Matthews correlation).
     """
 
     labels: tuple[str, ...]
@@ -99,6 +101,7 @@ class Source:
     kind: TaskKind = "classification"
     natural_clients: tuple[NaturalClient, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
+    score: ClassScore = "accuracy"
 
     @property
     def paired(self) -> bool:
@@ -118,6 +121,20 @@ class Source:
             yield from ((pool, client.language, client) for client in self.natural_clients if client.pool == pool)
             for language in sorted(self.pools.get(pool, {})):
                 yield pool, language, self.pools[pool][language]
+
+
+def all_seen(source: Source) -> Source:
+    """The same texts, those of the unseen pool after the seen pool's: there is one pool."""
+    languages = {language for _, language, _ in source.parts()}
+    held = {
+        language: [part for pool in POOLS if (part := source.pools.get(pool, {}).get(language))]
+        for language in languages
+    }
+    merged = {
+        language: LanguagePool(*([e for part in parts for e in part.split(split)] for split in SPLITS))
+        for language, parts in held.items()
+    }
+    return replace(source, pools={"seen": merged})
 
 
 def normalise(text: str) -> str:
@@ -222,7 +239,7 @@ def find_file(path: str | None, dataset: str, names: Sequence[str]) -> Path | No
     Raises:
         DataError: neither a file nor a folder with it; says which key or variable named it, and what was expected.
     """
-    place, origin = _place(path, dataset)
+    place, origin = data_place(path, dataset)
     if place is None or place.is_file():
         return place
     if file := first_file(place, names):
@@ -237,7 +254,7 @@ def language_folders(path: str | None, dataset: str) -> Path | None:
     Raises:
         DataError: the folder does not exist; says which of the two named it.
     """
-    place, origin = _place(path, dataset)
+    place, origin = data_place(path, dataset)
     if place is not None and not place.is_dir():
         raise DataError(f"{origin}: {place} is not a folder; it should hold one folder per language")
     return place
@@ -260,8 +277,8 @@ def language_file(folder: Path, language: str, names: Sequence[str]) -> Path:
     raise DataError(f"{folder / language}: missing file, one of {_alternatives(names)}")
 
 
-def _place(path: str | None, dataset: str) -> tuple[Path | None, str]:
-    """The place of a data set, and what names it."""
+def data_place(path: str | None, dataset: str) -> tuple[Path | None, str]:
+    """The place of a data set, None: the hub; and what names it, ``task.path`` or ``FEDTAILOR_DATA``."""
     if path is not None:
         return Path(path).expanduser(), "task.path"
     root = os.environ.get("FEDTAILOR_DATA")

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from fedtailor.core.errors import DataError, reported_as
 from fedtailor.core.messages import Client
-from fedtailor.tasks.source import Split, TaskKind
+from fedtailor.tasks.source import ClassScore, Split, TaskKind
 
 BLOCK = 4096
 """Rows of a record batch (the last one may be shorter); row i lies in batch i // BLOCK at i % BLOCK."""
@@ -108,6 +108,11 @@ class Partitioned:
     def kind(self) -> TaskKind:
         """What the task asks for: a class, or a response. Manifests that do not name it are of classification."""
         return "generation" if self.manifest.get("kind") == "generation" else "classification"
+
+    @property
+    def score(self) -> ClassScore:
+        """What a classification task is compared by; see `Source.score`."""
+        return "mcc" if self.manifest.get("score") == "mcc" else "accuracy"
 
     @property
     def labels(self) -> tuple[str, ...]:

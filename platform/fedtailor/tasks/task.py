@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean, listed
 from fedtailor.core.messages import Client
 from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.manifest import manifest_of, table_rows
 from fedtailor.tasks.partition import (
     MIN_TEST,
     MIN_TRAIN,
@@ -30,7 +29,16 @@ from fedtailor.tasks.partition import (
     reference_unseen_partition,
     resample,
 )
-from fedtailor.tasks.source import POOLS, SPLITS, Example, NaturalClient, Pool, Source, TaskEntry, check_leakage
+from fedtailor.tasks.sorted_share import sorted_partition
+from fedtailor.tasks.source import (
+    POOLS,
+    SPLITS,
+    NaturalClient,
+    Pool,
+    Source,
+    TaskEntry,
+    all_seen,
+)
 from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, TEXTS, TaskData, write_examples, write_stream
 
 __all__ = ["TASKS", "Client", "TaskData", "prepare", "task_config"]
@@ -40,6 +48,7 @@ _FILES: Final = (
     "cldr_instruct",
     "masakhanews",
     "xnli",
+    "glue",
     "dolly",
     "dolly_category",
     "fed_aya",
@@ -50,14 +59,6 @@ _FILES: Final = (
 
 TASKS: Final[Mapping[str, TaskEntry]] = {name: import_module(f"fedtailor.tasks.{name}").ENTRY for name in _FILES}
 """Name of a task to its entry."""
-
-_PLACE = {"path", "max_length", "template", "overlong"}
-"""Keys that say where a task is read or how it becomes tokens, not what it holds."""
-
-_NO_TABLE = {"text_column", "pair_column", "label_column", "split_column"}
-"""Keys that mean nothing to a task whose data are no table of the user's own."""
-
-_INSTRUCTIONS_ONLY = {"unseen", "names", "client_column", "group_column", "split", "max_examples"}
 
 
 def task_config(name: str, **given: Any) -> TaskConfig:
@@ -89,7 +90,7 @@ def prepare(cfg: TaskConfig, seed: int, out: Path, source: Source | None = None)
     out.mkdir(parents=True, exist_ok=True)
     write_stream(out / "texts.arrow", _schema(source), _text_batches(source))
     write_examples(out / "examples.arrow", [(rows.train, rows.test) for _, rows in clients])
-    manifest = _manifest(cfg, seed, source, clients)
+    manifest = manifest_of(cfg, seed, source, clients)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return TaskData.open(out)
@@ -113,7 +114,9 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
 
 def _check_clients(cfg: TaskConfig, source: Source) -> None:
     """Refuses keys that deal texts to clients, where the data names its clients, and clients that cannot serve."""
-    dealing = {"task.resample": cfg.resample, "task.reference_unseen_partition": cfg.reference_unseen_partition}
+    keys = ("resample", "reference_unseen_partition", "sorted_share")
+    dealing = {f"task.{key}": getattr(cfg, key) not in (None, False, 0) for key in keys}
+    dealing["task.pools"] = len(cfg.pools) < len(POOLS)
     problems = [
         f"'{key}' deals texts to clients, and the clients of task {cfg.name!r} hold their own (remove it)"
         for key, value in dealing.items()
@@ -153,6 +156,8 @@ def _check_instructions(source: Source) -> None:
 def _dealt(cfg: TaskConfig, seed: int, source: Source | None = None) -> tuple[Source, list[tuple[Client, Shard]]]:
     """The texts, and each client with its rows of their table, seen clients first."""
     source = source or _load(cfg, seed)
+    if len(cfg.pools) < len(POOLS):
+        source = all_seen(source)
     n = cfg.clients_per_language
     shards: Shards = {}
     if source.natural_clients:
@@ -188,20 +193,14 @@ def _first_share(source: Source, kept: int, of: int) -> Source:
 
 def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: int) -> Iterator[Shard]:
     part, n = source.pools[pool][language], cfg.clients_per_language
+    if cfg.sorted_share is not None:
+        return sorted_partition(part, pool, language, cfg, source.labels, seed)
     if cfg.resample:
         return resample(part, pool, language, n, cfg.alpha, cfg.resample, seed)
     if cfg.reference_unseen_partition and pool == "unseen":
         seen = source.pools["seen"][language]
         return reference_unseen_partition(part, language, partition(seen, "seen", language, n, cfg.alpha, seed), n)
     return partition(part, pool, language, n, cfg.alpha, seed)
-
-
-def _examples(source: Source) -> Iterator[tuple[str, str, str, Example]]:
-    own = source.kind == "generation" and source.natural_clients  # an instruction has a group of its own
-    for pool, language, part in source.parts():
-        for split in SPLITS:
-            for example in part.split(split):
-                yield pool, source.labels[example.label] if own else language, split, example
 
 
 def _schema(source: Source) -> pa.Schema:
@@ -213,75 +212,8 @@ def _schema(source: Source) -> pa.Schema:
 def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
     schema = _schema(source)
     rows = (
-        (pool, language, split, e.text, e.label, e.pair, e.history) for pool, language, split, e in _examples(source)
+        (pool, language, split, e.text, e.label, e.pair, e.history) for pool, language, split, e in table_rows(source)
     )
     while block := list(islice(rows, BLOCK)):
         columns = [list(column) for column in zip(*block, strict=True)]
         yield pa.record_batch(columns[: len(schema)], schema=schema)
-
-
-def _manifest(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tuple[Client, Shard]]) -> dict[str, Any]:
-    examples = [e for *_, e in _examples(source)]
-    digests = [_digest(e, source) for e in examples]
-    labels = np.array([e.label for e in examples], dtype=np.int64)
-    clients = [_client_entry(client, rows, digests, labels, len(source.labels)) for client, rows in dealt]
-    generation = source.kind == "generation"
-    content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients], *(["generation"] * generation)]
-    hidden = _PLACE if source.columns else _PLACE | _NO_TABLE | (set() if generation else _INSTRUCTIONS_ONLY)
-    return {
-        # Manifests from before there were two kinds stay what they were.
-        **({"kind": source.kind} if generation else {}),
-        **({"columns": dict(source.columns)} if source.columns else {}),
-        "task": cfg.name,
-        "config": cfg.model_dump(mode="json", exclude=hidden),
-        "seed": seed,
-        "labels": list(source.labels),
-        "languages": sorted({language for _, language, _ in source.parts()}),
-        "class_counts": _class_counts(source),
-        "notes": dict(source.notes) | check_leakage(source) | {"unused_test_texts": _unused(source)},
-        "rows": len(examples),
-        "clients": clients,
-        "hash": hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest(),
-    }
-
-
-def _digest(example: Example, source: Source) -> bytes:
-    if source.kind == "generation":
-        return hashlib.sha256(json.dumps(example, ensure_ascii=False).encode()).digest()
-    texts = example.text if example.pair is None else f"{example.text}\0{example.pair}"
-    return hashlib.sha256(f"{example.label}\0{texts}".encode()).digest()
-
-
-def _client_entry(
-    client: Client, rows: Shard, digests: Sequence[bytes], labels: npt.NDArray[np.int64], classes: int
-) -> dict[str, Any]:
-    content = hashlib.sha256(f"{len(rows.train)}/{len(rows.test)}".encode())
-    for row in chain(rows.train, rows.test):
-        content.update(digests[row])
-    return {
-        "id": client.id,
-        "n_train": client.n_train,
-        "n_test": client.n_test,
-        "train_classes": np.bincount(labels[rows.train], minlength=classes).tolist(),
-        "test_classes": np.bincount(labels[rows.test], minlength=classes).tolist(),
-        "sha256": content.hexdigest(),
-    }
-
-
-def _class_counts(source: Source) -> dict[str, list[int]]:
-    counts: dict[str, npt.NDArray[np.int64]] = {}
-    for pool, language, part in source.parts():
-        for split in SPLITS:
-            # Clients of one predominant language are counted together.
-            found = np.bincount([e.label for e in part.split(split)], minlength=len(source.labels))
-            key = f"{pool}/{language}/{split}"
-            counts[key] = counts.get(key, 0) + found
-    return {key: found.tolist() for key, found in counts.items()}
-
-
-def _unused(source: Source) -> int:
-    """Test texts of a class that their pool's train part in that language lacks; of clients' own texts none."""
-    if source.natural_clients:
-        return 0
-    parts = [(part, {e.label for e in part.train}) for _, _, part in source.parts()]
-    return sum(e.label not in classes for part, classes in parts for e in part.test)

@@ -92,6 +92,7 @@ def tokenise(
         batches = _text_batches(data, tokenizer, max_length, found, digest)
         write_stream(out / "tokens.arrow", SEGMENTS if segments else TOKENS, batches)
         lengths = np.array(found, dtype=np.int64)
+        notes |= {} if data.score == "accuracy" else {"score": data.score}
     write_examples(out / "examples.arrow", held)
     manifest = notes | {
         "labels": list(data.labels),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from fedtailor.evaluation.classification import evaluate
+from fedtailor.evaluation.classification import Score, evaluate, matthews
 from fedtailor.evaluation.decoding import Decoding
 from fedtailor.federated.method import Personalised
 from fedtailor.models.families import positions_of
@@ -59,19 +59,27 @@ def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[
 
 
 def _classified(stage: OpenStage, made: Personalised, split: Split, names: tuple[str, str]) -> list[LaneScore]:
-    """Accuracy and loss under these names."""
-    data = stage.data
-    texts = [data.examples(lane.client.id, split) for lane in made.lanes]
-    return [
-        LaneScore(
-            (
-                {"metric": names[0], "value": score.correct / score.count, "weight": float(score.count)},
-                {"metric": names[1], "value": score.loss_sum / score.count, "weight": float(score.count)},
-            ),
-            score.loss_sum,
-        )
-        for score in evaluate(made.logits, texts, data.pad_id, stage.spec.engine.token_budget, stage.net.device)
-    ]
+    """Accuracy and loss under these names; of test texts also what the task is scored by."""
+    data, budget, device = stage.data, stage.spec.engine.token_budget, stage.net.device
+    texts, counted = (
+        [data.examples(lane.client.id, split) for lane in made.lanes],
+        split == "test" and data.score == "mcc",
+    )
+    scores = evaluate(made.logits, texts, data.pad_id, budget, device, confusion=counted)
+    return [LaneScore(tuple(_class_rows(score, names, data.labels)), score.loss_sum) for score in scores]
+
+
+def _class_rows(score: Score, names: tuple[str, str], labels: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """A client's rows; of a confusion matrix one per cell, so that clients can be pooled."""
+    values = {names[0]: score.correct / score.count, names[1]: score.loss_sum / score.count}
+    if score.confusion is not None:
+        values["mcc"] = matthews(score.confusion)
+    for metric, value in values.items():
+        yield {"metric": metric, "value": value, "weight": float(score.count)}
+    if score.confusion is not None:
+        for (true, answered), number in np.ndenumerate(score.confusion):
+            cell = {"metric": "confusion", "module": f"{labels[true]}/{labels[answered]}", "value": float(number)}
+            yield cell | {"weight": float(score.count)}
 
 
 def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
