@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from fedtailor.core.files import staged_folder
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
-from fedtailor.federated.context import ClientContext, Lane, Received, open_params
+from fedtailor.federated.context import ClientContext, Federation, Lane, Received, open_params
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
@@ -146,6 +146,7 @@ def toy_context(
         pad_id=0,
         feature_source=lambda group, pad_to: [client_features(net, lane.train, 0, pad_to) for lane in group],
         warn=Warnings(),
+        federation=Federation(tuple(f"seen/xx/{k:02d}" for k in range(4)), (5, 3, 1, 1), 4),
         **more,  # type: ignore[arg-type]
     )
 

@@ -13,7 +13,7 @@ from typing import Final, Literal, TypeVar
 import pandas as pd
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
-from fedtailor.report.names import SHARES
+from fedtailor.report.measures import SHARES
 from fedtailor.report.scores import averages, checked
 
 Row = TypeVar("Row")

@@ -36,7 +36,7 @@ from fedtailor.core.messages import FloatArray, SegmentJob, SegmentResult, Stage
 from fedtailor.core.scope import Ranks, Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import EngineConfig, ModelConfig, ZeroConfig
-from fedtailor.federated.context import ClientContext, Lane, Received, open_params
+from fedtailor.federated.context import ClientContext, Federation, Lane, Received, open_params
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
@@ -153,6 +153,7 @@ class ThreeBillion:
         shared = params.of_scope(Scope.SHARED)
         received = Received(shared, params.flat(Scope.SHARED).detach().clone(), [0])
         return ClientContext(
+            federation=Federation((), (), 1),
             net=self._net, lanes=(lane,), params=params, seed=1, stage="strategy", round=0, num_labels=1, pad_id=0,
             feature_source=features, warn=lambda *_: None, r_max=16, received=received,
             fresh=torch.tensor([True]),

@@ -20,7 +20,7 @@ from fedtailor.models.families import locate_module
 from fedtailor.report import significance, write_report
 from fedtailor.report.facts import RunData
 from fedtailor.report.heatmaps import rank_structure
-from fedtailor.report.names import GENERATION
+from fedtailor.report.measures import GENERATION
 from fedtailor.report.scores import blocks, checked, primary, results_table, scored_rows
 from fedtailor.report.tables import measure_blocks
 from fedtailor.report.wandb import final_results

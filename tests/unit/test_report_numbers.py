@@ -17,6 +17,7 @@ from fedtailor.models.families import locate_module
 from fedtailor.report import heatmaps, names, page, summary, tables
 from fedtailor.report.facts import RunData, RunFacts, read_facts
 from fedtailor.report.grid import latex, markdown
+from fedtailor.report.measures import ACCURACY
 from fedtailor.report.names import leaves, percent
 from fedtailor.report.scores import blocks, checked, results_table, scored_rows
 
@@ -190,7 +191,7 @@ def test_the_caption_names_everything_the_run_departs_from() -> None:
 @pytest.mark.parametrize("dealt", [True, False])
 def test_the_label_skew_is_named_where_texts_were_dealt(dealt: bool) -> None:
     found = RunData(validate(Experiment, {"task": "texts"}), dealt=dealt)
-    tiles = page._tiles(read_facts(RUN, 2, checked(NOTHING), found), RUN, {}, names.ACCURACY)
+    tiles = page._tiles(read_facts(RUN, 2, checked(NOTHING), found), RUN, {}, ACCURACY)
     assert ("Alpha (label skew)" in dict(tiles)) is dealt
 
 

@@ -43,6 +43,7 @@ class StageSpec:
         r_max: largest budget of the run, the paper's r_max target.
         budgets: total rank per adapted layer, ascending; empty for round stages.
         rounds: number of rounds of a round stage, for schedules over rounds.
+        cohort: clients of a round; 0 where there are no rounds.
         model: how the base is kept, and which of its linear layers carry adapters.
         engine: where and how it is computed.
         personalise: what personalised models are scored on, and what is kept of their answers.
@@ -68,6 +69,7 @@ class StageSpec:
     r_max: int
     budgets: tuple[int, ...] = ()
     rounds: int = 0
+    cohort: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     personalise: PersonaliseStageConfig = field(default_factory=PersonaliseStageConfig)

@@ -39,8 +39,8 @@ def matthews(confusion: Counts) -> float:
     Args:
         confusion: as `Score` has it, (C, C).
 
-    >>> matthews(np.array([[2, 1], [0, 3]])), matthews(np.array([[0, 3], [0, 5]]))
-    (0.7071067811865475, 0.0)
+    >>> round(matthews(np.array([[2, 1], [0, 3]])), 4), matthews(np.array([[0, 3], [0, 5]]))
+    (0.7071, 0.0)
     """
     from sklearn.metrics import matthews_corrcoef  # half a second that few tasks need
 

@@ -113,6 +113,21 @@ class Lane:
 
 
 @dataclass(frozen=True)
+class Federation:
+    """What a server knows of the clients that take part.
+
+    Args:
+        seen: ids of the seen clients, in their order.
+        class_counts: their training texts of each class, added up, (C,).
+        cohort: clients of a round.
+    """
+
+    seen: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    cohort: int
+
+
+@dataclass(frozen=True)
 class ClientContext:
     """K clients of one group.
 
@@ -126,6 +141,7 @@ class ClientContext:
         num_labels: C.
         pad_id: padding token.
         feature_source: (lanes, pad_to) to base-model features of their training texts, (`feature_size`,) float32 each.
+        federation: what the server knows of all clients.
         budgets: of a personaliser.
         r_max: largest budget of the run.
         rounds: of the stage, for schedules over rounds.
@@ -148,6 +164,7 @@ class ClientContext:
     warn: Callable[[Lane, str], None]
     received: Received
     fresh: Tensor
+    federation: Federation
     budgets: tuple[int, ...] = ()
     r_max: int = 0
     rounds: int = 0

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -208,6 +208,9 @@ class Method:
         search_epochs: passes of ``personaliser`` that serve all budgets.
         budget_epochs: passes of ``personaliser`` at each budget.
         one_lane: clients never share a forward pass.
+        pooled: the rows of all seen clients are one client's, which takes part alone. It takes ``steps`` a round
+            (``steps``), or as many as a cohort takes together (``examples``).
+        adapter_is_model: whether what is exported of a client is its whole model; if not, new clients are refused.
         per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
         early_stop: ends the rounds before their number is reached.
         overlay: of a base method, what its PRIVATE state becomes in the stages that build on it.
@@ -234,6 +237,8 @@ class Method:
     search_epochs: int = 0
     budget_epochs: int = 0
     one_lane: bool = False
+    pooled: Literal["no", "steps", "examples"] = "no"
+    adapter_is_model: bool = True
     per_budget: bool = False
     early_stop: EarlyStop | None = None
     overlay: Overlay | None = None
@@ -254,6 +259,14 @@ class Method:
         """Whether clients may share a forward pass."""
         return not self.one_lane and (self.adapter is None or self.adapter.lanes)
 
+    def steps_in(self, cohort: int) -> int:
+        """Steps that a client takes in a round of ``cohort`` clients, where they are counted in steps."""
+        return (self.steps or 0) * (cohort if self.pooled == "examples" else 1)
+
+
+def _no_note(cfg: Any) -> str:
+    return ""
+
 
 @dataclass(frozen=True)
 class MethodEntry:
@@ -268,6 +281,7 @@ class MethodEntry:
         colour: of its marks in figures; None: one of the spare ones.
         marker: as matplotlib writes it; None: one of the spare ones.
         base: whether it may train the base (``base.name``).
+        note: a sentence on its configuration (its choices, not its parts) for captions and plans; empty: none.
         tiny: its section for the contracts: steps that change a toy model, and few of them. None: it has none yet,
             and the contracts say so.
     """
@@ -281,3 +295,4 @@ class MethodEntry:
     marker: str | None = None
     base: bool = False
     tiny: Mapping[str, Any] | None = None
+    note: Callable[[Any], str] = _no_note

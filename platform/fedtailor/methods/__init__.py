@@ -12,6 +12,7 @@ from fedtailor.federated.method import Method, MethodEntry
 
 FILES: Final = (
     "majority",
+    "prior_shift",
     "base",
     "fedavg",
     "fedprox",

@@ -156,6 +156,8 @@ def no_adapter(exp: ExperimentBase, name: str) -> str | None:
         return None
     if method.adapter is None:
         return "trains nothing"
+    if not method.adapter_is_model:
+        return "changes more than an adapter can hold"
     return None if common is not None else "trains the base's own weights, which are no adapter"
 
 

@@ -20,7 +20,8 @@ from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
 from fedtailor.methods import METHODS
 from fedtailor.models.source import model_title
 from fedtailor.report.facts import base_line, strategy_line
-from fedtailor.report.names import NOT_RECORDED, Measure, in_method_order, in_pool_order, leaves
+from fedtailor.report.measures import Measure
+from fedtailor.report.names import NOT_RECORDED, in_method_order, in_pool_order, leaves
 from fedtailor.report.scores import AVERAGE, checked, client_scores, in_table_order, primary, results_table, scored_rows
 from fedtailor.report.significance import NOT_COMPARED, Pair, corrected, paired
 from fedtailor.storage.digest import digest

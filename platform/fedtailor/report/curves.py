@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedtailor.report import names, style
-from fedtailor.report.names import ACCURACY, Measure
+from fedtailor.report.measures import ACCURACY, Measure
 from fedtailor.report.scores import Block, pooled
 from fedtailor.report.significance import NOT_COMPARED
 from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, looks

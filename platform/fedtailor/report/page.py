@@ -15,7 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedtailor.models.source import model_title
 from fedtailor.report import names, significance, summary
 from fedtailor.report.facts import RunFacts
-from fedtailor.report.names import ABSENT, ACCURACY, Measure, budget_title, leaves, percent, plural, points, text
+from fedtailor.report.measures import ACCURACY, Measure
+from fedtailor.report.names import ABSENT, budget_title, leaves, percent, plural, points, text
 from fedtailor.report.scores import REFERENCE, TIE_RULE, Block
 from fedtailor.report.significance import Pair, against_base, rule
 from fedtailor.report.style import Drawing, Missing

@@ -17,9 +17,18 @@ import pandas as pd
 
 from fedtailor.core.errors import DataError
 from fedtailor.core.messages import METRIC_COLUMNS
-from fedtailor.evaluation.classification import matthews
 from fedtailor.report import names
-from fedtailor.report.names import ACCURACY, BESIDE, CONFUSION, LOSS, POOLED_MCC, SCORES, SHARES, Measure
+from fedtailor.report.measures import (
+    ACCURACY,
+    BESIDE,
+    CONFUSION,
+    LOSS,
+    POOLED_MCC,
+    SCORES,
+    SHARES,
+    Measure,
+    pooled_matthews,
+)
 
 AVERAGE = "average"
 REFERENCE = "base"
@@ -151,20 +160,7 @@ def by_language(scored: pd.DataFrame) -> pd.DataFrame:
     once = each["metric"].isin([name for name, measure in SHARES.items() if measure.per_client])
     each["weight"] = each["weight"].where(~once, 1.0)
     table = pooled(each, _GROUP, n_clients=("client", "nunique"), n_examples=("examples", "sum")).drop(columns="weight")
-    return pd.concat([table, _matthews(scored[cells])], ignore_index=True) if cells.any() else table
-
-
-def _matthews(cells: pd.DataFrame) -> pd.DataFrame:
-    """As `by_language`, of the clients' confusion matrices together."""
-    rows = []
-    for place, some in cells.groupby(_GROUP):
-        counts = some.assign(label=some["module"].str.split("/").str[0]).groupby(["label", "module"])["value"].sum()
-        size = counts.index.get_level_values("label").nunique()
-        rows.append({
-            **dict(zip(_GROUP, place, strict=True)), "n_clients": some["client"].nunique(),
-            "n_examples": counts.sum(), "value": matthews(counts.to_numpy(np.int64).reshape(size, size)),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.concat([table, pooled_matthews(scored[cells], _GROUP)], ignore_index=True) if cells.any() else table
 
 
 def pooled(rows: pd.DataFrame, keys: Sequence[str], **more: Any) -> pd.DataFrame:

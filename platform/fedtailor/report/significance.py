@@ -20,7 +20,8 @@ from scipy import stats
 
 from fedtailor.report import names
 from fedtailor.report.grid import Grid
-from fedtailor.report.names import ABSENT, ACCURACY, Measure
+from fedtailor.report.measures import ACCURACY, Measure
+from fedtailor.report.names import ABSENT
 from fedtailor.report.scores import REFERENCE, Block, client_scores, primary
 from fedtailor.report.tables import file_label
 

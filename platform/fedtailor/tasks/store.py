@@ -25,6 +25,9 @@ BLOCK = 4096
 
 Ints = npt.NDArray[np.int64]
 
+POOLED = "pooled/all/all"
+"""Id of a client that has the rows of all seen clients, which is asked for by it alone and is in no list."""
+
 TEXTS = pa.schema(
     {
         "pool": pa.string(),
@@ -134,10 +137,15 @@ class Partitioned:
         Raises:
             DataError: no such client.
         """
+        if client_id == POOLED:
+            sizes = (sum(c.n_train for c in self.pool("seen")), sum(c.n_test for c in self.pool("seen")))
+            return Client(POOLED, "seen", "all", *sizes)
         return self.clients[self._number(client_id)]
 
     def rows_of(self, client_id: str, split: Split) -> Ints:
         """Rows of the table that a client holds, (n,) int64, in the client's order."""
+        if client_id == POOLED:
+            return np.concatenate([self.rows_of(client.id, split) for client in self.pool("seen")])
         number = self._number(client_id)
         client, start = self.clients[number], int(self._starts[number])
         rows: Ints = self._rows.slice(start, client.n_train + client.n_test).to_numpy().astype(np.int64)

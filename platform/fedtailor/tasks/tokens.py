@@ -18,7 +18,7 @@ from fedtailor.lanes.batches import Examples
 from fedtailor.tasks.encoding import Encoded, Encoder, Overlong, Sample, check_texts, encode_texts
 from fedtailor.tasks.prompts import PromptTemplate, identity, resolve
 from fedtailor.tasks.source import SPLITS, Example, Split
-from fedtailor.tasks.store import BLOCK, Partitioned, TaskData, cells, open_stream, write_examples, write_stream
+from fedtailor.tasks.store import BLOCK, POOLED, Partitioned, TaskData, cells, open_stream, write_examples, write_stream
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
@@ -217,7 +217,14 @@ class TokenData(Partitioned):
 
     def longest(self, client_id: str) -> int:
         """Tokens of the client's longest text in train and test, the T of its `Examples`."""
-        return int(self.entry(client_id)["longest"])
+        whose = [c.id for c in self.pool("seen")] if client_id == POOLED else [client_id]
+        return max(int(self.entry(client)["longest"]) for client in whose)
+
+    def class_counts(self) -> tuple[int, ...]:
+        """Training texts of each class, of all seen clients together, (C,)."""
+        rows = self.rows_of(POOLED, "train") if self.pool("seen") else np.empty(0, np.int64)
+        labels = np.concatenate([block[2] for block in self.blocks])
+        return tuple(np.bincount(labels[rows], minlength=self.num_labels).tolist())
 
     def examples(self, client_id: str, split: Split) -> Examples:
         """The client's texts or pairs of one split as fresh, writable arrays."""

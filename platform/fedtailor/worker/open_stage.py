@@ -20,7 +20,7 @@ from fedtailor.core.messages import FloatArray, StageInfo, StageSpec
 from fedtailor.core.scope import ParamSpec, Ranks, Scope
 from fedtailor.core.settings import AttackConfig, ModelConfig
 from fedtailor.federated.checks import check_overlay
-from fedtailor.federated.context import ClientContext, Lane, Received, open_params
+from fedtailor.federated.context import ClientContext, Federation, Lane, Received, open_params
 from fedtailor.federated.method import Method, Overlay, as_sent
 from fedtailor.federated.updates import Attack, attack_of
 from fedtailor.lanes.features import FeatureCache
@@ -95,6 +95,11 @@ class OpenStage:
         return f"method {self.spec.method}, stage {self.spec.key}"
 
     @cached_property
+    def federation(self) -> Federation:
+        """What the server knows of the clients."""
+        return Federation(tuple(c.id for c in self.data.pool("seen")), self.data.class_counts(), self.spec.cohort)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model's folder, loaded at first use: it turns a generation task's tokens into text."""
         return load_tokenizer(self.spec.model_dir, padded=False)
@@ -159,6 +164,7 @@ class OpenStage:
             pad_id=self.data.pad_id, feature_source=self._features, warn=warn, budgets=spec.budgets, r_max=spec.r_max,
             rounds=spec.rounds, received=self._received(params, sent),
             fresh=torch.tensor([c not in private for c in clients], device=self.net.device),
+            federation=self.federation,
             micro_batch=spec.engine.micro_batch,
         )  # fmt: skip
 

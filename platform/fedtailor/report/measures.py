@@ -1,0 +1,137 @@
+"""What results are measured by, in words, and how a measure of a group comes from its clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pandas as pd
+
+from fedtailor.evaluation.classification import matthews
+
+LOSS: Final = "loss"
+"""Mean cross-entropy in nats, of texts or of response tokens; less is better, and no table ranks by it."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric in words.
+
+    Args:
+        name: as in metric rows.
+        title: how a heading begins with it; ``phrase``: within a sentence.
+        value: what the number of one group is, a sentence without its subject.
+        group: what results are split by: ``language``, or ``group`` where the data's groups are no languages.
+        own_groups: the examples of one client may belong to several groups, and each counts for its own.
+        per_client: a group's number is the mean over its clients, each counted once, whatever its examples.
+        lowest: least value that it can have.
+    """
+
+    name: str
+    title: str
+    phrase: str
+    value: str
+    group: str = "language"
+    own_groups: bool = True
+    per_client: bool = False
+    lowest: float = 0.0
+
+    @property
+    def groups(self) -> str:
+        """Plural of ``group``."""
+        return f"{self.group}s"
+
+    @property
+    def mean(self) -> str:
+        """What the headline numbers are.
+
+        >>> ROUGE_L.mean
+        'mean over languages'
+        """
+        return f"mean over {self.groups}"
+
+    @property
+    def pooling(self) -> str:
+        """How a group's examples are brought together, as the subject and verb of a sentence."""
+        if self.per_client:
+            return f"A {self.group} is the mean over its clients, each counted once"
+        if not self.own_groups:
+            return f"A {self.group} is pooled over its clients"
+        return f"A {self.group} is pooled over all test examples in it, whichever client has them"
+
+
+ACCURACY: Final = Measure(
+    "accuracy",
+    "Accuracy",
+    "accuracy",
+    "Correct answers over test examples, pooled over that language's clients",
+    own_groups=False,
+)
+
+MCC: Final = Measure(
+    "mcc",
+    "Matthews correlation",
+    "Matthews correlation",
+    "Correlation of labels and answers (0 where either are of one class), mean over clients, each counted once",
+    own_groups=False,
+    per_client=True,
+    lowest=-1.0,
+)
+
+POOLED_MCC: Final = Measure(
+    "mcc_pooled",
+    "Pooled Matthews correlation",
+    "pooled Matthews correlation",
+    "Correlation of labels and answers, of all clients' test examples together",
+    own_groups=False,
+    lowest=-1.0,
+)
+"""Of no client alone: it is counted from their confusion matrices."""
+
+CONFUSION: Final = "confusion"
+"""Rows of clients' confusion matrices; ``module`` is ``label/answer``."""
+
+ROUGE_L: Final = Measure("rougeL", "ROUGE-L", "ROUGE-L", "Longest common subsequence of answer and reference, F1")
+
+GENERATION: Final[tuple[Measure, ...]] = (
+    Measure("meteor", "METEOR", "METEOR", "Aligned words of answer and reference, weighted towards recall"),
+    Measure("rouge1", "ROUGE-1", "ROUGE-1", "Words that answer and reference share, F1"),
+    Measure("rouge2", "ROUGE-2", "ROUGE-2", "Pairs of neighbouring words that answer and reference share, F1"),
+    ROUGE_L,
+    Measure("exact_match", "Exact match", "exact match", "Share of answers that are the reference, spaces aside"),
+)
+"""Measures of answers, in the order in which tables show them."""
+
+BESIDE: Final[Mapping[str, tuple[Measure, ...]]] = {
+    MCC.name: (MCC, POOLED_MCC, ACCURACY),
+    ACCURACY.name: (),
+    ROUGE_L.name: GENERATION,
+}
+"""What a run is compared by, as its task names it, to all measures that are shown beside each other. Of a run that has
+several of these scores the first counts."""
+
+SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, *GENERATION)}
+"""Metrics of personalised clients that must lie between their lowest value and 1."""
+
+SCORES: Final[tuple[str, ...]] = (*SHARES, LOSS)
+"""All metrics of personalised clients on their test examples."""
+
+
+def pooled_matthews(cells: pd.DataFrame, group: list[str]) -> pd.DataFrame:
+    """`POOLED_MCC` as ``value``, ``n_clients`` and ``n_examples``, a row per group.
+
+    Args:
+        cells: rows of `CONFUSION`, whatever they are called now.
+        group: columns that rows of one group have in common.
+    """
+    rows = []
+    for place, some in cells.groupby(group):
+        counts = some.assign(label=some["module"].str.split("/").str[0]).groupby(["label", "module"])["value"].sum()
+        size = counts.index.get_level_values("label").nunique()
+        rows.append({
+            **dict(zip(group, place, strict=True)), "n_clients": some["client"].nunique(),
+            "n_examples": counts.sum(), "value": matthews(counts.to_numpy(np.int64).reshape(size, size)),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
