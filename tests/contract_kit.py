@@ -28,6 +28,7 @@ from fedtailor.federated.rounds import RoundOutcome, RoundPlan, RoundState, run_
 from fedtailor.methods import METHODS, build_method
 from fedtailor.storage.artifacts import Artifacts, artifact_path, model_path
 from fedtailor.storage.files import Storage
+from fedtailor.tasks.store import POOLED
 from fedtailor.tasks.tokens import TokenData
 from fedtailor.worker.worker import SerialPool, check_base
 
@@ -141,8 +142,9 @@ def play(entry: MethodEntry, bench: Bench, log: MemoryLog | None = None, until: 
         if method.local_update is not None:
             done.info = done.pool.open(bench.spec(entry, "strategy"))
             private = sum(spec.size for spec in done.info.private)
+            sizes = bench.sizes if method.pooled == "no" else {POOLED: sum(bench.sizes.values())}
             plan = RoundPlan(
-                f"strategy/{entry.name}/seed42", 42, until, tuple(bench.sizes), bench.sizes, 4, 2, 2, private=private
+                f"strategy/{entry.name}/seed42", 42, until, tuple(sizes), sizes, len(sizes), 2, 2, private=private
             )
             pool = _Watched(done)
             done.state = run_rounds(plan, method, pool, done.info.initial, done.log, lambda _: None, lambda _: None)
@@ -231,12 +233,12 @@ def private_state_comes_back_and_is_used(entry: MethodEntry, bench: Bench) -> No
     if done.info is None or not done.info.private:
         return
     first, second = done.log.outcomes
-    for job in done.jobs[-len(bench.sizes) // 2 :]:
+    last = [job for job in done.jobs if job.round == ROUNDS - 1]
+    for job in last:
         back = all(np.array_equal(row, first.private[client]) for client, row in job.private.items())
         demand(back and set(job.private) == set(job.clients), entry, "a client that returns gets its own PRIVATE row")
     with listed(entry):
         done.pool.open(bench.spec(entry, "strategy"))
-        last = [job for job in done.jobs if job.round == ROUNDS - 1]
         shared = first.state.shared
         others = done.pool.run([replace(job, private=moved(job.private)) for job in last], shared, lambda _: None)
     for result in others:

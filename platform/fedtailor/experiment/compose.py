@@ -11,7 +11,13 @@ import yaml
 from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of
-from fedtailor.experiment.rules import model_problems, population_problems, task_problems, zero_problems
+from fedtailor.experiment.rules import (
+    model_problems,
+    population_problems,
+    server_problems,
+    task_problems,
+    zero_problems,
+)
 
 
 def preset_names() -> list[str]:
@@ -68,6 +74,7 @@ def check(experiment: ExperimentBase) -> None:
     problems += task_problems(experiment)
     problems += model_problems(experiment)
     problems += zero_problems(experiment)
+    problems += server_problems(experiment)
     if experiment.task_entry.clients == "dealt":
         problems += population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
     if problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -202,6 +202,12 @@ def method_section(experiment: ExperimentBase, method: str) -> Config:
 def method_of(experiment: ExperimentBase, name: str, r_max: int | None = None) -> Method:
     """A method as configured, for budgets up to ``r_max``, by default the run's."""
     return build_method(name, method_section(experiment, name), r_max or experiment.r_max)
+
+
+def method_notes(exp: ExperimentBase, methods: Sequence[str]) -> list[str]:
+    """What methods say of how they are configured, for captions and plans, each once; most say nothing."""
+    known = [name for name in dict.fromkeys(methods) if name in METHODS]
+    return list(filter(None, (METHODS[name].note(method_section(exp, name)) for name in known)))
 
 
 def server_side_of(experiment: ExperimentBase) -> dict[str, Any]:

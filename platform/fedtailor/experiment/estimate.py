@@ -113,12 +113,13 @@ def estimate(
         trained, share = dims.adapter_parameters(stage.r_max) if passes else 0, 1.0
     else:
         passes, rows, updates = method.epochs, list(population.train), stage.rounds * stage.cohort
+        rows, updates = (rows, updates) if method.pooled == "no" else ([sum(rows)] if rows else [], stage.rounds)
         trained, share = sum(numbers), updates / max(1, len(rows))
     copied = (model.weights, engine.dtype, engine.zero.ranks) == ("float32", "bfloat16", 1)  # `lanes.layers.KeptLinear`
     steps = read = flops = None
     if rows:
         if method.steps is not None and not personal:
-            steps = updates * method.steps
+            steps = updates * method.steps_in(stage.cohort)
             texts = float(steps * method.batch_size)
         else:
             steps = round(sum(ceil(n / method.batch_size) for n in rows) * share * passes)
@@ -138,7 +139,7 @@ def estimate(
         steps=steps,
         tokens=read,
         flops=flops,
-        wire=numbers[0] * FLOAT * stage.cohort,
+        wire=numbers[0] * FLOAT * stage.cohort if method.pooled == "no" else 0,
         base=base_of_rank(dims, model.weights, engine.zero) + 2 * copied * dims.matrices(talks),
         trained=trained * lanes * FLOAT,
         optimizer=optimizer_of_rank(trained * lanes, engine.zero),
@@ -172,10 +173,9 @@ def optimizer_of_rank(trained: int, zero: ZeroConfig) -> int:
     At stage 3 the adapters lie outside the partition, and every rank has them whole.
     """
     moments, gradients = 2 * FLOAT * trained, FLOAT * trained
-    n = zero.ranks
-    if n == 1 or zero.stage == 3:
+    if zero.ranks == 1 or zero.stage == 3:
         return moments + gradients
-    return ceil(moments / n) + (ceil(gradients / n) if zero.stage == 2 else gradients)
+    return ceil(moments / zero.ranks) + (ceil(gradients / zero.ranks) if zero.stage == 2 else gradients)
 
 
 def activation_bytes(dims: ModelDimensions, tokens: int, model: ModelConfig, dtype: str) -> int:

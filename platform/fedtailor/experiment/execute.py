@@ -38,6 +38,7 @@ from fedtailor.storage.round_store import (
     table_of,
 )
 from fedtailor.storage.run_folder import DONE, RunFolder
+from fedtailor.tasks.store import POOLED
 from fedtailor.tasks.tokens import TokenData
 from fedtailor.tracking.events import spent_event
 
@@ -170,8 +171,8 @@ class Execution:
         return info
 
     def _rounds(self, stage: Stage, method: Method, spec: StageSpec, data: TokenData, log: CommitLog) -> StageInfo:
-        seen = [c for c in data.clients if c.pool == "seen"]
-        engine = self.exp.engine
+        engine, pooled = self.exp.engine, method.pooled != "no"
+        seen = (data.client(POOLED),) if pooled else data.pool("seen")
         info = self._opened(stage, spec)
         plan = RoundPlan(
             stage=stage.key,
@@ -179,7 +180,7 @@ class Execution:
             rounds=stage.rounds,
             clients=tuple(c.id for c in seen),
             sizes={c.id: c.n_train for c in seen},
-            cohort=stage.cohort,
+            cohort=1 if pooled else stage.cohort,
             segments=engine.segments,
             min_segment=engine.min_segment,
             drop_failures=engine.on_client_failure == "drop",

@@ -19,7 +19,14 @@ from huggingface_hub import try_to_load_from_cache
 from fedtailor.core.errors import DataError, ModelError, TailorError
 from fedtailor.core.scope import Scope
 from fedtailor.experiment import prepare
-from fedtailor.experiment.config import ExperimentBase, base_seed, clients_per_language, method_of, to_json
+from fedtailor.experiment.config import (
+    ExperimentBase,
+    base_seed,
+    clients_per_language,
+    method_notes,
+    method_of,
+    to_json,
+)
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
 from fedtailor.experiment.rules import check_weights, check_whole_logits
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
@@ -151,7 +158,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         memory_gb,
     )
     sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
-    unknown, told = inputs.unknown if inputs else {}, list(dict.fromkeys(notes))
+    unknown, told = inputs.unknown if inputs else {}, [*method_notes(exp, exp.methods), *dict.fromkeys(notes)]
     return Plan(exp, dims, sizes, population, list(stages.values()), told, fitting, unknown, manifest)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ConfigError, PlacementError
 from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of, method_section
 from fedtailor.federated.method import Capability, Method
@@ -95,6 +96,24 @@ def check_weights(exp: ExperimentBase) -> None:
             f"'model.weights' = {exp.model.weights} needs the package bitsandbytes, which is not installed: "
             "'pip install bitsandbytes', here and on all nodes, or use model.weights=bfloat16"
         )
+
+
+def server_problems(exp: ExperimentBase) -> Iterator[str]:
+    """What the server may not do to methods that pool clients' rows, or that aggregate in a way of their own."""
+    kinds = {"privacy": exp.privacy.name, "privacy.secure_aggregation": exp.privacy.secure_aggregation}
+    private = [f"'{key}' = {value}" for key, value in kinds.items() if value != "none"]
+    other = [f"'aggregation' = {exp.aggregation.name}"] if exp.aggregation.name != "method" else []
+    for name in exp.used_methods:
+        method = method_of(exp, name)
+        if method.local_update is None:
+            continue
+        if method.pooled != "no" and private:
+            yield f"'methods': {name} trains on the rows of all clients in one place, which {private[0]} is to prevent"
+        if not isinstance(method.aggregator, WeightedMean) and (private or other):
+            yield (
+                f"'methods': {name} has an aggregation of its own, which weighs clients' updates of different ranks "
+                f"where they are not padded; {' and '.join([*private, *other])} cannot (use method and none)"
+            )
 
 
 def zero_problems(exp: ExperimentBase) -> Iterator[str]:

@@ -23,6 +23,7 @@ FILES: Final = (
     "bayestune_lora",
     "ditto",
     "fedbabu",
+    "centralised_lora",
     "homlora",
     "perfedavg_lora",
     "pf2lora",

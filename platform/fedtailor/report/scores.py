@@ -131,7 +131,7 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
         raise DataError(
             f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: {row.metric} is given twice"
         )
-    lowest = scored["metric"].map({name: measure.lowest for name, measure in SHARES.items()})
+    lowest = scored["metric"].map({name: measure.lowest for name, measure in SHARES.items()}).astype(float)
     wrong = scored[lowest.notna() & ~scored["value"].between(lowest, 1)]
     if len(wrong):
         row, least = wrong.iloc[0], lowest[wrong.index[0]]

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from fedtailor.experiment.config import ExperimentBase, method_section
-from fedtailor.methods import METHODS
+from fedtailor.experiment.config import method_notes
 from fedtailor.models.source import model_title
 from fedtailor.report import names
 from fedtailor.report.facts import RunFacts
@@ -77,19 +76,13 @@ def _caption(facts: RunFacts, found: Sequence[Block]) -> list[str]:
         facts.duplicates,
         f"{measure.pooling}; Average weighs {measure.groups} equally; Wins counts the {measure.groups} where no "
         "method is better at that budget, ties for each.",
-        *notes_of(exp, [method for other in found for method in other.methods]),
+        *method_notes(exp, [method for other in found for method in other.methods]),
         f"Departures from the defaults (default → used): {changed or 'none'}.",
         f"Run {facts.run_id}"
         + ("" if facts.status == NOT_RECORDED else f" ({facts.status})")
         + f"; {facts.version_line}.",
     ]
     return [sentence for sentence in sentences if sentence]
-
-
-def notes_of(exp: ExperimentBase, methods: Sequence[str]) -> list[str]:
-    """What methods say of how they are configured, each once; empty for most."""
-    known = [name for name in dict.fromkeys(methods) if name in METHODS]
-    return list(filter(None, (METHODS[name].note(method_section(exp, name)) for name in known)))
 
 
 def table_data(found: Sequence[Block]) -> pd.DataFrame:

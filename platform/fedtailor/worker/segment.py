@@ -270,10 +270,11 @@ class Segment:
         """Costs of a group that has just been played; its clients share its memory peaks."""
         job, device = self.job, self.stage.net.device
         gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        down = 0 if self.shared is None else self.shared.numel()
+        there = self.stage.method.pooled != "no"  # where the server is
+        down = 0 if self.shared is None or there else self.shared.numel()
         costs = {}
         for client in clients:
-            up = self.rows[client].size if client in self.rows else 0
+            up = self.rows[client].size if client in self.rows and not there else 0
             kept = sum(rows[client].size for rows in (self.result.private, job.overlay) if client in rows)
             costs[client] = ClientCost(
                 examples=self.stage.data.client(client).n_train, tokens=self.tokens.get(client, 0),
