@@ -33,10 +33,20 @@ ALONE = ("personalise.chunk=1", "personalise.pools=[unseen]", "budgets=[2]", "sa
 
 REFUSED = {
     "majority": "trains nothing",
+    "prior_shift": "trains nothing",
     "base": "trains nothing",
     "dept": "trains the base's own weights",
 }
-COMMON = {"fedavg": 3, "fedprox": 3, "feddpa": 3, "homlora": 3, "perfedavg_lora": 3, "pf2lora": 3}
+COMMON = {
+    "fedavg": 3,
+    "fedprox": 3,
+    "feddpa": 3,
+    "homlora": 3,
+    "perfedavg_lora": 3,
+    "pf2lora": 3,
+    "centralised_lora": 3,
+    "hetlora": 3,
+}
 """Methods whose clients all use one LoRA, and its rank."""
 
 

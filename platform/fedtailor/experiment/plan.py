@@ -17,7 +17,6 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from fedtailor.core.errors import DataError, ModelError, TailorError
-from fedtailor.core.scope import Scope
 from fedtailor.experiment import prepare
 from fedtailor.experiment.config import (
     ExperimentBase,
@@ -29,12 +28,11 @@ from fedtailor.experiment.config import (
 )
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
 from fedtailor.experiment.rules import check_weights, check_whole_logits
+from fedtailor.experiment.sizes import MethodSizes, method_sizes, rank_notes
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
 from fedtailor.experiment.trial import try_model
 from fedtailor.federated.method import Method
-from fedtailor.lanes.net import LaneNet
-from fedtailor.models.dimensions import ModelDimensions, dimensions, meta_model
-from fedtailor.models.families import adapted_linears
+from fedtailor.models.dimensions import ModelDimensions, dimensions
 from fedtailor.models.folder import settle_padding
 from fedtailor.models.hub import check_available
 from fedtailor.models.load import load_tokenizer
@@ -43,40 +41,15 @@ from fedtailor.storage.artifacts import artifact_path
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import DONE, RunFolder, run_ids
 from fedtailor.tasks.prompts import check_name
-from fedtailor.tasks.store import TaskData
+from fedtailor.tasks.store import TaskData, clients_of
 from fedtailor.tasks.tokens import TokenData, unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
-from fedtailor.training.common_lora import KeptAdam
 
 LOOKED_AT = 20
 """Newest runs whose times are looked at."""
 
 MOST_TOKENISED = 10_000
 """Texts up to which a plan tokenises them, which takes some seconds."""
-
-
-@dataclass(frozen=True)
-class Generator:
-    """An auxiliary network that a method trains, e.g. FedP2EFT's PSG.
-
-    Args:
-        widths: of its layers, input first.
-        parameters: all of them.
-    """
-
-    widths: tuple[int, ...]
-    parameters: int
-
-
-@dataclass(frozen=True)
-class MethodSizes:
-    """Numbers of a client: SHARED ones travel, the others stay; ``state`` of the PRIVATE ones are an optimizer's."""
-
-    shared: int
-    private: int
-    ephemeral: int
-    generators: tuple[Generator, ...]
-    state: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,12 +106,13 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     data = {seed: inputs_here(exp, seed, model, notes) for seed in dict.fromkeys(base_seed(exp, s) for s in exp.seeds)}
     population, inputs, manifest = next(iter(data.values()))
     population = population or configured_population(exp, notes)
+    seen = [client.id for client in clients_of(manifest) if client.pool == "seen"] if manifest else []
     dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
 
     @cache
     def sized(name: str, r_max: int) -> tuple[Method, MethodSizes]:
         method = method_of(exp, name, r_max)
-        return method, method_sizes(exp, method, population.classes)
+        return method, method_sizes(exp, method, population.classes, seen)
 
     def work_of(stage: Stage, other: ExperimentBase = exp) -> Estimate:
         method, size = sized(stage.method, stage.r_max)
@@ -158,7 +132,8 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
         memory_gb,
     )
     sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
-    unknown, told = inputs.unknown if inputs else {}, [*method_notes(exp, exp.methods), *dict.fromkeys(notes)]
+    unknown, said = inputs.unknown if inputs else {}, [*method_notes(exp, exp.methods), *rank_notes(exp, sizes)]
+    told = list(dict.fromkeys([*said, *notes]))
     return Plan(exp, dims, sizes, population, list(stages.values()), told, fitting, unknown, manifest)
 
 
@@ -264,23 +239,6 @@ def _try_model(exp: ExperimentBase, notes: list[str]) -> Path | None:
     if folder is not None:
         notes += [f"{x[:1].upper()}{x[1:]}." for x in try_model(exp.model, exp.task_entry.kind, folder)]
     return folder
-
-
-def method_sizes(exp: ExperimentBase, method: Method, classes: int) -> MethodSizes:
-    """Sums a method's declared parameters by owner, on a model without weights."""
-    model = meta_model(exp.model, classes, exp.task.max_length, exp.task_entry.kind)
-    targets = "all-linear" if method.name == exp.base.name else exp.model.targets
-    net = LaneNet(model, adapted_linears(model, targets))
-    modules = [module.specs(net) for module in method.modules]
-    specs = [*(method.adapter.specs(net) if method.adapter else ()), *(spec for module in modules for spec in module)]
-    total = {scope: sum(spec.size for spec in specs if spec.scope is scope) for scope in Scope}
-    generators = [
-        Generator((layers[0][1], *(width for width, _ in layers)), sum(spec.size for spec in module))
-        for module in modules
-        if (layers := [spec.shape for spec in module if len(spec.shape) == 2])
-    ]
-    state = sum(spec.size for part in method.modules if isinstance(part, KeptAdam) for spec in part.specs(net))
-    return MethodSizes(total[Scope.SHARED], total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators), state)
 
 
 def seconds_per_client(exp: ExperimentBase) -> dict[tuple[str, str], float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
-from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ConfigError, PlacementError
 from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of, method_section
 from fedtailor.federated.method import Capability, Method
@@ -109,10 +108,10 @@ def server_problems(exp: ExperimentBase) -> Iterator[str]:
             continue
         if method.pooled != "no" and private:
             yield f"'methods': {name} trains on the rows of all clients in one place, which {private[0]} is to prevent"
-        if not isinstance(method.aggregator, WeightedMean) and (private or other):
+        if method.ranks is not None and (private or other):
             yield (
-                f"'methods': {name} has an aggregation of its own, which weighs clients' updates of different ranks "
-                f"where they are not padded; {' and '.join([*private, *other])} cannot (use method and none)"
+                f"'methods': {name} has clients of different ranks, whose updates its own aggregation pads and weighs; "
+                f"{' and '.join([*private, *other])} cannot (allowed: aggregation=method without privacy)"
             )
 
 
@@ -217,6 +216,9 @@ def population_problems(exp: ExperimentBase, seen: int) -> Iterator[str]:
             yield f"'{stage}.cohort': {cohort} clients asked, the seen pool has {seen} (allowed: 1 ... {seen})"
         if cohort < 1:
             yield f"'{stage}.cohort': {getattr(exp, stage).cohort} of {seen} seen clients is nobody"
+    for name in exp.used_methods:
+        if (ranks := method_of(exp, name).ranks) is not None and (problem := ranks.problem(seen)):
+            yield f"'{name}.ranks': {problem}"
     if exp.privacy.name == "central_dp":
         yield from _dp_problems(exp, cohorts)
     if exp.privacy.secure_aggregation != "none":

@@ -79,6 +79,10 @@ class Received(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._where)
 
+    def row(self, lane: int) -> Tensor:
+        """All that a lane received, (P,), in flat order."""
+        return self._rows[self._lanes[lane]]
+
     def of(self, lanes: Sequence[int]) -> Received:
         """What these of the K lanes received; one may occur more than once."""
         return Received(self._specs, self._rows, [self._lanes[lane] for lane in lanes])

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from fedtailor.core.config import Config
 from fedtailor.core.errors import MethodError
 from fedtailor.core.messages import Row
+from fedtailor.core.scope import ParamSpec
 from fedtailor.federated.context import ClientContext, Lane
+from fedtailor.federated.ranks import Ranks
 from fedtailor.federated.release import Masking, ServerMechanism
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.net import LaneNet
@@ -120,6 +122,14 @@ class Aggregator(Protocol):
         """Total weight so far; 0 means nothing to aggregate."""
 
 
+@runtime_checkable
+class LaidOut(Protocol):
+    """An aggregator that must know where which parameter is in a row."""
+
+    def laid_out(self, specs: Sequence[ParamSpec]) -> Aggregator:
+        """The aggregator for rows of SHARED parameters with these specs, in flat order."""
+
+
 class ServerOptimizer(Protocol):
     """Moves the server's parameters along ``delta = consensus - params``."""
 
@@ -181,11 +191,6 @@ def best_of(server: Mapping[str, Row], newest: Row) -> Row:
     return server.get(_BEST, newest)
 
 
-def as_sent(row: Row, client: str) -> Row:
-    """The downlink of most methods: a client is sent what the server has."""
-    return row
-
-
 @dataclass(frozen=True)
 class Method:
     """The record that `methods/` builds.
@@ -198,7 +203,9 @@ class Method:
         modules: auxiliary networks with lanes and a scope of their own (PSG, LRNet).
         aggregator: of SHARED parameters.
         server: server optimizer.
-        downlink: what a client is sent.
+        downlink: changes in place what each lane was sent, before anything else sees it; None: clients are sent what
+            the server has.
+        ranks: ranks that clients begin with, where they differ; the adapter's is the server's.
         requires: capabilities.
         batch_size: rows of a training step, from which the lane width follows.
         epochs: passes over the local data of ``local_update``, for estimates, as are the three below.
@@ -228,7 +235,8 @@ class Method:
     adapter: Adapter | None = None
     local_update: LocalUpdate | None = None
     modules: tuple[Parameters, ...] = ()
-    downlink: Callable[[Row, str], Row] = as_sent
+    downlink: Callable[[ClientContext], None] | None = None
+    ranks: Ranks | None = None
     requires: frozenset[Capability] = frozenset()
     batch_size: int = 32
     epochs: int = 1
@@ -264,10 +272,6 @@ class Method:
         return (self.steps or 0) * (cohort if self.pooled == "examples" else 1)
 
 
-def _no_note(cfg: Any) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class MethodEntry:
     """How a method is named, configured, built and shown: its row of the METHODS table, beside it in its file.
@@ -281,7 +285,7 @@ class MethodEntry:
         colour: of its marks in figures; None: one of the spare ones.
         marker: as matplotlib writes it; None: one of the spare ones.
         base: whether it may train the base (``base.name``).
-        note: a sentence on its configuration (its choices, not its parts) for captions and plans; empty: none.
+        note: a sentence on its configuration (its choices, not its parts) for captions and plans.
         tiny: its section for the contracts: steps that change a toy model, and few of them. None: it has none yet,
             and the contracts say so.
     """
@@ -295,4 +299,4 @@ class MethodEntry:
     marker: str | None = None
     base: bool = False
     tiny: Mapping[str, Any] | None = None
-    note: Callable[[Any], str] = _no_note
+    note: Callable[[Any], str] | None = None

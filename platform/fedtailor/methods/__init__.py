@@ -25,6 +25,7 @@ FILES: Final = (
     "fedbabu",
     "centralised_lora",
     "homlora",
+    "hetlora",
     "perfedavg_lora",
     "pf2lora",
     "fedl2p",

@@ -6,7 +6,7 @@ The frozen model is in one process, or on the ranks of a group together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fedtailor.core.scope import ParamSpec, Ranks, Scope
 from fedtailor.core.settings import AttackConfig, ModelConfig
 from fedtailor.federated.checks import check_overlay
 from fedtailor.federated.context import ClientContext, Federation, Lane, Received, open_params
-from fedtailor.federated.method import Method, Overlay, as_sent
+from fedtailor.federated.method import LaidOut, Method, Overlay
 from fedtailor.federated.updates import Attack, attack_of
 from fedtailor.lanes.features import FeatureCache
 from fedtailor.lanes.grouping import Load, lane_groups
@@ -76,6 +76,8 @@ class OpenStage:
         lies = AttackConfig.model_validate(dict(spec.server_side.get("attack", {})))
         attack = attack_of(lies, [client.id for client in data.pool("seen")])
         stage = cls(spec, data, net, method, FeatureCache(spec.cache_dir), {}, {}, overlay, attack)
+        if isinstance(method.aggregator, LaidOut):
+            stage.method = replace(method, aggregator=method.aggregator.laid_out(stage.specs(Scope.SHARED)))
         for part in stage.parts():
             stage.initial |= {name: value.clone() for name, value in part.initial(net, spec.seed).items()}
         try:
@@ -156,9 +158,9 @@ class OpenStage:
         self._lay_over(clients, overlay or {})
         lanes = tuple(Lane(self.data.client(c), self.data.examples(c, "train")) for c in clients)
         params = self._lanes(len(lanes))
-        sent = self._sent(params, shared, clients)
+        sent = self._sent(params, shared)
         self._reset(params, sent, [private.get(c) for c in clients])
-        return ClientContext(
+        ctx = ClientContext(
             net=self.net, lanes=lanes, params=params, seed=spec.seed, stage=spec.key.split("/")[0],
             round=0 if spec.kind == "personalise" else job_round, num_labels=self.data.num_labels,
             pad_id=self.data.pad_id, feature_source=self._features, warn=warn, budgets=spec.budgets, r_max=spec.r_max,
@@ -167,6 +169,11 @@ class OpenStage:
             federation=self.federation,
             micro_batch=spec.engine.micro_batch,
         )  # fmt: skip
+        if self.method.downlink is None or sent is None:
+            return ctx
+        with torch.no_grad():
+            self.method.downlink(ctx)
+            return replace(ctx, received=self._received(params, params.flat(Scope.SHARED).detach().clone()))
 
     def _lay_over(self, clients: Sequence[str], rows: Mapping[str, FloatArray]) -> None:
         """Binds each client's part of the base; clients without a row get the initial one."""
@@ -219,17 +226,14 @@ class OpenStage:
             if row is not None:
                 params.flat(Scope.PRIVATE)[lane].copy_(torch.from_numpy(row.copy()))
 
-    def _sent(self, params: LaneParams, shared: Tensor | None, clients: Sequence[str]) -> Tensor | None:
-        """What each client is sent: one row (1, P) for all, or (K, P) through the method's own downlink."""
+    def _sent(self, params: LaneParams, shared: Tensor | None) -> Tensor | None:
+        """What the server sends, (1, P)."""
         if shared is None:
             return None
         size = params.flat(Scope.SHARED).shape[1]
         if shared.shape != (size,):
             raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
-        if self.method.downlink is as_sent:
-            return shared.unsqueeze(0)
-        row = shared.cpu().numpy()
-        return torch.stack([torch.as_tensor(self.method.downlink(row.copy(), c)) for c in clients]).to(shared.device)
+        return shared.unsqueeze(0)
 
     def _received(self, params: LaneParams, sent: Tensor | None) -> Received:
         if sent is None:

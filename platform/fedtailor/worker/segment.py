@@ -133,8 +133,11 @@ class Segment:
             # Copies: a lane's buffer is reused by the next group.
             row = shared[k].detach().cpu().numpy().astype(np.float32, copy=True)
             own = private[k].detach().cpu().numpy().astype(np.float32, copy=True)
-            if self.stage.attack and self.received is not None:
-                row = self.stage.attack.sent(client, row, self.received, ctx.seed, ctx.stage, ctx.round)
+            received = self.received
+            if received is not None and self.stage.method.downlink is not None:
+                received = ctx.received.row(k).cpu().numpy()
+            if self.stage.attack and received is not None:
+                row = self.stage.attack.sent(client, row, received, ctx.seed, ctx.stage, ctx.round)
             if self.sabotage:
                 changed = self.sabotage.update(client, row)
                 if changed is None:  # what a rejection must be equal to
@@ -148,8 +151,8 @@ class Segment:
                 self._reject(client, f"NaN or Inf in the metrics {bad}")
                 continue
             norm = 0.0
-            if self.received is not None:
-                row, norm = clip_update(row, self.received, self.stage.method.bound)
+            if received is not None:
+                row, norm = clip_update(row, received, self.stage.method.bound)
             self.rows[client] = row
             if self.stage.method.masking is None:
                 self.result.norms[client] = norm
