@@ -56,7 +56,7 @@ class Measure:
     def pooling(self) -> str:
         """How a group's examples are brought together, as the subject and verb of a sentence."""
         if self.per_client:
-            return f"A {self.group} is the mean over its clients, each counted once"
+            return f"A {self.group}'s score is the mean over its clients, each counted once"
         if not self.own_groups:
             return f"A {self.group} is pooled over its clients"
         return f"A {self.group} is pooled over all test examples in it, whichever client has them"
@@ -66,7 +66,7 @@ ACCURACY: Final = Measure(
     "accuracy",
     "Accuracy",
     "accuracy",
-    "Correct answers over test examples, pooled over that language's clients",
+    "Correct answers over test examples, of all clients together",
     own_groups=False,
 )
 

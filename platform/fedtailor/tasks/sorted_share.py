@@ -20,7 +20,7 @@ from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import MIN_TEST, MIN_TRAIN, Shard, client_id
-from fedtailor.tasks.source import LanguagePool, Pool, Split
+from fedtailor.tasks.source import SPLITS, LanguagePool, Pool, Split
 
 Ints = npt.NDArray[np.int64]
 
@@ -44,7 +44,7 @@ def sorted_partition(
     """
     n, place = cfg.clients_per_language, (pool, language)
     assert cfg.sorted_share is not None, "asked for by the configuration"
-    classes = {split: np.array([e.label for e in part.split(split)], dtype=np.int64) for split in ("train", "test")}
+    classes = {split: np.array([e.label for e in part.split(split)], dtype=np.int64) for split in SPLITS}
     train = _blocks(classes["train"], cfg.sorted_share, n, seed, (*place, "train"))
     if cfg.test_split == "mirror":
         _check_mirror(classes, labels, n, place)
@@ -91,7 +91,7 @@ def _blocks(labels: Ints, share: float, clients: int, seed: int, place: tuple[st
 
 def _check_mirror(classes: dict[Split, Ints], labels: Sequence[str], clients: int, place: tuple[str, str]) -> None:
     for number, label in enumerate(labels):
-        train, test = (int((classes[split] == number).sum()) for split in ("train", "test"))
+        train, test = (int((classes[split] == number).sum()) for split in SPLITS)
         if train and test < clients:
             raise DataError(
                 f"class {label!r} of {place[0]}/{place[1]} has {test} test texts for {clients} clients, so they cannot "
