@@ -117,6 +117,7 @@ OBJECTIVES: Final[Mapping[str, Objective]] = {
     "train_loss": Objective("seen", "train_loss_after", "min", "loss on the train texts of seen clients"),
     "seen_accuracy": Objective("seen", "accuracy", "max", "test accuracy of seen clients"),
     "seen_loss": Objective("seen", "loss", "min", "test loss of seen clients"),
+    "seen_mcc": Objective("seen", "mcc", "max", "Matthews correlation on the test texts of seen clients"),
     "seen_rougeL": Objective("seen", "rougeL", "max", "ROUGE-L of the answers of seen clients"),
     "unseen_accuracy": Objective("unseen", "accuracy", "max", "test accuracy of unseen clients"),
     "unseen_loss": Objective("unseen", "loss", "min", "test loss of unseen clients"),

@@ -19,11 +19,13 @@ from fedtailor.storage.run_folder import RunFolder
 
 
 def patterns() -> list[str]:
-    """The first method of each pattern: who owns what it declares, and whether budgets change its models."""
+    """The first method of each pattern: who owns what it declares, whether budgets change its models, who takes part,
+    and whether all are sent the same."""
     found = {}
     for name, entry in METHODS.items():
         method = build_method(name, entry.tiny or {}, max(BUDGETS))
-        found.setdefault((scopes_of(method), method.personaliser.budgeted), name)
+        pattern = (scopes_of(method), method.personaliser.budgeted, method.pooled, method.downlink is None)
+        found.setdefault(pattern, name)
     return list(found.values())
 
 

@@ -75,6 +75,11 @@ def test_a_client_is_sent_as_many_ranks_as_it_has() -> None:
     assert kept_rows(ctx) == [4, 3, 2]
     b = ctx.params["lora_B.bert.encoder.layer.1.attention.self.value"]
     assert (b != 0).any(1).sum(1).tolist() == [4, 3, 2]
+    method = hetlora()
+    assert method.downlink is not None
+    homlora = [build_method("homlora", {"rank": r, "targets": ("query", "value")}, 4) for r in (4, 3, 2)]
+    sizes = [sum(s.size for s in m.adapter.specs(ctx.net)) for m in homlora if m.adapter]
+    assert list(method.downlink(context(method))) == sizes
     assert kept_rows(context(hetlora(), kept=(0, 1, 0))) == [4, 1, 2], "what it was pruned to counts from then on"
 
 
@@ -235,6 +240,8 @@ def test_a_plan_shows_the_ranks_and_counts_the_average_client(tmp_path: Path) ->
 def test_by_budget_there_is_a_training_for_each(tmp_path: Path) -> None:
     words = ("methods=[hetlora]", "hetlora.ranks=budget", "hetlora.local_steps=1", "strategy.rounds=1", "budgets=[1,2]")
     run = run_tiny(tiny(tmp_path, *RUN, *words))
+    down = run.timings().groupby("stage").bytes_down.unique().to_dict()
+    assert {stage: len(sizes) for stage, sizes in down.items()} == dict.fromkeys(down, 1)
     assert [stage["key"] for stage in run.stages("strategy")] == [f"strategy/hetlora/r{r}/seed42" for r in (1, 2)]
     frame = run.metrics("personalise")
     ranks = frame[frame.metric == "rank"]

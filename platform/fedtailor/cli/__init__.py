@@ -119,7 +119,7 @@ def sweep(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="{train,seen,unseen}_{accuracy,loss} or {seen,unseen}_rougeL; default: what the paper judged by."
+            help="{train,seen,unseen}_{accuracy,loss}, {seen,unseen}_rougeL or seen_mcc; default: the paper's choice."
         ),
     ] = None,
     sweep_id: Annotated[str | None, typer.Option(help="Name of the sweep; default: grid, preset and hash.")] = None,

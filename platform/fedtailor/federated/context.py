@@ -59,10 +59,13 @@ class Received(Mapping[str, Tensor]):
         specs: SHARED parameters in flat order.
         rows: what was sent, (n, P).
         lanes: the row that each of the K lanes received.
+        numbers: how many of its numbers each row's client was sent; None: all.
     """
 
-    def __init__(self, specs: Sequence[ParamSpec], rows: Tensor, lanes: Sequence[int]) -> None:
-        self._specs, self._rows, self._lanes = specs, rows, list(lanes)
+    def __init__(
+        self, specs: Sequence[ParamSpec], rows: Tensor, lanes: Sequence[int], numbers: Sequence[int] | None = None
+    ) -> None:
+        self._specs, self._rows, self._lanes, self._numbers = specs, rows, list(lanes), numbers
         self._where, start = {}, 0
         for spec in specs:
             self._where[spec.name] = (start, start + spec.size, spec.shape)
@@ -83,9 +86,13 @@ class Received(Mapping[str, Tensor]):
         """All that a lane received, (P,), in flat order."""
         return self._rows[self._lanes[lane]]
 
+    def numbers(self, lane: int) -> int:
+        """How many numbers a lane was sent."""
+        return self._rows.shape[1] if self._numbers is None else self._numbers[self._lanes[lane]]
+
     def of(self, lanes: Sequence[int]) -> Received:
         """What these of the K lanes received; one may occur more than once."""
-        return Received(self._specs, self._rows, [self._lanes[lane] for lane in lanes])
+        return Received(self._specs, self._rows, [self._lanes[lane] for lane in lanes], self._numbers)
 
 
 def _plain(value: Any) -> Any:

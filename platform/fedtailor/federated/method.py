@@ -203,8 +203,8 @@ class Method:
         modules: auxiliary networks with lanes and a scope of their own (PSG, LRNet).
         aggregator: of SHARED parameters.
         server: server optimizer.
-        downlink: changes in place what each lane was sent, before anything else sees it; None: clients are sent what
-            the server has.
+        downlink: changes in place what each lane was sent, before anything else sees it, and says how many numbers each
+            was sent; None: clients are sent what the server has.
         ranks: ranks that clients begin with, where they differ; the adapter's is the server's.
         requires: capabilities.
         batch_size: rows of a training step, from which the lane width follows.
@@ -235,7 +235,7 @@ class Method:
     adapter: Adapter | None = None
     local_update: LocalUpdate | None = None
     modules: tuple[Parameters, ...] = ()
-    downlink: Callable[[ClientContext], None] | None = None
+    downlink: Callable[[ClientContext], Sequence[int]] | None = None
     ranks: Ranks | None = None
     requires: frozenset[Capability] = frozenset()
     batch_size: int = 32

@@ -117,9 +117,13 @@ class ClientRanks:
             total = total + next(sizes) * next(sizes)
         return total
 
-    def __call__(self, ctx: ClientContext) -> None:
-        """The downlink: what a client of r_k ranks is sent."""
-        self.truncate(ctx, self.of(ctx))
+    def __call__(self, ctx: ClientContext) -> list[int]:
+        """The downlink: what a client of r_k ranks is sent, and how many numbers that are."""
+        ranks = self.of(ctx)
+        self.truncate(ctx, ranks)
+        width = sum(x.d_in + x.d_out for x in self.adapter.layers_of(ctx.net))
+        whole = ctx.params.flat(Scope.SHARED).shape[1]
+        return [whole - width * (self.adapter.rank - rank) for rank in ranks.tolist()]
 
 
 @dataclass(frozen=True)

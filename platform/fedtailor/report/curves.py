@@ -22,7 +22,7 @@ CURVES = "Training curves"
 _FIRST = ("train_loss", "psg_loss")
 _KEYS = ["stage", "method", "budget", "metric", "seed", "round"]
 PERCENT = FuncFormatter(lambda value, position: f"{100 * value:g}%")
-_FLAT = ("majority", "base")
+_FLAT = ("majority", "prior_shift", "base")
 
 
 def training_curves(frame: pd.DataFrame) -> list[Drawing | Missing]:

@@ -66,7 +66,7 @@ ACCURACY: Final = Measure(
     "accuracy",
     "Accuracy",
     "accuracy",
-    "Correct answers over test examples, of all clients together",
+    "Correct answers over test examples, pooled over its clients",
     own_groups=False,
 )
 

@@ -172,8 +172,8 @@ class OpenStage:
         if self.method.downlink is None or sent is None:
             return ctx
         with torch.no_grad():
-            self.method.downlink(ctx)
-            return replace(ctx, received=self._received(params, params.flat(Scope.SHARED).detach().clone()))
+            numbers = self.method.downlink(ctx)
+            return replace(ctx, received=self._received(params, params.flat(Scope.SHARED).detach().clone(), numbers))
 
     def _lay_over(self, clients: Sequence[str], rows: Mapping[str, FloatArray]) -> None:
         """Binds each client's part of the base; clients without a row get the initial one."""
@@ -235,11 +235,11 @@ class OpenStage:
             raise ValueError(f"SHARED state has {tuple(shared.shape)} numbers, the method declares {size}")
         return shared.unsqueeze(0)
 
-    def _received(self, params: LaneParams, sent: Tensor | None) -> Received:
+    def _received(self, params: LaneParams, sent: Tensor | None, numbers: Sequence[int] | None = None) -> Received:
         if sent is None:
             return Received((), torch.empty(1, 0), range(params.lanes))
         rows = range(params.lanes) if len(sent) > 1 else [0] * params.lanes
-        return Received(params.of_scope(Scope.SHARED), sent.to(params.flat(Scope.SHARED).dtype), rows)
+        return Received(params.of_scope(Scope.SHARED), sent.to(params.flat(Scope.SHARED).dtype), rows, numbers)
 
 
 def load_net(

@@ -57,6 +57,7 @@ class Segment:
         self.answers: dict[str, list[Mapping[str, Any]]] = {}
         self.failed: dict[str, Failure] = {}
         self.tokens: dict[str, int] = {}
+        self.sent: dict[str, int] = {}
         self.partial: Any = None
         self.next = 0
 
@@ -121,6 +122,7 @@ class Segment:
                 raise MethodError(f"{self.stage.who}: {broken}") from broken
             finally:
                 self.tokens |= {client: ctx.trained[client] for client in clients}
+                self.sent |= {client: ctx.received.numbers(k) for k, client in enumerate(clients)}
 
     def _update(self, ctx: ClientContext) -> None:
         update = self.stage.method.local_update
@@ -274,10 +276,10 @@ class Segment:
         job, device = self.job, self.stage.net.device
         gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         there = self.stage.method.pooled != "no"  # where the server is
-        down = 0 if self.shared is None or there else self.shared.numel()
         costs = {}
         for client in clients:
-            up = self.rows[client].size if client in self.rows and not there else 0
+            down = 0 if there else self.sent.get(client, 0)
+            up = down if client in self.rows else 0
             kept = sum(rows[client].size for rows in (self.result.private, job.overlay) if client in rows)
             costs[client] = ClientCost(
                 examples=self.stage.data.client(client).n_train, tokens=self.tokens.get(client, 0),
