@@ -11,9 +11,11 @@ from toy import CLASSES, toy_context, toy_examples, toy_lanes, toy_net
 from fedtailor.core.errors import ConfigError
 from fedtailor.core.scope import Scope
 from fedtailor.experiment.compose import compose
+from fedtailor.experiment.config import experiment_of, method_section, to_json
 from fedtailor.federated.context import ClientContext, Federation
 from fedtailor.lanes.batches import make_batch
 from fedtailor.methods import METHODS, build_method
+from fedtailor.personalise.trained import no_adapter
 
 
 def context(labels: list[list[int]], every: tuple[int, ...]) -> ClientContext:
@@ -46,8 +48,9 @@ def test_the_shift_is_the_client_s_log_share_minus_everybody_s() -> None:
 
 def test_on_homlora_the_rounds_are_homlora_s() -> None:
     rows = []
-    for name, cfg in (("prior_shift", {"model": "homlora"}), ("homlora", {})):
-        method = build_method(name, {"local_steps": 2, "targets": ("query",), **cfg}, 4)
+    how = {"local_steps": 2, "targets": ("query",)}
+    for name, cfg in (("prior_shift", {"model": "homlora", "homlora": how}), ("homlora", how)):
+        method = build_method(name, cfg, 4)
         ctx = toy_context(toy_net(), toy_lanes([5]), method.adapter, method.modules)
         assert method.local_update is not None
         method.local_update(ctx)
@@ -63,3 +66,15 @@ def test_its_smoothing_is_positive_and_printed() -> None:
     assert entry.note(entry.config(smoothing=0.5)).endswith(
         "the base's logits; 0.5 is added to every count of a class."
     )
+
+
+def test_it_trains_homlora_as_the_section_of_homlora_says_and_is_no_adapter() -> None:
+    words = ["methods=[prior_shift]", "prior_shift.model=homlora", "homlora.lr=0.5"]
+    exp = compose([], words)
+    section = method_section(exp, "prior_shift")
+    assert section.homlora.lr == 0.5
+    again = experiment_of(to_json(exp))
+    assert method_section(again, "prior_shift") == section
+    own = compose([], [*words, "prior_shift.homlora.lr=0.25"])
+    assert method_section(own, "prior_shift").homlora.lr == 0.25
+    assert no_adapter(exp, "prior_shift") == "changes more than an adapter can hold"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,10 @@ def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
     [
         (["task=glue", "task.subset=colla"], r"'task\.subset': allowed: cola, sst2, .*did you mean 'cola'"),
         (["task=glue", "task.pools=[unseen]"], r"'task\.pools': allowed: \[seen\], \[seen,unseen\]"),
+        (
+            ["task=glue", "personalise.pools=[unseen]"],
+            r"'personalise.pools' = \[unseen\] leaves nobody.*allowed: \[seen\]",
+        ),
         (["task=glue", "task.resample=3"], "'task.sorted_share' and 'task.resample' exclude each other"),
         (["task=xnli", "task.pools=[seen]", "task.reference_unseen_partition=true"], "'task.pools' has none"),
     ],
@@ -223,6 +228,22 @@ def test_matthews_is_zero_for_one_class_and_pooled_from_counts() -> None:
     tp, tn, fp, fn = 6, 3, 1, 2
     by_hand = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert matthews(np.array([[tn, fp], [fn, tp]])) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("subset", "share", "size", "majority"), [("cola", 0.3, 1069, 0.70), ("sst2", 0.9, 8419, 0.90)]
+)
+def test_real_files_give_the_published_sizes(
+    subset: str, share: float, size: int, majority: float, tmp_path: Path
+) -> None:
+    root = Path(os.environ.get("FEDTAILOR_DATA", "none"), "glue")
+    if not root.is_dir():
+        pytest.skip("set FEDTAILOR_DATA to a folder that holds glue/ to deal its real texts")
+    data = made(cfg(root, subset=subset, sorted_share=share, clients_per_language=8), tmp_path)
+    assert {c.n_train for c in data.clients} == {size, size - 1}
+    train, test = (np.array([c[f"{split}_classes"] for c in data.manifest["clients"]]) for split in ("train", "test"))
+    right = np.take_along_axis(test, train.argmax(1)[:, None], 1).sum() / test.sum()
+    assert right == pytest.approx(majority, abs=0.015), "what a client's most frequent class alone is worth"
 
 
 def client_rows(client: str, table: list[list[int]]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,6 +40,10 @@ class Config(BaseModel):
     def for_task(cls, given: Mapping[str, Any], task: Any) -> Mapping[str, Any]:
         """A method's section as it was given, with what it takes from the task (a `TaskConfig`) where it is silent."""
         return given
+
+    def beside(self, tree: Any) -> Self:
+        """A method's section with what it takes from the tree's other sections where it is silent."""
+        return self
 
     @field_validator("*", mode="before")
     @classmethod

@@ -196,7 +196,7 @@ def _class_for(tree: Mapping[str, Any]) -> type[ExperimentBase]:
 def method_section(experiment: ExperimentBase, method: str) -> Config:
     """Configuration of one method."""
     section: Config = getattr(experiment, method) if _has_section(method) else METHODS[method].config()
-    return section
+    return section.beside(experiment)
 
 
 def method_of(experiment: ExperimentBase, name: str, r_max: int | None = None) -> Method:

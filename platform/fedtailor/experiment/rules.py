@@ -22,7 +22,10 @@ _FEWEST_MASKED = 3
 
 
 def task_problems(exp: ExperimentBase) -> Iterator[str]:
-    """What methods need and the task has not."""
+    """What methods and stages need and the task has not."""
+    if not set(exp.personalise.pools) & set(exp.task.pools):
+        asked, there = (", ".join(pools) for pools in (exp.personalise.pools, exp.task.pools))
+        yield f"'personalise.pools' = [{asked}] leaves nobody, as 'task.pools' = [{there}] (allowed: [{there}])"
     if exp.task_entry.kind != "generation":
         return
     able = [name for name in METHODS if Capability.CLASSES not in method_of(exp, name).requires]

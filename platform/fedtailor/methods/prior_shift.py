@@ -3,7 +3,7 @@
 After Saerens, Latinne, Decaestecker, "Adjusting the Outputs of a Classifier to New a Priori Probabilities", Neural
 Computation 2002, Eq. 2.4: log p_k(y | x) = f(x)_y + log p_k(y) - log p(y) + const, with f the common model's logits,
 p_k the class shares of the client's training texts and p those of all seen clients' together.
-    f  -> cfg.model: the base (nothing is trained), or HOMLoRA, trained by its own rounds with the keys of `homlora`
+    f  -> cfg.model: the base (nothing is trained), or HOMLoRA, trained in rounds of its own as the section homlora says
 Both shares are smoothed, (n_y + a) / (n + a C) with a = cfg.smoothing. Where the shares are equal the common model
 answers. A personalised method that does not beat this row has learned how often its client's labels occur.
 """
@@ -11,28 +11,38 @@ answers. A personalised method that does not beat this row has learned how often
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from fedtailor.aggregation.weighted_mean import WeightedMean
+from fedtailor.core.config import Config
 from fedtailor.core.settings import Rate
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Capability, Method, MethodEntry, Personalised, Personaliser
 from fedtailor.lanes.batches import LaneBatch
-from fedtailor.methods import homlora
+from fedtailor.methods.homlora import HomLoraConfig
+from fedtailor.methods.homlora import build as build_homlora
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.finetune import NoPersonalisation
 
 
-class PriorShiftConfig(homlora.HomLoraConfig):
-    """Keys of HOMLoRA count with model=homlora only."""
+class PriorShiftConfig(Config):
+    """Whose logits are shifted, and how counts become shares."""
 
     model: Literal["base", "homlora"] = "base"
     """Whose logits are shifted."""
+    homlora: HomLoraConfig | None = None
+    """With model=homlora, how it is trained; None: as the section ``homlora`` says."""
     smoothing: Rate = 1.0
     """a: texts of each class that are added to those that there are."""
+
+    def beside(self, tree: Any) -> Self:
+        """With the section of HOMLoRA, where it is needed and not given."""
+        if self.model == "base" or self.homlora is not None:
+            return self
+        return self.model_copy(update={"homlora": tree.homlora})
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def build(cfg: PriorShiftConfig, r_max: int) -> Method:
     if cfg.model == "base":
         shift = PriorShift(cfg, NoPersonalisation())
         return Method("prior_shift", shift, WeightedMean(), ServerSgd(), requires=needs, adapter_is_model=False)
-    common = homlora.build(cfg, r_max)
+    common = build_homlora(cfg.homlora or HomLoraConfig(), r_max)
     shift = PriorShift(cfg, common.personaliser)
     return replace(common, name="prior_shift", personaliser=shift, requires=needs, adapter_is_model=False)
 
