@@ -65,7 +65,7 @@ def _classified(stage: OpenStage, made: Personalised, split: Split, names: tuple
         [data.examples(lane.client.id, split) for lane in made.lanes],
         split == "test" and data.score == "mcc",
     )
-    scores = evaluate(made.logits, texts, data.pad_id, budget, device, confusion=counted)
+    scores = evaluate(made.logits, texts, data.pad_id, budget, device, counted)
     return [LaneScore(tuple(_class_rows(score, names, data.labels)), score.loss_sum) for score in scores]
 
 
