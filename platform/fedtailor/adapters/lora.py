@@ -216,18 +216,12 @@ def lora_names(net: LaneNet) -> tuple[str, ...]:
 
 
 def export_stacked(
-    parts: Sequence[LoraAdapter],
-    net: LaneNet,
-    params: LaneParams,
-    clients: Sequence[str],
-    lane: int,
-    base_ref: str,
-    kept: int | None = None,
+    parts: Sequence[LoraAdapter], net: LaneNet, params: LaneParams, clients: Sequence[str], lane: int, base_ref: str
 ) -> dict[str, bytes]:
     """The sum of adapters of one scale as one peft folder: A one above the other, B side by side, ranks added up.
 
-    Args and errors are those of `LoraAdapter.export`; only the first ``kept`` ranks are written, by default all. A
-    trained head is written as a whole (peft's ``modules_to_save``), with its LoRA in it where it has one.
+    Args and errors are those of `LoraAdapter.export`. A trained head is written as a whole (peft's
+    ``modules_to_save``), with its LoRA in it where it has one.
     """
     layers = [adapted for adapted in net.adapted if any(adapted in part.layers_of(net) for part in parts)]
     a, b = ({x.name: _stacked(parts, net, params, lane, matrix, x) for x in layers} for matrix in "AB")
@@ -236,7 +230,7 @@ def export_stacked(
         if f"{x.name}.weight" in head:
             head[f"{x.name}.weight"] = head[f"{x.name}.weight"] + parts[0].scale * b[x.name] @ a[x.name]
     left = [x for x in layers if f"{x.name}.weight" not in head]
-    lam = {x.name: (torch.arange(len(a[x.name])) < (kept or len(a[x.name]))).float() for x in left}
+    lam = {x.name: torch.ones(len(a[x.name])) for x in left}
     return export_adapter(left, a, b, lam, parts[0].scale, base_ref, clients[lane], head)
 
 

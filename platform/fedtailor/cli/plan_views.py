@@ -118,8 +118,7 @@ def _show_stages(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> N
     for row in plan.stages:
         stage, cost = row.stage, row.estimate
         name = stage.key if len(plan.exp.seeds) > 1 else _name(row)
-        each = cost.updates // stage.rounds if stage.rounds else stage.cohort  # one, where rows are pooled
-        counts = ("", f"all {cost.updates}") if stage.kind == "personalise" else (str(stage.rounds), str(each))
+        counts = (str(stage.rounds or ""), f"{cost.updates // stage.rounds}" if stage.rounds else f"all {cost.updates}")
         wire = size(cost.wire) if cost.wire else ""
         artifact = stage.artifact.rpartition("-")[2][:8] if row.there is not None else "[dim]?[/]"
         table.add_row(escape(name), *counts, wire, wire, artifact, _THERE[row.there])

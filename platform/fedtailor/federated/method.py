@@ -203,8 +203,7 @@ class Method:
         modules: auxiliary networks with lanes and a scope of their own (PSG, LRNet).
         aggregator: of SHARED parameters.
         server: server optimizer.
-        downlink: changes in place what each lane was sent, before anything else sees it, and says how many numbers each
-            was sent; None: clients are sent what the server has.
+        downlink: changes in place what each lane was sent, and says how many numbers that are; None: nothing changes.
         ranks: ranks that clients begin with, where they differ; the adapter's is the server's.
         requires: capabilities.
         batch_size: rows of a training step, from which the lane width follows.
@@ -215,8 +214,7 @@ class Method:
         search_epochs: passes of ``personaliser`` that serve all budgets.
         budget_epochs: passes of ``personaliser`` at each budget.
         one_lane: clients never share a forward pass.
-        pooled: the rows of all seen clients are one client's, which takes part alone. It takes ``steps`` a round
-            (``steps``), or as many as a cohort takes together (``examples``).
+        pooled: one client has the rows of all; it takes ``steps`` a round, or a cohort's together (``examples``).
         adapter_is_model: whether what is exported of a client is its whole model; if not, new clients are refused.
         per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
         early_stop: ends the rounds before their number is reached.

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtailor.adapters.lora import LoraAdapter, export_stacked
+from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.aggregation.frobenius import FrobeniusMean
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.federated.context import ClientContext
@@ -34,7 +34,7 @@ from fedtailor.federated.method import Aggregator, Method, MethodEntry, Personal
 from fedtailor.federated.ranks import Ranks
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.net import LaneNet
-from fedtailor.lanes.params import Parameters
+from fedtailor.lanes.params import LaneParams, Parameters
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining
 from fedtailor.training.local import cross_entropy_of, train
@@ -173,12 +173,13 @@ class TruncatedModel:
         lanes, ranks = ctx.lanes, self.ranks.of(ctx)
         if self.budgeted:
             lanes = tuple(replace(lane, budget=self.ranks.budget) for lane in lanes)
-        clients = [lane.client.id for lane in lanes]
 
         def export(lane: int, base_ref: str) -> dict[str, bytes]:
-            return export_stacked(
-                [self.common.adapter], ctx.net, ctx.params, clients, lane, base_ref, kept=int(ranks[lane])
-            )
+            narrow = replace(self.common.adapter, rank=int(ranks[lane]))
+            own = LaneParams(narrow.specs(ctx.net), 1, trained=False)
+            for spec in own.specs:
+                own.set(spec.name, ctx.params[spec.name][lane].detach().cpu()[tuple(map(slice, spec.shape))])
+            return narrow.export(ctx.net, own, [lanes[lane].client.id], 0, base_ref)
 
         return Personalised(lanes, ctx.net.logits, metrics={"rank": ranks.double()}, export=export)
 
