@@ -33,9 +33,9 @@ ORDERS = ("second", "finite_difference", "first", "joint")
 SIZES = (9, 6)
 
 
-def context(method: Method, spread: bool = True, **more: Any) -> ClientContext:
+def context(method: Method, spread: bool = True, lanes: int = 2, **more: Any) -> ClientContext:
     """Two clients; with ``spread`` x and y are where training would have brought them, not at B = D = 0."""
-    ctx = toy_context(toy_net(), toy_lanes(SIZES), method.adapter, method.modules, **more)
+    ctx = toy_context(toy_net(), toy_lanes(SIZES)[:lanes], method.adapter, method.modules, **more)
     draw = torch.Generator().manual_seed(11)
     for spec in method.adapter.specs(ctx.net) if spread else ():
         old = ctx.params[spec.name].detach()
@@ -183,6 +183,32 @@ def test_a_difference_of_gradients_takes_the_same_steps(dropout: float) -> None:
 def test_where_the_term_is_taken_is_a_switch() -> None:
     rows = [values(played({"cross_at": at})[0], "common") for at in ("old", "new")]
     assert not torch.allclose(*rows, rtol=1e-6)
+
+
+def test_the_base_s_dropout_has_one_mask_for_both_derivatives_too() -> None:
+    ends = []
+    for order in ("second", "finite_difference", "first"):
+        method = build_method("pf2lora", HOW | {"order": order, "optimizer": "sgd", "lr": 0.1, "local_steps": 1}, 4)
+        ctx = context(method, lanes=1)
+        ctx.net.base_dropout = 0.3
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            method.local_update(ctx)
+        ends.append(values(ctx, "common"))
+    exact, near, without = ends
+    assert (near - exact).norm() < 3e-3 * (without - exact).norm()
+
+
+@pytest.mark.parametrize("order", ["second", "finite_difference", "first"])
+def test_activation_checkpointing_changes_nothing(order: str) -> None:
+    ends = []
+    for checkpointing in (False, True):
+        method = build_method("pf2lora", HOW | {"order": order, "dropout": 0.2}, 4)
+        net, lanes = toy_llama(checkpointing=checkpointing), with_prompts(toy_lanes(SIZES))
+        ctx = toy_context(net, lanes, method.adapter, method.modules)
+        method.local_update(ctx)
+        ends.append(values(ctx, "common"))
+    close(ends[1], ends[0], rtol=1e-7)
 
 
 @pytest.mark.parametrize("order", ["second", "finite_difference"])

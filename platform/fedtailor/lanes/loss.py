@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.checkpointing import replaying
 from fedtailor.lanes.layers import KeptLinear
-from fedtailor.lanes.net import LaneNet, replaying
+from fedtailor.lanes.net import LaneNet
 
 WHOLE_LOGITS: Final = 2**26
 """Most logits of a pass that are there at once, 268 MB in float32. Up to here nothing is cut: part of the numbers

@@ -141,14 +141,21 @@ def difference(
 
 
 def dropout_state(ctx: ClientContext) -> list[Tensor]:
-    """Where each lane's stream of dropout masks is: what is put back draws the same masks again."""
-    return [generator.get_state() for generator in ctx.net.state.generators]
+    """Where the streams of dropout masks are: what is put back draws the same masks again."""
+    return [generator.get_state() for generator in _generators(ctx)]
 
 
 def restore_dropout(ctx: ClientContext, state: Sequence[Tensor]) -> None:
     """Back to a `dropout_state`."""
-    for generator, position in zip(ctx.net.state.generators, state, strict=True):
+    for generator, position in zip(_generators(ctx), state, strict=True):
         generator.set_state(position)
+
+
+def _generators(ctx: ClientContext) -> list[torch.Generator]:
+    """Each lane's own; with dropout in the frozen base torch's, too."""
+    at = ctx.net.device
+    base = torch.cuda.default_generators[at.index or 0] if at.type == "cuda" else torch.default_generator
+    return [*ctx.net.state.generators, *([base] if ctx.net.base_dropout else [])]
 
 
 def _losses(ctx: ClientContext, part: LaneBatch) -> Tensor:
