@@ -358,3 +358,4 @@ def test_a_plan_tells_what_is_trained_from_an_optimizer_s_state() -> None:
     assert (one.shared, one.private, one.state) == (8 * per_rank, 16 * per_rank + 1, 16 * per_rank + 1)
     assert (two.shared, two.private - two.state) == (8 * per_rank, 2 * per_rank)
     assert not one.generators
+    assert [method_of(exp, name).passes for name in exp.methods] == [1, 4]

@@ -127,7 +127,7 @@ def estimate(
         read, inner = texts * length, dims.parameters - dims.embedding_parameters
         whole = method.adapter is not None and method.adapter.trains_base
         scored = population.test * each * length if personal else 0
-        flops = (read * (6 if whole else 4) + scored * 2) * inner
+        flops = (read * (1 if personal else method.passes) * (6 if whole else 4) + scored * 2) * inner
     fitting = engine.token_budget // (method.batch_size * length)
     alone = not method.lanes or model.base_dropout > 0
     # The widest group of lanes at full texts; a client with its budgets is never cut.

@@ -209,6 +209,7 @@ class Method:
         batch_size: rows of a training step, from which the lane width follows.
         epochs: passes over the local data of ``local_update``, for estimates, as are the three below.
         steps: of ``local_update`` exactly, in the place of ``epochs``.
+        passes: work of a step, where a forward pass and a backward pass are 1.
         whole_rows: rows of a lane whose logits must all be there at once, since ``local_update`` differentiates them
             twice; 0: however many may come in pieces.
         search_epochs: passes of ``personaliser`` that serve all budgets.
@@ -239,6 +240,7 @@ class Method:
     batch_size: int = 32
     epochs: int = 1
     steps: int | None = None
+    passes: int = 1
     whole_rows: int = 0
     search_epochs: int = 0
     budget_epochs: int = 0

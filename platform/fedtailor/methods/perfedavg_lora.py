@@ -172,6 +172,7 @@ def build(cfg: PerFedAvgLoraConfig, r_max: int) -> Method:
         requires=frozenset({Capability.SECOND_ORDER} if cfg.order == "second" else ()),
         batch_size=cfg.batch_size,
         steps=cfg.local_steps,
+        passes={"first": 2, "hessian_free": 4, "second": 3 if cfg.batches == 2 else 4}[cfg.order],
         whole_rows=cfg.batch_size if cfg.order == "second" else 0,
     )
 

@@ -279,6 +279,7 @@ def build(cfg: Pf2LoraConfig, r_max: int) -> Method:
         requires=frozenset({Capability.SECOND_ORDER} if second else ()),
         batch_size=cfg.batch_size,
         steps=cfg.local_steps,
+        passes=1 if not cfg.private_rank else 4 if cfg.order in ("second", "finite_difference") else 2,
         whole_rows=cfg.batch_size if second else 0,
     )
 
