@@ -210,8 +210,7 @@ class Method:
         epochs: passes over the local data of ``local_update``, for estimates, as are the three below.
         steps: of ``local_update`` exactly, in the place of ``epochs``.
         passes: work of a step, where a forward pass and a backward pass are 1.
-        whole_rows: rows of a lane whose logits must all be there at once, since ``local_update`` differentiates them
-            twice; 0: however many may come in pieces.
+        whole_rows: rows of a lane whose logits are differentiated twice, so must be there at once; 0: none.
         search_epochs: passes of ``personaliser`` that serve all budgets.
         budget_epochs: passes of ``personaliser`` at each budget.
         one_lane: clients never share a forward pass.
@@ -220,8 +219,7 @@ class Method:
         per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
         early_stop: ends the rounds before their number is reached.
         overlay: of a base method, what its PRIVATE state becomes in the stages that build on it.
-        bound: largest L2 norm of a client's SHARED update (what it sends minus what it received); a longer one is
-            scaled down where the client ran, before it is summed. Infinite: nothing is changed.
+        bound: largest L2 norm of a client's SHARED update, sent minus received; longer ones are scaled down there.
         norm_alarm: an update longer than so many medians of its cohort is reported; 0: none is.
         masking: hides clients' rows from the server, which then opens their sum only.
         mechanism: what the server may see of the sum.

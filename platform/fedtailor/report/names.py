@@ -29,6 +29,8 @@ _METRICS = {
     "train_loss": "Training loss", "psg_loss": "PSG loss (L1)", "psg_loss_after": "PSG loss after the step",
     "lambda_target_median": "Median of the λ targets", "lambda_target_min": "Minimum of the λ targets",
     "lambda_target_max": "Maximum of the λ targets", "lambda_target_sd": "SD of the λ targets",
+    "inner_loss": "Training loss before the inner step",
+    "cross_share": "Term with second derivatives, share of the gradient",
     "ce_gradient_share": "Gradient share of the cross-entropy",
     "epsilon": "Epsilon spent, with the stages before", "clipped_share": "Share of clients clipped",
     "update_norm": "Norm of the cohort's mean update", "noise_norm": "Norm of its noise",
