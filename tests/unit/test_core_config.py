@@ -89,8 +89,11 @@ def test_an_unknown_top_level_key_finds_the_section_where_it_exists() -> None:
 @pytest.mark.parametrize(
     ("word", "hint"),
     [
-        ("lora.lrr=1", "; did you mean 'lr'? (keys here: batch_size, dropout, epochs, lr, max_grad_norm, scale)"),
-        ("lora.ratee=1", " (keys here: batch_size, dropout, epochs, lr, max_grad_norm, scale)"),
+        (
+            "lora.lrr=1",
+            "; did you mean 'lr'? (keys here: batch_size, dropout, epochs, local_steps, lr, max_grad_norm, scale)",
+        ),
+        ("lora.ratee=1", " (keys here: batch_size, dropout, epochs, local_steps, lr, max_grad_norm, scale)"),
         ("fedp2eft.lambda=1", "; did you mean 'fedp2eft.stage1.lambda_lr'? (keys here: "),
         ("fedl2p.lambda_lr=1", " (keys here: constant_correction, finetune, "),
         ("bayestune_lora.lr=1", "; did you mean 'bayestune_lora.search.lr' or 'bayestune_lora.finetune.lr'? (keys"),
