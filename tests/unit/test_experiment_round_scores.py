@@ -10,6 +10,7 @@ from tiny import run_tiny, tiny
 
 from fedtailor.core.errors import ConfigError, Interrupted
 from fedtailor.experiment.compose import compose
+from fedtailor.experiment.plan import make_plan
 from fedtailor.report.curves import training_curves
 from fedtailor.storage.digest import digest, stage_digests
 from fedtailor.storage.run_folder import RunFolder
@@ -73,3 +74,11 @@ def test_a_cohort_is_a_number_a_share_or_all() -> None:
             compose([], [word])
     with pytest.raises(ConfigError, match=r"'strategy\.evaluate_every'.*greater than or equal to 0"):
         compose([], ["strategy.evaluate_every=-1"])
+
+
+def test_a_plan_says_that_scoring_over_the_rounds_is_not_counted() -> None:
+    words = ["task=cldr", "model=tiny-bert", "base=none", "methods=[homlora]", "strategy.cohort=all"]
+    notes = [make_plan(compose([], [*words, *more])).notes for more in ([], ["strategy.evaluate_every=5"])]
+    assert [note for note in notes[1] if note not in notes[0]] == [
+        "Models are scored after every 5 rounds ('strategy.evaluate_every'), which is not counted."
+    ]

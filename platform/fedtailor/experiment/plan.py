@@ -103,6 +103,8 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     note_surroundings(exp, notes)
     model = _try_model(exp, notes)
     check_whole_logits(exp)
+    if every := exp.strategy.evaluate_every:
+        notes.append(f"Models are scored after every {every} rounds ('strategy.evaluate_every'), which is not counted.")
     data = {seed: inputs_here(exp, seed, model, notes) for seed in dict.fromkeys(base_seed(exp, s) for s in exp.seeds)}
     population, inputs, manifest = next(iter(data.values()))
     population = population or configured_population(exp, notes)
