@@ -94,7 +94,7 @@ def test_training_is_the_same_with_and_without_cuts(dropout: float, monkeypatch:
 
     def trained(weights: float) -> torch.Tensor:
         monkeypatch.setattr(parts_module, "PART_WEIGHTS", weights)
-        monkeypatch.setattr("fedtailor.training.local.by_length", counted)
+        monkeypatch.setattr(parts_module, "by_length", counted)
         ctx = toy_context(toy_llama(), with_prompts(toy_lanes([9, 4])), LoraAdapter(2, 2.0, Scope.EPHEMERAL))
         groups = [AdamGroup(tuple(spec.name for spec in ctx.params.specs), 1e-2)]
         trace = train(ctx, groups, Training(2, 4, dropout=dropout))

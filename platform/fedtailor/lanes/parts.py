@@ -28,6 +28,22 @@ def part_tokens(net: LaneNet) -> float:
     return PART_WEIGHTS * len(sizes) / sum(sizes) if sizes and net.device.type == "cpu" else math.inf
 
 
+def step_parts(net: LaneNet, batch: LaneBatch, rows: int | None) -> list[LaneBatch]:
+    """The parts in which a step's gradients are computed: by rows where ``rows`` or ranks ask for it, else by length.
+
+    Under adapter dropout a step stays whole: what a lane draws would depend on its group's cut.
+
+    Args:
+        net: what computes them.
+        batch: a whole step.
+        rows: most rows of a part; None: no limit.
+    """
+    ranks = net.ranks
+    if ranks or rows:
+        return micro_batches(batch, rows, (ranks.index, ranks.size) if ranks else (0, 1))
+    return [batch] if net.state.dropout else by_length(batch, part_tokens(net))
+
+
 def micro_batches(batch: LaneBatch, rows: int | None, ranks: tuple[int, int] = (0, 1)) -> list[LaneBatch]:
     """A step cut into parts of at most ``rows`` rows per lane, each with its share of the targets.
 

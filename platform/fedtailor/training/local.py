@@ -15,7 +15,7 @@ from fedtailor.lanes.adam import AdamGroup, LaneAdam, LaneOptimizer
 from fedtailor.lanes.batches import IntArray, LaneBatch
 from fedtailor.lanes.loss import lane_losses
 from fedtailor.lanes.params import clip_lanes
-from fedtailor.lanes.parts import by_length, micro_batches, part_tokens
+from fedtailor.lanes.parts import step_parts
 
 LaneLoss = Callable[[LaneBatch], Tensor]
 AfterBackward = Callable[[LaneBatch, int], None]
@@ -63,9 +63,7 @@ def cross_entropy_of(ctx: ClientContext) -> LaneLoss:
 def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:
     """Adds the gradient of a step's loss to ``ctx.params``, part by part, over all ranks; the loss of each lane, (k,).
 
-    A step is cut where ``ctx.micro_batch`` or the number of ranks asks for it, else into longer and shorter rows. Under
-    adapter dropout it stays whole: what a lane draws would depend on the group's cut. The result is that of the whole
-    step, to rounding; dropout of the base, which one client has at a time, draws part by part.
+    The result is that of the whole step, to rounding, see `step_parts`; dropout of the base is drawn part by part.
 
     Raises:
         MethodError: a loss that is not (k,).
@@ -74,11 +72,7 @@ def backward(ctx: ClientContext, batch: LaneBatch, loss: LaneLoss) -> Tensor:
     if ranks and ranks.index:
         # A gradient that is kept over steps (a switch) is counted once, on rank 0.
         ctx.params.zero_gradients()
-    if ranks or ctx.micro_batch:
-        parts = micro_batches(batch, ctx.micro_batch, (ranks.index, ranks.size) if ranks else (0, 1))
-    else:
-        parts = [batch] if ctx.net.state.dropout else by_length(batch, part_tokens(ctx.net))
-    for part in parts:
+    for part in step_parts(ctx.net, batch, ctx.micro_batch):
         values = check_loss(loss(part), part.lanes)
         if part.step_share is not None:
             values = values * part.step_share.to(values.dtype)

@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedtailor.core.errors import MethodError
 from fedtailor.federated.checks import check_loss
 from fedtailor.federated.context import ClientContext
-from fedtailor.lanes.batches import LaneBatch, micro_batches
+from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.loss import whole_losses
 from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.parts import step_parts
 from fedtailor.training.local import backward, cross_entropy_of
 
 Tensors = Sequence[Tensor]
@@ -63,13 +64,13 @@ def gradients(ctx: ClientContext, names: Sequence[str]) -> list[Tensor]:
 
 
 def slopes(ctx: ClientContext, batch: LaneBatch, by: Tensors) -> tuple[list[list[Tensor]], Tensor]:
-    """Gradients that can be differentiated again: by ``by``, of each micro-batch; and the batch's losses, (k,).
+    """Gradients that can be differentiated again: by ``by``, of each part of the step; and the batch's losses, (k,).
 
-    The graphs of all micro-batches are alive until the result is gone.
+    The graphs of all parts are alive until the result is gone.
     """
     parts, total = [], torch.zeros(batch.lanes, dtype=torch.float64, device=ctx.net.device)
     with twice_differentiable(ctx.net):
-        for part in micro_batches(batch, ctx.micro_batch):
+        for part in step_parts(ctx.net, batch, ctx.micro_batch):
             values = _losses(ctx, part)
             total += values.detach()
             parts.append(list(torch.autograd.grad(values.sum(), by, create_graph=True, materialize_grads=True)))
@@ -94,7 +95,7 @@ def product(ctx: ClientContext, batch: LaneBatch, of: Tensors, by: Tensors, v: T
     """
     total = [torch.zeros_like(t) for t in by]
     with twice_differentiable(ctx.net):
-        for part in micro_batches(batch, ctx.micro_batch):
+        for part in step_parts(ctx.net, batch, ctx.micro_batch):
             slope = torch.autograd.grad(_losses(ctx, part).sum(), of, create_graph=True, materialize_grads=True)
             for t, found in zip(total, again(slope, by, v), strict=True):
                 t += found
