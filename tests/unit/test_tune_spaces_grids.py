@@ -15,7 +15,7 @@ from fedtailor.core.errors import ConfigError
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import Experiment
 from fedtailor.methods import METHODS
-from tune_spaces import PAPERS, fedp2eft
+from tune_spaces import PAPERS, fedp2eft, pf2lora
 
 ROOT = Path(__file__).parents[2]
 GRIDS = [(grid.method, grid.space) for grid in tune_spaces.grids().values()]
@@ -53,6 +53,17 @@ def test_what_a_paper_picked_is_in_its_grid_and_is_the_default() -> None:
         for key, value in paper.PICKED.items():
             assert value in tried[key]
             assert defaults[key] == value
+
+
+def test_what_pf2lora_picked_is_in_its_grids_but_for_one_rate() -> None:
+    suffix = {"squad_v1": "_squad", "squad_v2": "_squad", "webnlg": "_nlg", "webnlg_xl": "_nlg", "e2e": "_nlg"}
+    outside = []
+    for name, table in pf2lora.TABLES.items():
+        for key, value in table.items():
+            tried = pf2lora.GRIDS[key.split(".")[0] + suffix.get(name, "")].space[key]
+            outside += [] if value in tried else [(name, key, value)]
+    assert outside == [("cola", "perfedavg_lora.inner_lr", 1e-2)]
+    assert all(flatten(Experiment())[key] == value for key, value in pf2lora.TABLES["mnli"].items())
 
 
 def test_adaloras_grid_has_the_papers_24_trials() -> None:

@@ -288,7 +288,7 @@ ENTRY = MethodEntry(
     name="pf2lora",
     config=Pf2LoraConfig,
     build=build,
-    title="PF2LoRA",
+    title="PF²LoRA",
     summary="a common LoRA and a small one per client, by a bilevel step (Hao et al. 2025)",
     tiny={"lr": 5e-3, "batch_size": 4, "local_steps": 3, "rank": 3, "inner_lr": 0.05, "dropout": 0.2},
 )
