@@ -43,7 +43,7 @@ PF2LORA_SYNTHETIC: Final[Space] = {"pf2lora.lr": _THOUSANDTHS, "pf2lora.inner_lr
 
 ALPHA: Final[Space] = {"pf2lora.inner_lr": GLUE}
 RANK: Final[Space] = {"pf2lora.rank": (2, 4, 8, 12, 16)}
-"""L and Figure 5, whose values are in no text: alpha over C.1's rates, common ranks around the 8 from which on it is flat."""
+"""L and Figure 5, whose values are in no text: alpha over the rates of C.1, ranks around 8, where it gets flat."""
 
 _SETS: Final = (("", GLUE, "C.1"), ("_squad", SQUAD, "C.2"), ("_nlg", NLG, "C.3"))
 
