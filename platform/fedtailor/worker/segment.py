@@ -275,10 +275,10 @@ class Segment:
         """Costs of a group that has just been played; its clients share its memory peaks."""
         job, device = self.job, self.stage.net.device
         gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        there = self.stage.method.pooled != "no"  # where the server is
+        there, whole = self.stage.method.pooled != "no", 0 if self.shared is None else self.shared.numel()
         costs = {}
         for client in clients:
-            down = 0 if there else self.sent.get(client, 0)
+            down = 0 if there else self.sent.get(client, whole)  # by default where it failed before it began
             up = down if client in self.rows else 0
             kept = sum(rows[client].size for rows in (self.result.private, job.overlay) if client in rows)
             costs[client] = ClientCost(
