@@ -80,6 +80,8 @@ def by_length(batch: LaneBatch, overhead: float) -> list[LaneBatch]:
         batch: a whole step.
         overhead: tokens whose computation costs as much as one more part. `math.inf`: nothing is cut.
     """
+    if batch.attention_mask.numel() <= overhead:
+        return [batch]  # no cut can save as much as it costs
     lengths = batch.attention_mask.sum(2)
     last = torch.tensor([rows - 1 for rows, _ in batch.shapes], device=lengths.device).unsqueeze(1)
     column = torch.arange(lengths.shape[1], device=lengths.device)
@@ -99,14 +101,15 @@ def by_length(batch: LaneBatch, overhead: float) -> list[LaneBatch]:
 def _cheapest_ends(widths: Sequence[int], lanes: int, overhead: float) -> list[int]:
     """Where each part ends for which ``lanes`` x rows x width plus ``overhead``, over all parts, is least."""
     n = len(widths)
+    if lanes * (n * max(widths) - sum(widths)) <= overhead:
+        return [n]  # all padding together costs no more than one part
     least, end = [0.0] * (n + 1), [n] * n
     for start in reversed(range(n)):
         width, least[start] = 0, math.inf
-        # Larger parts are tried first, so that equal costs give fewer parts.
-        for stop in range(n, start, -1):
-            width = max(widths[start:stop])
+        for stop in range(start + 1, n + 1):
+            width = max(width, widths[stop - 1])
             cost = lanes * (stop - start) * width + (overhead if stop < n else 0) + least[stop]
-            if cost < least[start]:
+            if cost <= least[start]:  # of equal costs the larger part, so that there are fewer
                 least[start], end[start] = cost, stop
     ends = [end[0]]
     while ends[-1] < n:
