@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 
 from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
-from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of
+from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, method_of
 from fedtailor.experiment.rules import (
     model_problems,
     population_problems,
@@ -18,6 +19,7 @@ from fedtailor.experiment.rules import (
     task_problems,
     zero_problems,
 )
+from fedtailor.models.source import EMBEDDED_LINEAR
 
 
 def preset_names() -> list[str]:
@@ -72,6 +74,7 @@ def check(experiment: ExperimentBase) -> None:
             f"budgets up to r_max (allowed: 1 ... {experiment.r_max})"
         )
     problems += task_problems(experiment)
+    problems += _regression_problems(experiment)
     problems += model_problems(experiment)
     problems += zero_problems(experiment)
     problems += server_problems(experiment)
@@ -79,3 +82,39 @@ def check(experiment: ExperimentBase) -> None:
         problems += population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
     if problems:
         raise ConfigError(problems)
+
+
+def _regression_problems(exp: ExperimentBase) -> Iterator[str]:
+    """What made-up regressions rule out, and the model that is for them alone."""
+    kind, model = exp.task_entry.kind, exp.model.name
+    if kind != "regression":
+        if model == EMBEDDED_LINEAR:
+            asked = "text" if kind == "generation" else "classes"
+            yield f"'model.name': {model} predicts numbers, and task '{exp.task.name}' asks for {asked}"
+        return
+    if model != EMBEDDED_LINEAR:
+        yield (
+            f"'model.name': {model} reads texts, and task '{exp.task.name}' asks for numbers (allowed: "
+            f"{EMBEDDED_LINEAR})"
+        )
+    if exp.base.name == "none":  # else the methods' own words would repeat it
+        for name in exp.methods:
+            if (adapter := method_of(exp, name).adapter) is not None and adapter.trains_base:
+                yield f"'methods': {name} trains every weight, and here these are the data"
+    tables, made_up, layer = "the base's weights are the data", "nobody is behind made-up rows", "it is one layer"
+    for key, value, allowed, why in (
+        ("base.name", exp.base.name, "none", tables),
+        ("model.weights", exp.model.weights, "float32", tables),
+        ("engine.dtype", exp.engine.dtype, "float32", tables),
+        ("engine.zero.ranks", exp.engine.zero.ranks, 1, layer),
+        ("model.checkpointing", exp.model.checkpointing, False, layer),
+        ("model.attention", exp.model.attention, None, layer),
+        ("save_adapters", exp.save_adapters, False, "peft cannot load the model"),
+        ("privacy", exp.privacy.name, "none", made_up),
+        ("privacy.secure_aggregation", exp.privacy.secure_aggregation, "none", made_up),
+        ("scale", exp.scale, 1.0, "both clients are needed; shorten a run by strategy.rounds"),
+        ("task.clients_kept", exp.task.clients_kept, None, "both clients are needed"),
+    ):
+        if value != allowed:
+            told = "null" if allowed is None else str(allowed).lower()
+            yield f"'{key}' = {value}: not for task '{exp.task.name}', {why} (allowed: {told})"

@@ -77,11 +77,11 @@ class ExperimentBase(Config):
         entry = TASKS.get(name) if isinstance(name, str) else None
         if entry and isinstance(task, dict):
             value = {**value, "task": {**entry.defaults, **task}}
-        if entry and entry.kind == "generation":
+        if entry and entry.kind != "classification":
             usual, model = cls.model_fields["methods"].default, value.get("model", {})
             value = {"methods": tuple(m for m in usual if m != "majority"), **value}
             if isinstance(model, dict):
-                value["model"] = {"name": "tiny-llama", **model}
+                value["model"] = {"name": "tiny-llama" if entry.kind == "generation" else "linear", **model}
         try:
             known = TaskConfig.model_validate(value.get("task", {}))
         except ValidationError:

@@ -33,7 +33,7 @@ from fedtailor.experiment.trial import try_model
 from fedtailor.federated.pool import OnEvent
 from fedtailor.federated.updates import attack_of
 from fedtailor.models import hub
-from fedtailor.models.embedded import build_embedded
+from fedtailor.models.embedded import build_embedded, build_linear
 from fedtailor.models.folder import check_folder
 from fedtailor.models.load import load_tokenizer
 from fedtailor.models.source import EMBEDDED_KINDS, model_title, resolve
@@ -261,9 +261,8 @@ def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
 
     A language model that is not embedded gets no new weights: seeds share it.
     """
-    content: dict[str, object] = {"kind": data.kind}
-    if data.kind == "classification":
-        content = {"labels": list(data.labels), "seed": seed}
+    classes = data.kind == "classification"
+    content: dict[str, object] = {"labels": list(data.labels), "seed": seed} if classes else {"kind": data.kind}
     if exp.model.name in EMBEDDED_KINDS:
         unused = ("targets", "base_dropout", "path", "attention", "weights", "checkpointing")
         sizes = {key: value for key, value in to_json(exp.model).items() if key not in unused}
@@ -283,13 +282,15 @@ def tokens_artifact(exp: ExperimentBase, data: str, model: str) -> str:
 
 def _texts_hash(data: TaskData) -> str:
     digest = hashlib.sha256()
-    for text in data.train_texts("seen"):
+    for text in data.every_text() if data.kind == "regression" else data.train_texts("seen"):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()
 
 
 def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
-    if exp.model.name in EMBEDDED_KINDS:
+    if data.kind == "regression":
+        build_linear(data.every_text(), out)
+    elif exp.model.name in EMBEDDED_KINDS:
         # Seen train texts only: an unseen client's words must not shape the vocabulary.
         build_embedded(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
     else:

@@ -26,13 +26,14 @@ def task_problems(exp: ExperimentBase) -> Iterator[str]:
     if not set(exp.personalise.pools) & set(exp.task.pools):
         asked, there = (", ".join(pools) for pools in (exp.personalise.pools, exp.task.pools))
         yield f"'personalise.pools' = [{asked}] leaves nobody, as 'task.pools' = [{there}] (allowed: [{there}])"
-    if exp.task_entry.kind != "generation":
+    if exp.task_entry.kind == "classification":
         return
+    asked_for = "text" if exp.task_entry.kind == "generation" else "numbers"
     able = [name for name in METHODS if Capability.CLASSES not in method_of(exp, name).requires]
     for name in exp.methods:
         if name not in able:
             yield _asks_for_classes(exp, name) or (
-                f"'methods': {name} answers with classes, and task '{exp.task.name}' asks for text "
+                f"'methods': {name} answers with classes, and task '{exp.task.name}' asks for {asked_for} "
                 f"(allowed: {', '.join(able)})"
             )
 

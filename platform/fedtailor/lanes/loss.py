@@ -1,4 +1,7 @@
-"""Cross-entropy of targets and its mean per lane, without all their logits at once where these are many.
+"""Loss of targets and its mean per lane, without all their logits at once where these are many.
+
+The loss is cross-entropy, of texts or of response tokens, and of a model that knows which numbers are wanted of its
+outputs (`LaneNet.wanted`) their squared error. Nobody but this file and who scores models needs to know which.
 
 Above `WHOLE_LOGITS` a language model's targets are scored a piece at a time. The gradient at a target's hidden state is
 that of its own loss alone, times what comes from above: under a frozen output embedding it is made together with the
@@ -32,7 +35,7 @@ PIECE_LOGITS: Final = 2**24
 
 
 def lane_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
-    """Mean cross-entropy of each lane over its own targets, (k,), at most `WHOLE_LOGITS` logits at a time.
+    """Mean loss of each lane over its own targets, (k,), at most `WHOLE_LOGITS` logits at a time.
 
     It has no second derivative above that; `whole_losses` has.
 
@@ -45,7 +48,7 @@ def lane_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
 
 def whole_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
     """`lane_losses` that can be differentiated twice: with all logits at once, however many."""
-    return lane_cross_entropy(net.logits(batch), batch)
+    return _means(_each(net, net.logits(batch), batch), batch)
 
 
 def lane_cross_entropy(logits: Tensor, batch: LaneBatch) -> Tensor:
@@ -62,11 +65,11 @@ def lane_cross_entropy(logits: Tensor, batch: LaneBatch) -> Tensor:
 
 
 def target_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
-    """Cross-entropy of each target, (k, m), those that only fill a lane up included; see `lane_losses`."""
+    """Loss of each target, (k, m), those that only fill a lane up included; see `lane_losses`."""
     if batch.lanes > 1 and not net.state.fused:
         return torch.cat([_alone(net, batch, lane) for lane in range(batch.lanes)])
     if batch.positions is None:
-        return _cross_entropy(net.logits(batch), batch.labels)
+        return _each(net, net.logits(batch), batch)
     head: Any = net.model.get_output_embeddings()  # type: ignore[operator]
     frozen = type(head) in (nn.Linear, KeptLinear) and not head.weight.requires_grad
     classes = getattr(head, "base", head).out_features
@@ -87,6 +90,13 @@ def target_losses(net: LaneNet, batch: LaneBatch) -> Tensor:
 def _alone(net: LaneNet, batch: LaneBatch, lane: int) -> Tensor:
     with net.alone(lane):
         return target_losses(net, batch.lane(lane))
+
+
+def _each(net: LaneNet, logits: Tensor, batch: LaneBatch) -> Tensor:
+    """Cross-entropy of each target, or the squared error of a row's outputs, summed over them; (k, m)."""
+    if net.wanted is None:
+        return _cross_entropy(logits, batch.labels)
+    return (logits - net.wanted(batch.input_ids[..., 0])).square().sum(-1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

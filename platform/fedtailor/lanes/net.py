@@ -83,6 +83,11 @@ class LaneNet:
         return base if base in (torch.float32, torch.float64) else torch.float32
 
     @property
+    def wanted(self) -> nn.Embedding | None:
+        """Of a regression, the numbers that are wanted of a text by its token; None of classes and responses."""
+        return getattr(self.model, "wanted", None)
+
+    @property
     def config(self) -> PretrainedConfig:
         """Of the model."""
         return self.model.config  # type: ignore[return-value]

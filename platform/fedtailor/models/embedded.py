@@ -23,7 +23,7 @@ from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import seed_for
 from fedtailor.core.settings import ModelConfig
 from fedtailor.models.load import save_folder
-from fedtailor.models.source import EMBEDDED_CAUSAL
+from fedtailor.models.source import EMBEDDED_CAUSAL, EMBEDDED_LINEAR
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PRIVATE_USE = 0xF0000
@@ -96,6 +96,10 @@ def embedded_config(cfg: ModelConfig, max_length: int, vocab_size: int, labels: 
     """
     from transformers import BertConfig, LlamaConfig
 
+    if cfg.name == EMBEDDED_LINEAR:
+        from fedtailor.models.linear import LinearConfig
+
+        return LinearConfig(vocab_size=vocab_size)
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size, "hidden_size": cfg.hidden_size, "num_hidden_layers": cfg.layers,
         "num_attention_heads": cfg.heads, "intermediate_size": cfg.intermediate_size,
@@ -120,6 +124,41 @@ def embedded_config(cfg: ModelConfig, max_length: int, vocab_size: int, labels: 
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
+
+
+def build_linear(texts: Iterable[str], out: Path) -> Path:
+    """Writes ``linear`` with W = 0, its tables and its tokenizer to the folder ``out``, as a whole.
+
+    Args:
+        texts: all texts of a regression task, train and test: "inputs | wanted outputs", as numbers.
+        out: folder to make or replace.
+
+    Raises:
+        ModelError: rows of different sizes.
+    """
+    from fedtailor.models.linear import LinearConfig, LinearRegressor
+
+    known = list(dict.fromkeys(texts))
+    x, y = ([[float(word) for word in text.split("|")[side].split()] for text in known] for side in (0, 1))
+    sizes = {(len(a), len(b)) for a, b in zip(x, y, strict=True)}
+    if len(sizes) != 1:
+        raise ModelError(f"linear: rows have {sorted(sizes)} inputs and outputs; one size is allowed")
+    [(inputs, outputs)] = sizes
+    words = ["[PAD]", *(f"[UNIT{i}]" for i in range(inputs)), *known]
+    model = LinearRegressor(LinearConfig(inputs, outputs, len(words)))
+    with torch.no_grad():
+        model.body.linear.weight.zero_()
+        model.body.rows.weight.copy_(torch.tensor([[0.0] * inputs, *torch.eye(inputs).tolist(), *x]))
+        model.wanted.weight.copy_(torch.tensor([[0.0] * outputs] * (1 + inputs) + y))
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[PAD]"))
+    save_folder(
+        model,
+        PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=tokenizer, pad_token="[PAD]", model_input_names=["input_ids", "attention_mask"]
+        ),
+        out,
+    )
+    return out
 
 
 def build_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

@@ -166,6 +166,10 @@ def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
             else, or it cannot be told.
     """
     name = config.model_type
+    if kind == "regression":
+        if name != "fedtailor-linear":
+            raise ModelError(f"{where}: type '{name}' predicts no numbers (allowed for regression: linear)")
+        return
     if kind == "classification":
         if type(config) not in AutoModelForSequenceClassification._model_mapping:
             raise ModelError(
@@ -192,6 +196,10 @@ def is_decoder(config: PretrainedConfig) -> bool:
 
 def untrained(config: PretrainedConfig, kind: TaskKind, **options: Any) -> PreTrainedModel:
     """A model of a task's kind from a config, with whatever weights transformers draws; see its ``from_config``."""
+    if kind == "regression":
+        from fedtailor.models.linear import LinearRegressor
+
+        return LinearRegressor(config, **options)
     auto: Any = AutoModelForCausalLM if kind == "generation" else AutoModelForSequenceClassification
     model: PreTrainedModel = auto.from_config(config, trust_remote_code=False, **options)
     return model

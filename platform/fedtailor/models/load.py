@@ -240,7 +240,8 @@ def load_base(
 
     Args:
         folder: as `hub.materialise` or a base stage wrote it.
-        kind: ``classification`` (`load_classifier`) or ``generation`` (`load_causal`).
+        kind: ``classification`` (`load_classifier`), ``generation`` (`load_causal`) or ``regression`` (the model
+            ``linear``).
         labels: class names in the order of their ids; without meaning for generation.
         dtype: type of the weights.
         quantisation: of a language model only.
@@ -251,4 +252,9 @@ def load_base(
     """
     if kind == "generation":
         return load_causal(folder, dtype, quantisation=quantisation, **how)
+    if kind == "regression":
+        from fedtailor.models.linear import LinearRegressor
+
+        with model_errors(folder, "model weights"), quiet():
+            return LinearRegressor.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
     return load_classifier(folder, labels, dtype, **how)

@@ -16,7 +16,12 @@ from fedtailor.tasks.source import TaskKind
 
 EMBEDDED = "tiny-bert"
 EMBEDDED_CAUSAL = "tiny-llama"
-EMBEDDED_KINDS: dict[str, TaskKind] = {EMBEDDED: "classification", EMBEDDED_CAUSAL: "generation"}
+EMBEDDED_LINEAR = "linear"
+EMBEDDED_KINDS: dict[str, TaskKind] = {
+    EMBEDDED: "classification",
+    EMBEDDED_CAUSAL: "generation",
+    EMBEDDED_LINEAR: "regression",
+}
 """Models that are built from a task's texts, and the kind of task that each is for."""
 
 PRETRAINED = "mini-mbert"

@@ -126,6 +126,10 @@ def open_method(
         ModelError: a base folder that is incomplete, or another model than the run's.
     """
     exp = load_experiment(run)
+    if exp.task_entry.kind == "regression":
+        raise ConfigError(
+            f"run '{run.run_id}' fits made-up numbers ('task.name' = {exp.task.name}): no client can join"
+        )
     name = chosen_method(run.run_id, exp, method)
     built = method_of(exp, name)
     common = common_lora(built)

@@ -16,7 +16,7 @@ import pandas as pd
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import refuse_used
 from fedtailor.methods.external import add_stored
-from fedtailor.report import scores, significance
+from fedtailor.report import regression, scores, significance
 from fedtailor.report.curves import per_budget, per_language, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
@@ -57,7 +57,8 @@ def write_report(
     Returns:
         files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
         ``table_<pool>.md``, ``.csv`` and ``.tex``, ``significance.md``, ``.csv`` and ``.tex``, ``cost.csv``,
-        ``metrics_<pool>.md``, ``.csv`` and ``.tex`` (generation), ``figures/<name>.png`` and ``.svg``.
+        ``metrics_<pool>.md``, ``.csv`` and ``.tex`` (generation), ``ranks.md``, ``.csv`` and ``.tex`` (regression),
+        ``figures/<name>.png`` and ``.svg``.
 
     Raises:
         DataError: a metric column is missing, a number is given twice, or a share is outside [0, 1].
@@ -89,13 +90,17 @@ def write_report(
     if pairs:
         pages = significance.pairs_grids(pairs, facts.scale, measure)
         write_grids(pages, significance.table(pairs), out, "significance")
+    fits = regression.seeds_table(frame, data.experiment) if data.kind == "regression" else pd.DataFrame()
+    fit = regression.grid(fits, data.experiment) if len(fits) else None
+    if fit:
+        write_grids([fit], fits, out, "ranks")
     if len(spent):
         _csv(out / "cost.csv", spent)
     drawn = _draw(frame, found, strategies, modules, data, out / "figures")
     page = render(
         facts, run, pools, pairs, drawn, spent, notes=gaps(scored), ties=tied_shares(frame),
         captions={pool: grid.caption for pool, grid in grids.items()}, measures=scores.answer_measures(scored),
-        measure_grids=measure_grids,
+        measure_grids=measure_grids, fit=fit, fit_sentence=regression.sentence(fits) if fit else "",
     )  # fmt: skip
     _write(out / PAGE, page)
     return {path.relative_to(out).as_posix(): path for path in _report_files(out)}
@@ -115,6 +120,7 @@ def _draw(
             *per_language(found),
             *rank_structure(frame, modules),
             *lambda_distance(frame, strategies),
+            *regression.figures(frame),
             *training_curves(frame),
             *population_figures(frame, data),
         ]
@@ -122,7 +128,7 @@ def _draw(
 
 
 def _report_files(out: Path) -> list[Path]:
-    stems = ("report.html", "results.csv", "summary.json", "cost.csv", "significance.*")
+    stems = ("report.html", "results.csv", "summary.json", "cost.csv", "significance.*", "ranks.*")
     patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "metrics_*", "figures/*.png", "figures/*.svg")
     return sorted(path for pattern in patterns for path in out.glob(pattern))
 

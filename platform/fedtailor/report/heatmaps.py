@@ -245,6 +245,8 @@ def _bars(axis: Axes, values: pd.Series[float], pools: Sequence[str], codes: Seq
 def _classes_figure(data: RunData) -> Drawing | Missing:
     generation, labels, homes = data.kind == "generation", data.labels, data.clients.set_index("client")
     title, what = (SAMPLES, "groups") if generation else (CLASSES, "classes")
+    if data.kind == "regression":
+        return Missing(title, "numbers have none")
     if not labels or not data.class_counts:
         return Missing(title, "the run folder does not say which data it used")
     if len(labels) > _MOST_CLASSES:

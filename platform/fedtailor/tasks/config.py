@@ -29,6 +29,7 @@ class TaskConfig(Named):
         "pools": ("seen", "unseen"),
         "sorted_share": None,
         "test_split": "mirror",
+        "variant": None,
     }
 
     name: str = "cldr"
@@ -37,6 +38,8 @@ class TaskConfig(Named):
     the hub (not for ``fed_aya``). ``texts`` and ``instructions`` need it: a file, a folder of files, or a hub id."""
     subset: Literal["cola", "sst2", "qnli", "mnli", "qqp"] | None = None
     """glue only: which of its data sets."""
+    variant: Literal["paper", "solvable"] | None = None
+    """pf2lora_synthetic only: which regressions; see the task."""
     languages: tuple[str, ...] = MASAKHANEWS_LANGUAGES
     clients_per_language: Positive = 10
     """n clients per language and pool; 16 x 10 x 2 = 320 in the paper (xnli: 15 x 20 x 2 = 600)."""
@@ -121,6 +124,8 @@ class TaskConfig(Named):
                 f"'task.clients_kept': {self.clients_kept} is above 'task.clients_per_language' = "
                 f"{self.clients_per_language} (allowed: 1 ... {self.clients_per_language})"
             )
+        if self.variant is not None and self.name != "pf2lora_synthetic":
+            raise ValueError("'task.variant' is of task=pf2lora_synthetic alone")
         if self.reference_unseen_partition and self.resample:
             raise ValueError("'task.reference_unseen_partition' and 'task.resample' exclude each other: give one")
         if self.reference_unseen_partition and self.pools == ("seen",):
@@ -132,8 +137,9 @@ class TaskConfig(Named):
 
     @property
     def title(self) -> str:
-        """How tables name it: ``xnli``, ``glue/cola``."""
-        return self.name if self.subset is None else f"{self.name}/{self.subset}"
+        """How tables name it: ``xnli``, ``glue/cola``, ``pf2lora_synthetic/paper``."""
+        part = self.subset or self.variant
+        return self.name if part is None else f"{self.name}/{part}"
 
     @property
     def clients_used(self) -> int:

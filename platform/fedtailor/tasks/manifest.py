@@ -56,6 +56,7 @@ def manifest_of(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tupl
     return {
         **unusual,
         **({"columns": dict(source.columns)} if source.columns else {}),
+        **({"truth": dict(source.truth)} if source.truth else {}),
         "task": cfg.name,
         "config": cfg.model_dump(mode="json", exclude=hidden | at_absent(cfg).keys()),
         "seed": seed,

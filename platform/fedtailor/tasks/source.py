@@ -15,7 +15,7 @@ from fedtailor.tasks.config import TaskConfig
 
 Pool = Literal["seen", "unseen"]
 Split = Literal["train", "test"]
-TaskKind = Literal["classification", "generation"]
+TaskKind = Literal["classification", "generation", "regression"]
 ClassScore = Literal["accuracy", "mcc"]
 POOLS: tuple[Pool, ...] = ("seen", "unseen")
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -88,10 +88,12 @@ class Source:
         pools: pool -> language -> texts. A class that a language lacks is legal.
         notes: counts of what was dropped or found, and rules that were followed, for the manifest.
         disjoint: the source promises that no normalised text occurs in two pools or two splits.
-        kind: ``classification`` (text to class) or ``generation`` (instruction to response).
+        kind: ``classification`` (text to class), ``generation`` (instruction to response) or ``regression`` (numbers to
+            numbers, a text each: "0.1 -0.2 | 0.3").
         natural_clients: the clients, where the data names them; `pools` is empty then.
         columns: of a user's own table: what was taken from which column (``text``, ``label``, ``client``, ...).
         score: of classes, what results are compared by: ``accuracy``, or ``mcc`` beside it (Matthews correlation).
+        truth: of made-up regressions, each client's W, (inputs, outputs), by which its rows were made.
     """
 
     labels: tuple[str, ...]
@@ -102,6 +104,7 @@ class Source:
     natural_clients: tuple[NaturalClient, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     score: ClassScore = "accuracy"
+    truth: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     @property
     def paired(self) -> bool:
@@ -164,7 +167,7 @@ class TaskEntry:
 
     Args:
         load: (section ``task``, seed) to its texts.
-        kind: whether it asks for a class or for a response.
+        kind: whether it asks for a class, for a response or for numbers.
         clients: ``dealt``: as many as are configured; ``natural``: the data names them, so how many there are is known
             once it is loaded; ``either``: natural where the data names them, and known then only.
         label_skew: whether dealt clients have the label skew of ``task.alpha``.

@@ -109,8 +109,9 @@ class Partitioned:
 
     @property
     def kind(self) -> TaskKind:
-        """What the task asks for: a class, or a response. Manifests that do not name it are of classification."""
-        return "generation" if self.manifest.get("kind") == "generation" else "classification"
+        """What the task asks for: a class, a response, numbers. Manifests that do not name it are of classification."""
+        kind: TaskKind = self.manifest.get("kind", "classification")
+        return kind
 
     @property
     def score(self) -> ClassScore:
@@ -192,6 +193,11 @@ class TaskData(Partitioned):
             for its_pool, split, *texts in zip(*columns, strict=True):
                 if its_pool == pool and split == "train":
                     yield from texts
+
+    def every_text(self) -> Iterator[str]:
+        """All texts, train and test, in table order; of a pair the first."""
+        for batch in self.batches:
+            yield from batch.column("text").to_pylist()
 
 
 def cells(batches: Sequence[pa.RecordBatch], column: str, rows: Ints) -> list[Any]:

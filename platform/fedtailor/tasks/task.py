@@ -54,6 +54,7 @@ _FILES: Final = (
     "fed_aya",
     "instructions",
     "texts",
+    "pf2lora_synthetic",
 )
 """The rows: files beside this one, each with its ``ENTRY``, in the order in which they are listed."""
 
@@ -104,6 +105,8 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
         _check_clients(cfg, source)
     if source.kind == "generation":
         _check_instructions(source)
+        return source
+    if source.kind == "regression":
         return source
     found = {e.label for _, _, part in source.parts() for e in part.train}
     if len(found) == 1:

@@ -93,6 +93,7 @@ def tokenise(
         write_stream(out / "tokens.arrow", SEGMENTS if segments else TOKENS, batches)
         lengths = np.array(found, dtype=np.int64)
         notes |= {} if data.score == "accuracy" else {"score": data.score}
+        notes |= {key: data.manifest[key] for key in ("kind", "truth") if key in data.manifest}
     write_examples(out / "examples.arrow", held)
     manifest = notes | {
         "labels": list(data.labels),

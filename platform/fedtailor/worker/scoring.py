@@ -1,4 +1,4 @@
-"""What a personalised model is worth: rows of metrics per lane, of texts that are classified or answered."""
+"""What a personalised model is worth: rows of metrics per lane, of texts that are classified, answered or fitted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from fedtailor.evaluation.classification import Score, evaluate, matthews
 from fedtailor.evaluation.decoding import Decoding
+from fedtailor.evaluation.regression import Value, fits
 from fedtailor.federated.method import Personalised
 from fedtailor.models.families import positions_of
 from fedtailor.tasks.source import Split
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from fedtailor.evaluation.text_metrics import Tally
 
 
-SCORES: Final = ("accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss")
+SCORES: Final = (
+    "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss", "distance", "rank90",
+)  # fmt: skip
 """Metrics of test examples that a client's model may be scored by."""
 
 
@@ -43,12 +46,16 @@ def scores_on_test(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     """Scores every lane on its client's test examples. The net is in evaluation mode, with the lanes bound."""
     if stage.data.kind == "generation":
         return _answered(stage, made)
+    if stage.data.kind == "regression":
+        return [LaneScore(_valued(found), found["loss"].value) for found in _fitted(stage, made, "test")]
     return _classified(stage, made, "test", ("accuracy", "loss"))
 
 
 def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[str, Any], ...]]:
     """Rows of each lane about the texts that it was trained on; of a generation task the loss alone."""
     data = stage.data
+    if data.kind == "regression":
+        return [_valued({"train_loss_after": found["loss"]}) for found in _fitted(stage, made, "train")]
     if data.kind != "generation":
         return [score.rows for score in _classified(stage, made, "train", ("train_accuracy", "train_loss_after"))]
     from fedtailor.evaluation.generation import loss_tallies
@@ -56,6 +63,16 @@ def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[
     texts, budget = [data.examples(lane.client.id, "train") for lane in made.lanes], stage.spec.engine.token_budget
     tallies = loss_tallies(stage.net, texts, data.labels, data.pad_id, budget)
     return [_rows(tally, {"loss": "train_loss_after"}) for tally in tallies]
+
+
+def _fitted(stage: OpenStage, made: Personalised, split: Split) -> list[dict[str, Value]]:
+    ids = [lane.client.id for lane in made.lanes]
+    texts, truth = [stage.data.examples(client, split) for client in ids], stage.data.manifest["truth"]
+    return fits(stage.net, made.logits, texts, stage.data.pad_id, [truth[client] for client in ids])
+
+
+def _valued(found: Mapping[str, Value]) -> tuple[Mapping[str, Any], ...]:
+    return tuple({"metric": name, "value": v.value, "weight": v.weight} for name, v in found.items())
 
 
 def _classified(stage: OpenStage, made: Personalised, split: Split, names: tuple[str, str]) -> list[LaneScore]:

@@ -179,7 +179,7 @@ class Segment:
     def _personalise(self, ctx: ClientContext) -> None:
         spec = self.stage.spec
         personaliser = self.stage.method.personaliser
-        classes = None if self.stage.data.kind == "generation" else ctx.num_labels
+        classes = ctx.num_labels if self.stage.data.kind == "classification" else None
         made = check_personalised(personaliser(ctx), ctx, personaliser, classes)
         ctx.net.train_mode(False)
         scores = scores_on_test(self.stage, made)
