@@ -229,17 +229,18 @@ class TokenData(Partitioned):
 
     def examples(self, client_id: str, split: Split) -> Examples:
         """The client's texts or pairs of one split as fresh, writable arrays."""
-        rows = self.rows_of(client_id, split)
-        input_ids = np.full((len(rows), self.longest(client_id)), self.pad_id, dtype=np.int64)
+        rows, column = self.rows_of(client_id, split), np.arange(self.longest(client_id))
+        input_ids = np.full((len(rows), len(column)), self.pad_id, dtype=np.int64)
         lengths = np.empty(len(rows), dtype=np.int64)
         labels, part = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
-        for i, row in enumerate(rows):
-            offsets, ids, block_labels, block_part = self.blocks[row // BLOCK]
-            start, end = offsets[row % BLOCK], offsets[row % BLOCK + 1]
-            input_ids[i, : end - start] = ids[start:end]
-            lengths[i], labels[i] = end - start, block_labels[row % BLOCK]
+        for number in np.unique(rows // BLOCK):
+            mine = np.flatnonzero(rows // BLOCK == number)
+            inside, (offsets, ids, block_labels, block_part) = rows[mine] % BLOCK, self.blocks[number]
+            start, lengths[mine], labels[mine] = offsets[inside], np.diff(offsets)[inside], block_labels[inside]
+            row, token = np.nonzero(column < lengths[mine][:, None])
+            input_ids[mine[row], token] = ids[start[row] + token]
             if block_part is not None:
-                part[i] = block_part[row % BLOCK]
+                part[mine] = block_part[inside]
         if self.kind == "generation":
             return Examples(input_ids, lengths, labels, prompt_length=part)
         segments = bool(self.blocks) and self.blocks[0][3] is not None
