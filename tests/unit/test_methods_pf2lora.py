@@ -232,6 +232,25 @@ def test_two_sides_start_as_one_lora_of_both_ranks(start: str) -> None:
             assert bool(both.abs().max() > 1) == (start != "lora")
 
 
+def test_an_orthogonal_start_leaves_the_common_side_and_what_is_new_of_the_other() -> None:
+    sides = {}
+    for start in ("normal", "orthogonal"):
+        params = context(build_method("pf2lora", HOW | {"start": start}, 4), spread=False).params
+        sides[start] = {
+            s.name: params[s.name][0].detach() for s in params.specs if s.name.startswith(("common", "own"))
+        }
+    for name, own in sides["orthogonal"].items():
+        if name.startswith("common"):
+            assert torch.equal(own, sides["normal"][name])
+            continue
+        common = sides["orthogonal"][name.replace("own", "common")]
+        across = own @ common.T if "own_A" in name else own.T @ common
+        assert across.abs().max() < 1e-5 < own.abs().max()
+        rest = sides["normal"][name] - own
+        inside = torch.cat([common, rest], 0 if "own_A" in name else 1)
+        assert torch.linalg.matrix_rank(inside, rtol=1e-5) == torch.linalg.matrix_rank(common)
+
+
 def test_the_common_part_travels_and_the_rest_stays() -> None:
     method = build_method("pf2lora", HOW, 4)
     ctx = context(method)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtailor.adapters.peft_export import export_adapter
+from fedtailor.adapters.start import Start, started
 from fedtailor.core.errors import ModelError
 from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
-from fedtailor.core.seeding import torch_rng
 from fedtailor.lanes.layers import AdaptedLayer, Branch, LaneLinear
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
@@ -24,22 +23,6 @@ from fedtailor.models.families import endings, ends
 Targets = Literal["all-linear", "body", "head"] | tuple[str, ...]
 """Which of the adapted layers: all, those of the pretrained body, those of the classification head above it, or endings
 of module paths."""
-
-
-Start = Literal["lora", "normal_a", "normal"]
-
-
-def initial_a(adapted: AdaptedLayer, rank: int, seed: int, normal: bool = False) -> Tensor:
-    """A before training, (rank, d_in) float32: Kaiming-uniform with a = sqrt(5), U(±1/sqrt(d_in)), or N(0, 1).
-
-    The stream is named by (seed, layer) only: every client, round and method starts from the same A, as in the
-    FedP2EFT reference, which seeds torch right before it attaches adapters.
-    """
-    if normal:
-        return torch.randn(rank, adapted.d_in, generator=torch_rng(seed, "lora_A", adapted.name))
-    bound = 1 / math.sqrt(adapted.d_in)
-    draws = torch.rand(rank, adapted.d_in, generator=torch_rng(seed, "lora_A", adapted.name))
-    return draws.mul_(2 * bound).sub_(bound)
 
 
 def chosen_layers(net: LaneNet, targets: Targets) -> list[tuple[AdaptedLayer, LaneLinear]]:
@@ -77,7 +60,7 @@ class LoraAdapter:
         prefix: of the parameters' names.
         first_row: draws of A that another adapter has: with its rank both together start as one of both ranks.
         head_scope: of the head's own weights; None: ``scope``.
-        start: A drawn as LoRA does and B zero, or A N(0, 1) and B zero, or both N(0, 1).
+        start: how A and B are drawn.
     """
 
     rank: int
@@ -123,10 +106,8 @@ class LoraAdapter:
         last, values = self.first_row + self.rank, dict[str, Tensor]()
         rows = max(self.draw_rank or 0, last)
         for x in self.layers_of(net):
-            values[f"{self.prefix}_A.{x.name}"] = initial_a(x, rows, seed, self.start != "lora")[self.first_row : last]
-            if self.start == "normal":
-                b = torch.randn(rows, x.d_out, generator=torch_rng(seed, "lora_B", x.name))
-                values[f"{self.prefix}_B.{x.name}"] = b[self.first_row : last].T
+            a, b = started(x, self.first_row, last, seed, self.start, rows)
+            values |= {f"{self.prefix}_A.{x.name}": a} | ({} if b is None else {f"{self.prefix}_B.{x.name}": b})
         for name, layer in self._heads(net):
             values |= {f"{name}.{part}": value.detach() for part, value in layer.base.named_parameters()}
         return values

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedtailor.adapters.lora import initial_a
+from fedtailor.adapters.start import initial_a
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams

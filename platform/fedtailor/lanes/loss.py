@@ -96,7 +96,8 @@ def _each(net: LaneNet, logits: Tensor, batch: LaneBatch) -> Tensor:
     """Cross-entropy of each target, or the squared error of a row's outputs, summed over them; (k, m)."""
     if net.wanted is None:
         return _cross_entropy(logits, batch.labels)
-    return (logits - net.wanted(batch.input_ids[..., 0])).square().sum(-1)
+    errors: Tensor = logits - net.wanted(batch.input_ids[..., 0])
+    return errors.square().sum(-1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

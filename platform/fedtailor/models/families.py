@@ -197,9 +197,10 @@ def is_decoder(config: PretrainedConfig) -> bool:
 def untrained(config: PretrainedConfig, kind: TaskKind, **options: Any) -> PreTrainedModel:
     """A model of a task's kind from a config, with whatever weights transformers draws; see its ``from_config``."""
     if kind == "regression":
-        from fedtailor.models.linear import LinearRegressor
+        from fedtailor.models.linear import LinearConfig, LinearRegressor
 
-        return LinearRegressor(config, **options)
+        assert isinstance(config, LinearConfig), "as `check_kind` asks for"
+        return LinearRegressor(config)
     auto: Any = AutoModelForCausalLM if kind == "generation" else AutoModelForSequenceClassification
     model: PreTrainedModel = auto.from_config(config, trust_remote_code=False, **options)
     return model

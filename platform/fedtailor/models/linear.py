@@ -8,13 +8,13 @@ to the unit vectors, which have tokens of their own. `embedded.build_linear` wri
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 
-class LinearConfig(PretrainedConfig):
+class LinearConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Sizes: ``inputs`` and ``outputs`` numbers of a row, ``vocab_size`` rows."""
 
     model_type = "fedtailor-linear"
@@ -38,21 +38,21 @@ class _Body(nn.Module):
         self.linear = nn.Linear(config.inputs, config.outputs, bias=False)
 
 
-class LinearRegressor(PreTrainedModel):
+class LinearRegressor(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Outputs (b, outputs) as ``logits``, of the row that each text's first token names.
 
     Attributes:
         wanted: what outputs are compared with, by row; see `lanes.loss`.
     """
 
-    config_class: ClassVar[type[PretrainedConfig]] = LinearConfig
+    config_class = LinearConfig
     base_model_prefix = "body"
 
     def __init__(self, config: LinearConfig) -> None:
         super().__init__(config)
         self.body = _Body(config)
         self.wanted = nn.Embedding(config.vocab_size, config.outputs)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """Rows of inputs."""

@@ -256,5 +256,6 @@ def load_base(
         from fedtailor.models.linear import LinearRegressor
 
         with model_errors(folder, "model weights"), quiet():
-            return LinearRegressor.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
+            made: PreTrainedModel = LinearRegressor.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+        return made.eval()  # type: ignore[no-any-return,no-untyped-call]
     return load_classifier(folder, labels, dtype, **how)

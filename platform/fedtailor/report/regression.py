@@ -95,12 +95,13 @@ def seeds_table(frame: pd.DataFrame, exp: ExperimentBase) -> pd.DataFrame:
     for (method, seed), own in wide.groupby(level=["method", "seed"], sort=False):
         if len(own) != len(RANKS):
             continue
-        record: dict[str, Any] = {"method": method, "seed": int(seed)}
+        at = int(str(seed))
+        record: dict[str, Any] = {"method": method, "seed": at}
         kinds = {"rank": "rank90", "target_rank": "target_rank90", "loss": "loss", "noise": "target_loss"}
         for k, (_, values) in enumerate(own.sort_index().iterrows(), start=1):
             record |= {f"{name}_{k}": values[metric] for name, metric in {**kinds, "distance": "distance"}.items()}
         record["sum_of_squares"] = float((own["distance"] ** 2).sum())
-        record["bound"] = _bound(str(method), int(seed), exp)
+        record["bound"] = _bound(str(method), at, exp)
         records.append(record)
     table = pd.DataFrame(records)
     order = names.in_method_order(table["method"]) if len(table) else ()

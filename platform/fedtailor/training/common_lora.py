@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedtailor.adapters.lora import LoraAdapter, Start, Targets
+from fedtailor.adapters.lora import LoraAdapter, Targets
+from fedtailor.adapters.start import Start
 from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.config import Config
 from fedtailor.core.scope import ParamSpec, Scope
@@ -39,8 +40,8 @@ class CommonLoraConfig(Config):
     targets: Targets = ("query", "value")
     """Layers that get a LoRA: all, ``body``, ``head``, or endings of module paths."""
     start: Start = "lora"
-    """A as LoRA draws it and B zero; ``normal_a``: A N(0, 1) and B zero; ``normal``: both N(0, 1) (PF2LoRA's synthetic
-    task, appendix K)."""
+    """A as LoRA draws it and B zero; ``normal_a``: A N(0, 1) and B zero; ``normal``: both N(0, 1); ``orthogonal``: so,
+    and a client's own LoRA orthogonal to the common one (PF2LoRA's synthetic task, appendix K)."""
     head: Literal["shared", "frozen", "client"] = "shared"
     """The classification head's own weights, which the paper does not mention: trained and averaged like A and B, left
     as they are, or trained and each client's own (such a head learns the client's label prior)."""
