@@ -263,3 +263,34 @@ def test_times_of_another_model_are_not_expected_of_this_one(tmp_path: Path) -> 
     run.timing("personalise/lora/seed1", 0, {"a": 1.0, "b": 3.0})
     assert seconds_per_client(here) == {("personalise", "lora"): 2.0}
     assert seconds_per_client(other) == {}
+
+
+TABLE_7 = {
+    "roberta-base": ((0.30, 0.30, 0.35, 0.37), (294_912, 294_912, 350_208, 368_640)),
+    "roberta-large": ((0.79, 0.79, 0.94, 0.99), (786_432, 786_432, 933_888, 983_040)),
+}
+"""PF2LoRA's Table 7, in millions, and what its ranks come to: 2 projections of each block, r (d_in + d_out) each."""
+
+
+@pytest.mark.parametrize("model", TABLE_7)
+def test_trained_numbers_are_those_of_pf2loras_table_7(model: str) -> None:
+    plan = planned("pf2lora_mnli", 24, f"model={model}")
+    own = [plan.sizes[name] for name in ("homlora", "perfedavg_lora", "hetlora", "pf2lora")]
+    published, numbers = TABLE_7[model]
+    assert tuple(sizes.adapter for sizes in own) == numbers
+    # The paper rounds up: it is at most .0071 million above.
+    assert all(0 <= there - here / 1e6 + 3e-4 < 0.0075 for there, here in zip(published, numbers, strict=True))
+    width = {"roberta-base": 768, "roberta-large": 1024}[model]
+    head = width * width + width + 2 * width + 2  # two classes, where the data are not here
+    owners = [sizes.shared + sizes.private - sizes.state for sizes in own]
+    assert [n - head for n in owners] == [*numbers[:2], numbers[2] + 1, numbers[3]], "a HETLoRA client keeps its rank"
+    text = " ".join(shown(plan).split())
+    assert "without head" in text
+    assert all(f"{n:,}" in text for n in numbers)
+    assert "ranks 8, 8, 9, 9, 10, 10, 11, 11" in text
+
+
+def test_ranks_that_are_drawn_are_not_known_without_the_clients() -> None:
+    plan = planned("pf2lora_mnli", 24, "hetlora.ranks={name: drawn, r_min: 8, r_max: 12}", "methods=[hetlora]")
+    assert plan.sizes["hetlora"].ranks == ()
+    assert plan.sizes["hetlora"].adapter == 12 * 2 * 12 * 1536

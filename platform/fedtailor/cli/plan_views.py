@@ -100,15 +100,15 @@ def _show_header(console: Console, plan: Plan) -> None:
 
 
 def _show_trained(console: Console, plan: Plan) -> None:
-    table = plain_table(
-        "method", "SHARED", "PRIVATE", "EPHEMERAL", "generator or optimizer state",
-        title="Numbers that methods declare, per client", numbers=("SHARED", "PRIVATE", "EPHEMERAL"),
-    )  # fmt: skip
+    owners, title = ("SHARED", "PRIVATE", "EPHEMERAL"), "Numbers that methods declare, per client"
+    alone = ("adapters\nwithout head",) if any(sizes.adapter for sizes in plan.sizes.values()) else ()
+    last = "generator or optimizer state"
+    table = plain_table("method", *owners, *alone, last, title=title, numbers=(*owners, *alone))
     for name, sizes in plan.sizes.items():
         generators = [f"{'-'.join(map(str, g.widths))} with {g.parameters:,} parameters" for g in sizes.generators]
-        generators += [f"{sizes.state:,} more PRIVATE ones, AdamW's moments and step count"] if sizes.state else []
-        counts = [f"{n:,}" if n else "" for n in (sizes.shared, sizes.private - sizes.state, sizes.ephemeral)]
-        table.add_row(method_name(name), *counts, ", ".join(generators))
+        generators += [f"AdamW's state, {sizes.state:,} more PRIVATE ones"] if sizes.state else []
+        counts = (sizes.shared, sizes.private - sizes.state, sizes.ephemeral, *[sizes.adapter] * len(alone))
+        table.add_row(method_name(name), *(f"{n:,}" if n else "" for n in counts), ", ".join(generators))
     console.print(table)
 
 

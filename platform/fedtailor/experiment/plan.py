@@ -108,13 +108,13 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     data = {seed: inputs_here(exp, seed, model, notes) for seed in dict.fromkeys(base_seed(exp, s) for s in exp.seeds)}
     population, inputs, manifest = next(iter(data.values()))
     population = population or configured_population(exp, notes)
-    seen = [client.id for client in clients_of(manifest) if client.pool == "seen"] if manifest else []
+    seen = [client.id for client in clients_of(manifest) if client.pool == "seen"] if manifest else None
     dims = dimensions(exp.model, population.classes, exp.task.max_length, exp.task_entry.kind)
 
     @cache
     def sized(name: str, r_max: int) -> tuple[Method, MethodSizes]:
         method = method_of(exp, name, r_max)
-        return method, method_sizes(exp, method, population.classes, seen)
+        return method, method_sizes(exp, method, population.classes, population.seen if seen is None else seen)
 
     def work_of(stage: Stage, other: ExperimentBase = exp) -> Estimate:
         method, size = sized(stage.method, stage.r_max)

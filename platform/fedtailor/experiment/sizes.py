@@ -8,7 +8,7 @@ from statistics import mean
 
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.errors import listed
-from fedtailor.core.scope import Scope
+from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.experiment.config import ExperimentBase, method_of
 from fedtailor.federated.method import Method
 from fedtailor.lanes.net import LaneNet
@@ -38,6 +38,8 @@ class MethodSizes:
     Args:
         shared: where clients' ranks differ, on average.
         state: of the PRIVATE ones, those that are an optimizer's.
+        adapter: those of its adapters, whoever owns them, without the classification head's own weights: what papers
+            count as trained. Where clients' ranks differ, on average.
         ranks: ranks that seen clients begin with, where they differ and are known.
     """
 
@@ -46,17 +48,18 @@ class MethodSizes:
     ephemeral: int
     generators: tuple[Generator, ...]
     state: int = 0
+    adapter: int = 0
     ranks: tuple[int, ...] = ()
 
 
-def method_sizes(exp: ExperimentBase, method: Method, classes: int, seen: Sequence[str] = ()) -> MethodSizes:
+def method_sizes(exp: ExperimentBase, method: Method, classes: int, seen: Sequence[str] | int = ()) -> MethodSizes:
     """Sums a method's declared parameters by owner, on a model without weights.
 
     Args:
         exp: whole configuration.
         method: as configured.
         classes: C.
-        seen: ids of the seen clients, where they are known.
+        seen: ids of the seen clients, or where they are not known how many there are.
     """
     model = meta_model(exp.model, classes, exp.task.max_length, exp.task_entry.kind)
     targets = "all-linear" if method.name == exp.base.name else exp.model.targets
@@ -71,11 +74,19 @@ def method_sizes(exp: ExperimentBase, method: Method, classes: int, seen: Sequen
     ]
     state = sum(spec.size for part in method.modules if isinstance(part, KeptAdam) for spec in part.specs(net))
     ranks, shared, adapter = tuple[int, ...](), total[Scope.SHARED], method.adapter
+    alone = 0 if adapter is None or adapter.trains_base else _without_head(adapter.specs(net), net)
+    if isinstance(seen, int):  # ranks that are drawn follow from the ids
+        seen = () if method.ranks is None or method.ranks.name == "drawn" else [str(k) for k in range(seen)]
     if method.ranks is not None and isinstance(adapter, LoraAdapter) and seen:
         ranks = tuple(method.ranks.of(client, seen, exp.seeds[0], adapter.rank) for client in seen)
         each = [replace(adapter, rank=rank).specs(net) for rank in ranks]
         shared = round(mean(sum(s.size for s in specs if s.scope is Scope.SHARED) for specs in each))
-    return MethodSizes(shared, total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators), state, ranks)
+        alone = round(mean(_without_head(specs, net) for specs in each))
+    return MethodSizes(shared, total[Scope.PRIVATE], total[Scope.EPHEMERAL], tuple(generators), state, alone, ranks)
+
+
+def _without_head(specs: Sequence[ParamSpec], net: LaneNet) -> int:
+    return sum(spec.size for spec in specs if spec.name.rpartition(".")[0] not in net.heads)
 
 
 def rank_notes(exp: ExperimentBase, sizes: Mapping[str, MethodSizes]) -> Iterator[str]:

@@ -24,6 +24,8 @@ _PACKAGED = {
     "mbert": "mbert_config.json",
     "mobilellama-1.4b": "mobilellama_1_4b_config.json",
     "llama-3.2-3b": "llama_3_2_3b_config.json",
+    "roberta-base": "roberta_base_config.json",
+    "roberta-large": "roberta_large_config.json",
 }
 """Presets whose config.json comes with the package, as published, but for what their sizes do not depend on."""
 
@@ -63,7 +65,7 @@ def dimensions(
 ) -> ModelDimensions:
     """Measures a model on the meta device.
 
-    ``tiny-bert`` and ``tiny-llama`` are measured at their largest vocabulary, FedP2EFT's models from the configs that
+    ``tiny-bert`` and ``tiny-llama`` are measured at their largest vocabulary, the papers' models from the configs that
     come with fedtailor, anything else from its own config.json.
 
     Args:
