@@ -131,6 +131,11 @@ def scored(change: Callable[[Tensor], Tensor]) -> Callable[[ClientContext], Pers
     return lambda ctx: Personalised(ctx.lanes, lambda batch: change(ctx.net.logits(batch)))
 
 
+def few_spectra(ctx: ClientContext) -> Personalised:
+    spectra = {ctx.net.modules[0]: torch.zeros(len(ctx.lanes) - 1, 2)}
+    return Personalised(ctx.lanes, ctx.net.logits, spectra=spectra)
+
+
 CHANGES: Final[Mapping[str, Change]] = {
     "writes_to_received": before(write_to_received),
     "changes_the_base": after(change_base),
@@ -145,6 +150,7 @@ CHANGES: Final[Mapping[str, Change]] = {
     "measures_too_few": after(shorten_metric),
     "reports_nothing": lambda method: replace(method, local_update=lambda ctx: None),
     "lanes_without_budgets": ends(lambda ctx: Personalised(ctx.lanes, ctx.net.logits), budgeted=True),
+    "spectra_of_a_lane_too_few": ends(few_spectra),
     "answers_one_class_less": ends(scored(lambda logits: logits[..., :-1])),
     "per_budget_without_budgets": train_per_budget,
 }

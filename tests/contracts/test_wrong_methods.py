@@ -24,6 +24,7 @@ RULES = {
     "measures_too_few": "a local update's metrics are (K,) = (",
     "reports_nothing": "a local update returns a Report, not None",
     "lanes_without_budgets": "Personalised.lanes are client-major, every client at the budgets [1, 2]",
+    "spectra_of_a_lane_too_few": "Personalised.spectra are (K, R), K = ",
     "answers_one_class_less": "Personalised.logits are (k, b, C) = (",
     "per_budget_without_budgets": "per_budget=True needs a personaliser with budgeted=True",
 }

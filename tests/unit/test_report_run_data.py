@@ -66,7 +66,7 @@ def test_the_data_of_the_first_seed_are_read(tmp_path: Path) -> None:
     found = gather(run_with(tmp_path, manifest(1), manifest(2, 7)))
     assert list(found.clients["n_test"]) == [5] * 4
     assert found.labels == ("خبر", "sport")
-    assert found.class_counts["seen/ur/0"] == (4, 6)
+    assert [found.class_counts[seed]["seen/ur/0"] for seed in (1, 2)] == [(4, 6), (4, 6)]
 
 
 def test_data_that_are_gone_are_left_out(tmp_path: Path) -> None:

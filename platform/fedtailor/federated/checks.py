@@ -181,8 +181,8 @@ def check_personalised(made: Any, ctx: ClientContext, personaliser: Personaliser
         classes: C; None: answers are generated, by the model itself.
 
     Raises:
-        MethodError: lanes that are not client-major, metrics that are not (K,), ranks that are not (K, L), strategies
-            of others than these clients; later, logits that are not (k, m, C).
+        MethodError: lanes that are not client-major, metrics that are not (K,), ranks that are not (K, L), spectra that
+            are not (K, R), strategies of others than these clients; later, logits that are not (k, m, C).
     """
     if not isinstance(made, Personalised):
         raise MethodError(f"a personaliser returns a Personalised, not {_kind(made, 'None')}")
@@ -198,6 +198,12 @@ def check_personalised(made: Any, ctx: ClientContext, personaliser: Personaliser
     layers = len(ctx.net.adapted)
     if made.ranks is not None and tuple(made.ranks.shape) != (len(found), layers):
         raise MethodError(f"Personalised.ranks are (K, L) = ({len(found)}, {layers}), got {tuple(made.ranks.shape)}")
+    for name, values in made.spectra.items():
+        if name not in ctx.net.modules or values.dim() != 2 or len(values) != len(found):
+            raise MethodError(
+                f"Personalised.spectra are (K, R), K = {len(found)}, of adapted modules: '{name}' is "
+                f"{tuple(values.shape)}"
+            )
     others = made.strategy.keys() - {lane.client.id for lane in ctx.lanes}
     if others:
         raise MethodError(f"Personalised.strategy is of this group's clients, got {listed(sorted(others), 4)}")
@@ -257,4 +263,4 @@ def _check_metrics(metrics: Mapping[str, Any], lanes: int, whose: str) -> None:
 
 def bad_metrics(metrics: Mapping[str, Tensor], lane: int) -> list[str]:
     """Names of a lane's metrics that are NaN or Inf."""
-    return [name for name, values in metrics.items() if not torch.isfinite(values[lane])]
+    return [name for name, values in metrics.items() if not torch.isfinite(values[lane]).all()]

@@ -62,6 +62,7 @@ class Personalised:
         selects_ranks: whether ``ranks`` was chosen by the method.
         metrics: name to (K,).
         strategy: lambda of each client before pruning: client id to (L, r_init).
+        spectra: singular values of what the client's model adds to a module: its name to (K, R), descending.
         export: adapter files of a lane, or None where there is no adapter.
     """
 
@@ -71,6 +72,7 @@ class Personalised:
     selects_ranks: bool = False
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     strategy: Mapping[str, Tensor] = field(default_factory=dict)
+    spectra: Mapping[str, Tensor] = field(default_factory=dict)
     export: Callable[[int, str], dict[str, bytes]] | None = None
 
 
@@ -211,8 +213,7 @@ class Method:
         steps: of ``local_update`` exactly, in the place of ``epochs``.
         passes: work of a step, where a forward pass and a backward pass are 1.
         whole_rows: rows of a lane whose logits are differentiated twice, so must be there at once; 0: none.
-        search_epochs: passes of ``personaliser`` that serve all budgets.
-        budget_epochs: passes of ``personaliser`` at each budget.
+        search_epochs: passes of ``personaliser`` that serve all budgets; ``budget_epochs``: at each.
         one_lane: clients never share a forward pass.
         pooled: one client has the rows of all; it takes ``steps`` a round, or a cohort's together (``examples``).
         adapter_is_model: whether what is exported of a client is its whole model; if not, new clients are refused.
@@ -221,8 +222,7 @@ class Method:
         overlay: of a base method, what its PRIVATE state becomes in the stages that build on it.
         bound: largest L2 norm of a client's SHARED update, sent minus received; longer ones are scaled down there.
         norm_alarm: an update longer than so many medians of its cohort is reported; 0: none is.
-        masking: hides clients' rows from the server, which then opens their sum only.
-        mechanism: what the server may see of the sum.
+        masking: hides clients' rows from the server, which then opens their sum only; ``mechanism``: what it may see.
     """
 
     name: str

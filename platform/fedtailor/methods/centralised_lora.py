@@ -76,6 +76,8 @@ ENTRY = MethodEntry(
     build=build,
     title="Centralised LoRA",
     summary="one LoRA on all clients' rows in one place (baseline of Hao et al. 2025)",
+    colour="#33bbee",
+    marker="s",
     tiny={"lr": 5e-3, "batch_size": 4, "local_steps": 2, "rank": 3},
     note=note,
 )

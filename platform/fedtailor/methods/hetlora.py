@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtailor.adapters.lora import LoraAdapter
+from fedtailor.adapters.spectrum import singular_values
 from fedtailor.aggregation.frobenius import FrobeniusMean
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.federated.context import ClientContext
@@ -181,7 +182,8 @@ class TruncatedModel:
                 own.set(spec.name, ctx.params[spec.name][lane].detach().cpu()[tuple(map(slice, spec.shape))])
             return narrow.export(ctx.net, own, [lanes[lane].client.id], 0, base_ref)
 
-        return Personalised(lanes, ctx.net.logits, metrics={"rank": ranks.double()}, export=export)
+        spectra = singular_values([self.common.adapter], ctx.net, ctx.params)
+        return Personalised(lanes, ctx.net.logits, metrics={"rank": ranks.double()}, spectra=spectra, export=export)
 
 
 def build(cfg: HetLoraConfig, r_max: int) -> Method:
@@ -213,6 +215,8 @@ ENTRY = MethodEntry(
     build=build,
     title="HETLoRA",
     summary="a LoRA whose clients have ranks of their own and prune them (Cho et al. 2024)",
+    colour="#ee7733",
+    marker="^",
     tiny={
         "lr": 5e-3,
         "batch_size": 4,

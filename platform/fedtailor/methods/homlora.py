@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from fedtailor.adapters.spectrum import singular_values
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Personalised, Report
 from fedtailor.server_optim.sgd import ServerSgd
@@ -51,9 +52,12 @@ class CommonModel:
     def __call__(self, ctx: ClientContext) -> Personalised:
         """Trains nothing but a new client's own head."""
         self.common.train_fresh_heads(ctx)
-        clients = [lane.client.id for lane in ctx.lanes]
+        adapter, clients = self.common.adapter, [lane.client.id for lane in ctx.lanes]
         return Personalised(
-            ctx.lanes, ctx.net.logits, export=partial(self.common.adapter.export, ctx.net, ctx.params, clients)
+            ctx.lanes,
+            ctx.net.logits,
+            spectra=singular_values([adapter], ctx.net, ctx.params),
+            export=partial(adapter.export, ctx.net, ctx.params, clients),
         )
 
 
@@ -79,5 +83,7 @@ ENTRY = MethodEntry(
     build=build,
     title="HOMLoRA",
     summary="one LoRA by local AdamW steps and a plain mean (baseline of Hao et al. 2025)",
+    colour="#0077bb",
+    marker="o",
     tiny={"lr": 5e-3, "batch_size": 4, "local_steps": 3, "rank": 3, "dropout": 0.2},
 )

@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedtailor.adapters.spectrum import singular_values
 from fedtailor.core.settings import Natural, Rate
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Capability, Method, MethodEntry, Personalised, Report
@@ -155,7 +156,8 @@ class OneStepAway:
             metrics = {"train_loss": train(ctx, steps, how).loss}
         clients = [lane.client.id for lane in ctx.lanes]
         export = partial(adapter.export, ctx.net, ctx.params, clients)
-        return Personalised(ctx.lanes, ctx.net.logits, metrics=metrics, export=export)
+        spectra = singular_values([adapter], ctx.net, ctx.params)
+        return Personalised(ctx.lanes, ctx.net.logits, metrics=metrics, spectra=spectra, export=export)
 
 
 def build(cfg: PerFedAvgLoraConfig, r_max: int) -> Method:
@@ -183,5 +185,7 @@ ENTRY = MethodEntry(
     build=build,
     title="Per-FedAvg-LoRA",
     summary="a common LoRA that one local step makes personal (Fallah et al. 2020)",
+    colour="#009988",
+    marker="v",
     tiny={"lr": 5e-3, "batch_size": 4, "local_steps": 3, "rank": 3, "inner_lr": 0.05, "dropout": 0.2},
 )

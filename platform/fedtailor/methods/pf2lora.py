@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedtailor.adapters.lora import AdapterPair, LoraAdapter, export_stacked
+from fedtailor.adapters.spectrum import singular_values
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import Natural, Rate
 from fedtailor.federated.context import ClientContext
@@ -237,6 +238,7 @@ class CommonAndOwn:
             ctx.lanes,
             ctx.net.logits,
             metrics={"own_steps_when_new": ctx.fresh.to(ctx.sizes) * cfg.local_steps},
+            spectra=singular_values((pair.first, pair.second), ctx.net, ctx.params),
             export=partial(export_stacked, (pair.first, pair.second), ctx.net, ctx.params, clients),
         )
 
@@ -290,5 +292,7 @@ ENTRY = MethodEntry(
     build=build,
     title="PF²LoRA",
     summary="a common LoRA and a small one per client, by a bilevel step (Hao et al. 2025)",
+    colour="#ee3377",
+    marker="D",
     tiny={"lr": 5e-3, "batch_size": 4, "local_steps": 3, "rank": 3, "inner_lr": 0.05, "dropout": 0.2},
 )

@@ -65,7 +65,7 @@ class PriorShift:
             found = made.logits(batch)
             return found + shift[: len(found)].unsqueeze(1).to(found.dtype)
 
-        return replace(made, logits=logits, export=None)
+        return replace(made, logits=logits, spectra={}, export=None)
 
 
 def log_shares(counts: Tensor, smoothing: float) -> Tensor:

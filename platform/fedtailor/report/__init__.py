@@ -21,6 +21,7 @@ from fedtailor.report.curves import per_budget, per_language, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
 from fedtailor.report.heatmaps import Strategies, lambda_distance, population_figures, rank_structure
+from fedtailor.report.learned_ranks import learned_ranks, ranks_figure, ranks_grid
 from fedtailor.report.names import in_pool_order
 from fedtailor.report.page import render
 from fedtailor.report.scores import TIE_RULE, Block
@@ -58,6 +59,7 @@ def write_report(
         files by their name relative to ``out``: ``results.csv``, ``summary.json``, ``report.html``,
         ``table_<pool>.md``, ``.csv`` and ``.tex``, ``significance.md``, ``.csv`` and ``.tex``, ``cost.csv``,
         ``metrics_<pool>.md``, ``.csv`` and ``.tex`` (generation), ``ranks.md``, ``.csv`` and ``.tex`` (regression),
+        ``learned_ranks.md``, ``.csv`` and ``.tex`` (methods that report what they add to a module),
         ``figures/<name>.png`` and ``.svg``.
 
     Raises:
@@ -96,9 +98,13 @@ def write_report(
         write_grids([fit], fits, out, "ranks")
     if len(spent):
         _csv(out / "cost.csv", spent)
-    drawn = _draw(frame, found, strategies, modules, data, out / "figures")
+    learned = learned_ranks(frame, data.class_counts)
+    rank_grid = ranks_grid(learned) if len(learned) else None
+    if rank_grid:
+        write_grids([rank_grid], learned, out, "learned_ranks")
+    drawn = _draw(frame, found, strategies, modules, data, learned, out / "figures")
     page = render(
-        facts, run, pools, pairs, drawn, spent, notes=gaps(scored), ties=tied_shares(frame),
+        facts, run, pools, pairs, drawn, spent, rank_grid=rank_grid, notes=gaps(scored), ties=tied_shares(frame),
         captions={pool: grid.caption for pool, grid in grids.items()}, measures=scores.answer_measures(scored),
         measure_grids=measure_grids, fit=fit, fit_sentence=regression.sentence(fits) if fit else "",
     )  # fmt: skip
@@ -108,7 +114,7 @@ def write_report(
 
 def _draw(
     frame: pd.DataFrame, found: Sequence[Block], strategies: Strategies, modules: Sequence[str], data: RunData,
-    folder: Path,
+    learned: pd.DataFrame, folder: Path,
 ) -> list[tuple[Drawing | Missing, tuple[Path, ...]]]:  # fmt: skip
     """Every figure in reading order with its files (png, svg), or the reason why there is none."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +125,7 @@ def _draw(
             *per_budget(found),
             *per_language(found),
             *rank_structure(frame, modules),
+            *ranks_figure(learned),
             *lambda_distance(frame, strategies),
             *regression.figures(frame),
             *training_curves(frame),
@@ -128,7 +135,9 @@ def _draw(
 
 
 def _report_files(out: Path) -> list[Path]:
-    stems = ("report.html", "results.csv", "summary.json", "cost.csv", "significance.*", "ranks.*")
+    stems = (
+        "report.html", "results.csv", "summary.json", "cost.csv", "significance.*", "ranks.*", "learned_ranks.*",
+    )  # fmt: skip
     patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "metrics_*", "figures/*.png", "figures/*.svg")
     return sorted(path for pattern in patterns for path in out.glob(pattern))
 

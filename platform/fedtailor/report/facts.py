@@ -170,7 +170,7 @@ class RunData:
     Args:
         experiment: configuration of the run; keys that are newer than it have their defaults.
         clients: client, pool, language, n_train, n_test: one row per client of the data.
-        class_counts: client to number of train texts per class, in the order of ``labels``.
+        class_counts: seed to client to number of train texts per class, in the order of ``labels``.
         labels: classes of the task, or the groups of a generation task's examples.
         kind: ``classification`` or ``generation``.
         notes: what preparing the data found or dropped, by name.
@@ -182,7 +182,7 @@ class RunData:
 
     experiment: ExperimentBase
     clients: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(_CLIENT_COLUMNS)))
-    class_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    class_counts: Mapping[int, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     kind: str = "classification"
     notes: Mapping[str, int | str] = field(default_factory=dict)
@@ -193,7 +193,7 @@ class RunData:
 
 
 def gather(run: RunFolder) -> RunData:
-    """Reads what the folder holds; the data set is that of the run's first seed.
+    """Reads what the folder holds; the data set is that of the run's first seed, class counts are of all.
 
     Args:
         run: the run.
@@ -203,13 +203,15 @@ def gather(run: RunFolder) -> RunData:
         DataError: such a file that is not a JSON mapping.
     """
     exp = load_experiment(run)
-    manifest = run.manifest(exp.seeds[0]) or {}
+    manifests = {seed: run.manifest(seed) or {} for seed in exp.seeds}
+    manifest = manifests[exp.seeds[0]]
+    counts = {s: {str(c["id"]): tuple(c["train_classes"]) for c in m.get("clients", ())} for s, m in manifests.items()}
     clients = clients_of(manifest) if manifest else ()
     rows = [(c.id, c.pool, c.language, c.n_train, c.n_test) for c in clients]
     return RunData(
         experiment=exp,
         clients=pd.DataFrame(rows, columns=list(_CLIENT_COLUMNS)),
-        class_counts={str(c["id"]): tuple(c["train_classes"]) for c in manifest.get("clients", ())},
+        class_counts=counts,
         labels=tuple(str(label) for label in manifest.get("labels", ())),
         kind=str(manifest.get("kind", "classification")),
         notes=dict(manifest.get("notes", {})),

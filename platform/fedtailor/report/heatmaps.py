@@ -247,11 +247,12 @@ def _classes_figure(data: RunData) -> Drawing | Missing:
     title, what = (SAMPLES, "groups") if generation else (CLASSES, "classes")
     if data.kind == "regression":
         return Missing(title, "numbers have none")
-    if not labels or not data.class_counts:
+    of_clients = next(iter(data.class_counts.values()), {})
+    if not labels or not of_clients:
         return Missing(title, "the run folder does not say which data it used")
     if len(labels) > _MOST_CLASSES:
         return Missing(title, f"{len(labels)} {what} are too many to show (at most {_MOST_CLASSES})")
-    counts = pd.DataFrame.from_dict(dict(data.class_counts), orient="index").loc[list(homes.index)]
+    counts = pd.DataFrame.from_dict(dict(of_clients), orient="index").loc[list(homes.index)]
     pools = in_pool_order(homes["pool"])
     codes = sorted(set(homes["language"]), reverse=True)
     totals = counts.groupby([homes["pool"], homes["language"]]).sum()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fedtailor.adapters.spectrum import entropy_rank, rank90
 from fedtailor.evaluation.classification import Score, evaluate, matthews
 from fedtailor.evaluation.decoding import Decoding
 from fedtailor.evaluation.regression import Value, fits
@@ -24,6 +25,9 @@ SCORES: Final = (
     "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss", "distance", "rank90",
 )  # fmt: skip
 """Metrics of test examples that a client's model may be scored by."""
+
+RANK_RULES: Final = {"rank90": rank90, "entropy_rank": entropy_rank}
+"""Metric per module to what it is of the singular values there."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,20 @@ def _fitted(stage: OpenStage, made: Personalised, split: Split) -> list[dict[str
 
 def _valued(found: Mapping[str, Value]) -> tuple[Mapping[str, Any], ...]:
     return tuple({"metric": name, "value": v.value, "weight": v.weight} for name, v in found.items())
+
+
+def rank_rows(stage: OpenStage, made: Personalised, k: int) -> Iterator[Mapping[str, Any]]:
+    """A lane's rows per module: ranks that the method kept, and what the spectra of its update say of its rank."""
+    lane = made.lanes[k]
+    weight = float(lane.size)
+    if made.ranks is not None and made.selects_ranks:
+        ranks = made.ranks[k].tolist()
+        assert sum(ranks) == (lane.budget or 0) * len(ranks), f"{lane.client.id}: {sum(ranks)} ranks kept"
+        for name, rank in zip(stage.net.modules, ranks, strict=True):
+            yield {"metric": "kept_rank", "module": name, "value": float(rank), "weight": weight}
+    for name, values in made.spectra.items():
+        for metric, rank_of in RANK_RULES.items():
+            yield {"metric": metric, "module": name, "value": float(rank_of(values[k])), "weight": weight}
 
 
 def _classified(stage: OpenStage, made: Personalised, split: Split, names: tuple[str, str]) -> list[LaneScore]:

@@ -29,11 +29,10 @@ from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import seed_for
 from fedtailor.federated.checks import bad_metrics, check_personalised, check_report
 from fedtailor.federated.context import ClientContext, Lane
-from fedtailor.federated.method import Personalised
 from fedtailor.federated.release import RoundId
 from fedtailor.federated.updates import clip_update
 from fedtailor.worker.open_stage import OpenStage
-from fedtailor.worker.scoring import scores_on_test, scores_on_train
+from fedtailor.worker.scoring import rank_rows, scores_on_test, scores_on_train
 
 BASE_REF = "base"
 """What an exported adapter calls its base model; a path of this machine would enter committed bytes."""
@@ -193,29 +192,19 @@ class Segment:
             if not np.isfinite(score.loss):
                 self._reject(client, f"test loss is {score.loss}, by Personalised.logits")
                 continue
-            if bad := bad_metrics(made.metrics, k):
+            if bad := bad_metrics({**made.metrics, **made.spectra}, k):
                 self._reject(client, f"NaN or Inf in the metrics {bad}")
                 continue
             rows = self.metrics.setdefault(client, [])
             rows += [self._row(lane, **values) for values in (*score.rows, *fitted[k])]
+            rows += [self._row(lane, **values) for values in rank_rows(self.stage, made, k)]
             self.answers.setdefault(client, []).extend(score.answers)
             rows += self._metric_rows(made.metrics, k, lane)
-            rows += self._rank_rows(made, k, lane)
             if self.stage.overlay is not None and client not in self.job.overlay:
                 rows.append(self._row(lane, metric="initial_overlay", value=1.0, weight=float(lane.size)))
             if spec.save_adapters and made.export is not None:
                 at = ALL_BUDGETS if lane.budget is None else f"r{lane.budget}"
                 self.result.adapters[f"{at}/{client}"] = made.export(k, BASE_REF)
-
-    def _rank_rows(self, made: Personalised, k: int, lane: Lane) -> list[dict[str, Any]]:
-        if made.ranks is None or not made.selects_ranks:
-            return []
-        ranks = made.ranks[k].tolist()
-        assert sum(ranks) == (lane.budget or 0) * len(ranks), f"{lane.client.id}: {sum(ranks)} ranks kept"
-        return [
-            self._row(lane, metric="kept_rank", module=name, value=float(rank), weight=float(lane.size))
-            for name, rank in zip(self.stage.net.modules, ranks, strict=True)
-        ]
 
     def _reject(self, client: str, found: str) -> None:
         reason = f"{found}; updates, metrics and logits of {self.stage.who} must be finite"
