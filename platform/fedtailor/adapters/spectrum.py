@@ -90,4 +90,5 @@ def entropy_rank(values: Tensor) -> Tensor:
     """
     total = values.double().sum(-1, keepdim=True)
     shares = values.double() / total.where(total > 0, torch.ones_like(total))
-    return torch.special.entr(shares).sum(-1).exp() * (total.squeeze(-1) > 0)
+    found: Tensor = torch.special.entr(shares).sum(-1).exp() * (total.squeeze(-1) > 0)
+    return found

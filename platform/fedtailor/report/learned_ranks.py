@@ -43,7 +43,7 @@ def learned_ranks(frame: pd.DataFrame, class_counts: Mapping[int, Mapping[str, S
         class_counts: seed to client to number of train texts per class.
     """
     keys = [*_LANE, "module"]
-    rows = frame[(frame["stage"] == "personalise") & frame["metric"].isin(RULES)]
+    rows = frame[(frame["stage"] == "personalise") & frame["metric"].isin(RULES) & (frame["module"] != "")]
     wide = rows.pivot_table(index=keys, columns="metric", values="value").reindex(columns=list(RULES)).reset_index()
     known = {(seed, client): entropy(n) for seed, of in class_counts.items() for client, n in of.items() if sum(n)}
     wide[ENTROPY] = [known.get(place, np.nan) for place in zip(wide["seed"], wide["client"], strict=True)]

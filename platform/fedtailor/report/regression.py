@@ -87,7 +87,7 @@ def seeds_table(frame: pd.DataFrame, exp: ExperimentBase) -> pd.DataFrame:
         frame: checked metric rows.
         exp: the run's configuration.
     """
-    rows = frame[frame["stage"] == "personalise"]
+    rows = frame[(frame["stage"] == "personalise") & (frame["module"] == "")]
     wide = rows.pivot_table(index=["method", "seed", "client"], columns="metric", values="value")
     if "distance" not in wide:
         return pd.DataFrame()
