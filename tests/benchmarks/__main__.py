@@ -45,6 +45,13 @@ def lanes_part() -> dict[str, Any]:
     return {"rows": json.loads(out.splitlines()[-1])}
 
 
+def flops_part(quick: bool) -> dict[str, Any]:
+    """Operations of a round, counted in a process of its own."""
+    words = [python(), str(HERE / "flops.py"), *["--quick"] * quick]
+    out = subprocess.run(words, env={**os.environ, **our_path()}, check=True, capture_output=True, text=True).stdout
+    return {"rows": json.loads(out.splitlines()[-1])}
+
+
 def memory_part() -> dict[str, Any]:
     """Peak memory of driver and actors against population, each in a process of its own."""
     rows = []
@@ -71,6 +78,7 @@ def main() -> None:
             "start": lambda: start_part(jobs, say, chosen.quick),
             "lanes": lanes_part,
             "memory": memory_part,
+            "flops": lambda: flops_part(chosen.quick),
             "real": lambda: real_part(say, chosen.quick),
         }
         chosen = _arguments(list(parts))
