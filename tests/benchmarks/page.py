@@ -183,7 +183,7 @@ def _flops(results: Results) -> list[str]:
     header = ["method", "TFLOPs a round", "published", "ratio", "published", "goal", ""]
     what = (
         "PF2LoRA's Table 22: RoBERTa-base, 8 clients, 10 steps of 16 rows of 512 tokens. Counted by torch on one step "
-        "of one row, attention by the math kernel, and scaled; matrix products and attention alone, no softmax or GELU. "
+        "of one row, attention by the math kernel, and scaled; matrix products and attention only, no softmax or GELU. "
         "*Ratio*: to HOMLoRA."
     )
     return ["## Operations of a round", what, table(header, results["flops"]["rows"])]

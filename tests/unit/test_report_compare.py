@@ -141,6 +141,17 @@ def test_each_run_shows_its_state_and_its_digest_once_it_is_finished(lab: Lab) -
 # ---- results -----------------------------------------------------------------------------------------------
 
 
+def test_each_run_says_how_many_rounds_its_strategies_took(lab: Lab) -> None:
+    for name, rounds in (("one", 3), ("two", 2)):
+        run = lab.run(name, words=["strategy.rounds=3"])
+        stage = {**run.stages()[0], "key": "strategy/fedl2p/seed42", "kind": "strategy", "artifact": f"s-{name}"}
+        run.set_stages([*run.stages(), {**stage, "method": "fedl2p"}])
+        for number in range(rounds):
+            rows = [metric_row(stage="strategy", method="fedl2p", seed=42, round=number, metric="loss", value=1.0)]
+            run.log(stage).commit(number, {METRICS: table_of(rows, METRIC_SCHEMA)}, {"kind": "round"})
+    assert dict(lab.compare("one", "two").facts)["Strategies"] == ("3 rounds", "3 rounds (FedL2P: 2)")
+
+
 def test_the_best_of_a_budget_is_over_all_runs_and_methods(lab: Lab) -> None:
     def better_with_rank(method: str, budget: int, seed: int, client: str) -> float:
         return 0.55 if method == "base" else {2: 0.4, 8: 0.7}[budget]

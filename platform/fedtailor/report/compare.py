@@ -49,6 +49,7 @@ class ComparedRun:
         state: as its status says; ``stages``: how many are finished, of how many.
         digest: hex sha256 over what it computed; None while a stage is unfinished.
         measure: what its clients are scored by; ``values``: those rows of `scores.scored_rows`.
+        rounds: stage, method, seed, budget and round, of all that has been committed.
         clients: seed to client to the sha256 of its texts and labels, for seeds whose data the storage still has.
         labels: names of its classes or groups, empty where unknown.
     """
@@ -61,6 +62,7 @@ class ComparedRun:
     digest: str | None
     measure: Measure
     values: pd.DataFrame
+    rounds: pd.DataFrame
     clients: Mapping[int, Mapping[str, str]]
     labels: tuple[str, ...]
 
@@ -164,7 +166,8 @@ def _open(storage: Storage, names: Sequence[str]) -> tuple[ComparedRun, ...]:
 
 def _read_run(folder: RunFolder) -> ComparedRun:
     exp, state = load_experiment(folder), str(folder.status()["state"])
-    scored = scored_rows(checked(folder.metrics("personalise")))
+    frame = checked(folder.metrics())
+    scored, rounds = scored_rows(frame), frame[["stage", "method", "seed", "budget", "round"]].drop_duplicates()
     measure = primary(scored)
     values = scored[scored["metric"] == measure.name]
     if values.empty:
@@ -178,7 +181,8 @@ def _read_run(folder: RunFolder) -> ComparedRun:
     data = {seed: manifest for seed in exp.seeds if (manifest := folder.manifest(seed)) is not None}
     clients = {seed: {str(c["id"]): str(c["sha256"]) for c in data[seed]["clients"]} for seed in data}
     labels = tuple(next(iter(data.values()))["labels"]) if data else ()
-    return ComparedRun(folder, folder.info(), exp, state, (done, len(stages)), whole, measure, values, clients, labels)
+    known = (folder, folder.info(), exp, state, (done, len(stages)), whole)
+    return ComparedRun(*known, measure, values, rounds, clients, labels)
 
 
 def _facts(run: ComparedRun) -> dict[str, str]:
@@ -189,8 +193,8 @@ def _facts(run: ComparedRun) -> dict[str, str]:
         "Digest": run.digest[:12] if run.digest else "none yet",
         "Task": exp.task.title,
         "Model": model_title(exp.model),
-        "Base": base_line(exp, run.values),
-        "Strategies": strategy_line(exp, run.values),
+        "Base": base_line(exp, run.rounds),
+        "Strategies": strategy_line(exp, run.rounds),
         "Seeds": ", ".join(map(str, exp.seeds)),
         "Scale": str(exp.scale),
         "Budgets r": ", ".join(map(str, exp.budgets)),
