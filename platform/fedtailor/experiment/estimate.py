@@ -33,7 +33,6 @@ FLOAT: Final = 4
 WEIGHT_BYTES: Final[Mapping[str, float]] = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.0, "4bit": 0.5}
 COMPUTE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
 USABLE: Final = 0.9  # of the memory; the rest is for libraries, buffers and fragmentation
-_SHOWN_RANKS: Final = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ def estimate(
         passes, rows, updates = method.epochs, list(population.train), stage.rounds * stage.cohort
         rows, updates = (rows, updates) if method.pooled == "no" else ([sum(rows)] if rows else [], stage.rounds)
         trained, share = sum(numbers), updates / max(1, len(rows))
-    copied = (model.weights, engine.dtype, engine.zero.ranks) == ("float32", "bfloat16", 1)  # `lanes.layers.KeptLinear`
+    spread = engine.zero.ranks > 1 and engine.zero.stage == 3
+    copied = not spread and (model.weights, engine.dtype) == ("float32", "bfloat16")  # `lanes.layers.KeptLinear`
     steps = read = flops = None
     if rows:
         if method.steps is not None and not personal:
@@ -238,7 +238,7 @@ def fit(exp: ExperimentBase, largest: Callable[[ExperimentBase], Estimate], memo
         memory_gb: memory of one worker to plan for; by default what is found here.
     """
     capacity, source = _capacity(exp, memory_gb)
-    options = {ranks: largest(_under(exp, ranks)) for ranks in sorted({1, exp.engine.zero.ranks, *_SHOWN_RANKS})}
+    options = {ranks: largest(_under(exp, ranks)) for ranks in sorted({1, exp.engine.zero.ranks, 2, 4, 8})}
     fits = {ranks: needs.memory <= USABLE * capacity for ranks, needs in options.items()}
     return Fit(capacity, source, options, fits, tuple(_advice(exp, fits)))
 

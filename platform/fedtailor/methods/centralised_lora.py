@@ -17,7 +17,6 @@ from typing import Literal
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Report
 from fedtailor.methods import homlora
-from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining
 from fedtailor.training.local import train
 
@@ -50,18 +49,8 @@ class PooledSteps:
 def build(cfg: CentralisedLoraConfig, r_max: int) -> Method:
     """HOMLoRA with one client, which has all rows."""
     common = CommonTraining(cfg, cfg.adapter())
-    return Method(
-        name="centralised_lora",
-        adapter=common.adapter,
-        modules=common.modules,
-        local_update=PooledSteps(cfg, common),
-        personaliser=homlora.CommonModel(common),
-        aggregator=cfg.aggregator(),
-        server=ServerSgd(),
-        batch_size=cfg.batch_size,
-        steps=cfg.local_steps,
-        pooled="examples" if cfg.examples == "equal" else "steps",
-    )
+    pooled = "examples" if cfg.examples == "equal" else "steps"
+    return common.method("centralised_lora", PooledSteps(cfg, common), homlora.CommonModel(common), pooled=pooled)
 
 
 def note(cfg: CentralisedLoraConfig) -> str:

@@ -35,8 +35,7 @@ from fedtailor.federated.method import Aggregator, Method, MethodEntry, Personal
 from fedtailor.federated.ranks import Ranks
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.net import LaneNet
-from fedtailor.lanes.params import LaneParams, Parameters
-from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.lanes.params import LaneParams
 from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining
 from fedtailor.training.local import cross_entropy_of, train
 
@@ -192,19 +191,14 @@ def build(cfg: HetLoraConfig, r_max: int) -> Method:
     common = CommonTraining(wide, wide.adapter())
     ranks = ClientRanks(wide, common.adapter, r_max)
     own: Aggregator = cfg.aggregator() if cfg.weights == "mean" else FrobeniusMean(cfg.weights == "per_module")
-    modules: tuple[Parameters, ...] = (KeptRank(), *common.modules)
-    return Method(
-        name="hetlora",
-        adapter=common.adapter,
-        modules=modules,
-        local_update=PrunedSteps(common, ranks),
-        personaliser=TruncatedModel(common, ranks, cfg.ranks.name == "budget"),
+    return common.method(
+        "hetlora",
+        PrunedSteps(common, ranks),
+        TruncatedModel(common, ranks, cfg.ranks.name == "budget"),
+        modules=(KeptRank(), *common.modules),
         aggregator=own,
-        server=ServerSgd(),
         downlink=ranks,
         ranks=cfg.ranks,
-        batch_size=cfg.batch_size,
-        steps=cfg.local_steps,
         per_budget=cfg.ranks.name == "budget",
     )
 

@@ -19,7 +19,6 @@ from functools import partial
 from fedtailor.adapters.spectrum import singular_values
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Personalised, Report
-from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining
 from fedtailor.training.local import train
 
@@ -64,17 +63,7 @@ class CommonModel:
 def build(cfg: HomLoraConfig, r_max: int) -> Method:
     """HOMLoRA of rank ``cfg.rank``, whatever the budget."""
     common = CommonTraining(cfg, cfg.adapter())
-    return Method(
-        name="homlora",
-        adapter=common.adapter,
-        modules=common.modules,
-        local_update=LocalSteps(common),
-        personaliser=CommonModel(common),
-        aggregator=cfg.aggregator(),
-        server=ServerSgd(),
-        batch_size=cfg.batch_size,
-        steps=cfg.local_steps,
-    )
+    return common.method("homlora", LocalSteps(common), CommonModel(common))
 
 
 ENTRY = MethodEntry(

@@ -33,9 +33,8 @@ from fedtailor.federated.method import Capability, Method, MethodEntry, Personal
 from fedtailor.lanes.adam import AdamGroup, LaneOptimizer, LaneSgd
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.params import LaneParams
-from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining
-from fedtailor.training.local import step_rows, train
+from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining, mean_over_steps
+from fedtailor.training.local import train
 from fedtailor.training.second_order import (
     again,
     difference,
@@ -78,22 +77,14 @@ class MetaSteps:
         cfg, adapter = _config(self.common), self.common.adapter
         optimizer, how = self.common.begin(ctx), cfg.training("train")
         streams = ["train", "train/inner", *(["train/hessian"] * (cfg.batches == 3 and cfg.order != "first"))]
-        rows = [step_rows(ctx, replace(how, purpose=stream)) for stream in streams]
         # x' has leaves of its own: the graph at x is still wanted when it is there.
         ahead = LaneParams(adapter.specs(ctx.net), ctx.params.lanes, ctx.net.device, ctx.net.param_dtype)
-        if how.dropout:
-            ctx.use_dropout(how.dropout, "train")
-        ctx.net.train_mode(True)
-        sums: dict[str, Tensor] = {}
         try:
-            for batches in zip(*(ctx.batches(stream) for stream in rows), strict=True):
-                for name, values in self._step(ctx, ahead, optimizer, batches).items():
-                    sums[name] = sums.get(name, 0) + values / cfg.local_steps
+            found = mean_over_steps(ctx, how, streams, lambda batches: self._step(ctx, ahead, optimizer, batches))
         finally:
-            ctx.net.train_mode(False)
             adapter.bind(ctx.net, ctx.params)
         self.common.end(ctx, optimizer)
-        return Report(sums)
+        return Report(found)
 
     def _step(
         self, ctx: ClientContext, ahead: LaneParams, optimizer: LaneOptimizer, batches: Sequence[LaneBatch]
@@ -163,17 +154,11 @@ class OneStepAway:
 def build(cfg: PerFedAvgLoraConfig, r_max: int) -> Method:
     """Per-FedAvg on a LoRA of rank ``cfg.rank``, whatever the budget."""
     common = CommonTraining(cfg, cfg.adapter())
-    return Method(
-        name="perfedavg_lora",
-        adapter=common.adapter,
-        modules=common.modules,
-        local_update=MetaSteps(common),
-        personaliser=OneStepAway(common),
-        aggregator=cfg.aggregator(),
-        server=ServerSgd(),
+    return common.method(
+        "perfedavg_lora",
+        MetaSteps(common),
+        OneStepAway(common),
         requires=frozenset({Capability.SECOND_ORDER} if cfg.order == "second" else ()),
-        batch_size=cfg.batch_size,
-        steps=cfg.local_steps,
         passes={"first": 2, "hessian_free": 4, "second": 3 if cfg.batches == 2 else 4}[cfg.order],
         whole_rows=cfg.batch_size if cfg.order == "second" else 0,
     )

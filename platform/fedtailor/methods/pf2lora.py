@@ -42,9 +42,8 @@ from fedtailor.lanes.adam import AdamGroup, LaneOptimizer, LaneSgd
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import Parameters
-from fedtailor.server_optim.sgd import ServerSgd
-from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining, keep_trained
-from fedtailor.training.local import step_rows, train
+from fedtailor.training.common_lora import CommonLoraConfig, CommonTraining, keep_trained, mean_over_steps
+from fedtailor.training.local import train
 from fedtailor.training.second_order import (
     difference,
     dropout_state,
@@ -120,19 +119,9 @@ class TwoLevels:
         optimizer = self.common.begin(ctx)
         how = replace(self.cfg.training(purpose), steps=steps)
         streams = [purpose, f"{purpose}/inner", *([f"{purpose}/v", f"{purpose}/cross"] * (self.cfg.batches == 4))]
-        rows = [step_rows(ctx, replace(how, purpose=stream)) for stream in streams]
-        if how.dropout:
-            ctx.use_dropout(how.dropout, purpose)
-        ctx.net.train_mode(True)
-        sums: dict[str, Tensor] = {}
-        try:
-            for batches in zip(*(ctx.batches(stream) for stream in rows), strict=True):
-                for name, values in self._step(ctx, optimizer, batches).items():
-                    sums[name] = sums.get(name, 0) + values / steps
-        finally:
-            ctx.net.train_mode(False)
+        found = mean_over_steps(ctx, how, streams, lambda batches: self._step(ctx, optimizer, batches))
         self.common.end(ctx, optimizer)
-        return sums
+        return found
 
     def _step(self, ctx: ClientContext, optimizer: LaneOptimizer, batches: Sequence[LaneBatch]) -> dict[str, Tensor]:
         cfg, y = self.cfg, self.pair.second.names(ctx.net)
@@ -270,17 +259,13 @@ def build(cfg: Pf2LoraConfig, r_max: int) -> Method:
     levels = TwoLevels(cfg, pair, CommonTraining(cfg, first))
     local: tuple[Parameters, ...] = (OwnCommon(first),) if (cfg.sync, cfg.evaluate) == ("end", "local") else ()
     second = cfg.order == "second" and cfg.private_rank > 0
-    return Method(
-        name="pf2lora",
+    return levels.common.method(
+        "pf2lora",
+        BilevelRound(levels),
+        CommonAndOwn(levels),
         adapter=pair,
         modules=(*levels.common.modules, *local),
-        local_update=BilevelRound(levels),
-        personaliser=CommonAndOwn(levels),
-        aggregator=cfg.aggregator(),
-        server=ServerSgd(),
         requires=frozenset({Capability.SECOND_ORDER} if second else ()),
-        batch_size=cfg.batch_size,
-        steps=cfg.local_steps,
         passes=1 if not cfg.private_rank else 4 if cfg.order in ("second", "finite_difference") else 2,
         whole_rows=cfg.batch_size if second else 0,
     )

@@ -8,8 +8,8 @@ long as the client (Algorithm 1): averaging overwrites weights, not moments, whi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,10 +22,13 @@ from fedtailor.core.config import Config
 from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.core.settings import Positive, Rate
 from fedtailor.federated.context import ClientContext
+from fedtailor.federated.method import LocalUpdate, Method, Personaliser
 from fedtailor.lanes.adam import AdamGroup, LaneAdam, LaneOptimizer, LaneSgd
+from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams, Parameters
-from fedtailor.training.local import Training, train
+from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.training.local import Training, step_rows, train
 
 
 class CommonLoraConfig(Config):
@@ -146,6 +149,14 @@ class CommonTraining:
         if (kept := self.cfg.kept(self.adapter.specs)) and isinstance(optimizer, LaneAdam):
             kept.store(ctx.params, optimizer)
 
+    def method(self, name: str, local_update: LocalUpdate, personaliser: Personaliser, **more: Any) -> Method:
+        """A method of this training, with what all of them have in common; ``more``: further or other fields."""
+        usual: dict[str, Any] = {
+            "adapter": self.adapter, "modules": self.modules, "aggregator": self.cfg.aggregator(),
+            "batch_size": self.cfg.batch_size, "steps": self.cfg.local_steps,
+        }  # fmt: skip
+        return Method(name, personaliser, server=ServerSgd(), local_update=local_update, **usual | more)
+
     def train_fresh_heads(self, ctx: ClientContext) -> None:
         """With ``head=client``, I steps on the heads of clients that no round met; the others' stay as they are."""
         names = [spec.name for spec in self.adapter.head_specs(ctx.net) if spec.scope is Scope.PRIVATE]
@@ -154,6 +165,27 @@ class CommonTraining:
         before = [ctx.params[name].detach().clone() for name in names]
         train(ctx, self.cfg.fresh_optimizer(ctx.params, names), self.cfg.training("personalise"))
         keep_trained(ctx, names, before)
+
+
+def mean_over_steps(
+    ctx: ClientContext,
+    how: Training,
+    purposes: Sequence[str],
+    step: Callable[[Sequence[LaneBatch]], Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Steps that each take several batches, one of every purpose's order; means of what they measure, (K,) each."""
+    rows = [step_rows(ctx, replace(how, purpose=purpose)) for purpose in purposes]
+    if how.dropout:
+        ctx.use_dropout(how.dropout, how.purpose)
+    ctx.net.train_mode(True)
+    sums: dict[str, Tensor] = {}
+    try:
+        for batches in zip(*map(ctx.batches, rows), strict=True):
+            for name, values in step(batches).items():
+                sums[name] = sums.get(name, 0) + values
+    finally:
+        ctx.net.train_mode(False)
+    return {name: total / len(rows[0][0]) for name, total in sums.items()}
 
 
 @torch.no_grad()
