@@ -57,7 +57,7 @@ def examples_for(counts: Sequence[int]) -> list[Examples]:
 
 
 def asked_of(tests: Sequence[Examples]) -> list[Asked]:
-    return [Asked(t, [f"w{row} w7" for row in range(len(t.labels))]) for t in tests]
+    return [Asked(t, [[f"w{row} w7"] for row in range(len(t.labels))]) for t in tests]
 
 
 def prompts_of(examples: Examples) -> list[np.ndarray]:
@@ -120,7 +120,7 @@ def test_answers_are_the_models_own_and_a_right_one_is_seen() -> None:
     [examples], net = examples_for([6]), toy_llama()
     tokens = answer(net, [prompts_of(examples)], HOW)[0]
     texts = [" ".join(f"w{token}" for token in own) for own in tokens]
-    asked = Asked(examples, [texts[0], *["never this"] * 5])
+    asked = Asked(examples, [[texts[0]], *[["never this"]] * 5])
     [one] = scored(net, [asked])
     assert list(one.answers) == texts
     exact = {group: metrics["exact_match"] for group, metrics in one.tally.items()}
@@ -304,7 +304,7 @@ def test_scores_can_be_computed_again_from_the_answers_kept(kept: RunFolder) -> 
         mine = [row for row in rows if row["client"] == client]
         for language in {row["language"] for row in mine}:
             values = [
-                generation.measures(row["prediction"], row["reference"])["rougeL"]
+                generation.measures(row["prediction"], [row["reference"]])["rougeL"]
                 for row in mine
                 if row["language"] == language
             ]

@@ -16,7 +16,18 @@ from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.errors import CapabilityError
 from fedtailor.evaluation.decoding import Decoding, answer_all
-from fedtailor.evaluation.text_metrics import NAMES, Tally, Tokenizer, add, exact_match, init, meteor, rouge
+from fedtailor.evaluation.text_metrics import (
+    NAMES,
+    Mean,
+    Tally,
+    Tokenizer,
+    add,
+    exact_match,
+    init,
+    merge,
+    meteor,
+    rouge,
+)
 from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, make_batch
 from fedtailor.lanes.loss import target_losses
 from fedtailor.lanes.net import LaneNet
@@ -44,25 +55,29 @@ class Asked:
 
     Args:
         examples: with ``prompt``; ``labels`` are indices into the task's groups.
-        references: the responses as plain text, in order.
+        references: the right responses of each as plain text, at least one, in order.
+        corpus: measure the answers of each group as a corpus, too.
     """
 
     examples: Examples
-    references: Sequence[str]
+    references: Sequence[Sequence[str]]
+    corpus: bool = False
 
 
-def measures(answer: str, reference: str, tokenizer: Tokenizer = "unicode") -> dict[str, float]:
-    """METRICS of one answer.
+def measures(answer: str, references: Sequence[str], tokenizer: Tokenizer = "unicode") -> dict[str, float]:
+    """METRICS of one answer, each by the reference that it is best for.
 
     Args:
         answer: may be empty, which scores 0.
-        reference: the response that was wanted.
+        references: the responses that were wanted, at least one.
         tokenizer: of ROUGE's words.
     """
-    return rouge(answer, reference, tokenizer) | {
-        "meteor": meteor(answer, reference),
-        "exact_match": exact_match(answer, reference),
-    }
+    each = [
+        rouge(answer, reference, tokenizer)
+        | {"meteor": meteor(answer, reference), "exact_match": exact_match(answer, reference)}
+        for reference in references
+    ]
+    return {name: max(values[name] for values in each) for name in each[0]}
 
 
 def score(
@@ -100,8 +115,20 @@ def score(
         for i in np.argsort(one.examples.labels, kind="stable").tolist():
             values = measures(texts[i], one.references[i], how.cfg.tokenizer) | {"loss": float(loss[i])}
             tally = add(tally, groups[int(one.examples.labels[i])], values)
-        found.append(Answered(tally, tuple(texts)))
+        found.append(Answered(merge(tally, _of_corpora(one, texts, groups)) if one.corpus else tally, tuple(texts)))
     return found
+
+
+def _of_corpora(asked: Asked, answers: Sequence[str], groups: Sequence[str]) -> Tally:
+    """Measures of each group's answers as a corpus, with its examples as weight."""
+    from fedtailor.evaluation.corpus_metrics import corpus_measures  # libraries that few tasks need
+
+    tally = init()
+    for group in sorted(set(asked.examples.labels.tolist())):
+        own = np.flatnonzero(asked.examples.labels == group).tolist()
+        values = corpus_measures([answers[i] for i in own], [asked.references[i] for i in own])
+        tally = merge(tally, {groups[group]: {name: Mean(v * len(own), len(own)) for name, v in values.items()}})
+    return tally
 
 
 def loss_tallies(

@@ -26,6 +26,8 @@ _PACKAGED = {
     "llama-3.2-3b": "llama_3_2_3b_config.json",
     "roberta-base": "roberta_base_config.json",
     "roberta-large": "roberta_large_config.json",
+    "gpt2-medium": "gpt2_medium_config.json",
+    "gpt2-xl": "gpt2_xl_config.json",
 }
 """Presets whose config.json comes with the package, as published, but for what their sizes do not depend on."""
 

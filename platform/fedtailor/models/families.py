@@ -35,7 +35,10 @@ _SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 """What BERT calls a layer -> what LLaMA calls it: papers write "query and value" for both."""
 
 Targets = Literal["all-linear"] | tuple[str, ...]
-CAUSAL_MODELS = "tiny-llama, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a linear layer"
+CAUSAL_MODELS = (
+    "tiny-llama, gpt2-medium, gpt2-xl, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a "
+    "linear layer"
+)
 CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
 
 _PARTS = {

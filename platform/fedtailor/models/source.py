@@ -31,6 +31,8 @@ PRESETS: dict[str, str] = {
     "mbert": "google-bert/bert-base-multilingual-cased",
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-xl": "openai-community/gpt2-xl",
     "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Base",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -26,7 +27,9 @@ class Measure:
         group: what results are split by: ``language``, or ``group`` where the data's groups are no languages.
         own_groups: the examples of one client may belong to several groups, and each counts for its own.
         per_client: a group's number is the mean over its clients, each counted once, whatever its examples.
-        lowest: least value that it can have.
+        lowest: least value that it can have; ``highest``: the greatest.
+        percent: shown in percent; else as it is.
+        least_is_best: the less the better.
     """
 
     name: str
@@ -37,6 +40,14 @@ class Measure:
     own_groups: bool = True
     per_client: bool = False
     lowest: float = 0.0
+    highest: float = 1.0
+    percent: bool = True
+    least_is_best: bool = False
+
+    @property
+    def ends(self) -> str:
+        """``[0, 1]``."""
+        return f"[{self.lowest:g}, {self.highest:g}]"
 
     @property
     def groups(self) -> str:
@@ -93,6 +104,8 @@ POOLED_MCC: Final = Measure(
 CONFUSION: Final = "confusion"
 """Rows of clients' confusion matrices; ``module`` is ``label/answer``."""
 
+_CORPUS: Final = "of each client's answers as a corpus"
+
 ROUGE_L: Final = Measure("rougeL", "ROUGE-L", "ROUGE-L", "Longest common subsequence of answer and reference, F1")
 
 GENERATION: Final[tuple[Measure, ...]] = (
@@ -101,8 +114,14 @@ GENERATION: Final[tuple[Measure, ...]] = (
     Measure("rouge2", "ROUGE-2", "ROUGE-2", "Pairs of neighbouring words that answer and reference share, F1"),
     ROUGE_L,
     Measure("exact_match", "Exact match", "exact match", "Share of answers that are the reference, spaces aside"),
-)
-"""Measures of answers, in the order in which tables show them."""
+    Measure("bleu", "BLEU", "BLEU", f"Shared 1- to 4-grams {_CORPUS}, by sacrebleu"),
+    Measure("nist", "NIST", "NIST", f"Shared n-grams by information {_CORPUS}, by nltk", highest=inf, percent=False),
+    Measure("ter", "TER", "TER", f"Edits by reference length {_CORPUS}, by sacrebleu, the less the better", highest=inf,
+            least_is_best=True),
+    Measure("cider", "CIDEr", "CIDEr", f"CIDEr-D {_CORPUS}, by pycocoevalcap; the four are not on the scale of "
+            "e2e-metrics", highest=10.0, percent=False),
+)  # fmt: skip
+"""Measures of answers, in the order in which tables show them; the last four of data-to-text alone."""
 
 BESIDE: Final[Mapping[str, tuple[Measure, ...]]] = {
     MCC.name: (MCC, POOLED_MCC, ACCURACY),
@@ -113,10 +132,19 @@ BESIDE: Final[Mapping[str, tuple[Measure, ...]]] = {
 several of these scores the first counts."""
 
 SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, *GENERATION)}
-"""Metrics of personalised clients that must lie between their lowest value and 1."""
+"""Metrics of personalised clients that must lie between their lowest value and their highest."""
 
 SCORES: Final[tuple[str, ...]] = (*SHARES, LOSS)
 """All metrics of personalised clients on their test examples."""
+
+
+def out_of_range(scored: pd.DataFrame) -> pd.Series[bool]:
+    """Which metric rows have a value that their measure cannot have; NaN is none that it can."""
+    lowest, highest = (
+        scored["metric"].map({name: getattr(measure, end) for name, measure in SHARES.items()}).astype(float)
+        for end in ("lowest", "highest")
+    )
+    return lowest.notna() & ~scored["value"].between(lowest, highest)
 
 
 def pooled_matthews(cells: pd.DataFrame, group: list[str]) -> pd.DataFrame:

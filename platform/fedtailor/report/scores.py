@@ -27,6 +27,7 @@ from fedtailor.report.measures import (
     SCORES,
     SHARES,
     Measure,
+    out_of_range,
     pooled_matthews,
 )
 
@@ -131,12 +132,10 @@ def checked(metrics: pd.DataFrame) -> pd.DataFrame:
         raise DataError(
             f"client {row.client}, {row.method}, budget {row.budget}, seed {row.seed}: {row.metric} is given twice"
         )
-    lowest = scored["metric"].map({name: measure.lowest for name, measure in SHARES.items()}).astype(float)
-    wrong = scored[lowest.notna() & ~scored["value"].between(lowest, 1)]
-    if len(wrong):
-        row, least = wrong.iloc[0], lowest[wrong.index[0]]
+    if len(wrong := scored[out_of_range(scored)]):
+        row, ends = wrong.iloc[0], SHARES[wrong.iloc[0].metric].ends
         raise DataError(
-            f"client {row.client}, {row.method}, budget {row.budget}: {row.metric} {row.value} is not in [{least:g}, 1]"
+            f"client {row.client}, {row.method}, budget {row.budget}: {row.metric} {row.value} is not in {ends}"
         )
     return frame
 
@@ -254,7 +253,8 @@ def _block(scored: pd.DataFrame, budget: int, table: pd.DataFrame, measure: Meas
     languages = tuple(sorted(set(values["language"]) - {AVERAGE}))
     cells: dict[tuple[str, str], Cell] = {}
     for name in (*languages, AVERAGE):
-        cells |= {(name, method): cell for method, cell in _mark_best(_cells(values, name)).items()}
+        marked = _mark_best(_cells(values, name), measure)
+        cells |= {(name, method): cell for method, cell in marked.items()}
     of_language = {key: cell for key, cell in cells.items() if key[0] != AVERAGE}
     total = values[values["language"] == AVERAGE]
     at = dict(zip(values["method"], values["budget"], strict=True))
@@ -283,12 +283,12 @@ def _cells(table: pd.DataFrame, language: str) -> dict[str, Cell]:
     }
 
 
-def _mark_best(cells: dict[str, Cell]) -> dict[str, Cell]:
-    top = max((cell.mean for cell in cells.values()), default=np.nan)
+def _mark_best(cells: dict[str, Cell], measure: Measure) -> dict[str, Cell]:
+    sign = -1 if measure.least_is_best else 1
+    top = max((sign * cell.mean for cell in cells.values()), default=np.nan)
     # Where all score zero there is no best: nobody has learned anything yet.
-    return {
-        method: Cell(cell.mean, cell.sd, bool(top > 0 and cell.mean >= top - _TIE)) for method, cell in cells.items()
-    }
+    some = measure.least_is_best or top > 0
+    return {m: Cell(cell.mean, cell.sd, bool(some and sign * cell.mean >= top - _TIE)) for m, cell in cells.items()}
 
 
 def client_scores(rows: pd.DataFrame) -> pd.DataFrame:

@@ -101,7 +101,7 @@ def table_data(found: Sequence[Block]) -> pd.DataFrame:
     for block in found:
         for method in block.methods:
             key = method if block.budget is None else f"r{block.budget}/{method}"
-            numbers = [in_percent(block.cell(code, method)) for code in (*codes, AVERAGE)]
+            numbers = [as_shown(block, code, method) for code in (*codes, AVERAGE)]
             columns[key] = [*(mean for mean, _ in numbers), block.wins[method]]
             columns[f"{key}/sd"] = [*(sd for _, sd in numbers), None]
     return pd.DataFrame(columns, dtype=object)
@@ -117,11 +117,12 @@ def language_title(code: str) -> str:
     return code if (name := names.language_name(code)) == code else f"{name} ({code})"
 
 
-def in_percent(cell: Cell | None) -> tuple[float | None, float | None]:
-    """Mean and SD in percent with four decimals."""
+def as_shown(block: Block, language: str, method: str) -> tuple[float | None, float | None]:
+    """Mean and SD in percent, where that is how the measure is shown, with four decimals; None: not measured."""
+    cell, unit = block.cell(language, method), 100 if block.measure.percent else 1
     if cell is None:
         return None, None
-    return round(100 * cell.mean, 4), None if cell.sd is None else round(100 * cell.sd, 4)
+    return round(unit * cell.mean, 4), None if cell.sd is None else round(unit * cell.sd, 4)
 
 
 def _score(cell: Cell | None) -> str:
@@ -155,21 +156,24 @@ def measures_grid(found: Sequence[Block], caption: Sequence[str]) -> Grid:
     rows, bold = [], set()
     for i, (budget, method, here) in enumerate(_rows(found)):
         cells = [[block.cell(code, method) for block in here] for code in (*codes, AVERAGE)]
+        numbers = [[as_shown(block, code, method)[0] for block in here] for code in (*codes, AVERAGE)]
         places = [(j, k, cell) for j, at in enumerate(cells, 2) for k, cell in enumerate(at)]
         bold |= {(i, j, 2 * k) for j, k, cell in places if cell is not None and cell.best}  # slashes are words too
-        texts = [[names.percent(None if cell is None else cell.mean) for cell in at] for at in cells]
+        texts = [[ABSENT if number is None else f"{number:.2f}" for number in at] for at in numbers]
         texts.append([str(block.wins.get(method, ABSENT)) for block in here])
         title = ABSENT if budget is None else names.budget_title(budget)
         rows.append([title, names.method_name(method), *map(SEPARATOR.join, texts)])
     titles, (first, *rest) = SEPARATOR.join(measure.title for measure in measures), caption
     main = next(measure.title for measure in measures if first.startswith(measure.title))
+    plain = [measure.title for measure in measures if not measure.percent]
+    unit = f"%; {' and '.join(plain)} as they are" if plain else "%"
     means = "; ".join(f"{m.title}: {m.value[0].lower()}{m.value[1:]}" for m in measures)
     return Grid(
         header=["Budget", "Method", *map(language_title, codes), "Average", f"Wins ({measures[0].groups})"],
         rows=rows,
         bold=bold,
         caption=[first.replace(main, f"{titles}, in this order,", 1), f"{means}.", *rest],
-        title=f"{names.pool_name(found[0].pool)}: {titles} (%)",
+        title=f"{names.pool_name(found[0].pool)}: {titles} ({unit})",
         label=f"metrics-{file_label(found[0].pool)}",
         rules={i for i, row in enumerate(rows) if i and row[0] != rows[i - 1][0]},
         labels=2,
@@ -178,7 +182,7 @@ def measures_grid(found: Sequence[Block], caption: Sequence[str]) -> Grid:
 
 
 def measures_data(found: Sequence[Block]) -> pd.DataFrame:
-    """A row per budget, method and measure of a pool; percent, empty where not measured.
+    """A row per budget, method and measure of a pool, as `as_shown`; empty where not measured.
 
     Columns: budget (-1 where no method has one), method, metric, each language and its ``/sd``, the average and its
     own, wins.
@@ -189,7 +193,7 @@ def measures_data(found: Sequence[Block]) -> pd.DataFrame:
             record: dict[str, object] = {"budget": -1 if budget is None else budget, "method": method}
             record["metric"] = block.measure.name
             for name in (*languages_of(found), AVERAGE):
-                record[name], record[f"{name}/sd"] = in_percent(block.cell(name, method))
+                record[name], record[f"{name}/sd"] = as_shown(block, name, method)
             records.append(record | {"wins": block.wins.get(method)})
     return pd.DataFrame(records, dtype=object)
 

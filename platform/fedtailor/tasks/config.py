@@ -30,6 +30,7 @@ class TaskConfig(Named):
         "sorted_share": None,
         "test_split": "mirror",
         "variant": None,
+        "domains": (),
     }
 
     name: str = "cldr"
@@ -40,6 +41,8 @@ class TaskConfig(Named):
     """glue only: which of its data sets."""
     variant: Literal["paper", "solvable"] | None = None
     """pf2lora_synthetic only: which regressions; see the task."""
+    domains: tuple[str, ...] = ()
+    """webnlg only: the domains of each client, several joined by +; default: the task's own eight clients."""
     languages: tuple[str, ...] = MASAKHANEWS_LANGUAGES
     clients_per_language: Positive = 10
     """n clients per language and pool; 16 x 10 x 2 = 320 in the paper (xnli: 15 x 20 x 2 = 600)."""
@@ -71,8 +74,9 @@ class TaskConfig(Named):
     replacement from its language, for population studies of any size."""
     template: str = "auto"
     """Generation only: ``chat`` (the tokenizer's own chat template), ``alpaca``, ``alpaca_input`` (with a section for
-    what follows an instruction's first empty line), ``llama3``, ``auto``: the tokenizer's where it has one, else
-    ``alpaca``; or a text file with the slots ``{instruction}`` and ``{response}``."""
+    what follows an instruction's first empty line), ``llama3``, ``plain`` (a line break before the response),
+    ``auto``: the tokenizer's where it has one, else ``alpaca``; or a text file with the slots ``{instruction}`` and
+    ``{response}``."""
     overlong: Literal["cut_prompt", "drop"] = "cut_prompt"
     """Generation only: what becomes of an example whose prompt and response exceed ``max_length`` tokens, in train and
     test alike: the prompt's instruction is cut at its end (the response then too, if it alone is too long), or the

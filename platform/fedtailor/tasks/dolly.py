@@ -14,8 +14,9 @@ from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instructions import is_complete, none_dropped, read_example
 from fedtailor.tasks.partition import MIN_EXAMPLES, held_out
+from fedtailor.tasks.places import find_file
 from fedtailor.tasks.rows import Row, hub_rows, read_rows
-from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, find_file, seeded_halves
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, seeded_halves
 
 DOLLY_CATEGORIES: tuple[str, ...] = (
     "brainstorming", "classification", "closed_qa", "creative_writing", "general_qa", "information_extraction",

@@ -17,8 +17,9 @@ from fedtailor.tasks.cldr import FED_AYA
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.instructions import is_complete, none_dropped, predominant, read_example
 from fedtailor.tasks.partition import MIN_EXAMPLES, LabelledSplit, check_unseen, natural_clients
+from fedtailor.tasks.places import find_file
 from fedtailor.tasks.rows import Row, list_rows, parse_json, read_text
-from fedtailor.tasks.source import Source, TaskEntry, find_file
+from fedtailor.tasks.source import Source, TaskEntry
 
 FED_AYA_LANGUAGES: tuple[str, ...] = ("ar", "en", "es", "fr", "pt", "ru", "te", "zh")
 """ISO 639-1 codes of the languages that FedP2EFT keeps of Fed-Aya (A.1)."""

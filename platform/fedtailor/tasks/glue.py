@@ -13,19 +13,9 @@ from typing import Final, NamedTuple
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.places import data_place, first_file
 from fedtailor.tasks.rows import Row, hub_rows, read_text
-from fedtailor.tasks.source import (
-    POOLS,
-    ClassScore,
-    Example,
-    LanguagePool,
-    Pool,
-    Source,
-    TaskEntry,
-    data_place,
-    first_file,
-    seeded_halves,
-)
+from fedtailor.tasks.source import POOLS, ClassScore, Example, LanguagePool, Pool, Source, TaskEntry, seeded_halves
 
 HUB_ID: Final = "nyu-mll/glue"
 LANGUAGE: Final = "eng"

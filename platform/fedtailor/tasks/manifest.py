@@ -57,6 +57,7 @@ def manifest_of(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tupl
         **unusual,
         **({"columns": dict(source.columns)} if source.columns else {}),
         **({"truth": dict(source.truth)} if source.truth else {}),
+        **({"several": True} if source.several else {}),
         "task": cfg.name,
         "config": cfg.model_dump(mode="json", exclude=hidden | at_absent(cfg).keys()),
         "seed": seed,
@@ -72,7 +73,8 @@ def manifest_of(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tupl
 
 def _digest(example: Example, source: Source) -> bytes:
     if source.kind == "generation":
-        return hashlib.sha256(json.dumps(example, ensure_ascii=False).encode()).digest()
+        fields = example if example.others else example[: Example._fields.index("others")]
+        return hashlib.sha256(json.dumps(fields, ensure_ascii=False).encode()).digest()
     texts = example.text if example.pair is None else f"{example.text}\0{example.pair}"
     return hashlib.sha256(f"{example.label}\0{texts}".encode()).digest()
 

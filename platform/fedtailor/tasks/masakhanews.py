@@ -11,19 +11,9 @@ from pathlib import Path
 
 from fedtailor.core.errors import DataError
 from fedtailor.tasks.config import MASAKHANEWS_LANGUAGES, TaskConfig
+from fedtailor.tasks.places import language_file, language_folders
 from fedtailor.tasks.rows import Row, hub_rows, separated_rows
-from fedtailor.tasks.source import (
-    POOLS,
-    Example,
-    LanguagePool,
-    Pool,
-    Source,
-    TaskEntry,
-    check_languages,
-    language_file,
-    language_folders,
-    seeded_halves,
-)
+from fedtailor.tasks.source import POOLS, Example, LanguagePool, Pool, Source, TaskEntry, check_languages, seeded_halves
 
 LABELS: tuple[str, ...] = (
     "business",

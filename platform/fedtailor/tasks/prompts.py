@@ -3,6 +3,7 @@
 `alpaca` and `llama3` are FedP2EFT's (A.2), to the character as the reference code has them (a blank follows
 Alpaca's instruction) but for two mistakes: there is one begin-of-text token instead of two, and no newline after the
 token that closes the response. `alpaca_input` is Alpaca's second form (Taori et al., 2023).
+`plain` adds a line break alone, for data that are no instructions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Turn = dict[str, str]
 
 INSTRUCTION: Final = "{instruction}"
 RESPONSE: Final = "{response}"
-NAMES: Final = ("alpaca", "alpaca_input", "llama3", "chat")
+NAMES: Final = ("alpaca", "alpaca_input", "llama3", "plain", "chat")
 """Names that ``task.template`` may have, beside ``auto``."""
 
 _MARK: Final = "\ue000response\ue001"
@@ -118,7 +119,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ModelError(
                 f"'task.template' is 'chat', but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
-                f"allowed for it: alpaca, alpaca_input, auto, or a file"
+                f"allowed for it: alpaca, alpaca_input, plain, auto, or a file"
             )
         jinja = tokenizer.get_chat_template()
         form = cls(tokenizer, _NO_CLOCK + jinja if "strftime_now" in jinja else jinja)
@@ -177,6 +178,7 @@ _BUILT_IN: Final = {
         system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
         between="<|eot_id|>",
     ),
+    "plain": TextTemplate(turn="{instruction}\n{response}", closing=""),
 }
 """Templates by name; one without a closing of its own closes with the tokenizer's EOS."""
 

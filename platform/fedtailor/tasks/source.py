@@ -1,12 +1,10 @@
-"""Where a task's data lie, and its labelled texts by pool and language or by client before they are partitioned."""
+"""A task's labelled texts by pool and language or by client before they are partitioned."""
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fedtailor.core.errors import DataError
@@ -30,6 +28,8 @@ class Example(NamedTuple):
     """The second text (hypothesis) of a sentence-pair task; the response of an instruction."""
     history: str | None = None
     """Earlier turns of a conversation, system message included: JSON of ``[{"role": ..., "content": ...}, ...]``."""
+    others: tuple[str, ...] = ()
+    """Of a test instruction: further responses that are as right as ``pair``."""
 
     @property
     def normal(self) -> str:
@@ -117,6 +117,11 @@ class Source:
         if len(kinds) > 1:
             raise DataError("some examples are pairs of texts and some are single texts; a task has one kind")
         return kinds == {True}
+
+    @property
+    def several(self) -> bool:
+        """Some instructions have more than one right response."""
+        return any(e.others for _, _, part in self.parts() for e in part.split("test"))
 
     def parts(self) -> Iterator[tuple[Pool, str, LanguagePool | NaturalClient]]:
         """(pool, language, texts), seen before unseen, languages by alphabet, or natural clients in their order."""
@@ -223,70 +228,3 @@ def check_leakage(source: Source) -> dict[str, int]:
     if source.disjoint and any(leaks.values()):
         raise DataError(f"texts leak between pools or splits: {leaks}")
     return leaks
-
-
-# ---- where data sets lie ---------------------------------------------------------------------------------------------
-
-
-def find_file(path: str | None, dataset: str, names: Sequence[str]) -> Path | None:
-    """The file of a data set, in the place that ``task.path`` (a file or its folder), else $FEDTAILOR_DATA names.
-
-    Args:
-        path: ``task.path``.
-        dataset: name of the folder in $FEDTAILOR_DATA.
-        names: names the file may have, each also with ``.gz``.
-
-    Returns:
-        None where neither names a place: the hub may have it.
-
-    Raises:
-        DataError: neither a file nor a folder with it; says which key or variable named it, and what was expected.
-    """
-    place, origin = data_place(path, dataset)
-    if place is None or place.is_file():
-        return place
-    if file := first_file(place, names):
-        return file
-    what = f"the folder {place} holds none of" if place.is_dir() else f"{place} does not exist; it should hold one of"
-    raise DataError(f"{origin}: {what} {_alternatives(names)}")
-
-
-def language_folders(path: str | None, dataset: str) -> Path | None:
-    """The folder of a data set with one folder per language, looked for as by `find_file`.
-
-    Raises:
-        DataError: the folder does not exist; says which of the two named it.
-    """
-    place, origin = data_place(path, dataset)
-    if place is not None and not place.is_dir():
-        raise DataError(f"{origin}: {place} is not a folder; it should hold one folder per language")
-    return place
-
-
-def first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first file of these names that a folder has, each also with ``.gz``."""
-    found = (folder / f"{name}{ending}" for name in names for ending in ("", ".gz"))
-    return next((file for file in found if file.is_file()), None)
-
-
-def language_file(folder: Path, language: str, names: Sequence[str]) -> Path:
-    """The first file of these names in a language's folder, each also with ``.gz``.
-
-    Raises:
-        DataError: there is none; names folder and files.
-    """
-    if file := first_file(folder / language, names):
-        return file
-    raise DataError(f"{folder / language}: missing file, one of {_alternatives(names)}")
-
-
-def data_place(path: str | None, dataset: str) -> tuple[Path | None, str]:
-    """The place of a data set, None: the hub; and what names it, ``task.path`` or ``FEDTAILOR_DATA``."""
-    if path is not None:
-        return Path(path).expanduser(), "task.path"
-    root = os.environ.get("FEDTAILOR_DATA")
-    return Path(root) / dataset if root else None, "FEDTAILOR_DATA"
-
-
-def _alternatives(names: Sequence[str]) -> str:
-    return ", ".join(f"{name}{ending}" for name in names for ending in ("", ".gz"))

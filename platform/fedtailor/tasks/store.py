@@ -46,6 +46,12 @@ INSTRUCTIONS = PAIRS.append(pa.field("history", pa.large_string()))
 """texts.arrow of a generation task: `text` is the instruction, `pair` its response, `label` the example's group and
 `language` that group's name, `history` the turns before it as JSON, or null."""
 
+REFERENCES = INSTRUCTIONS.append(pa.field("others", pa.list_(pa.large_string())))
+"""texts.arrow of a generation task with several references: `others`, those beside `pair`."""
+
+ANSWERS = pa.schema({"question": pa.large_string(), "answer": pa.large_string()})
+"""answers.arrow of instructions: row i is row i of texts.arrow, as it was before any cut; with `REFERENCES`' others."""
+
 EXAMPLES = pa.schema({"client": pa.int32(), "test": pa.bool_(), "row": pa.int32()})
 """examples.arrow: client (index into the manifest's clients), split, row of texts.arrow; train first."""
 
@@ -82,6 +88,14 @@ def write_examples(path: Path, rows: Sequence[Sequence[npt.NDArray[Any]]]) -> No
     write_stream(path, EXAMPLES, (pa.record_batch([clients[b], test[b], every[b]], schema=EXAMPLES) for b in blocks))
 
 
+def write_answers(path: Path, data: TaskData) -> None:
+    """Writes ``answers.arrow``: instructions and right responses as they were before they became tokens."""
+    schema = ANSWERS.append(REFERENCES.field("others")) if data.several else ANSWERS
+    columns = ("text", "pair", "others")[: len(schema)]
+    blocks = ([batch.column(name) for name in columns] for batch in data.batches)
+    write_stream(path, schema, (pa.record_batch(block, schema=schema) for block in blocks))
+
+
 class Partitioned:
     """What the texts and the tokens of partitioned clients have in common: folder, manifest, who holds which rows.
 
@@ -112,6 +126,11 @@ class Partitioned:
         """What the task asks for: a class, a response, numbers. Manifests that do not name it are of classification."""
         kind: TaskKind = self.manifest.get("kind", "classification")
         return kind
+
+    @property
+    def several(self) -> bool:
+        """Some instructions have more than one right response; answers are then scored as a corpus, too."""
+        return bool(self.manifest.get("several", False))
 
     @property
     def score(self) -> ClassScore:

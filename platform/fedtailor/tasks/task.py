@@ -39,7 +39,7 @@ from fedtailor.tasks.source import (
     TaskEntry,
     all_seen,
 )
-from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, TEXTS, TaskData, write_examples, write_stream
+from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, REFERENCES, TEXTS, TaskData, write_examples, write_stream
 
 __all__ = ["TASKS", "Client", "TaskData", "prepare", "task_config"]
 
@@ -52,6 +52,8 @@ _FILES: Final = (
     "dolly",
     "dolly_category",
     "fed_aya",
+    "webnlg",
+    "e2e",
     "instructions",
     "texts",
     "pf2lora_synthetic",
@@ -208,14 +210,15 @@ def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: in
 
 def _schema(source: Source) -> pa.Schema:
     if source.kind == "generation":
-        return INSTRUCTIONS
+        return REFERENCES if source.several else INSTRUCTIONS
     return PAIRS if source.paired else TEXTS
 
 
 def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
     schema = _schema(source)
     rows = (
-        (pool, language, split, e.text, e.label, e.pair, e.history) for pool, language, split, e in table_rows(source)
+        (pool, language, split, e.text, e.label, e.pair, e.history, e.others)
+        for pool, language, split, e in table_rows(source)
     )
     while block := list(islice(rows, BLOCK)):
         columns = [list(column) for column in zip(*block, strict=True)]

@@ -18,7 +18,17 @@ from fedtailor.lanes.batches import Examples
 from fedtailor.tasks.encoding import Encoded, Encoder, Overlong, Sample, check_texts, encode_texts
 from fedtailor.tasks.prompts import PromptTemplate, identity, resolve
 from fedtailor.tasks.source import SPLITS, Example, Split
-from fedtailor.tasks.store import BLOCK, POOLED, Partitioned, TaskData, cells, open_stream, write_examples, write_stream
+from fedtailor.tasks.store import (
+    BLOCK,
+    POOLED,
+    Partitioned,
+    TaskData,
+    cells,
+    open_stream,
+    write_answers,
+    write_examples,
+    write_stream,
+)
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
@@ -31,9 +41,6 @@ SEGMENTS = TOKENS.append(pa.field("first", pa.int32()))
 
 PROMPTS = TOKENS.append(pa.field("prompt", pa.int32()))
 """tokens.arrow of instructions: the first `prompt` tokens are given, the others learned; no tokens: dropped."""
-
-ANSWERS = pa.schema({"question": pa.large_string(), "answer": pa.large_string()})
-"""answers.arrow of instructions: row i is row i of texts.arrow, as it was before any cut."""
 
 
 def tokenise(
@@ -71,8 +78,7 @@ def tokenise(
         except DataError:
             check_conversations(data, encoder.template, place_of)
             raise
-        answers = ([batch.column("text"), batch.column("pair")] for batch in data.batches)
-        write_stream(out / "answers.arrow", ANSWERS, (pa.record_batch(each, schema=ANSWERS) for each in answers))
+        write_answers(out / "answers.arrow", data)
         lengths, prompts, responses = (np.array(column) for column in zip(*encoded, strict=True))
         kept = [_kept(client.id, rows, lengths, max_length) for client, rows in zip(data.clients, held, strict=True)]
         counts: dict[str, dict[str, int]] = {}
@@ -81,6 +87,7 @@ def tokenise(
             cut = {"cut_prompts": int(prompts[rows].sum()), "cut_responses": int(responses[rows].sum())}
             counts[split] = cut | {"dropped": len(before) - len(rows)}
         held = kept
+        notes |= {"several": True} if data.several else {}
         notes["kind"], notes["template"] = "generation", identity(resolve(template, tokenizer))
         notes["overlong"] = {"rule": overlong, **counts}
         notes["stop_ids"] = sorted({encoder.closing[-1], tokenizer.eos_token_id} - {None})
@@ -167,7 +174,8 @@ def check_conversations(data: TaskData, template: PromptTemplate, place_of: Plac
 
 
 def _examples(batch: pa.RecordBatch) -> Iterator[Example]:
-    return map(Example._make, zip(*(batch.column(n).to_pylist() for n in Example._fields), strict=True))
+    names = [name for name in Example._fields if name in batch.schema.names]
+    return (Example(*fields) for fields in zip(*(batch.column(name).to_pylist() for name in names), strict=True))
 
 
 def _sample(example: Example) -> Sample:
@@ -249,6 +257,12 @@ class TokenData(Partitioned):
     def answers(self, client_id: str, split: Split) -> list[str]:
         """The reference responses, in the order of `examples`; whole, even where tokens were cut."""
         return cells(self._texts, "answer", self.rows_of(client_id, split))
+
+    def references(self, client_id: str, split: Split) -> list[tuple[str, ...]]:
+        """All right responses of each example, that of `answers` first."""
+        rows = self.rows_of(client_id, split)
+        others = cells(self._texts, "others", rows) if self.several else [()] * len(rows)
+        return [(first, *more) for first, more in zip(self.answers(client_id, split), others, strict=True)]
 
     def questions(self, client_id: str, split: Split) -> list[str]:
         """The instructions without template and history, in the order of `examples`."""

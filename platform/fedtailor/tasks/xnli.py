@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.places import first_file, language_file, language_folders
 from fedtailor.tasks.rows import hub_name, load_hub, read_text
 from fedtailor.tasks.source import (
     POOLS,
@@ -37,9 +38,6 @@ from fedtailor.tasks.source import (
     Split,
     TaskEntry,
     check_languages,
-    first_file,
-    language_file,
-    language_folders,
     normalise,
 )
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 SCORES: Final = (
-    "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "loss", "distance", "rank90",
+    "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "bleu", "nist", "ter", "cider", "loss",
+    "distance", "rank90",
 )  # fmt: skip
 """Metrics of test examples that a client's model may be scored by."""
 
@@ -126,7 +127,8 @@ def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     asked = []
     for lane in made.lanes:
         examples = data.examples(lane.client.id, "test").rows(slice(cfg.max_test))
-        asked.append(Asked(examples, data.answers(lane.client.id, "test")[: len(examples.labels)]))
+        references = data.references(lane.client.id, "test")[: len(examples.labels)]
+        asked.append(Asked(examples, references, data.several))
     # An answer ends where trained responses end, or at the end of text.
     stops, closing = (tuple(map(int, data.manifest[name])) for name in ("stop_ids", "closing"))
     how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net.config), closing)
@@ -161,7 +163,7 @@ def _kept(stage: OpenStage, made: Personalised, k: int, asked: Any, answers: tup
             "method": stage.spec.method,
             "row": row,
             "prompt": questions[row],
-            "reference": asked.references[row],
+            "reference": asked.references[row][0],
             "prediction": answer,
         }
         for row, answer in enumerate(answers)
