@@ -148,7 +148,9 @@ def rank(inbox: Any, index: int, ranks: int, folder: str, device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=index, world_size=ranks, timeout=timedelta(seconds=ZERO_S))
     where = f"cuda:{index}" if device == "cuda" else "cpu"
-    model, probe = load_partitioned(Path(folder) / "base", None, torch.float32, ranks, device=where.partition(":")[0])
+    model, probe = load_partitioned(
+        Path(folder) / "base", "generation", (), torch.float32, ranks, device=where.partition(":")[0]
+    )
     net = LaneNet(model, adapted_linears(model), ranks=ProcessGroup(index, ranks), verify=probe.check)
     gradient, seconds = _step(net)
     net.verify()

@@ -101,7 +101,7 @@ class ThreeBillion:
         """Builds the base, and nothing else."""
         started = time.perf_counter()
         self._config = spec.method_config
-        model, probe = load_partitioned(Path(spec.model_dir), None, torch.bfloat16, self._ranks.size)
+        model, probe = load_partitioned(Path(spec.model_dir), "generation", (), torch.bfloat16, self._ranks.size)
         linears = adapted_linears(model, "all-linear")
         self._net = LaneNet(model, linears, "bfloat16", 0.0, True, self._ranks, probe.check)
         self._seen |= {

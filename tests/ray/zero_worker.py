@@ -75,7 +75,7 @@ class ZeroWorker:
             model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
             self._net = LaneNet(model, adapted_linears(model, "all-linear"))
         else:
-            model, probe = load_partitioned(folder, None, torch.float32, self._ranks.size)
+            model, probe = load_partitioned(folder, "generation", (), torch.float32, self._ranks.size)
             linears = adapted_linears(model, "all-linear")
             self._net = LaneNet(model, linears, ranks=self._ranks, verify=probe.check)
         self._spec = spec

@@ -14,7 +14,8 @@ from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import Example, LanguagePool, Source, TaskEntry
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare
-from fedtailor.tasks.tokens import TokenData, tokenise, unknown_tokens
+from fedtailor.tasks.tokens import TokenData, tokenise
+from fedtailor.tasks.unknown_tokens import unknown_tokens
 
 SPLITS = ("train", "test")
 MAX_LENGTH = 24

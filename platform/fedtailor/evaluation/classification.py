@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedtailor.lanes.batches import Examples, LaneBatch, make_batch
+from fedtailor.lanes.batches import Examples, LaneBatch, scoring_batches
 
 Counts = npt.NDArray[np.int64]
 
@@ -67,20 +67,10 @@ def evaluate(
         device: where batches go.
         confusion: count answers of each class by the class that they should have.
     """
-    sizes = [len(t.labels) for t in tests]
-    # Long ones first, side by side: little padding, and the largest step comes first.
-    order = [np.argsort(-t.lengths, kind="stable") for t in tests]
     correct, count = np.zeros(len(tests), np.int64), np.zeros(len(tests), np.int64)
     losses, tables = np.zeros(len(tests), np.float64), list[Counts]()
-    start = 0
-    while start < max(sizes):
-        width = max(int(t.lengths[own[start]]) for t, own in zip(tests, order, strict=True) if start < len(own))
-        stop = start + max(1, token_budget // (len(tests) * width))
-        # Lanes are ordered by training size, so any of them may run out of test texts first: it stays in the
-        # batch with its shortest text, which is not counted again.
-        indices = [own[start:stop] if start < len(own) else own[-1:] for own in order]
-        batch = make_batch(tests, indices, pad_id, device)
-        alive = torch.tensor([start < n for n in sizes], device=batch.valid.device)
+    for batch, indices in scoring_batches(tests, pad_id, token_budget, device):
+        alive = torch.tensor([len(own) > 0 for own in indices], device=batch.valid.device)
         counted = batch.valid & alive.unsqueeze(1)
         scores = logits(batch)
         k, b, classes = scores.shape
@@ -94,6 +84,5 @@ def evaluate(
         correct += hits.sum(1).cpu().numpy()
         losses += (each.view(k, b).double() * counted).sum(1).cpu().numpy()
         count += counted.sum(1).cpu().numpy()
-        start = stop
     whole = list(np.sum(tables, axis=0)) if confusion else [None] * len(tests)
     return list(map(Score, correct.tolist(), losses.tolist(), count.tolist(), whole))

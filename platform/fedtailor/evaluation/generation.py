@@ -28,7 +28,7 @@ from fedtailor.evaluation.text_metrics import (
     meteor,
     rouge,
 )
-from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, make_batch
+from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, scoring_batches
 from fedtailor.lanes.loss import target_losses
 from fedtailor.lanes.net import LaneNet
 
@@ -156,22 +156,11 @@ def response_losses(
         pad_id: padding token.
         token_budget: tokens of one step over all lanes.
     """
-    sizes = [len(t.labels) for t in texts]
-    # Long ones first, side by side: little padding, and the largest step comes first.
-    order = [np.argsort(-t.lengths, kind="stable") for t in texts]
-    found = [np.zeros(n, np.float64) for n in sizes]
-    start = 0
-    while start < max(sizes):
-        width = max(int(t.lengths[o[start]]) for t, o, n in zip(texts, order, sizes, strict=True) if start < n)
-        stop = start + max(1, token_budget // (len(texts) * width))
-        # A lane that has run out stays in the batch with its shortest text, which is not counted again.
-        indices = [o[start:stop] if start < n else o[-1:] for o, n in zip(order, sizes, strict=True)]
-        batch = make_batch(texts, indices, pad_id, net.device)
+    found = [np.zeros(len(t), np.float64) for t in texts]
+    for batch, indices in scoring_batches(texts, pad_id, token_budget, net.device):
         means = _row_means(target_losses(net, batch), batch).cpu().numpy()
-        for lane, (index, n) in enumerate(zip(indices, sizes, strict=True)):
-            if start < n:
-                found[lane][index] = means[lane, : len(index)]
-        start = stop
+        for lane, index in enumerate(indices):
+            found[lane][index] = means[lane, : len(index)]
     return found
 
 

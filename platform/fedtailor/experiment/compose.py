@@ -13,6 +13,7 @@ from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, method_of
 from fedtailor.experiment.rules import (
+    ASKED,
     model_problems,
     population_problems,
     server_problems,
@@ -89,8 +90,7 @@ def _regression_problems(exp: ExperimentBase) -> Iterator[str]:
     kind, model = exp.task_entry.kind, exp.model.name
     if kind != "regression":
         if model == EMBEDDED_LINEAR:
-            asked = "text" if kind == "generation" else "classes"
-            yield f"'model.name': {model} predicts numbers, and task '{exp.task.name}' asks for {asked}"
+            yield f"'model.name': {model} predicts numbers, and task '{exp.task.name}' asks for {ASKED[kind]}"
         return
     if model != EMBEDDED_LINEAR:
         yield (

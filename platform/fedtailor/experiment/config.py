@@ -27,6 +27,7 @@ from fedtailor.core.settings import (
 from fedtailor.federated.method import Method
 from fedtailor.methods import FILES, METHODS, build_method
 from fedtailor.methods.external import resolved
+from fedtailor.models.source import embedded_for
 from fedtailor.privacy.config import PrivacyConfig
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.source import TaskEntry
@@ -81,7 +82,7 @@ class ExperimentBase(Config):
             usual, model = cls.model_fields["methods"].default, value.get("model", {})
             value = {"methods": tuple(m for m in usual if m != "majority"), **value}
             if isinstance(model, dict):
-                value["model"] = {"name": "tiny-llama" if entry.kind == "generation" else "linear", **model}
+                value["model"] = {"name": embedded_for(entry.kind), **model}
         try:
             known = TaskConfig.model_validate(value.get("task", {}))
         except ValidationError:

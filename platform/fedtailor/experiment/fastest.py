@@ -195,7 +195,7 @@ def _step_seconds(exp: ExperimentBase, config: PretrainedConfig, choice: Choice,
 
 def _random_model(exp: ExperimentBase, config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
     config = copy.deepcopy(config)
-    if exp.task_entry.kind == "classification":
+    if exp.task_entry.kind in ("classification", "extraction"):
         name_labels(config, ["a", "b"])
     config.pad_token_id = 0
     options = {"attn_implementation": attention} if attention else {}

@@ -30,6 +30,7 @@ from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, f
 from fedtailor.experiment.rules import check_weights, check_whole_logits
 from fedtailor.experiment.sizes import MethodSizes, method_sizes, rank_notes
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
+from fedtailor.experiment.tokenising import check_tokenizer, tokens_artifact, write_tokens
 from fedtailor.experiment.trial import try_model
 from fedtailor.federated.method import Method
 from fedtailor.models.dimensions import ModelDimensions, dimensions
@@ -41,8 +42,10 @@ from fedtailor.storage.artifacts import artifact_path
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import DONE, RunFolder, run_ids
 from fedtailor.tasks.prompts import check_name
+from fedtailor.tasks.squad import dropped_sentence
 from fedtailor.tasks.store import TaskData, clients_of
-from fedtailor.tasks.tokens import TokenData, unknown_tokens
+from fedtailor.tasks.tokens import TokenData
+from fedtailor.tasks.unknown_tokens import unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
 
 LOOKED_AT = 20
@@ -171,6 +174,7 @@ def inputs_here(
                 raise
             notes.append(f"Client sizes are unknown: {error}")
             return None, None, None
+        notes += filter(None, [dropped_sentence(data.manifest["notes"])])
         seen, unseen = data.pool("seen"), data.pool("unseen")
         population = Population(
             seen=len(seen),
@@ -200,9 +204,9 @@ def _unknown(
     if exp.task_entry.kind == "generation":
         settle_padding(tokenizer)
     if data.manifest["rows"] > MOST_TOKENISED:
-        prepare.check_tokenizer(exp, data, tokenizer)
+        check_tokenizer(exp, data, tokenizer)
         return {}
-    return unknown_tokens(data, prepare.write_tokens(exp, data, tokenizer, folder), tokenizer)
+    return unknown_tokens(data, write_tokens(exp, data, tokenizer, folder), tokenizer)
 
 
 def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) -> Inputs | None:
@@ -217,7 +221,7 @@ def _inputs(exp: ExperimentBase, seed: int, data: TaskData, notes: list[str]) ->
     except ModelError as error:
         notes.append(f"Artifact names depend on the model's weights, which are not here: {error}.")
         return None
-    return Inputs(name, model, prepare.tokens_artifact(exp, name, model))
+    return Inputs(name, model, tokens_artifact(exp, name, model))
 
 
 def configured_population(exp: ExperimentBase, notes: list[str]) -> Population:

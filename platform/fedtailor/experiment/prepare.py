@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from fedtailor.core.config import deviations
 from fedtailor.core.errors import ConfigError, PlacementError, StorageError
@@ -29,6 +28,7 @@ from fedtailor.experiment.config import (
 )
 from fedtailor.experiment.rules import check_population, check_weights, check_whole_logits
 from fedtailor.experiment.stages import Inputs, short_hash
+from fedtailor.experiment.tokenising import tokens_artifact, write_tokens
 from fedtailor.experiment.trial import try_model
 from fedtailor.federated.pool import OnEvent
 from fedtailor.federated.updates import attack_of
@@ -36,15 +36,15 @@ from fedtailor.models import hub
 from fedtailor.models.embedded import build_embedded, build_linear
 from fedtailor.models.folder import check_folder
 from fedtailor.models.load import load_tokenizer
-from fedtailor.models.source import EMBEDDED_KINDS, model_title, resolve
+from fedtailor.models.source import EMBEDDED_KINDS, resolve
 from fedtailor.storage.artifacts import Artifacts
 from fedtailor.storage.files import Storage
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks import prompts
-from fedtailor.tasks.encoding import Encoder, check_texts
 from fedtailor.tasks.store import TaskData
 from fedtailor.tasks.task import prepare as prepare_task
-from fedtailor.tasks.tokens import PlaceOf, TokenData, check_conversations, tokenise, unknown_tokens
+from fedtailor.tasks.tokens import TokenData
+from fedtailor.tasks.unknown_tokens import unknown_tokens
 from fedtailor.tracking.wandb_key import check_wandb
 
 _COPIES, _COPY = "working_dir_files", "_ray_pkg_"
@@ -209,31 +209,6 @@ def make_inputs(exp: ExperimentBase, seed: int, artifacts: Artifacts) -> Inputs:
     return Inputs(data_name, model_name, tokens_name, unknown_tokens(data, tokens, tokenizer))
 
 
-def write_tokens(exp: ExperimentBase, data: TaskData, tokenizer: PreTrainedTokenizerBase, out: Path) -> TokenData:
-    """Tokenises a task as its run does, see `tokens.tokenise`; errors name the model as it was configured."""
-    tokenizer.name_or_path, task = model_title(exp.model), exp.task
-    return tokenise(data, tokenizer, task.max_length, out, task.template, task.overlong, _place_of(exp))
-
-
-def check_tokenizer(exp: ExperimentBase, data: TaskData, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses what `write_tokens` would refuse, without tokenising.
-
-    Raises:
-        DataError, ModelError: see `tokens.tokenise`; but over-long examples are not looked for.
-    """
-    tokenizer.name_or_path, task = model_title(exp.model), exp.task
-    if data.kind == "generation":
-        template = Encoder(task.template, tokenizer, task.max_length, task.overlong).template
-        check_conversations(data, template, _place_of(exp))
-    else:
-        check_texts(tokenizer, task.max_length, data.paired)
-
-
-def _place_of(exp: ExperimentBase) -> PlaceOf | None:
-    find = exp.task_entry.place_of
-    return partial(find, exp.task) if find else None
-
-
 def checked_data(exp: ExperimentBase, seed: int, out: Path) -> TaskData:
     """Prepares a seed's data in a folder; refuses cohorts and attackers that they do not have.
 
@@ -261,8 +236,9 @@ def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
 
     A language model that is not embedded gets no new weights: seeds share it.
     """
-    classes = data.kind == "classification"
-    content: dict[str, object] = {"labels": list(data.labels), "seed": seed} if classes else {"kind": data.kind}
+    content: dict[str, object] = {"kind": data.kind}
+    if data.kind in ("classification", "extraction"):  # a fresh head depends on the seed
+        content = {**({"labels": list(data.labels)} if data.kind == "classification" else content), "seed": seed}
     if exp.model.name in EMBEDDED_KINDS:
         unused = ("targets", "base_dropout", "path", "attention", "weights", "checkpointing")
         sizes = {key: value for key, value in to_json(exp.model).items() if key not in unused}
@@ -270,14 +246,6 @@ def model_artifact(exp: ExperimentBase, seed: int, data: TaskData) -> str:
     else:
         content["model"] = {"source": hub.fingerprint(resolve(exp.model))}
     return f"model-{short_hash(content)}"
-
-
-def tokens_artifact(exp: ExperimentBase, data: str, model: str) -> str:
-    """Name of the tokenised clients."""
-    content: list[object] = [data, model, exp.task.max_length]
-    if exp.task_entry.kind == "generation":
-        content += [prompts.identity(exp.task.template), exp.task.overlong]
-    return f"tokens-{short_hash(content)}"
 
 
 def _texts_hash(data: TaskData) -> str:
@@ -292,7 +260,7 @@ def _model(exp: ExperimentBase, seed: int, data: TaskData, out: Path) -> None:
         build_linear(data.every_text(), out)
     elif exp.model.name in EMBEDDED_KINDS:
         # Seen train texts only: an unseen client's words must not shape the vocabulary.
-        build_embedded(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out)
+        build_embedded(data.train_texts("seen"), data.labels, exp.model, exp.task.max_length, seed, out, data.kind)
     else:
         folder = hub.fetch(resolve(exp.model), data.kind)
         check_folder(folder, exp.task.max_length, data.kind)

@@ -20,6 +20,11 @@ from fedtailor.tasks.source import TaskKind
 _QUANTISED = ("8bit", "4bit")
 _FEWEST_MASKED = 3
 
+ASKED: Mapping[TaskKind, str] = {
+    "classification": "classes", "generation": "text", "regression": "numbers", "extraction": "spans of a text",
+}  # fmt: skip
+"""What tasks of a kind ask for, in messages."""
+
 
 def task_problems(exp: ExperimentBase) -> Iterator[str]:
     """What methods and stages need and the task has not."""
@@ -28,7 +33,7 @@ def task_problems(exp: ExperimentBase) -> Iterator[str]:
         yield f"'personalise.pools' = [{asked}] leaves nobody, as 'task.pools' = [{there}] (allowed: [{there}])"
     if exp.task_entry.kind == "classification":
         return
-    asked_for = "text" if exp.task_entry.kind == "generation" else "numbers"
+    asked_for = ASKED[exp.task_entry.kind]
     able = [name for name in METHODS if Capability.CLASSES not in method_of(exp, name).requires]
     for name in exp.methods:
         if name not in able:
@@ -44,7 +49,7 @@ def _asks_for_classes(exp: ExperimentBase, method: str) -> str | None:
     for key, value in section:
         without = section.model_copy(update={key: getattr(type(section)(), key)})
         if Capability.CLASSES not in build_method(method, without, exp.r_max).requires:
-            asks = f"and task '{exp.task.name}' asks for text; leave the key out"
+            asks = f"and task '{exp.task.name}' asks for {ASKED[exp.task_entry.kind]}; leave the key out"
             return f"'{method}.{key}': {value} needs a classifier, {asks}"
     return None
 
@@ -69,8 +74,8 @@ def model_problems(exp: ExperimentBase) -> Iterator[str]:
             )
     if quantised and exp.task_entry.kind != "generation":
         yield (
-            f"'model.weights': {weights} is for language models, and task '{exp.task.name}' asks for classes (allowed: "
-            "float32, bfloat16)"
+            f"'model.weights': {weights} is for language models, and task '{exp.task.name}' asks for "
+            f"{ASKED[exp.task_entry.kind]} (allowed: float32, bfloat16)"
         )
     if quantised and not (engine.num_gpus or engine.memory_gb):
         yield (
@@ -166,7 +171,7 @@ def _needs_whole_base(method: Method, kind: TaskKind) -> str | None:
         )
     if _trains_base(method):
         return "trains the base's own weights, of which a rank has only a part"
-    if kind == "classification" and getattr(method.adapter, "head", False):
+    if kind in ("classification", "extraction") and getattr(method.adapter, "head", False):
         return "trains the classification head's own weights, of which a rank has only a part"
     return None
 

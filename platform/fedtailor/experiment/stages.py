@@ -45,7 +45,7 @@ class Inputs:
         data: artifact name of the partitioned texts.
         model: artifact name of the initial model and tokenizer.
         tokens: artifact name of the tokenised clients.
-        unknown: see `tokens.unknown_tokens`; empty where they were not counted.
+        unknown: see `tasks.unknown_tokens`; empty where they were not counted.
     """
 
     data: str

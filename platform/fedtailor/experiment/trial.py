@@ -15,10 +15,10 @@ from fedtailor.core.settings import ModelConfig
 from fedtailor.lanes.batches import Examples, LaneBatch
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.layers import detach
-from fedtailor.lanes.net import LaneNet
+from fedtailor.lanes.net import LaneNet, scores_of
 from fedtailor.lanes.probe import ROUNDING, bind_strong, probe, tiny_batch
 from fedtailor.models.families import adapted_linears, notices
-from fedtailor.models.load import first_line, load_causal, load_classifier, load_tokenizer, quiet
+from fedtailor.models.load import first_line, load_causal, load_classifier, load_extractor, load_tokenizer, quiet
 from fedtailor.tasks.source import TaskKind
 
 LARGEST_TRIED = 2**31
@@ -53,6 +53,8 @@ def _try(cfg: ModelConfig, kind: TaskKind, folder: Path) -> tuple[str, ...]:
     kernel = None if cfg.attention == "auto" else cfg.attention
     if generation:
         model = load_causal(folder, attn_implementation=kernel)
+    elif kind == "extraction":
+        model = load_extractor(folder, attn_implementation=kernel)
     else:
         model = load_classifier(folder, ["a", "b"], attn_implementation=kernel, replace_head=True)
     # Of a decoder without a padding token, none is needed here: a copy with one is made for the stages.
@@ -92,12 +94,12 @@ def _exported(net: LaneNet, batch: LaneBatch) -> tuple[Tensor, Tensor, Tensor]:
     lam = {name: torch.ones(len(value)) for name, value in a.items()}
     net.unbind()
     detach(net.model, net.layers)
-    bare = net.model(input_ids=ids, attention_mask=mask).logits
+    bare = scores_of(net.model(input_ids=ids, attention_mask=mask), mask)
     with TemporaryDirectory(prefix="fedtailor-trial-") as folder:
         for file, content in export_adapter(net.adapted, a, b, lam, 1.0, "", "trial").items():
             (Path(folder) / file).write_bytes(content)
-        plain = PeftModel.from_pretrained(net.model, folder).eval()(input_ids=ids, attention_mask=mask).logits
-    if len(ours) > len(ids):  # every token is scored
+        plain = scores_of(PeftModel.from_pretrained(net.model, folder).eval()(input_ids=ids, attention_mask=mask), mask)
+    if len(ours) == ids.numel():  # every token is scored
         plain, bare, ours = (
             scores.reshape(-1, scores.shape[-1])[mask.flatten().bool()] for scores in (plain, bare, ours)
         )

@@ -25,6 +25,8 @@ class Examples:
         first_segment_length: (n,) int64, tokens of each pair's first segment; None where there are no segments.
         prompt_length: (n,) int64, at least 1, tokens of each instruction's prompt: the rest is the response that is
             learned. None where texts are classified.
+        spans: (n, 2) int64, first and last token of each text's answer, twice 0 (the token that begins a text) where
+            there is none. None where nothing is to be found in a text.
     """
 
     input_ids: IntArray
@@ -32,16 +34,15 @@ class Examples:
     labels: IntArray
     first_segment_length: IntArray | None = None
     prompt_length: IntArray | None = None
+    spans: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def rows(self, index: IntArray | slice) -> Examples:
         """The examples at the indices (m,) or of the slice, in their order."""
-        first, prompt = (
-            None if part is None else part[index] for part in (self.first_segment_length, self.prompt_length)
-        )
-        return Examples(self.input_ids[index], self.lengths[index], self.labels[index], first, prompt)
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Examples(*(None if part is None else part[index] for part in parts))
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class LaneBatch:
 
     What is learned are m targets per lane, each a class. Of texts these are the rows: m = b, C classes. Of
     instructions they are the tokens of all responses, C the vocabulary: a response token is classified from the token
-    before it, and whatever works on targets works on both.
+    before it. Of spans they are the first and the last token of each row's, m = 2 b, C the T tokens that either may be.
+    Whatever works on targets works on all of them.
 
     Args:
         input_ids: (k, b, T) int64.
@@ -60,8 +62,8 @@ class LaneBatch:
         shapes: per lane its own (rows, tokens), without the group's padding.
         token_type_ids: (k, b, T) int64, 1 in the second segment of a pair, else 0 (padding too); None where
             no lane has pairs.
-        positions: (k, m) int64 in [0, b T): from which token of its lane each target is predicted; None: one
-            prediction per row, made by the model's own pooling.
+        positions: (k, m) int64 in [0, b T): from which token of its lane each target is predicted; None: equally many
+            predictions per row, made by the model's own head.
         target_row: (k, m) int64, the row that each target belongs to; None: target i is row i.
         step_share: (k,) this part's share of the targets of a step that was cut into parts; None: it is whole.
     """
@@ -115,7 +117,21 @@ def make_batch(
     if any(e.first_segment_length is not None for e in examples):
         segments = torch.from_numpy(mask * (np.arange(t) >= first[..., None])).to(device)
     batch = LaneBatch(tensors[0], tensors[1], tensors[2], tensors[3], shapes, segments)
+    if examples[0].spans is not None:
+        return _with_spans(batch, examples, indices)
     return batch if examples[0].prompt_length is None else _with_responses(batch, examples, indices, ids, lengths)
+
+
+def _with_spans(batch: LaneBatch, examples: Sequence[Examples], indices: Sequence[IntArray]) -> LaneBatch:
+    """The batch with every row's first and last token as its targets, in this order, row by row."""
+    k, b = batch.labels.shape
+    labels = np.zeros((k, b, 2), dtype=np.int64)
+    for lane, (e, index) in enumerate(zip(examples, indices, strict=True)):
+        assert e.spans is not None
+        labels[lane, : len(index)] = e.spans[index]
+    rows = torch.arange(b, device=batch.labels.device).expand(k, b)
+    valid, rows = (each.repeat_interleave(2, 1) for each in (batch.valid, rows))
+    return replace(batch, labels=torch.from_numpy(labels).to(rows.device).flatten(1), valid=valid, target_row=rows)
 
 
 def _with_responses(
@@ -142,6 +158,33 @@ def _with_responses(
     at = batch.input_ids.device
     labels_, valid_, positions_, rows_ = (torch.from_numpy(x).to(at) for x in (labels, valid, positions, target_row))
     return replace(batch, labels=labels_, valid=valid_, positions=positions_, target_row=rows_)
+
+
+def scoring_batches(
+    texts: Sequence[Examples], pad_id: int, token_budget: int, device: torch.device | str
+) -> Iterator[tuple[LaneBatch, list[IntArray]]]:
+    """All texts of every lane once: long ones first, side by side, so that there is little padding, the largest first.
+
+    Lanes are ordered by training size, so any of them may run out of texts first: it stays in the batch with its
+    shortest text, which is not counted again.
+
+    Args:
+        texts: one set of examples per lane.
+        pad_id: padding token.
+        token_budget: tokens of one batch over all lanes.
+        device: where batches go.
+
+    Yields:
+        A batch, and of each lane the rows of it that count, (n,), none where it has run out.
+    """
+    order = [np.argsort(-t.lengths, kind="stable") for t in texts]
+    start = 0
+    while start < max(map(len, order)):
+        width = max(int(t.lengths[own[start]]) for t, own in zip(texts, order, strict=True) if start < len(own))
+        stop = start + max(1, token_budget // (len(texts) * width))
+        indices = [own[start:stop] if start < len(own) else own[-1:] for own in order]
+        yield make_batch(texts, indices, pad_id, device), [own[start:stop] for own in order]
+        start = stop
 
 
 def training_indices(size: int, epochs: int, batch_size: int, rngs: Sequence[np.random.Generator]) -> list[IntArray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class LaneNet:
     """A frozen model whose linear layers can carry one adapter per lane.
 
     Args:
-        model: transformers sequence classifier or causal language model, in float32 (float64 in identity tests), or
-            in bfloat16 or quantised where ``dtype`` is bfloat16: what is trained stays float32.
+        model: transformers sequence classifier, span extractor or causal language model, in float32 (float64 in
+            identity tests), or in bfloat16 or quantised where ``dtype`` is bfloat16: what is trained stays float32.
         linears: the L layers to adapt, in module order.
         dtype: compute type; bfloat16 turns autocast on.
         base_dropout: dropout probability of the frozen base while adapters train.
@@ -194,14 +195,28 @@ class LaneNet:
         return torch.autocast(self.device.type, dtype=self.compute_type) if self.compute_type else nullcontext()
 
     def _pooled(self, batch: LaneBatch) -> Tensor:
-        """One prediction per row, (k, b, C)."""
+        """Predictions of the model's own head, (k, b, C), of spans (k, 2 b, T)."""
         self.state.shapes, self.state.rows = batch.shapes, batch.input_ids.shape[1]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None and _takes_segments(self.model):
             inputs["token_type_ids"] = batch.token_type_ids
         with self.autocast():
-            scores = _wide(self.model(**{name: value.flatten(0, 1) for name, value in inputs.items()}).logits)
+            found = self.model(**{name: value.flatten(0, 1) for name, value in inputs.items()})
+        scores = scores_of(found, inputs["attention_mask"].flatten(0, 1))
         return scores.view(batch.lanes, -1, scores.shape[-1])
+
+
+def scores_of(found: Any, mask: Tensor) -> Tensor:
+    """A model's scores, (n, C); of one that marks spans (2 n, T), as first and as last token of each row's.
+
+    Args:
+        found: its output.
+        mask: (n, T); what is no token of a row is none of its span, however long other rows are.
+    """
+    if (start := getattr(found, "start_logits", None)) is None:
+        return _wide(found.logits)
+    scores = _wide(torch.stack([start, found.end_logits], 1))
+    return scores.masked_fill(mask.unsqueeze(1) == 0, torch.finfo(scores.dtype).min).flatten(0, 1)
 
 
 def _wide(scores: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ def _reordered(batch: LaneBatch, order: Tensor, taken: Tensor) -> LaneBatch:
         token_type_ids=None if types is None else types.gather(1, across),
     )
     if batch.positions is None or batch.target_row is None:
-        return replace(batch, labels=batch.labels.gather(1, order))  # `valid`: real rows come first, as before
+        # As many targets in every row; `valid`: real rows come first, as before.
+        labels = batch.labels.unflatten(1, (b, -1))
+        return replace(batch, labels=labels.gather(1, order.unsqueeze(2).expand_as(labels)).flatten(1))
     now_at = torch.zeros_like(order).scatter_(1, order, torch.arange(b, device=order.device).expand_as(order))
     target_row = now_at.gather(1, batch.target_row)
     return replace(batch, target_row=target_row, positions=target_row * t + batch.positions % t)
@@ -143,13 +145,18 @@ def _part(batch: LaneBatch, start: int, rows: int, width: int | None = None) -> 
     b, t = batch.input_ids.shape[1:]
     width = width or t
     end = min(start + rows, b)
-    here = batch.valid[:, start:end]
-    if batch.target_row is not None:
+    each = batch.labels.shape[1] // b  # targets of a row, where all have as many
+    here = batch.valid[:, each * start : each * end]
+    if batch.positions is not None and batch.target_row is not None:
         here = batch.valid & (batch.target_row >= start) & (batch.target_row < end)
     counts = here.sum(1)
     if batch.positions is None or batch.target_row is None:
-        column = torch.arange(end - start, device=counts.device)
-        taken = {"labels": batch.labels[:, start:end], "valid": column < counts.clamp_min(1).unsqueeze(1)}
+        column = torch.arange(here.shape[1], device=counts.device)
+        taken = {
+            "labels": batch.labels[:, each * start : each * end],
+            "valid": column < counts.clamp_min(1).unsqueeze(1),
+            "target_row": None if batch.target_row is None else batch.target_row[:, : here.shape[1]],
+        }
     else:
         m = max(1, int(counts.max()))
         # Stable: targets keep their order; those of other parts go to the end, where `valid` is False.

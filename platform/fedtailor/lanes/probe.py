@@ -105,10 +105,13 @@ def _same(together: Tensor, alone: Tensor) -> bool:
 
 def _check_unseen(name: str, own: Tensor, longer: Tensor, real: Tensor) -> None:
     """Scores of one lane by itself and beside tokens that must not change them: padding, or what follows."""
-    by_token = len(own) > _ROWS
+    by_token = len(own) == _ROWS * _TOKENS
     if by_token:
         longer = longer.view(_ROWS, -1, own.shape[-1])[:, :_TOKENS].flatten(0, 1)[: len(own)][real]
         own = own[real]
+    elif own.shape != longer.shape:  # each token of a row is scored as the first and as the last of a span
+        real = real.view(_ROWS, _TOKENS).repeat_interleave(2, 0)
+        own, longer = own[real], longer[:, :_TOKENS][real]
     if (own - longer).abs().max() > _UNSEEN * own.abs().max():
         raise ModelError(
             f"{name}: a token's scores depend on the tokens that follow it, so that it would learn from the answers "
@@ -164,6 +167,6 @@ def tiny_batch(net: LaneNet, pad_id: int) -> LaneBatch:
 
 def _longer(batch: LaneBatch, pad_id: int, scored: int) -> LaneBatch:
     """The batch with more padding, or with more tokens where each token is scored, as of a language model."""
-    follows = int(scored > _ROWS)
+    follows = int(scored == _ROWS * _TOKENS)
     ids = F.pad(batch.input_ids, (0, 4), value=int(batch.input_ids[0, 0, 0]) if follows else pad_id)
     return replace(batch, input_ids=ids, attention_mask=F.pad(batch.attention_mask, (0, 4), value=follows))

@@ -13,7 +13,7 @@ from fedtailor.core.settings import ModelConfig
 from fedtailor.lanes.layers import AdaptedLayer
 from fedtailor.models.embedded import embedded_config
 from fedtailor.models.families import adapted_linears, check_kind, embedding_names, meta_causal, untrained
-from fedtailor.models.load import load_config, name_labels
+from fedtailor.models.load import SPAN_ENDS, load_config, name_labels
 from fedtailor.models.source import resolve
 from fedtailor.tasks.source import TaskKind
 
@@ -28,6 +28,7 @@ _PACKAGED = {
     "roberta-large": "roberta_large_config.json",
     "gpt2-medium": "gpt2_medium_config.json",
     "gpt2-xl": "gpt2_xl_config.json",
+    "deberta-v3-base": "deberta_v3_base_config.json",
 }
 """Presets whose config.json comes with the package, as published, but for what their sizes do not depend on."""
 
@@ -103,7 +104,7 @@ def meta_model(
     check_kind(config, kind, f"model={cfg.name}")
     if kind == "generation":
         return meta_causal(config)
-    name_labels(config, [f"LABEL_{i}" for i in range(num_labels)])
+    name_labels(config, SPAN_ENDS if kind == "extraction" else [f"LABEL_{i}" for i in range(num_labels)])
     with torch.device("meta"):
         return untrained(config, kind)
 

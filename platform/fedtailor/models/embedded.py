@@ -22,8 +22,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from fedtailor.core.errors import ModelError
 from fedtailor.core.seeding import seed_for
 from fedtailor.core.settings import ModelConfig
-from fedtailor.models.load import save_folder
+from fedtailor.models.load import SPAN_ENDS, save_folder
 from fedtailor.models.source import EMBEDDED_CAUSAL, EMBEDDED_LINEAR
+from fedtailor.tasks.source import TaskKind
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PRIVATE_USE = 0xF0000
@@ -45,30 +46,34 @@ ROOM = 1024
 
 
 def build_embedded(
-    texts: Iterable[str], labels: Sequence[str], cfg: ModelConfig, max_length: int, seed: int, out: Path
-) -> Path:
+    texts: Iterable[str], labels: Sequence[str], cfg: ModelConfig, max_length: int, seed: int, out: Path,
+    kind: TaskKind = "classification",
+) -> Path:  # fmt: skip
     """Writes config, fp32 ``model.safetensors`` and tokenizer to the folder ``out``, as a whole.
 
     Args:
         texts: the task's train texts, of instructions the answers too; their order does not matter.
-        labels: class names in the order of their ids; without meaning for ``tiny-llama``.
+        labels: class names in the order of their ids; only of classification.
         cfg: name and sizes; ``vocab_size`` is an upper bound, reached only if the texts are rich enough.
         max_length: most tokens of a text or example, special ones included.
         seed: run seed; the global random state is neither read nor changed.
         out: folder to make or replace.
+        kind: of the task: ``tiny-bert`` classifies or marks spans.
 
     Raises:
         ModelError: no text has any character; of ``tiny-bert`` there are no labels; of ``tiny-llama`` the vocabulary is
             too small for all bytes, or the heads' width is odd.
     """
-    from transformers import BertForSequenceClassification, LlamaForCausalLM
+    from transformers import BertForQuestionAnswering, BertForSequenceClassification, LlamaForCausalLM
 
     causal = cfg.name == EMBEDDED_CAUSAL
+    labels = SPAN_ENDS if kind == "extraction" else labels
     if not causal and not labels:
         raise ModelError("tiny-bert: the task has no labels")
+    bert = BertForQuestionAnswering if kind == "extraction" else BertForSequenceClassification
     tokenizer = (build_byte_pairs if causal else build_wordpiece)(texts, cfg.vocab_size, max_length)
     config = embedded_config(cfg, max_length, len(tokenizer), labels)
-    model = drawn(LlamaForCausalLM if causal else BertForSequenceClassification, config, seed, "model", cfg.name)
+    model = drawn(LlamaForCausalLM if causal else bert, config, seed, "model", cfg.name)
     save_folder(model, tokenizer, out)
     return out
 

@@ -18,6 +18,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     PretrainedConfig,
 )
@@ -39,6 +40,9 @@ CAUSAL_MODELS = (
     "tiny-llama, gpt2-medium, gpt2-xl, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a "
     "linear layer"
 )
+EXTRACTORS = (
+    "tiny-bert, mini-mbert, mbert, roberta-base, deberta-v3-base, or any encoder with a question-answering head"
+)
 CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
 
 _PARTS = {
@@ -46,6 +50,7 @@ _PARTS = {
     "attention.output.dense": "Attn\nout", "intermediate.dense": "FFN\nin", "output.dense": "FFN\nout",
     "attention.q_lin": "Query", "attention.k_lin": "Key", "attention.v_lin": "Value",
     "attention.out_lin": "Attn\nout", "ffn.lin1": "FFN\nin", "ffn.lin2": "FFN\nout",
+    "attention.self.query_proj": "Query", "attention.self.key_proj": "Key", "attention.self.value_proj": "Value",
     "self_attn.q_proj": "Query", "self_attn.k_proj": "Key", "self_attn.v_proj": "Value",
     "self_attn.o_proj": "Attn\nout", "mlp.gate_proj": "FFN\ngate", "mlp.up_proj": "FFN\nup",
     "mlp.down_proj": "FFN\ndown", "attn.c_attn": "QKV", "attn.c_proj": "Attn\nout", "mlp.c_fc": "FFN\nin",
@@ -173,7 +178,25 @@ def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:
         if name != "fedtailor-linear":
             raise ModelError(f"{where}: type '{name}' predicts no numbers (allowed for regression: linear)")
         return
+    spans = next((x for x in config.architectures or () if x.endswith("ForQuestionAnswering")), None)
+    if kind == "extraction":
+        if is_decoder(config):
+            raise ModelError(
+                f"{where}: type '{name}' is a causal language model, whose tokens do not see what follows them, and a "
+                f"span's first token needs its last one (allowed for extraction: {EXTRACTORS})"
+            )
+        if type(config) not in AutoModelForQuestionAnswering._model_mapping:
+            raise ModelError(
+                f"{where}: transformers has no head that marks spans for type '{name}' (allowed for extraction: "
+                f"{EXTRACTORS})"
+            )
+        return
     if kind == "classification":
+        if spans:
+            raise ModelError(
+                f"{where}: its head marks spans of a text ({spans}), and the task asks for classes; give the "
+                f"checkpoint that the head was put on, or a classifier (allowed for classification: {CLASSIFIERS})"
+            )
         if type(config) not in AutoModelForSequenceClassification._model_mapping:
             raise ModelError(
                 f"{where}: transformers has no sequence classifier of type '{name}' (allowed for classification: "
@@ -204,7 +227,8 @@ def untrained(config: PretrainedConfig, kind: TaskKind, **options: Any) -> PreTr
 
         assert isinstance(config, LinearConfig), "as `check_kind` asks for"
         return LinearRegressor(config)
-    auto: Any = AutoModelForCausalLM if kind == "generation" else AutoModelForSequenceClassification
+    autos: dict[TaskKind, Any] = {"generation": AutoModelForCausalLM, "extraction": AutoModelForQuestionAnswering}
+    auto = autos.get(kind, AutoModelForSequenceClassification)
     model: PreTrainedModel = auto.from_config(config, trust_remote_code=False, **options)
     return model
 

@@ -142,7 +142,7 @@ def _check_use(folder: Path, max_length: int | None, kind: TaskKind) -> None:
         raise ModelError(
             f"{where}: a model of several parts ({config.model_type}); give the folder of its language model alone"
         )
-    tokenizer = load_tokenizer(folder, padded=kind == "classification")
+    tokenizer = load_tokenizer(folder, padded=kind != "generation")
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"{where}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} embeddings"

@@ -15,10 +15,10 @@ from fedtailor.core.settings import ModelConfig
 from fedtailor.models.dimensions import meta_model, packaged_config
 from fedtailor.models.families import check_kind
 from fedtailor.models.folder import check_folder, check_length, check_listing, write_causal
-from fedtailor.models.load import first_line, load_classifier, load_tokenizer, save_folder
+from fedtailor.models.load import first_line, load_classifier, load_extractor, load_tokenizer, save_folder
 from fedtailor.models.packaged import PACKAGE_RECORD
 from fedtailor.models.packages import PACKAGED
-from fedtailor.models.source import EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, resolve
+from fedtailor.models.source import EMBEDDED_KINDS, PRESETS, PRETRAINED, ModelSource, embedded_for, resolve
 from fedtailor.tasks.source import TaskKind
 
 PRETRAINING = "pretrain.json"
@@ -135,7 +135,8 @@ def materialise(
     """Writes the folder that all stages start from; the same bytes for the same arguments and library versions.
 
     For classification it is the model in fp32 with a head for the task's labels: a head for other labels is replaced,
-    so is a missing one (``load_classifier``). For generation the weights stay what they are (`write_causal`).
+    so is a missing one (``load_classifier``); for extraction one with a head that marks spans. For generation
+    the weights stay what they are (`write_causal`).
 
     Args:
         cfg: the model section; not an embedded model, which `embedded.build_embedded` writes.
@@ -160,7 +161,10 @@ def _write(folder: Path, labels: Sequence[str], seed: int, out: Path, kind: Task
     if kind == "generation":
         write_causal(folder, out)
         return
-    model = load_classifier(folder, labels, seed=seed, replace_head=True)
+    if kind == "extraction":
+        model = load_extractor(folder, seed=seed)
+    else:
+        model = load_classifier(folder, labels, seed=seed, replace_head=True)
     tokenizer = load_tokenizer(folder)
     # Decoder-only classifiers read the last token that is not padding, by the config's word: what pads must be it.
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -172,15 +176,11 @@ def _write(folder: Path, labels: Sequence[str], seed: int, out: Path, kind: Task
 
 def _check_embedded(cfg: ModelConfig, kind: TaskKind) -> None:
     made_for = EMBEDDED_KINDS[cfg.name]
-    if made_for != kind:
+    if kind not in made_for:
         raise ModelError(
-            f"'model.name' ({cfg.name}) is for tasks of {made_for}, and this task is one of {kind}: use "
-            f"model={_embedded(kind)}, or another model that can do it"
+            f"'model.name' ({cfg.name}) is for tasks of {' and '.join(made_for)}, and this task is one of {kind}: use "
+            f"model={embedded_for(kind)}, or another model that can do it"
         )
-
-
-def _embedded(kind: TaskKind) -> str:
-    return next(name for name, made_for in EMBEDDED_KINDS.items() if made_for == kind)
 
 
 @lru_cache(maxsize=256)
@@ -224,5 +224,5 @@ def _advice(source: ModelSource, kind: TaskKind = "classification") -> str:
     hint = did_you_mean(source.name, [*EMBEDDED_KINDS, PRETRAINED, *PACKAGED, *PRESETS]).removeprefix("; ")
     return (
         f"{hint}{' ' * bool(hint)}Give a local folder with 'model.path=FOLDER', fetch it once with "
-        f"'hf download {source.location}', or use model={_embedded(kind)}"
+        f"'hf download {source.location}', or use model={embedded_for(kind)}"
     )

@@ -1,4 +1,4 @@
-"""Classifier or causal language model, and its tokenizer, from a folder or hub id, never from pickle; saved whole."""
+"""Classifier, span extractor or causal language model and its tokenizer, from a folder or hub id, never from pickle."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:  # transformers' base class takes seconds, and who only reads 
     from transformers import PreTrainedModel
 
 Quantisation = Literal["8bit", "4bit"]
+
+SPAN_ENDS = ("start", "end")
+"""What the two outputs of a span extractor's head are for."""
 
 
 def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -99,16 +103,34 @@ def load_classifier(
     """
     if not labels:
         raise ModelError(f"{source}: the task has no labels, which a classifier needs")
+    auto = AutoModelForSequenceClassification
+    return _with_head(auto, source, labels, dtype, seed, attn_implementation, replace_head)
+
+
+def load_extractor(
+    source: str | Path, dtype: torch.dtype = torch.float32, seed: int = 0, *, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Loads a base model with a head that scores every token as a span's first and last one, in evaluation mode.
+
+    A checkpoint without such a head gets a fresh one; see `load_classifier`, also for arguments and errors.
+    """
+    return _with_head(AutoModelForQuestionAnswering, source, SPAN_ENDS, dtype, seed, attn_implementation, True)
+
+
+def _with_head(
+    auto: Any, source: str | Path, labels: Sequence[str], dtype: torch.dtype, seed: int, attention: str | None,
+    replace_head: bool,
+) -> PreTrainedModel:  # fmt: skip
     config = load_config(source)
     stored = [str(name) for _, name in sorted(dict(config.id2label or {}).items())]
     name_labels(config, labels)
-    model, missing, misshapen = _read(AutoModelForSequenceClassification, source, config, dtype, attn_implementation)
+    model, missing, misshapen = _read(auto, source, config, dtype, attention)
     absent = missing | misshapen
     # A masked-language-model checkpoint has no pooler; it is then as new as the classifier.
     body, pooler = model.base_model_prefix + ".", model.base_model_prefix + ".pooler."
     _refuse_absent(model, source, {name for name in absent if name.startswith(body) and not name.startswith(pooler)})
     unnamed = stored == [f"LABEL_{i}" for i in range(len(stored))]
-    same = len(stored) == len(labels) and (unnamed or stored == list(labels))
+    same = (len(stored) == len(labels) and (unnamed or stored == list(labels))) or labels is SPAN_ENDS
     if absent or not same:
         head = {name for name, _ in model.named_parameters() if not name.startswith(body)}
         if head - missing and not replace_head:
@@ -240,12 +262,12 @@ def load_base(
 
     Args:
         folder: as `hub.materialise` or a base stage wrote it.
-        kind: ``classification`` (`load_classifier`), ``generation`` (`load_causal`) or ``regression`` (the model
-            ``linear``).
-        labels: class names in the order of their ids; without meaning for generation.
+        kind: ``classification`` (`load_classifier`), ``extraction`` (`load_extractor`), ``generation`` (`load_causal`)
+            or ``regression`` (the model ``linear``).
+        labels: class names in the order of their ids; without meaning for others.
         dtype: type of the weights.
         quantisation: of a language model only.
-        how: keywords of both.
+        how: keywords of all.
 
     Raises:
         ModelError: see `load_classifier` and `load_causal`.
@@ -258,4 +280,6 @@ def load_base(
         with model_errors(folder, "model weights"), quiet():
             made: PreTrainedModel = LinearRegressor.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
         return made.eval()  # type: ignore[no-any-return,no-untyped-call]
+    if kind == "extraction":
+        return load_extractor(folder, dtype, **how)
     return load_classifier(folder, labels, dtype, **how)

@@ -17,12 +17,12 @@ from fedtailor.tasks.source import TaskKind
 EMBEDDED = "tiny-bert"
 EMBEDDED_CAUSAL = "tiny-llama"
 EMBEDDED_LINEAR = "linear"
-EMBEDDED_KINDS: dict[str, TaskKind] = {
-    EMBEDDED: "classification",
-    EMBEDDED_CAUSAL: "generation",
-    EMBEDDED_LINEAR: "regression",
+EMBEDDED_KINDS: dict[str, tuple[TaskKind, ...]] = {
+    EMBEDDED: ("classification", "extraction"),
+    EMBEDDED_CAUSAL: ("generation",),
+    EMBEDDED_LINEAR: ("regression",),
 }
-"""Models that are built from a task's texts, and the kind of task that each is for."""
+"""Models that are built from a task's texts, and the kinds of task that each is for."""
 
 PRETRAINED = "mini-mbert"
 """The small multilingual base that ``fedtailor pretrain`` makes."""
@@ -33,6 +33,7 @@ PRESETS: dict[str, str] = {
     "roberta-large": "FacebookAI/roberta-large",
     "gpt2-medium": "openai-community/gpt2-medium",
     "gpt2-xl": "openai-community/gpt2-xl",
+    "deberta-v3-base": "microsoft/deberta-v3-base",
     "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Base",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
 }
@@ -56,6 +57,11 @@ class ModelSource:
     name: str
     location: str
     revision: str | None = None
+
+
+def embedded_for(kind: TaskKind) -> str:
+    """The embedded model for tasks of a kind."""
+    return next(name for name, kinds in EMBEDDED_KINDS.items() if kind in kinds)
 
 
 def resolve(cfg: ModelConfig) -> ModelSource:

@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from fedtailor.core.errors import ModelError, WorkerError
 from fedtailor.models.families import untrained
 from fedtailor.models.folder import weight_map
-from fedtailor.models.load import load_config, name_labels
+from fedtailor.models.load import SPAN_ENDS, load_config, name_labels
 from fedtailor.tasks.source import TaskKind
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class Probe:
 
 def load_partitioned(
     folder: Path,
-    labels: Sequence[str] | None,
+    kind: TaskKind,
+    labels: Sequence[str],
     dtype: torch.dtype,
     ranks: int,
     *,
@@ -104,7 +105,8 @@ def load_partitioned(
 
     Args:
         folder: model folder, complete, with one safetensors file or several and their index.
-        labels: class names of a classifier; None: a causal language model.
+        kind: of the task.
+        labels: class names of a classifier.
         dtype: of the base.
         ranks: processes of the group.
         offload: keep each part in host memory.
@@ -120,9 +122,8 @@ def load_partitioned(
     deepspeed = _deepspeed(device)
     config = load_config(folder)
     settings = deepspeed_config(dtype, ranks, offload)
-    if labels is not None:
-        name_labels(config, labels)
-    kind: TaskKind = "generation" if labels is None else "classification"
+    if kind != "generation":
+        name_labels(config, SPAN_ENDS if kind == "extraction" else labels)
     options = {"attn_implementation": attention} if attention else {}
     # Types are left to transformers: rotary tables stay float32 in a bfloat16 model.
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=settings, tensor_overrides=set()):
@@ -134,7 +135,7 @@ def load_partitioned(
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
     engine, *_ = deepspeed.initialize(model=model, config=settings)
-    if labels is None:
+    if kind == "generation":
         _start_at_body(model, engine.optimizer)
     return model, probe
 

@@ -130,6 +130,8 @@ def open_method(
         raise ConfigError(
             f"run '{run.run_id}' fits made-up numbers ('task.name' = {exp.task.name}): no client can join"
         )
+    if exp.task_entry.kind == "extraction":
+        raise ConfigError(f"run '{run.run_id}' marks spans ('task.name' = {exp.task.name}): no client can join yet")
     name = chosen_method(run.run_id, exp, method)
     built = method_of(exp, name)
     common = common_lora(built)

@@ -123,15 +123,39 @@ GENERATION: Final[tuple[Measure, ...]] = (
 )  # fmt: skip
 """Measures of answers, in the order in which tables show them; the last four of data-to-text alone."""
 
+F1: Final = Measure(
+    "f1",
+    "F1",
+    "F1",
+    "Words that answer and reference share, precision and recall in one; articles and punctuation aside",
+    own_groups=False,
+)
+
+SPANS: Final[tuple[Measure, ...]] = (
+    Measure(
+        "exact_match",
+        "Exact match",
+        "exact match",
+        "Share of answers that are a reference; articles, punctuation and case aside",
+        own_groups=False,
+    ),
+    F1,
+)
+"""Measures of spans."""
+
+NO_ANSWER: Final = "no_answer"
+"""Both measures of spans for answering nothing to any question."""
+
 BESIDE: Final[Mapping[str, tuple[Measure, ...]]] = {
     MCC.name: (MCC, POOLED_MCC, ACCURACY),
     ACCURACY.name: (),
     ROUGE_L.name: GENERATION,
+    F1.name: SPANS,
 }
 """What a run is compared by, as its task names it, to all measures that are shown beside each other. Of a run that has
 several of these scores the first counts."""
 
-SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, *GENERATION)}
+SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, F1, *GENERATION)}
 """Metrics of personalised clients that must lie between their lowest value and their highest."""
 
 SCORES: Final[tuple[str, ...]] = (*SHARES, LOSS)

@@ -105,7 +105,7 @@ class RunFolder:
 
         Args:
             stages: each with key, kind, method, seed and artifact (folder in ``artifacts/``).
-            unknown: artifact of tokens to its `tasks.tokens.unknown_tokens`.
+            unknown: artifact of tokens to its `tasks.unknown_tokens`.
         """
         found = {} if unknown is None else {"unknown_tokens": dict(unknown)}
         content = {**self.info(), "stages": [dict(stage) for stage in stages], **found}

@@ -31,14 +31,15 @@ class TaskConfig(Named):
         "test_split": "mirror",
         "variant": None,
         "domains": (),
+        "stride": 128,
     }
 
     name: str = "cldr"
     path: str | None = None
     """Local folder of the dataset (``fed_aya``, ``dolly``: or the file itself); else $FEDTAILOR_DATA is looked in, else
     the hub (not for ``fed_aya``). ``texts`` and ``instructions`` need it: a file, a folder of files, or a hub id."""
-    subset: Literal["cola", "sst2", "qnli", "mnli", "qqp"] | None = None
-    """glue only: which of its data sets."""
+    subset: Literal["cola", "sst2", "qnli", "mnli", "qqp", "v1", "v2"] | None = None
+    """glue: which of its data sets. squad: which version, ``v2`` with questions that have no answer."""
     variant: Literal["paper", "solvable"] | None = None
     """pf2lora_synthetic only: which regressions; see the task."""
     domains: tuple[str, ...] = ()
@@ -60,8 +61,10 @@ class TaskConfig(Named):
     sorted and cut like the train texts, so that clients at the border of two classes differ."""
     max_length: Annotated[int, Field(ge=4)] = 256
     """Tokens kept of a text, special tokens included."""
+    stride: Natural = 128
+    """squad only: tokens that two neighbouring windows of a context share which is too long for ``max_length``."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Share of the texts held out for test, where the source has no test split (cldr)."""
+    """Share of the texts held out for test, where the source has no test split (cldr, squad)."""
     drop_duplicates: bool = False
     """Drop test texts that also occur in a train split (the source's own leaks). xnli has none to drop: a premise
     goes to one pool and one split only."""

@@ -34,7 +34,7 @@ def encode_texts(
 ) -> tuple[list[Ids], Ids | None]:
     """Tokens of texts or pairs, cut to `max_length`; of a pair, the longer text is cut first.
 
-    The names of special tokens are words here, see `_breaker`.
+    The names of special tokens are words here, see `breaker`.
 
     Returns:
         Ids of each text, int32 (length,) each; tokens of each pair's first segment, int32 (n,), or None for single
@@ -46,7 +46,7 @@ def encode_texts(
     if not len(texts):
         return [], None
     segments = pairs is not None and "token_type_ids" in tokenizer.model_input_names
-    plain = _breaker(tokenizer)
+    plain = breaker(tokenizer)
     encoded = tokenizer(
         list(map(plain, texts)),
         None if pairs is None else list(map(plain, pairs)),
@@ -61,10 +61,10 @@ def encode_texts(
     ids = [np.array(row or [spare], dtype=np.int32) for row in encoded["input_ids"]]
     if not segments:
         return ids, None
-    return ids, np.array([_first(tokenizer, row) for row in encoded["token_type_ids"]], dtype=np.int32)
+    return ids, np.array([first_segment(tokenizer, row) for row in encoded["token_type_ids"]], dtype=np.int32)
 
 
-def _first(tokenizer: PreTrainedTokenizerBase, types: Sequence[int]) -> int:
+def first_segment(tokenizer: PreTrainedTokenizerBase, types: Sequence[int]) -> int:
     """Tokens of the first segment: types must be 0, ..., 0, 1, ..., 1."""
     count = sum(kind == 0 for kind in types)
     if list(types) != [0] * count + [1] * (len(types) - count):
@@ -75,7 +75,7 @@ def _first(tokenizer: PreTrainedTokenizerBase, types: Sequence[int]) -> int:
     return count or 1
 
 
-def _breaker(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+def breaker(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """What breaks the names of special tokens by a blank: data must not end, begin or mask a text."""
     names = re.compile("|".join(map(re.escape, specials(tokenizer))) or r"(?!)")
     return lambda text: names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text)
@@ -142,7 +142,7 @@ class Encoder:
         self.template = template_for(template, tokenizer)
         self.tokenizer, self.max_length, self.overlong = tokenizer, max_length, overlong
         self.closing: list[int] = self._ids([self.template.closing])[0]
-        self._broken = _breaker(tokenizer)
+        self._broken = breaker(tokenizer)
         self._bos = self._begin_of_text()
         self._bare = len(self._heads([Sample("")])[0])
         least = self._bare + len(self.closing)

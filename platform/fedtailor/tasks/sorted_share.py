@@ -26,8 +26,9 @@ Ints = npt.NDArray[np.int64]
 
 
 def sorted_partition(
-    part: LanguagePool, pool: Pool, language: str, cfg: TaskConfig, labels: Sequence[str], seed: int
-) -> Iterator[Shard]:
+    part: LanguagePool, pool: Pool, language: str, cfg: TaskConfig, labels: Sequence[str], seed: int,
+    topics: bool = False,
+) -> Iterator[Shard]:  # fmt: skip
     """Deals every train text to exactly one client, and every test text of a class that some client trains on.
 
     Args:
@@ -37,6 +38,7 @@ def sorted_partition(
         cfg: `sorted_share`, `test_split` and `clients_per_language` are used.
         labels: class names, for messages.
         seed: run seed.
+        topics: the labels are topics, of which a client may have train texts and no test text.
 
     Raises:
         DataError: a class has fewer test texts than there are clients, so that they cannot mirror the train texts; or
@@ -47,7 +49,8 @@ def sorted_partition(
     classes = {split: np.array([e.label for e in part.split(split)], dtype=np.int64) for split in SPLITS}
     train = _blocks(classes["train"], cfg.sorted_share, n, seed, (*place, "train"))
     if cfg.test_split == "mirror":
-        _check_mirror(classes, labels, n, place)
+        if not topics:
+            _check_mirror(classes, labels, n, place)
         counts = np.stack([np.bincount(classes["train"][rows], minlength=len(labels)) for rows in train])
         test = _mirrored(classes["test"], counts, seed, place)
     else:

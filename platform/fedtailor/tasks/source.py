@@ -13,7 +13,7 @@ from fedtailor.tasks.config import TaskConfig
 
 Pool = Literal["seen", "unseen"]
 Split = Literal["train", "test"]
-TaskKind = Literal["classification", "generation", "regression"]
+TaskKind = Literal["classification", "generation", "regression", "extraction"]
 ClassScore = Literal["accuracy", "mcc"]
 POOLS: tuple[Pool, ...] = ("seen", "unseen")
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -30,6 +30,8 @@ class Example(NamedTuple):
     """Earlier turns of a conversation, system message included: JSON of ``[{"role": ..., "content": ...}, ...]``."""
     others: tuple[str, ...] = ()
     """Of a test instruction: further responses that are as right as ``pair``."""
+    answers: str | None = None
+    """Of a question (`text`) to a context (`pair`), its spans: JSON of ``[{"text": ..., "start": ...}, ...]``."""
 
     @property
     def normal(self) -> str:
@@ -84,12 +86,13 @@ class Source:
 
     Args:
         labels: class names; a label is an index into them. Of instructions: the groups (languages, categories) that
-            results are reported by, each example belonging to one.
+            results are reported by, each example belonging to one. Of extraction: the topics, which are dealt like
+            classes.
         pools: pool -> language -> texts. A class that a language lacks is legal.
         notes: counts of what was dropped or found, and rules that were followed, for the manifest.
         disjoint: the source promises that no normalised text occurs in two pools or two splits.
-        kind: ``classification`` (text to class), ``generation`` (instruction to response) or ``regression`` (numbers to
-            numbers, a text each: "0.1 -0.2 | 0.3").
+        kind: ``classification`` (text to class), ``generation`` (instruction to response), ``regression`` (numbers to
+            numbers, a text each: "0.1 -0.2 | 0.3") or ``extraction`` (question and context to a span of the context).
         natural_clients: the clients, where the data names them; `pools` is empty then.
         columns: of a user's own table: what was taken from which column (``text``, ``label``, ``client``, ...).
         score: of classes, what results are compared by: ``accuracy``, or ``mcc`` beside it (Matthews correlation).
@@ -172,7 +175,7 @@ class TaskEntry:
 
     Args:
         load: (section ``task``, seed) to its texts.
-        kind: whether it asks for a class, for a response or for numbers.
+        kind: whether it asks for a class, for a response, for numbers or for a span.
         clients: ``dealt``: as many as are configured; ``natural``: the data names them, so how many there are is known
             once it is loaded; ``either``: natural where the data names them, and known then only.
         label_skew: whether dealt clients have the label skew of ``task.alpha``.

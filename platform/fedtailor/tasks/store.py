@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from fedtailor.core.errors import DataError, reported_as
 from fedtailor.core.messages import Client
-from fedtailor.tasks.source import ClassScore, Split, TaskKind
+from fedtailor.tasks.source import ClassScore, Example, Split, TaskKind
 
 BLOCK = 4096
 """Rows of a record batch (the last one may be shorter); row i lies in batch i // BLOCK at i % BLOCK."""
@@ -51,6 +51,10 @@ REFERENCES = INSTRUCTIONS.append(pa.field("others", pa.list_(pa.large_string()))
 
 ANSWERS = pa.schema({"question": pa.large_string(), "answer": pa.large_string()})
 """answers.arrow of instructions: row i is row i of texts.arrow, as it was before any cut; with `REFERENCES`' others."""
+
+QUESTIONS = PAIRS.append(pa.field("answers", pa.large_string()))
+"""texts.arrow of an extraction task: `text` is the question, `pair` its context, `label` its topic, `answers` its spans
+as JSON, empty where the context has no answer."""
 
 EXAMPLES = pa.schema({"client": pa.int32(), "test": pa.bool_(), "row": pa.int32()})
 """examples.arrow: client (index into the manifest's clients), split, row of texts.arrow; train first."""
@@ -123,7 +127,7 @@ class Partitioned:
 
     @property
     def kind(self) -> TaskKind:
-        """What the task asks for: a class, a response, numbers. Manifests that do not name it are of classification."""
+        """What the task asks for: a class, a response, numbers, a span. Manifests without it are of classification."""
         kind: TaskKind = self.manifest.get("kind", "classification")
         return kind
 
@@ -222,6 +226,13 @@ class TaskData(Partitioned):
 def cells(batches: Sequence[pa.RecordBatch], column: str, rows: Ints) -> list[Any]:
     """A column's values at ``rows`` of a table that is stored in blocks of `BLOCK` rows."""
     return [batches[row // BLOCK].column(column)[int(row % BLOCK)].as_py() for row in rows]
+
+
+def examples_of(batch: pa.RecordBatch) -> Iterator[Example]:
+    """The examples of a block of texts.arrow, in order."""
+    names = [name for name in Example._fields if name in batch.schema.names]
+    for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+        yield Example(**dict(zip(names, values, strict=True)))
 
 
 def clients_of(manifest: Mapping[str, Any]) -> tuple[Client, ...]:

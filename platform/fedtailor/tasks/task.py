@@ -33,13 +33,24 @@ from fedtailor.tasks.sorted_share import sorted_partition
 from fedtailor.tasks.source import (
     POOLS,
     SPLITS,
+    Example,
     NaturalClient,
     Pool,
     Source,
     TaskEntry,
     all_seen,
 )
-from fedtailor.tasks.store import BLOCK, INSTRUCTIONS, PAIRS, REFERENCES, TEXTS, TaskData, write_examples, write_stream
+from fedtailor.tasks.store import (
+    BLOCK,
+    INSTRUCTIONS,
+    PAIRS,
+    QUESTIONS,
+    REFERENCES,
+    TEXTS,
+    TaskData,
+    write_examples,
+    write_stream,
+)
 
 __all__ = ["TASKS", "Client", "TaskData", "prepare", "task_config"]
 
@@ -57,6 +68,7 @@ _FILES: Final = (
     "instructions",
     "texts",
     "pf2lora_synthetic",
+    "squad",
 )
 """The rows: files beside this one, each with its ``ENTRY``, in the order in which they are listed."""
 
@@ -108,7 +120,7 @@ def _load(cfg: TaskConfig, seed: int) -> Source:
     if source.kind == "generation":
         _check_instructions(source)
         return source
-    if source.kind == "regression":
+    if source.kind in ("regression", "extraction"):
         return source
     found = {e.label for _, _, part in source.parts() for e in part.train}
     if len(found) == 1:
@@ -199,7 +211,7 @@ def _first_share(source: Source, kept: int, of: int) -> Source:
 def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: int) -> Iterator[Shard]:
     part, n = source.pools[pool][language], cfg.clients_per_language
     if cfg.sorted_share is not None:
-        return sorted_partition(part, pool, language, cfg, source.labels, seed)
+        return sorted_partition(part, pool, language, cfg, source.labels, seed, source.kind == "extraction")
     if cfg.resample:
         return resample(part, pool, language, n, cfg.alpha, cfg.resample, seed)
     if cfg.reference_unseen_partition and pool == "unseen":
@@ -211,15 +223,16 @@ def _shards(source: Source, pool: Pool, language: str, cfg: TaskConfig, seed: in
 def _schema(source: Source) -> pa.Schema:
     if source.kind == "generation":
         return REFERENCES if source.several else INSTRUCTIONS
+    if source.kind == "extraction":
+        return QUESTIONS
     return PAIRS if source.paired else TEXTS
 
 
 def _text_batches(source: Source) -> Iterator[pa.RecordBatch]:
     schema = _schema(source)
+    own = [name for name in schema.names if name in Example._fields]
     rows = (
-        (pool, language, split, e.text, e.label, e.pair, e.history, e.others)
-        for pool, language, split, e in table_rows(source)
+        (pool, language, split, *(getattr(e, name) for name in own)) for pool, language, split, e in table_rows(source)
     )
     while block := list(islice(rows, BLOCK)):
-        columns = [list(column) for column in zip(*block, strict=True)]
-        yield pa.record_batch(columns[: len(schema)], schema=schema)
+        yield pa.record_batch([list(column) for column in zip(*block, strict=True)], schema=schema)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ from fedtailor.tasks.store import (
     Partitioned,
     TaskData,
     cells,
+    examples_of,
     open_stream,
     write_answers,
     write_examples,
     write_stream,
 )
+from fedtailor.tasks.windows import PlaceOf, Question, WindowTable, Writer
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
-PlaceOf = Callable[[Example], str]
 TOKENS = pa.schema({"ids": pa.large_list(pa.int32()), "label": pa.int32()})
 """tokens.arrow: row i belongs to row i of texts.arrow."""
 
@@ -51,6 +52,7 @@ def tokenise(
     template: str = "auto",
     overlong: Overlong = "cut_prompt",
     place_of: PlaceOf | None = None,
+    stride: int = 128,
 ) -> TokenData:
     """Writes ``manifest.json``, ``tokens.arrow`` and ``examples.arrow`` to `out` and opens them.
 
@@ -60,11 +62,14 @@ def tokenise(
     Instructions are written by `template`; those that are too long follow `overlong`, in train and test alike, and
     are counted in the manifest. ``answers.arrow`` keeps their texts. `place_of` says for messages where an example is.
 
+    Of extraction a row is a window of a question's context, which shares `stride` tokens with the next; see `windows`.
+
     Raises:
         ModelError: the tokenizer's segments are not two in a row, or max_length leaves no room
             beside special tokens or the template; see `encoding.Encoder` for instructions, as for the next two.
         ConfigError: no such template.
-        DataError: a client has only over-long examples, and these are dropped; names it. See `check_conversations`.
+        DataError: a client has only over-long examples, and these are dropped; names it. See `check_conversations` and
+            `windows.Writer`.
     """
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(data.hash.encode())
@@ -92,6 +97,12 @@ def tokenise(
         notes["overlong"] = {"rule": overlong, **counts}
         notes["stop_ids"] = sorted({encoder.closing[-1], tokenizer.eos_token_id} - {None})
         notes["closing"] = [int(token) for token in encoder.closing]
+    elif data.kind == "extraction":
+        writer = Writer(data, tokenizer, max_length, stride, place_of)
+        schema = SEGMENTS if "token_type_ids" in tokenizer.model_input_names else TOKENS
+        write_stream(out / "tokens.arrow", schema, writer.batches(schema, digest))
+        lengths, held = writer.write(out, held)
+        notes |= writer.notes
     else:
         check_texts(tokenizer, max_length, data.paired)
         found: list[int] = []
@@ -138,7 +149,7 @@ def _prompt_batches(
     """Blocks of tokens; appends to `encoded` the tokens of each row, and whether its prompt and response were cut."""
     dropped = Encoded(np.empty(0, dtype=np.int32), 0)
     for batch in data.batches:
-        rows = [row or dropped for row in encoder.encode([_sample(example) for example in _examples(batch)])]
+        rows = [row or dropped for row in encoder.encode([_sample(example) for example in examples_of(batch)])]
         for row in rows:
             head = len(row.ids).to_bytes(4, "little") + row.prompt_tokens.to_bytes(4, "little")
             digest.update(head + row.ids.tobytes())
@@ -156,7 +167,7 @@ def check_conversations(data: TaskData, template: PromptTemplate, place_of: Plac
     """
     refused: dict[int, tuple[Example, str]] = {}
     for number, batch in enumerate(data.batches):
-        for row, example in enumerate(_examples(batch), start=number * BLOCK):
+        for row, example in enumerate(examples_of(batch), start=number * BLOCK):
             instruction, _, history = _sample(example)
             try:
                 template.prompt(instruction, history)
@@ -171,11 +182,6 @@ def check_conversations(data: TaskData, template: PromptTemplate, place_of: Plac
         f"{', '.join(where)}: {reason.rstrip('.')}. {len(refused)} of {data.manifest['rows']} examples are refused; "
         "use task.template=alpaca, which takes any conversation, or change these in the data"
     )
-
-
-def _examples(batch: pa.RecordBatch) -> Iterator[Example]:
-    names = [name for name in Example._fields if name in batch.schema.names]
-    return (Example(*fields) for fields in zip(*(batch.column(name).to_pylist() for name in names), strict=True))
 
 
 def _sample(example: Example) -> Sample:
@@ -213,6 +219,9 @@ class TokenData(Partitioned):
         self._texts: list[pa.RecordBatch] = []
         if self.kind == "generation":
             self._texts = open_stream(self.path / "answers.arrow", self.manifest["rows"])
+        self._windows: WindowTable | None = None
+        if self.kind == "extraction":
+            self._windows = WindowTable(self.path, self.manifest["rows"], self.manifest["questions"])
 
     @property
     def num_labels(self) -> int:
@@ -252,7 +261,17 @@ class TokenData(Partitioned):
         if self.kind == "generation":
             return Examples(input_ids, lengths, labels, prompt_length=part)
         segments = bool(self.blocks) and self.blocks[0][3] is not None
-        return Examples(input_ids, lengths, labels, part if segments else None)
+        spans = None if self._windows is None else self._windows.spans(rows)
+        return Examples(input_ids, lengths, labels, part if segments else None, spans=spans)
+
+    def texts_of(self, rows: Ints) -> Ints:
+        """Rows of texts.arrow that rows of tokens are of: the same, but of windows their questions'."""
+        return rows if self._windows is None else self._windows.question[rows]
+
+    def asked(self, client_id: str) -> list[Question]:
+        """A client's test questions of extraction, with their windows among its test rows."""
+        assert self._windows is not None
+        return self._windows.questions(self.rows_of(client_id, "test"))
 
     def answers(self, client_id: str, split: Split) -> list[str]:
         """The reference responses, in the order of `examples`; whole, even where tokens were cut."""
@@ -267,33 +286,3 @@ class TokenData(Partitioned):
     def questions(self, client_id: str, split: Split) -> list[str]:
         """The instructions without template and history, in the order of `examples`."""
         return cells(self._texts, "question", self.rows_of(client_id, split))
-
-
-def unknown_tokens(data: TaskData, tokens: TokenData, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, int]]:
-    """Of each language's texts, train and test, that clients hold: tokens that are unknown, and all of them.
-
-    A text counts once whoever holds it, as it was cut. Special tokens do not count; so a tokenizer whose unknown token
-    also begins or ends texts, as byte-level ones have it, knows every token.
-
-    Args:
-        data: what was tokenised.
-        tokens: its tokens.
-        tokenizer: what they were made with.
-    """
-    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
-    real = unknown is not None and unknown not in others
-    held = np.zeros(tokens.manifest["rows"], dtype=bool)
-    for client in tokens.clients:
-        for split in SPLITS:
-            held[tokens.rows_of(client.id, split)] = True
-    found: dict[str, tuple[int, int]] = {}
-    for number, (batch, (offsets, ids, _, _)) in enumerate(zip(data.batches, tokens.blocks, strict=True)):
-        counted = ~np.isin(ids, list(special - {unknown} if real else special))
-        sums = [np.concatenate([[0], np.cumsum(one)])[offsets] for one in (counted & (ids == unknown), counted)]
-        missing, total = (np.diff(one) * held[number * BLOCK :][: len(one) - 1] for one in sums)
-        languages = np.array(batch.column("language").to_pylist())
-        for language in np.unique(languages).tolist():
-            own, before = languages == language, found.get(language, (0, 0))
-            found[language] = (before[0] + int(missing[own].sum()), before[1] + int(total[own].sum()))
-    return {language: counts for language, counts in found.items() if counts[1]}

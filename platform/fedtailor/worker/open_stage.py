@@ -285,14 +285,9 @@ def load_stage_net(spec: StageSpec, data: TokenData, ranks: Ranks | None) -> Lan
         net.ranks, net.shares_optimizer = ranks, ranks is not None
         return net
     base, gathering = load_partitioned(
-        folder,
-        None if data.kind == "generation" else data.labels,
-        torch.bfloat16 if model.weights == "bfloat16" else torch.float32,
-        ranks.size,
-        offload=engine.zero.offload,
-        attention=model.attention,
-        device=engine.device,
-    )
+        folder, data.kind, data.labels, torch.bfloat16 if model.weights == "bfloat16" else torch.float32, ranks.size,
+        offload=engine.zero.offload, attention=model.attention, device=engine.device,
+    )  # fmt: skip
     gathering.check()
     linears = adapted_linears(base, model.targets)
     net = LaneNet(base, linears, engine.dtype, model.base_dropout, model.checkpointing, ranks, gathering.check)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 SCORES: Final = (
-    "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "bleu", "nist", "ter", "cider", "loss",
-    "distance", "rank90",
+    "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "f1", "bleu", "nist", "ter", "cider",
+    "loss", "distance", "rank90",
 )  # fmt: skip
 """Metrics of test examples that a client's model may be scored by."""
 
@@ -51,6 +51,8 @@ def scores_on_test(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     """Scores every lane on its client's test examples. The net is in evaluation mode, with the lanes bound."""
     if stage.data.kind == "generation":
         return _answered(stage, made)
+    if stage.data.kind == "extraction":
+        return _marked(stage, made)
     if stage.data.kind == "regression":
         return [LaneScore(_valued(found), found["loss"].value) for found in _fitted(stage, made, "test")]
     return _classified(stage, made, "test", ("accuracy", "loss"))
@@ -62,7 +64,9 @@ def scores_on_train(stage: OpenStage, made: Personalised) -> list[tuple[Mapping[
     if data.kind == "regression":
         return [_valued({"train_loss_after": found["loss"]}) for found in _fitted(stage, made, "train")]
     if data.kind != "generation":
-        return [score.rows for score in _classified(stage, made, "train", ("train_accuracy", "train_loss_after"))]
+        rows = [score.rows for score in _classified(stage, made, "train", ("train_accuracy", "train_loss_after"))]
+        # The share of first and last tokens that are right is no measure of spans.
+        return rows if data.kind == "classification" else [own[1:] for own in rows]
     from fedtailor.evaluation.generation import loss_tallies
 
     texts, budget = [data.examples(lane.client.id, "train") for lane in made.lanes], stage.spec.engine.token_budget
@@ -143,6 +147,34 @@ def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     ]
 
 
+def _marked(stage: OpenStage, made: Personalised) -> list[LaneScore]:
+    from fedtailor.evaluation.spans import score
+
+    data, clients = stage.data, [lane.client.id for lane in made.lanes]
+    asked, tests = [data.asked(client) for client in clients], [data.examples(client, "test") for client in clients]
+    budget, unanswerable = stage.spec.engine.token_budget, bool(data.manifest["unanswerable"])
+    found = score(made.logits, tests, asked, data.pad_id, budget, stage.net.device, unanswerable)
+    scores = []
+    for k, (one, questions) in enumerate(zip(found, asked, strict=True)):
+        values = [(name, value, len(questions)) for name, value in one.measures.items()]
+        rows = [{"metric": m, "value": v, "weight": float(n)} for m, v, n in (*values, ("loss", one.loss, one.windows))]
+        kept = [
+            {"row": row, "prompt": q.text, "reference": next(iter(q.answers), ""), "prediction": answer}
+            for row, (q, answer) in enumerate(zip(questions, one.answers, strict=True))
+        ]
+        whose = _whose(stage, made, k, made.lanes[k].client.language)
+        kept = [whose | row for row in kept] if stage.spec.personalise.save_predictions else []
+        scores.append(LaneScore(tuple(rows), one.loss, tuple(kept)))
+    return scores
+
+
+def _whose(stage: OpenStage, made: Personalised, k: int, group: str) -> dict[str, Any]:
+    """What an answer's row begins with."""
+    lane = made.lanes[k]
+    budget = -1 if lane.budget is None else lane.budget
+    return {"client": lane.client.id, "language": group, "budget": budget, "method": stage.spec.method}
+
+
 def _rows(tally: Tally, names: Mapping[str, str] | None = None) -> tuple[Mapping[str, Any], ...]:
     return tuple(
         {"language": group, "metric": (names or {}).get(metric, metric), "value": m.value, "weight": float(m.count)}
@@ -157,10 +189,7 @@ def _kept(stage: OpenStage, made: Personalised, k: int, asked: Any, answers: tup
     questions = stage.data.questions(lane.client.id, "test")
     return tuple(
         {
-            "client": lane.client.id,
-            "language": stage.data.labels[int(asked.examples.labels[row])],
-            "budget": -1 if lane.budget is None else lane.budget,
-            "method": stage.spec.method,
+            **_whose(stage, made, k, stage.data.labels[int(asked.examples.labels[row])]),
             "row": row,
             "prompt": questions[row],
             "reference": asked.references[row][0],
