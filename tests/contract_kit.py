@@ -71,8 +71,8 @@ class Bench:
     played: dict[str, Played] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, root: Path) -> Bench:
-        exp = tiny(root, *SMALL, "methods=[base]")
+    def make(cls, root: Path, exp: ExperimentBase | None = None) -> Bench:
+        exp = exp or tiny(root, *SMALL, "methods=[base]")
         inputs = make_inputs(exp, 42, Artifacts(Storage(exp.storage), "kit", print))
         data = TokenData.open(root / artifact_path(inputs.tokens))
         seen = {c.id: c.n_train for c in data.clients if c.pool == "seen"}

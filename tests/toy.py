@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from fedtailor.core.files import staged_folder
 from fedtailor.core.scope import Scope
@@ -88,7 +95,27 @@ def _exact_norms(model: torch.nn.Module) -> None:
             model.set_submodule(name, norm)
 
 
-def toy_net(dtype: torch.dtype = torch.float64, dropout: float = 0.1, **sizes: int) -> LaneNet:
+def toy_extractor(dtype: torch.dtype = torch.float64, dropout: float = 0.1) -> LaneNet:
+    """A tiny BERT that marks spans."""
+    return toy_net(dtype, dropout, BertForQuestionAnswering)
+
+
+def with_spans(lanes: Sequence[Lane]) -> list[Lane]:
+    """The same lanes, a span to be found in each text, every fourth time none."""
+    return [replace(lane, train=as_spans(lane.train, lane.client.id)) for lane in lanes]
+
+
+def as_spans(examples: Examples, name: str) -> Examples:
+    rng = numpy_rng("toy spans", name)
+    start = rng.integers(0, examples.lengths)
+    spans = np.stack([start, rng.integers(start, examples.lengths)], 1)
+    spans[rng.integers(0, 4, len(spans)) == 0] = 0
+    return replace(examples, spans=spans)
+
+
+def toy_net(
+    dtype: torch.dtype = torch.float64, dropout: float = 0.1, make: Any = BertForSequenceClassification, **sizes: int
+) -> LaneNet:
     from fedtailor.models.families import adapted_linears
 
     settings = {
@@ -98,12 +125,13 @@ def toy_net(dtype: torch.dtype = torch.float64, dropout: float = 0.1, **sizes: i
         "intermediate_size": 24,
     } | sizes
     config = BertConfig(
-        vocab_size=VOCAB, max_position_embeddings=32, num_labels=CLASSES,
+        vocab_size=VOCAB, max_position_embeddings=32,
+        num_labels=2 if make is BertForQuestionAnswering else CLASSES,
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **settings,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = BertForSequenceClassification(config)
+        model = make(config)
         for parameter in model.parameters():
             # Larger than BERT's 0.02: the toy must not be nearly linear.
             if parameter.dim() == 2:

@@ -117,6 +117,7 @@ OBJECTIVES: Final[Mapping[str, Objective]] = {
     "train_loss": Objective("seen", "train_loss_after", "min", "loss on the train texts of seen clients"),
     "seen_accuracy": Objective("seen", "accuracy", "max", "test accuracy of seen clients"),
     "seen_loss": Objective("seen", "loss", "min", "test loss of seen clients"),
+    "seen_f1": Objective("seen", "f1", "max", "F1 of the spans that seen clients' models mark"),
     "seen_mcc": Objective("seen", "mcc", "max", "Matthews correlation on the test texts of seen clients"),
     "seen_rougeL": Objective("seen", "rougeL", "max", "ROUGE-L of the answers of seen clients"),
     "unseen_accuracy": Objective("unseen", "accuracy", "max", "test accuracy of unseen clients"),
@@ -126,12 +127,12 @@ OBJECTIVES: Final[Mapping[str, Objective]] = {
 
 
 def for_task(name: str, kind: str) -> str:
-    """What a grid's objective becomes for a task that asks for text: answers to train prompts are not made.
+    """What a grid's objective becomes for a task that asks for text or spans: train questions are not answered.
 
     >>> for_task("train_accuracy", "generation"), for_task("train_accuracy", "classification")
     ('train_loss', 'train_accuracy')
     """
-    return "train_loss" if kind == "generation" and name == "train_accuracy" else name
+    return "train_loss" if kind in ("generation", "extraction") and name == "train_accuracy" else name
 
 
 def score(metrics: pd.DataFrame, method: str, judged: Objective) -> float:

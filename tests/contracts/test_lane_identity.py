@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import as_talk, toy_context, toy_examples, toy_lanes, toy_llama, toy_net, with_prompts
+from toy import (
+    as_spans,
+    as_talk,
+    toy_context,
+    toy_examples,
+    toy_extractor,
+    toy_lanes,
+    toy_llama,
+    toy_net,
+    with_prompts,
+    with_spans,
+)
 
 from fedtailor.core.scope import Scope
 from fedtailor.evaluation.classification import evaluate
@@ -35,12 +46,13 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": 1e-9, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
 
 
-NETS = {"classification": toy_net, "generation": toy_llama}
-"""Kind of task -> base model; every method does both."""
+NETS = {"classification": toy_net, "generation": toy_llama, "extraction": toy_extractor}
+"""Kind of task -> base model; every method does all."""
 
 
 def lanes_of(kind: str) -> list:
-    return toy_lanes(RAGGED) if kind == "classification" else with_prompts(toy_lanes(RAGGED))
+    lanes = toy_lanes(RAGGED)
+    return {"classification": list, "generation": with_prompts, "extraction": with_spans}[kind](lanes)
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -68,6 +80,8 @@ def personalise(name: str, net: LaneNet, lanes: list) -> tuple[Personalised, lis
     tests = [toy_examples(f"{lane.client.id}/test", 7) for lane in made.lanes]
     if lanes[0].train.prompt_length is not None:
         tests = [as_talk(test, lane.client.id) for test, lane in zip(tests, made.lanes, strict=True)]
+    if lanes[0].train.spans is not None:
+        tests = [as_spans(test, lane.client.id) for test, lane in zip(tests, made.lanes, strict=True)]
     scores = evaluate(made.logits, tests, 0, 64)
     return made, scores, made.ranks if made.ranks is not None else torch.zeros(0)
 
@@ -76,7 +90,7 @@ def personalise(name: str, net: LaneNet, lanes: list) -> tuple[Personalised, lis
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("name", LANED)
 def test_personalising_k_clients_at_all_budgets_is_one_at_a_time(name: str, kind: str, dtype: torch.dtype) -> None:
-    if kind == "generation" and Capability.CLASSES in build_method(name, TINY[name], 4).requires:
+    if kind != "classification" and Capability.CLASSES in build_method(name, TINY[name], 4).requires:
         return  # the configuration refuses it
     lanes, net = lanes_of(kind), NETS[kind]
     _, scores, ranks = personalise(name, net(dtype), lanes)

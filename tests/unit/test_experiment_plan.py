@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedtailor.cli.plan_views import duration, show_plan, size
+from fedtailor.core.errors import ConfigError, ModelError
 from fedtailor.core.settings import ModelConfig, ZeroConfig
 from fedtailor.experiment.compose import compose, preset_names
 from fedtailor.experiment.config import method_section, to_json
@@ -294,3 +295,33 @@ def test_ranks_that_are_drawn_are_not_known_without_the_clients() -> None:
     plan = planned("pf2lora_mnli", 24, "hetlora.ranks={name: drawn, r_min: 8, r_max: 12}", "methods=[hetlora]")
     assert plan.sizes["hetlora"].ranks == ()
     assert plan.sizes["hetlora"].adapter == 12 * 2 * 12 * 1536
+
+
+@pytest.mark.parametrize("preset", ["pf2lora_squad1", "pf2lora_squad2"])
+def test_trained_numbers_are_those_of_pf2loras_table_10(preset: str) -> None:
+    plan = planned(preset, 24)
+    own = [plan.sizes[name].adapter for name in ("homlora", "perfedavg_lora", "pf2lora")]
+    assert own == [294_912, 294_912, 442_368]  # .30, .30 and .44 million
+    assert {name.rsplit(".", 1)[-1] for name, *_ in plan.model.linears} >= {"query_proj", "value_proj", "qa_outputs"}
+    assert plan.exp.task.title == f"squad/v{preset[-1]}"
+    assert "deberta-v3-base" in shown(plan)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("model=mobilellama-1.4b", "'llama' is a causal language model.*allowed for extraction: tiny-bert"),
+        (
+            "model=tiny-llama",
+            "tiny-llama.* is for tasks of generation, and this task is one of extraction: use model=tiny-",
+        ),
+        ("model=linear", "linear predicts numbers, and task 'squad' asks for spans of a text"),
+        ("methods=[majority]", "majority answers with classes, and task 'squad' asks for spans of a text"),
+        ("methods=[fedbabu] fedbabu.tune=head", "'fedbabu.tune': head needs a classifier.*asks for spans of a text"),
+    ],
+)
+def test_what_cannot_mark_spans_is_refused(given: str, told: str) -> None:
+    with pytest.raises((ConfigError, ModelError), match=rf"(?s){told}"):
+        make_plan(
+            compose([], ["task=squad", "base=none", "methods=[lora]", "storage=/nonexistent/runs", *given.split()])
+        )

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy import toy_context, toy_lanes, toy_llama, toy_net, with_prompts
+from toy import toy_context, toy_extractor, toy_lanes, toy_llama, toy_net, with_prompts, with_spans
 
 from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.scope import Scope
@@ -24,8 +24,9 @@ from fedtailor.training.local import Training, backward, cross_entropy_of, train
 
 def step_of(kind: str, sizes: list[int]) -> tuple[ClientContext, LaneBatch]:
     lanes = toy_lanes(sizes)
-    net = toy_llama() if kind == "generation" else toy_net()
-    ctx = toy_context(net, with_prompts(lanes) if kind == "generation" else lanes, LoraAdapter(2, 2.0, Scope.SHARED))
+    nets = {"classification": toy_net, "generation": toy_llama, "extraction": toy_extractor}
+    made = {"classification": list, "generation": with_prompts, "extraction": with_spans}[kind](lanes)
+    ctx = toy_context(nets[kind](), made, LoraAdapter(2, 2.0, Scope.SHARED))
     for spec in ctx.params.specs:
         if "lora_B" in spec.name:
             ctx.params.set(spec.name, torch.linspace(-1, 1, spec.size).view(spec.shape))
@@ -33,7 +34,7 @@ def step_of(kind: str, sizes: list[int]) -> tuple[ClientContext, LaneBatch]:
     return ctx, batch
 
 
-@pytest.mark.parametrize("kind", ["classification", "generation"])
+@pytest.mark.parametrize("kind", ["classification", "generation", "extraction"])
 @pytest.mark.parametrize("overhead", [0, 5, 20])
 def test_parts_by_length_add_up_to_the_step(kind: str, overhead: float) -> None:
     ctx, batch = step_of(kind, [8, 5, 1])

@@ -32,17 +32,15 @@ from fedtailor.tasks.source import TaskKind
 if TYPE_CHECKING:  # transformers' base class takes seconds, and who only reads configs and tokens needs none
     from transformers import PreTrainedModel
 
-_SAME_ROLE = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
-"""What BERT calls a layer -> what LLaMA calls it: papers write "query and value" for both."""
+_SAME_ROLE = {f"{x}": (f"{x[0]}_proj", f"{x}_proj") for x in ("query", "key", "value")}
+"""What BERT calls a layer -> what LLaMA and DeBERTa call it: papers write "query and value" for all."""
 
 Targets = Literal["all-linear"] | tuple[str, ...]
 CAUSAL_MODELS = (
     "tiny-llama, gpt2-medium, gpt2-xl, mobilellama-1.4b, llama-3.2-3b, or any causal language model that ends in a "
     "linear layer"
 )
-EXTRACTORS = (
-    "tiny-bert, mini-mbert, mbert, roberta-base, deberta-v3-base, or any encoder with a question-answering head"
-)
+EXTRACTORS = "tiny-bert, mini-mbert, mbert, roberta-base, deberta-v3-base, or any encoder that can have such a head"
 CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
 
 _PARTS = {
@@ -158,7 +156,7 @@ def ends(name: str, target: str) -> bool:
     >>> ends("model.layers.0.self_attn.q_proj", "query"), ends("model.layers.0.mlp.up_proj", "proj")
     (True, False)
     """
-    return any(f".{name}".endswith(f".{t}") for t in (target, _SAME_ROLE.get(target, target)))
+    return any(f".{name}".endswith(f".{t}") for t in (target, *_SAME_ROLE.get(target, ())))
 
 
 def check_kind(config: PretrainedConfig, kind: TaskKind, where: str) -> None:

@@ -22,6 +22,7 @@ from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
 from fedtailor.report.heatmaps import Strategies, lambda_distance, population_figures, rank_structure
 from fedtailor.report.learned_ranks import learned_ranks, ranks_figure, ranks_grid
+from fedtailor.report.measures import no_answer_sentence
 from fedtailor.report.names import in_pool_order
 from fedtailor.report.page import render
 from fedtailor.report.scores import TIE_RULE, Block
@@ -30,6 +31,7 @@ from fedtailor.report.summary import cost_table, gaps, summary_records, tied_sha
 from fedtailor.report.tables import file_label, measure_blocks, measures_data, measures_grid, table_data, table_grid
 from fedtailor.storage.files import join
 from fedtailor.storage.run_folder import DONE, RunFolder
+from fedtailor.tasks.squad import dropped_sentence
 
 __all__ = ["RunData", "gather", "report_of", "write_report"]
 PAGE = "report.html"
@@ -83,7 +85,8 @@ def write_report(
         "comparison_rule": significance.rule(measure), "results": summary_records(found, pairs, all_measures),
     }  # fmt: skip
     _write(out / "summary.json", json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    grids = {pool: table_grid(facts, own) for pool, own in pools.items()}
+    left_out = dropped_sentence(data.notes)
+    grids = {pool: table_grid(facts, own, [left_out, no_answer_sentence(frame, pool)]) for pool, own in pools.items()}
     measure_grids = {pool: measures_grid(own, grids[pool].caption) for pool, own in all_measures.items()}
     for pool, grid in grids.items():
         write_grids([grid], table_data(pools[pool]), out, f"table_{file_label(pool)}")

@@ -187,3 +187,17 @@ def pooled_matthews(cells: pd.DataFrame, group: list[str]) -> pd.DataFrame:
             "n_examples": counts.sum(), "value": matthews(counts.to_numpy(np.int64).reshape(size, size)),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def no_answer_sentence(frame: pd.DataFrame, pool: str) -> str:
+    """What answering nothing at all scores in a pool, for captions; empty where every question has an answer.
+
+    Args:
+        frame: checked metric rows.
+        pool: which one.
+    """
+    here = frame[(frame["metric"] == NO_ANSWER) & (frame["stage"] == "personalise") & (frame["pool"] == pool)]
+    if here.empty:
+        return ""
+    share = (here["value"] * here["weight"]).sum() / here["weight"].sum()
+    return f"Answering no question at all scores {100 * share:.2f} in both exact match and F1."

@@ -27,12 +27,13 @@ SEPARATOR = " / "
 Row = tuple[int | None, str, tuple[Block, ...]]
 
 
-def table_grid(facts: RunFacts, found: Sequence[Block]) -> Grid:
+def table_grid(facts: RunFacts, found: Sequence[Block], also: Sequence[str] = ()) -> Grid:
     """``table_<pool>``: a row per language, then Average and Wins; a group of columns per budget.
 
     Args:
         facts: facts of the run.
         found: the blocks of one pool, at least one.
+        also: sentences about its data.
     """
     columns = [(block, method) for block in found for method in block.methods]
     codes, measure = languages_of(found), found[0].measure
@@ -47,7 +48,7 @@ def table_grid(facts: RunFacts, found: Sequence[Block]) -> Grid:
         header=[measure.group.capitalize(), *(names.method_name(method) for _, method in columns)],
         rows=rows,
         bold=bold,
-        caption=_caption(facts, found),
+        caption=_caption(facts, found, also),
         title=f"{names.pool_name(found[0].pool)}: {measure.phrase} (%)",
         label=file_label(found[0].pool),
         groups=[(names.budget_title(block.budget), len(block.methods)) for block in found],
@@ -55,7 +56,7 @@ def table_grid(facts: RunFacts, found: Sequence[Block]) -> Grid:
     )
 
 
-def _caption(facts: RunFacts, found: Sequence[Block]) -> list[str]:
+def _caption(facts: RunFacts, found: Sequence[Block], also: Sequence[str]) -> list[str]:
     """Sentences that let a table stand alone: numbers, task, model, base, scale, data, departures, run."""
     block, measure, exp = found[0], found[0].measure, facts.experiment
     clients, pool = names.plural(block.n_clients, "client"), names.pool_name(block.pool).lower()
@@ -74,6 +75,7 @@ def _caption(facts: RunFacts, found: Sequence[Block]) -> list[str]:
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
         facts.fallbacks.get(block.pool, ""),
         facts.duplicates,
+        *also,
         f"{measure.pooling}; Average weighs {measure.groups} equally; Wins counts the {measure.groups} where no "
         "method is better at that budget, ties for each.",
         *method_notes(exp, [method for other in found for method in other.methods]),

@@ -73,9 +73,10 @@ def skew_sentence(cfg: TaskConfig) -> str:
     """
     if cfg.sorted_share is None:
         return ""
+    by = "title" if cfg.name == "squad" else "label"
     tests = "mirror each client's train texts" if cfg.test_split == "mirror" else "are sorted and cut likewise"
     return (
-        f"Of the train texts a share s = {cfg.sorted_share:g} is sorted by label and cut into contiguous blocks, the "
+        f"Of the train texts a share s = {cfg.sorted_share:g} is sorted by {by} and cut into contiguous blocks, the "
         "rest is dealt out IID (as PF2LoRA's tables read; the paper's text calls s the IID share); test texts "
         f"{tests}."
     )

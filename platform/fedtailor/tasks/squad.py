@@ -16,18 +16,8 @@ from fedtailor.core.errors import ConfigError, DataError, listed
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.rows import Row, hub_rows, parse_json, read_text
-from fedtailor.tasks.source import (
-    POOLS,
-    SPLITS,
-    Example,
-    LanguagePool,
-    Pool,
-    Source,
-    TaskEntry,
-    data_place,
-    first_file,
-    seeded_halves,
-)
+from fedtailor.tasks.places import data_place, first_file
+from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, TaskEntry, seeded_halves
 
 HUB_IDS: Final[Mapping[str, str]] = {"v1": "rajpurkar/squad", "v2": "rajpurkar/squad_v2"}
 FILES: Final[Mapping[str, tuple[str, ...]]] = {

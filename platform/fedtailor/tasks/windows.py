@@ -203,7 +203,7 @@ class Writer:
             room = rooms(tokenizer, texts, max_length)
             answers = [json.loads(spans) for spans in given]
             first = [(a[0]["start"], a[0]["start"] + len(a[0]["text"])) if a else None for a in answers]
-            told = f"question leaves {{}} tokens of a window to its context, and 'task.stride' is {stride}"
+            told = f"question leaves {{}} tokens of a window to its context, and 'task.stride' ({stride}) must be below"
             self._refuse(room <= stride, batch, told, room)
             whole = set()
             for one in encode_windows(tokenizer, texts, contexts, first, max_length, stride):
@@ -215,7 +215,7 @@ class Writer:
             lost = [i for i, answer in enumerate(first) if answer is not None and i not in whole]
             sizes = np.zeros(len(texts), np.int64)
             for i in lost:
-                sizes[i] = len(tokenizer.tokenize(answers[i][0]["text"]))
+                sizes[i] = len(tokenizer(answers[i][0]["text"], add_special_tokens=False, verbose=False)["input_ids"])
             told = "answer is longer than a window has room for beside its question ({} tokens)"
             self._refuse(sizes > room, batch, told, room)
             missed, answered = missed + len(lost), answered + sum(map(bool, answers))
@@ -228,8 +228,8 @@ class Writer:
         example = next(islice(examples_of(batch), at, None))
         where = (self._place_of(example) if self._place_of else "") or f"question {example.text!r}"
         raise DataError(
-            f"{where}: its {told.format(numbers[at])}; {int(wrong.sum())} of {len(wrong)} questions are so. Raise "
-            f"'task.max_length' ({self._limits[0]}) or lower 'task.stride' ({self._limits[1]})"
+            f"{where}: its {told.format(numbers[at])}; {int(wrong.sum())} of {len(wrong)} questions are so; raise "
+            f"'task.max_length' ({self._limits[0]})"
         )
 
     def write(self, out: Path, rows: Sequence[Sequence[Ints]]) -> tuple[Ints, list[list[Ints]]]:
