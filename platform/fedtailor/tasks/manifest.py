@@ -73,7 +73,13 @@ def manifest_of(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tupl
 
 def _digest(example: Example, source: Source) -> bytes:
     if source.kind == "generation":
-        said = (example.text, example.label, example.pair, example.history, *([example.others] if example.others else []))
+        said = (
+            example.text,
+            example.label,
+            example.pair,
+            example.history,
+            *([example.others] if example.others else []),
+        )
         return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).digest()
     texts = "\0".join(text for text in (example.text, example.pair, example.answers) if text is not None)
     return hashlib.sha256(f"{example.label}\0{texts}".encode()).digest()

@@ -15,8 +15,8 @@ from typing import Any, Final
 from fedtailor.core.errors import ConfigError, DataError, listed
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
-from fedtailor.tasks.rows import Row, hub_rows, parse_json, read_text
 from fedtailor.tasks.places import data_place, first_file
+from fedtailor.tasks.rows import Row, hub_rows, parse_json, read_text
 from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, TaskEntry, seeded_halves
 
 HUB_IDS: Final[Mapping[str, str]] = {"v1": "rajpurkar/squad", "v2": "rajpurkar/squad_v2"}
