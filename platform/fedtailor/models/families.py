@@ -36,9 +36,7 @@ _SAME_ROLE = {f"{x}": (f"{x[0]}_proj", f"{x}_proj") for x in ("query", "key", "v
 """What BERT calls a layer -> what LLaMA and DeBERTa call it: papers write "query and value" for all."""
 
 Targets = Literal["all-linear"] | tuple[str, ...]
-CAUSAL_MODELS = (
-    "tiny-llama, gpt2-medium, mobilellama-1.4b, llama-3.2-3b, or any causal model that ends in a linear layer"
-)
+CAUSAL_MODELS = "tiny-llama, gpt2-medium, mobilellama-1.4b, llama-3.2-3b, or a causal model that ends in a linear layer"
 EXTRACTORS = "tiny-bert, mini-mbert, mbert, roberta-base, deberta-v3-base, or any encoder that can have such a head"
 CLASSIFIERS = "tiny-bert, mini-mbert, mbert, roberta-base, roberta-large, or any sequence classifier"
 
