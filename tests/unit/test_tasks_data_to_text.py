@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import sacrebleu
+from tiny import TALK, run_tiny
 
 from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.evaluation.corpus_metrics import MEASURES, corpus_measures, words
 from fedtailor.evaluation.generation import measures
 from fedtailor.experiment.compose import compose
 from fedtailor.experiment.plan import make_plan
+from fedtailor.report import report_of
 from fedtailor.tasks import e2e, webnlg
 from fedtailor.tasks.e2e import spaced
 from fedtailor.tasks.task import prepare, task_config
@@ -243,3 +245,28 @@ def test_plan_gives_the_trained_numbers_of_table_13_without_model_and_data() -> 
         name: round(sizes[name].adapter / 1e6, 2) for name in ("homlora", "perfedavg_lora", "hetlora", "pf2lora")
     }
     assert numbers == {"homlora": 0.39, "perfedavg_lora": 0.39, "hetlora": 0.81, "pf2lora": 0.59}
+
+
+def test_a_run_scores_answers_as_corpora_and_shows_some_with_all_their_references(tmp_path: Path) -> None:
+    restaurants(tmp_path)
+    made = compose(
+        [],
+        [
+            *TALK, f"storage={tmp_path / 'runs'}", "task=e2e", f"task.path={tmp_path}", "task.clients_per_language=2",
+            "task.max_length=64", "methods=[base,homlora]", "budgets=[1]", "base.name=none", "homlora.rank=1",
+            "strategy.rounds=1", "strategy.cohort=all", "personalise.pools=[seen]", "personalise.save_predictions=true",
+        ],
+    )  # fmt: skip
+    run = run_tiny(made, "answers")
+    rows = run.metrics()
+    scored = rows[(rows["stage"] == "personalise") & (rows["method"] == "homlora")]
+    assert set(MEASURES) <= set(scored["metric"])
+    assert set(scored.loc[scored["metric"] == "ter", "client"]) == {"seen/Cotto/Cotto", "seen/Zizzi/Zizzi"}
+    page = report_of(run)
+    assert isinstance(page, Path)
+    text = (page.parent / "samples.md").read_text(encoding="utf-8")
+    assert "**1.** name : Aromi \\| priceRange : £ 20 - 25" in text
+    for words_of_it in ("- Reference: Aromi is £ 20 - 25 .", "- Reference: Aromi is £ 20 - 26 .", "- **HOMLoRA**: "):
+        assert words_of_it in text
+    measured = (page.parent / "metrics_seen.md").read_text(encoding="utf-8")
+    assert "NIST and CIDEr as they are" in measured

@@ -29,12 +29,12 @@ from fedtailor.storage.payloads import Payload
 from fedtailor.storage.round_store import (
     METRIC_SCHEMA,
     METRICS,
-    PREDICTION_SCHEMA,
     PREDICTIONS,
     SHARED,
     CommittedRounds,
     adapter_files,
     named,
+    predictions_table,
     table_of,
 )
 from fedtailor.storage.run_folder import DONE, RunFolder
@@ -268,7 +268,7 @@ class Execution:
         objects: dict[str, Payload] = {METRICS: table_of((row for r in results for row in r.metrics), METRIC_SCHEMA)}
         answers = [row for result in results for row in result.predictions]
         if answers:
-            objects[PREDICTIONS] = table_of(answers, PREDICTION_SCHEMA)
+            objects[PREDICTIONS] = predictions_table(answers)
         strategies = {f"lambda/{client}": lam for r in results for client, lam in r.tensors.items()}
         if strategies:
             objects[STRATEGIES] = strategies

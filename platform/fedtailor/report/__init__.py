@@ -16,7 +16,7 @@ import pandas as pd
 from fedtailor.core.errors import StorageError
 from fedtailor.core.files import refuse_used
 from fedtailor.methods.external import add_stored
-from fedtailor.report import regression, scores, significance
+from fedtailor.report import regression, samples, scores, significance
 from fedtailor.report.curves import per_budget, per_language, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
@@ -189,6 +189,9 @@ def _write_all(run: RunFolder, out: Path) -> Path:
     counts = {"failures": len(run.failures.entries()), "warnings": warnings}
     info = {**run.info(), "status": run.status()["state"], **counts}
     write_report(info, metrics, run.strategies(), modules_of(run), out, gather(run))
+    (out / samples.FILE).unlink(missing_ok=True)
+    if len(answers := samples.committed_answers(run)):
+        _write(out / samples.FILE, samples.samples(answers))
     return out / PAGE
 
 

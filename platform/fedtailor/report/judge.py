@@ -22,12 +22,12 @@ from fedtailor.experiment.stages import short_hash
 from fedtailor.report.grid import Grid, markdown
 from fedtailor.report.judge_client import KEY, Endpoint, Line, Template, ask_all
 from fedtailor.report.names import method_name
+from fedtailor.report.samples import committed_answers
 from fedtailor.report.scores import AVERAGE, in_table_order
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.journal import Journal
 from fedtailor.storage.lock import Lock
 from fedtailor.storage.payloads import canonical_json, encode, sha256
-from fedtailor.storage.round_store import PREDICTIONS
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.task import TASKS
 
@@ -225,16 +225,9 @@ def kept_answers(run: RunFolder, methods: Sequence[str], limit: int | None, orde
             f"{name} kept no answers: personalise.save_predictions was off. Run it with "
             "personalise.save_predictions=true; all stages but the personalising ones are reused"
         )
-    frames = [
-        commit.table(PREDICTIONS).to_pandas().assign(seed=int(stage["seed"]))
-        for stage in run.stages("personalise")
-        if not methods or stage["method"] in methods
-        for commit in run.log(stage).all(objects=False)
-        if PREDICTIONS in commit.objects
-    ]
-    if not any(map(len, frames)):
+    answers = committed_answers(run, methods)
+    if answers.empty:
         raise StorageError(f"{name} has no answers of {', '.join(methods) or 'any method'}")
-    answers: pd.DataFrame = pd.concat(frames, ignore_index=True)
     questions = answers[_QUESTION].drop_duplicates().sort_values(_QUESTION)
     drawn = questions.iloc[numpy_rng(order, "judge", "order").permutation(len(questions))[:limit]]
     drawn = answers.merge(drawn.assign(place=range(len(drawn))), on=_QUESTION)

@@ -50,7 +50,8 @@ def _schema(*columns: str) -> pa.Schema:
 METRIC_SCHEMA, TIMING_SCHEMA = _schema(*METRIC_COLUMNS), _schema(*TIMING_COLUMNS)
 PREDICTION_SCHEMA = _schema("client", "language", "budget", "method", "row", "prompt", "reference", "prediction")
 """``language`` is the example's group; ``budget`` -1 where it does not apply; ``row`` the example's number among the
-client's test examples; ``prompt`` the instruction without its template."""
+client's test examples; ``prompt`` the instruction without its template. Where inputs have several references, a column
+``others`` has those beside the first."""
 
 
 def adapter_files(lane: str) -> str:
@@ -68,6 +69,12 @@ def adapter_files(lane: str) -> str:
 def table_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as an Arrow table, in the order given; null where a row does not say."""
     return pa.Table.from_pylist(list(rows), schema)
+
+
+def predictions_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """`PREDICTION_SCHEMA` with a row per answer."""
+    others = pa.field("others", pa.list_(pa.string()))
+    return table_of(rows, PREDICTION_SCHEMA.append(others) if "others" in rows[0] else PREDICTION_SCHEMA)
 
 
 def timings_table(stage: str, index: int, seconds: Mapping[str, float], costs: Mapping[str, ClientCost]) -> pa.Table:

@@ -194,6 +194,7 @@ def _kept(stage: OpenStage, made: Personalised, k: int, asked: Any, answers: tup
             "prompt": questions[row],
             "reference": asked.references[row][0],
             "prediction": answer,
+            **({"others": list(asked.references[row][1:])} if stage.data.several else {}),
         }
         for row, answer in enumerate(answers)
     )
