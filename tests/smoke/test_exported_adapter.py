@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from squad_case import SPANS, write_squad
 from tiny import run_tiny, talk, tiny
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
+from fedtailor.evaluation.spans import score
+from fedtailor.experiment.compose import compose
+from fedtailor.lanes.batches import LaneBatch
 from fedtailor.models.load import load_causal, load_classifier
 from fedtailor.personalise.export import base_folder, export_client
 from fedtailor.storage.commit_log import CommitLog
+from fedtailor.storage.round_store import PREDICTIONS
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.tokens import TokenData
 
@@ -103,3 +109,36 @@ def test_peft_reproduces_the_answers_loss_of_a_language_model(tmp_path: Path, me
             scores = model(input_ids=row).logits[0, prompt - 1 : -1]
         losses.append(float(torch.nn.functional.cross_entropy(scores, row[0, prompt:])))
     assert float((own.value * own.weight).sum() / own.weight.sum()) == pytest.approx(sum(losses) / 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "pf2lora"])
+def test_peft_marks_the_spans_of_the_run(tmp_path: Path, method: str) -> None:
+    keys = {"lora": ("lora.lr=5e-2",), "pf2lora": ("pf2lora.lr=5e-2", "pf2lora.batch_size=8")}[method]
+    path = write_squad(tmp_path / "squad" / "train-v2.0.json.gz")
+    own = (f"task.path={path}", f"storage={tmp_path}", f"methods=[{method}]", "budgets=[2]", "save_adapters=true")
+    run = run_tiny(compose([], [*SPANS, *own, "personalise.save_predictions=true", *keys]))
+    data = TokenData.open(next((tmp_path / "artifacts").glob("tokens-*")))
+    frame = run.metrics().query("stage == 'personalise' and module == ''")
+    [stage] = run.stages("personalise")
+    commits = CommitLog(run.storage, f"artifacts/{stage['artifact']}").all()
+    answers = pd.concat([commit.table(PREDICTIONS).to_pandas() for commit in commits if PREDICTIONS in commit.objects])
+    for client in ("seen/squad2/00", "seen/squad2/03"):
+        belongs = export_client(run, client, method, 2, 42, tmp_path / "out" / client)
+        base = AutoModelForQuestionAnswering.from_pretrained(belongs or base_folder(run, 42))
+        model = PeftModel.from_pretrained(base, str(tmp_path / "out" / client)).eval()
+
+        def logits(batch: LaneBatch, model: torch.nn.Module = model) -> torch.Tensor:
+            ids, mask, types = (x[0] for x in (batch.input_ids, batch.attention_mask, batch.token_type_ids))
+            found = model(input_ids=ids, attention_mask=mask, token_type_ids=types)
+            return (
+                torch.stack([found.start_logits, found.end_logits], 1)
+                .masked_fill(mask[:, None] == 0, -1e30)
+                .view(1, -1, ids.shape[1])
+            )
+
+        [plain] = score(logits, [data.examples(client, "test")], [data.asked(client)], data.pad_id, 512, "cpu", True)
+        mine = frame[frame.client == client].set_index("metric").value
+        assert plain.loss == pytest.approx(mine["loss"], abs=1e-5)
+        for name, value in plain.measures.items():
+            assert value == pytest.approx(mine[name], abs=1e-6)
+        assert list(plain.answers) == answers[answers.client == client].prediction.tolist()
