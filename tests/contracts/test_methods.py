@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from contract_kit import CHECKS, ROUNDS, Bench
+from contract_kit import (
+    CHECKS,
+    ROUNDS,
+    Bench,
+    every_client_gets_a_model,
+    private_state_comes_back_and_is_used,
+)
 from squad_case import SPANS, write_squad
 
 from fedtailor.experiment.compose import compose
@@ -36,7 +42,11 @@ def test_a_method_keeps(name: str, check: Callable[[MethodEntry, Bench], None], 
     check(METHODS[name], bench)
 
 
-@pytest.mark.parametrize("check", CHECKS[:3], ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", MARKING)
-def test_a_method_keeps_on_spans(name: str, check: Callable[[MethodEntry, Bench], None], spans: Bench) -> None:
-    check(METHODS[name], spans)
+def test_every_client_gets_a_model_of_spans(name: str, spans: Bench) -> None:
+    every_client_gets_a_model(METHODS[name], spans)
+
+
+@pytest.mark.parametrize("name", ["dept", "pf2lora"])
+def test_private_state_is_used_on_spans(name: str, spans: Bench) -> None:
+    private_state_comes_back_and_is_used(METHODS[name], spans)
