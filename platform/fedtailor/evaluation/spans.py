@@ -75,7 +75,7 @@ def score(
         scores = logits(batch)
         each = functional.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), reduction="none")
         each = each.view(batch.labels.shape).double().cpu()
-        pairs = scores.unflatten(1, (-1, 2)).float().cpu().numpy()
+        pairs = scores.reshape(len(scores), -1, 2, scores.shape[-1]).float().cpu().numpy()
         for lane, index in enumerate(indices):
             losses[lane] += float(each[lane, : 2 * len(index)].sum())
             for at, row in enumerate(index.tolist()):

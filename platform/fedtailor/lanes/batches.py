@@ -41,8 +41,9 @@ class Examples:
 
     def rows(self, index: IntArray | slice) -> Examples:
         """The examples at the indices (m,) or of the slice, in their order."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Examples(*(None if part is None else part[index] for part in parts))
+        parts: list[Any] = [getattr(self, field.name) for field in fields(self)]
+        taken: list[Any] = [None if part is None else part[index] for part in parts]
+        return Examples(*taken)
 
 
 @dataclass(frozen=True)

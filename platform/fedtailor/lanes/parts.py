@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ def _reordered(batch: LaneBatch, order: Tensor, taken: Tensor) -> LaneBatch:
     )
     if batch.positions is None or batch.target_row is None:
         # As many targets in every row; `valid`: real rows come first, as before.
-        labels = batch.labels.unflatten(1, (b, -1))
+        labels = batch.labels.reshape(batch.lanes, b, -1)
         return replace(batch, labels=labels.gather(1, order.unsqueeze(2).expand_as(labels)).flatten(1))
     now_at = torch.zeros_like(order).scatter_(1, order, torch.arange(b, device=order.device).expand_as(order))
     target_row = now_at.gather(1, batch.target_row)
@@ -152,7 +152,7 @@ def _part(batch: LaneBatch, start: int, rows: int, width: int | None = None) -> 
     counts = here.sum(1)
     if batch.positions is None or batch.target_row is None:
         column = torch.arange(here.shape[1], device=counts.device)
-        taken = {
+        taken: dict[str, Any] = {
             "labels": batch.labels[:, each * start : each * end],
             "valid": column < counts.clamp_min(1).unsqueeze(1),
             "target_row": None if batch.target_row is None else batch.target_row[:, : here.shape[1]],

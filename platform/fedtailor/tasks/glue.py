@@ -81,7 +81,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         ConfigError: no data set is named, or languages other than English.
         DataError: missing or damaged file, a file without labels (names file and line), or the hub cannot be reached.
     """
-    if cfg.subset not in SUBSETS:
+    if cfg.subset is None or cfg.subset not in SUBSETS:
         raise ConfigError(f"'task.subset' names no data set of glue (allowed: {', '.join(SUBSETS)})")
     if cfg.languages != (LANGUAGE,):
         raise ConfigError(f"'task.languages' ({', '.join(cfg.languages)}): glue is in English alone ({LANGUAGE})")

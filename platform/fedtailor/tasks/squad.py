@@ -43,7 +43,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         ConfigError: no version is named, or languages other than English.
         DataError: no file, a damaged one, one without a usable question, or the hub cannot be reached.
     """
-    if cfg.subset not in HUB_IDS:
+    if cfg.subset is None or cfg.subset not in HUB_IDS:
         raise ConfigError(f"'task.subset' names no version of squad (allowed: {', '.join(HUB_IDS)})")
     if cfg.languages != (LANGUAGE,):
         raise ConfigError(f"'task.languages' ({', '.join(cfg.languages)}): squad is in English alone ({LANGUAGE})")
