@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import ray
@@ -56,23 +55,50 @@ class DriverActor:
         self._reporter = Reporter()
         self._stop = threading.Event()
 
-    def run(self, entry: str, payload: Mapping[str, Any], environment: Mapping[str, str], folder: str) -> Any:
+    def run(
+        self,
+        entry: str,
+        payload: Mapping[str, Any],
+        config: EngineConfig,
+        environment: Mapping[str, str],
+        folder: str,
+    ) -> Any:
         """Calls ``entry(payload, make_pool, on_event, should_stop)`` and returns what it returns.
 
         Args:
             entry: ``module:function``. ``make_pool(engine_config, on_event)`` makes a pool on this
                 cluster whose actors end with this process; ``on_event`` sends an event; ``should_stop`` says
                 whether an orderly end is asked for.
-            payload: what the function takes.
+            payload: what the function takes. With a true ``begin`` the actors of the pool that it will ask for come up
+                while it is imported.
+            config: the ``engine`` section.
             environment: variables to set unless they are set here.
             folder: working directory of whoever asks, used if it exists here.
         """
         adopt_environment(environment, folder)
         run = str(payload.get("run_id", ""))
         on_event = counting_commits(self._reporter.event, run)
-        with importing():
-            function = resolve(entry)
-        return function(payload, partial(RayPool, run=run), on_event, self._stop.is_set)
+        early = RayPool(config, on_event, run=run) if payload.get("begin") else None
+
+        def make_pool(asked: EngineConfig, hear: OnEvent, **options: Any) -> RayPool:
+            nonlocal early
+            pool, early = early, None
+            # Whoever asks for another pool must find the places free.
+            if pool is not None and (options or asked.model_copy(update={"address": config.address}) != config):
+                pool.close()
+                pool = None
+            if pool is None:
+                return RayPool(asked, hear, run=run, **options)
+            pool.on_event = hear
+            return pool
+
+        try:
+            with importing():
+                function = resolve(entry)
+            return function(payload, make_pool, on_event, self._stop.is_set)
+        finally:
+            if early is not None:
+                early.close()
 
     def events(self, since: int, wait_s: float) -> list[dict[str, Any]]:
         """See `Reporter.read`."""
@@ -113,17 +139,15 @@ def run_on_driver(
         }  # fmt: skip
         driver: Any = ray.remote(**options)(DriverActor).remote()
         try:
-            return _follow(driver, entry, payload, on_event, should_stop)
+            done = driver.run.remote(entry, dict(payload), config, forwarded_environment(), os.getcwd())
+            return _follow(driver, done, on_event, should_stop)
         finally:
             ray.kill(driver, no_restart=True)
     finally:
         session.close()
 
 
-def _follow(
-    driver: Any, entry: str, payload: Mapping[str, Any], on_event: OnEvent, should_stop: Callable[[], bool]
-) -> Any:
-    done = driver.run.remote(entry, dict(payload), forwarded_environment(), os.getcwd())
+def _follow(driver: Any, done: Any, on_event: OnEvent, should_stop: Callable[[], bool]) -> Any:
     seen, stopping, finished = 0, False, False
     while not finished:
         finished = bool(ray.wait([done], timeout=0)[0])

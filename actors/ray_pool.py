@@ -93,7 +93,7 @@ class RayPool:
 
     Args:
         config: the ``engine`` section.
-        on_event: hears of losses and recoveries, as they happen.
+        on_event: hears of losses and recoveries, as they happen; may be replaced.
         worker: ``module:Class`` that plays segments.
         merge: ``module:function`` that joins the results of a segment's single clients, in client order.
         run: run id, for metrics.
@@ -107,7 +107,7 @@ class RayPool:
     ) -> None:
         # Calls that are given up on purpose are no news; losses are reported as events.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-        self._config, self._on_event, self._run = config, on_event, run
+        self.on_event, self._config, self._run = on_event, config, run
         self._metrics = PoolMetrics(run)
         self._worker, self._merge = worker, merge
         self._costs = CostModel()
@@ -169,7 +169,7 @@ class RayPool:
 
     def _report(self, event: dict[str, Any]) -> None:
         self._metrics.event(event)
-        self._on_event(event)
+        self.on_event(event)
 
     def _make_actor(self, number: int) -> Any:
         config, together = self._config, self._plan.ranks > 1

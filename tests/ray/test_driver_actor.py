@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,22 @@ import psutil
 import pytest
 import ray
 
-from actors.driver_actor import Reporter, run_on_driver
+from actors import driver_actor
+from actors.driver_actor import DriverActor, Reporter, run_on_driver
 from actors.session import ensure_ray
-from fedtailor.core.errors import ClientError, Interrupted, PlacementError, WorkerError
+from fedtailor.core.errors import ClientError, ConfigError, Interrupted, PlacementError, WorkerError
 from fedtailor.core.settings import EngineConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
 
-def start(payload: dict[str, Any], on_event: Any = lambda _: None, should_stop: Any = lambda: False) -> Any:
-    return run_on_driver("fake_worker:drive", payload, EngineConfig(), on_event, should_stop)
+def start(
+    payload: dict[str, Any],
+    on_event: Any = lambda _: None,
+    should_stop: Any = lambda: False,
+    config: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
+) -> Any:
+    return run_on_driver("fake_worker:drive", payload, config, on_event, should_stop)
 
 
 def assert_gone(pids: list[int]) -> None:
@@ -76,6 +83,83 @@ def test_the_watcher_s_error_ends_the_driver() -> None:
     with pytest.raises(RuntimeError, match="the terminal is gone"):
         start({"do": "wait for stop"}, fail)
     assert_gone(pids)
+
+
+class Pool:
+    """Where `RayPool` stands, without Ray."""
+
+    def __init__(self, config: EngineConfig, on_event: Any, run: str = "", worker: str = "") -> None:
+        self.config, self.on_event, self.run, self.worker = config, on_event, run, worker
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+MINE = EngineConfig(actors=1, num_cpus=0.5)
+ASKED: dict[str, tuple[dict[str, Any], EngineConfig | None, dict[str, str], list[bool]]] = {
+    "its own": ({"begin": True}, MINE, {}, [False]),
+    "its own elsewhere": ({"begin": True}, MINE.model_copy(update={"address": "auto"}), {}, [False]),
+    "another engine": ({"begin": True}, EngineConfig(actors=2), {}, [True, False]),
+    "another worker": ({"begin": True}, MINE, {"worker": "own:Worker"}, [True, False]),
+    "none": ({"begin": True}, None, {}, [True]),
+    "late": ({"begin": False}, MINE, {}, [False]),
+    "late none": ({}, None, {}, []),
+}
+"""What a function asks of the driver: its payload, the pool it wants; and which of the pools made are closed then."""
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_actors_come_up_before_the_function_is_imported_and_serve_it_or_nobody(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload, wanted, options, closed = ASKED[name]
+    made: list[Pool] = []
+    before: list[int] = []
+    heard: list[Any] = []
+
+    def make(*words: Any, **named: Any) -> Pool:
+        made.append(Pool(*words, **named))
+        return made[-1]
+
+    def entry(_: Any, make_pool: Any, on_event: Any, should_stop: Any) -> None:
+        if wanted is not None:
+            assert make_pool(wanted, heard.append, **options) is made[-1]
+
+    def imported(_: str) -> Any:
+        before.append(len(made))
+        return entry
+
+    monkeypatch.setattr(driver_actor, "RayPool", make)
+    monkeypatch.setattr(driver_actor, "counting_commits", lambda on_event, run: on_event)
+    monkeypatch.setattr(driver_actor, "resolve", imported)
+    DriverActor().run("own:run", {**payload, "run_id": "r"}, MINE, {}, "")
+    assert before == [int(payload.get("begin", False))]
+    assert [pool.closed for pool in made] == closed
+    assert {pool.run for pool in made} <= {"r"}
+    if wanted is not None:
+        assert (made[-1].on_event, made[-1].worker) == (heard.append, options.get("worker", ""))
+
+
+def test_actors_end_with_a_function_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Pool] = []
+    monkeypatch.setattr(driver_actor, "RayPool", lambda *words, **named: made.append(Pool(*words, **named)) or made[-1])
+    with pytest.raises(ConfigError, match="no_such_module"):
+        DriverActor().run("no_such_module:run", {"begin": True}, MINE, {}, "")
+    assert [pool.closed for pool in made] == [True]
+
+
+def test_a_run_that_is_refused_leaves_no_actors_that_came_up_for_it() -> None:
+    def client_actors() -> list[str]:
+        return [actor["State"] for actor in ray._private.state.actors().values() if "ClientActor" in str(actor)]
+
+    before = len(client_actors())
+    with pytest.raises(ClientError):
+        start({"do": "fail", "begin": True}, config=MINE)
+    until = time.monotonic() + 10
+    while set(client_actors()) != {"DEAD"} and time.monotonic() < until:
+        time.sleep(0.1)
+    assert client_actors() == ["DEAD"] * (before + 1)
 
 
 def test_a_reporter_forgets_what_was_read() -> None:

@@ -93,7 +93,10 @@ def launch(backend: Backend, run: RunFolder, exp: ExperimentBase, emit: OnEvent,
     before, me = run.status(), LockHolder.here(run.run_id)
     run.set_status("running", "", {"launcher": asdict(me)})
     try:
-        payload = {"storage": exp.storage, "run_id": run.run_id, "allow_code": modules_of(exp)}
+        payload = {
+            "storage": exp.storage, "run_id": run.run_id, "allow_code": modules_of(exp),
+            "begin": before["state"] != "complete",
+        }  # fmt: skip
         backend(ENTRY, payload, exp.engine, emit, should_stop)
         missing = [stage["key"] for stage in committed_stages(run) if not stage["done"]]
         if missing:
@@ -120,7 +123,8 @@ def execute_on(payload: Mapping[str, Any], make_pool: MakePool, on_event: OnEven
     """Runs all stages of a run in this process; the pool may be anywhere.
 
     Args:
-        payload: ``storage``, ``run_id`` and ``allow_code``, the modules that whoever asks has allowed.
+        payload: ``storage``, ``run_id`` and ``allow_code``, the modules that whoever asks has allowed; ``begin``:
+            whether actors are wanted from the first moment on.
         make_pool: builds a pool from the engine's configuration.
         on_event: receives every event as it is kept in the run folder, and those of `events.QUIET`, which are not.
         should_stop: looked at between segments.
