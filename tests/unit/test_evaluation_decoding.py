@@ -16,9 +16,10 @@ from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.core.settings import DecodingConfig
+from fedtailor.evaluation import greedy
 from fedtailor.evaluation.decoding import Decoding, answer, answer_all
 from fedtailor.federated.context import ClientContext
-from fedtailor.lanes.layers import LaneEmbedding
+from fedtailor.lanes.layers import LaneEmbedding, narrowed
 from fedtailor.lanes.net import LaneNet
 from fedtailor.models.families import positions_of
 
@@ -239,3 +240,57 @@ def test_decoding_leaves_a_model_that_recomputes_activations_alone() -> None:
     asked = prompts([3])
     saving.train_mode(False)
     assert answer(saving, asked, how(6)) == answer(plain, asked, how(6))
+
+
+def shapes_read(net: LaneNet, asked: Prompts, settings: Decoding) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """What the model is given, call by call, (rows, tokens), and the first lane's answers."""
+    seen: list[tuple[int, int]] = []
+
+    def note(_module: object, _args: object, given: dict[str, torch.Tensor]) -> None:
+        seen.append(tuple(given["input_ids"].shape))  # type: ignore[arg-type]
+
+    handle = net.model.register_forward_pre_hook(note, with_kwargs=True)
+    answers = answer(net, asked, settings)[0]
+    handle.remove()
+    return seen, answers
+
+
+def test_rows_that_have_ended_leave() -> None:
+    net, _ = adapted(2)
+    long = [np.arange(first, first + 30) for first in range(3, 8)]
+    first = [long[0], np.array([9, 8, 7]), *long[1:]]
+    seen, answers = shapes_read(net, [first, long], how(10, stop=(), positions=34, repetition_penalty=1.3))
+    # The row that only fills the second lane up ends at once; after four tokens a row of each lane goes on.
+    assert seen == [(12, 30), *[(12, 1)] * 3, *[(2, 1)] * 6]
+    assert [len(tokens) for tokens in answers] == [4, 10, 4, 4, 4, 4]
+    settings = how(10, stop=(), positions=34, repetition_penalty=1.3)
+    assert answers == answer(net, [first, first], settings)[0]
+    assert answers[1] == answer(net, [first[1:2], long[:1]], settings)[0][0]
+
+
+def test_prompts_of_about_equal_length_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, _ = adapted(2)
+    asked = [[np.arange(3, 3 + n) for n in lengths] for lengths in ((30, 28, 4), (29, 3, 3))]
+    whole, expected = shapes_read(net, asked, how(4))
+    assert whole[0] == (6, 30)
+    monkeypatch.setattr(greedy, "part_tokens", lambda net: 10.0)
+    parts, found = shapes_read(net, asked, how(4))
+    assert parts[:2] == [(4, 30), (2, 4)]
+    assert found == expected
+
+
+def test_adapters_are_cast_once_and_are_what_they_were_afterwards() -> None:
+    net, _ = adapted(2, toy_llama(torch.float32, compute="bfloat16"))
+    layer = net.layers[0]
+    layer.lam = torch.full((2, 2), 0.5)
+    before = dict(vars(layer))
+    types = set()
+    handle = layer.register_forward_pre_hook(lambda *_: types.add((layer.a.dtype, layer.b.dtype, layer.lam)))  # type: ignore[union-attr]
+    told = answer(net, prompts([3, 2]), how(6))
+    handle.remove()
+    assert types == {(torch.bfloat16, torch.bfloat16, None)}
+    assert all(vars(layer)[name] is before[name] for name in ("a", "b", "lam", "under", "overlay", "own"))
+    assert any(tokens for lane in told for tokens in lane)
+    with narrowed(net.layers, torch.bfloat16), torch.no_grad():
+        assert layer.b is not None
+        torch.testing.assert_close(layer.b, (before["b"] * 0.5).bfloat16(), rtol=0, atol=0)

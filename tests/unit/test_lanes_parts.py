@@ -18,7 +18,7 @@ from fedtailor.lanes import parts as parts_module
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.loss import lane_cross_entropy
-from fedtailor.lanes.parts import _cheapest_ends, by_length, part_tokens
+from fedtailor.lanes.parts import by_length, cheapest_ends, part_tokens
 from fedtailor.training.local import Training, backward, cross_entropy_of, train
 
 
@@ -81,7 +81,7 @@ def test_the_cut_is_the_cheapest_of_all(overhead: float) -> None:
         widths = sorted(np.random.default_rng(seed).integers(1, 20, 7).tolist(), reverse=True)
         inner = range(1, len(widths))
         every = [(*cuts, len(widths)) for n in range(len(widths)) for cuts in itertools.combinations(inner, n)]
-        assert cost(tuple(_cheapest_ends(widths, 2, overhead))) == min(map(cost, every))
+        assert cost(tuple(cheapest_ends(widths, 2, overhead))) == min(map(cost, every))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

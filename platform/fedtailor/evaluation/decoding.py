@@ -30,7 +30,9 @@ from transformers import (
 )
 
 from fedtailor.core.settings import DecodingConfig
+from fedtailor.evaluation.greedy import Greedy, OnOwnTokens
 from fedtailor.lanes.batches import IntArray
+from fedtailor.lanes.layers import narrowed
 
 if TYPE_CHECKING:
     from fedtailor.lanes.net import LaneNet
@@ -119,15 +121,18 @@ def answer(net: LaneNet, prompts: Sequence[Sequence[IntArray]], how: Decoding) -
     inputs = torch.from_numpy(ids.reshape(-1, width)).to(net.device)
     mask = (torch.arange(width, device=net.device) >= begin.unsqueeze(1)).long()
     net.state.shapes, net.state.rows = ((rows, width),) * lanes, rows * how.cfg.beams
-    with net.autocast(), _no_defaults(net.model):
+    own, rules = torch.from_numpy(limits.reshape(-1)).to(net.device), _rules(how.cfg, begin)
+    greedy = Greedy(net, own, begin, rules) if how.cfg.beams == 1 else None
+    with net.autocast(), narrowed(net.layers, net.compute_type), _no_defaults(net.model):
         out: Tensor = net.model.generate(  # type: ignore[operator]
             inputs,
             attention_mask=mask,
             generation_config=_generation(how, int(limits.max())),
-            logits_processor=_rules(how.cfg, begin),
-            stopping_criteria=StoppingCriteriaList([_OwnLength(width, torch.from_numpy(limits.reshape(-1)))]),
+            logits_processor=LogitsProcessorList([rules]),
+            stopping_criteria=StoppingCriteriaList([_OwnLength(width, own)]),
             # Ranks that hold the model together get the same rows and end at the same step.
             synced_gpus=False,
+            custom_generate=greedy,
         )
     new = out[:, width:].view(lanes, rows, -1).tolist()
     return [[how.bare(new[k][i][: limits[k, i]]) for i in range(len(lane))] for k, lane in enumerate(prompts)]
@@ -171,31 +176,14 @@ class _OwnLength(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         # Of beams there are several rows per prompt, neighbours.
-        limits = self.limits.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.limits))
+        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))
         return input_ids.shape[1] - self.width >= limits
 
 
-class _OnOwnTokens(LogitsProcessor):
-    """Applies rules row by row to the row's tokens without its padding."""
-
-    def __init__(self, rules: Sequence[LogitsProcessor], begin: Tensor) -> None:
-        self.rules, self.begin = rules, begin.tolist()
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        each = len(input_ids) // len(self.begin)
-        done = []
-        for row, (ids, own) in enumerate(zip(input_ids, scores, strict=True)):
-            ids, own = ids[self.begin[row // each] :].unsqueeze(0), own.unsqueeze(0)
-            for rule in self.rules:
-                own = rule(ids, own)
-            done.append(own)
-        return torch.cat(done)
-
-
-def _rules(cfg: DecodingConfig, begin: Tensor) -> LogitsProcessorList:
+def _rules(cfg: DecodingConfig, begin: Tensor) -> OnOwnTokens:
     rules: list[LogitsProcessor] = []
     if cfg.repetition_penalty != 1:
         rules.append(RepetitionPenaltyLogitsProcessor(cfg.repetition_penalty))
     if cfg.no_repeat_ngram:
         rules.append(NoRepeatNGramLogitsProcessor(cfg.no_repeat_ngram))
-    return LogitsProcessorList([_OnOwnTokens(rules, begin)] if rules else [])
+    return OnOwnTokens(rules, begin)

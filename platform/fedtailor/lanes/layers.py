@@ -5,8 +5,10 @@ The tables are frozen: they are what DEPT's clients keep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +220,42 @@ def attach(model: nn.Module, linears: Sequence[tuple[str, Linear]], state: LaneS
         setattr(parent, name.rpartition(".")[2], layer)
         wrapped.append(layer)
     return wrapped
+
+
+_BOUND = ("a", "b", "lam", "under", "overlay", "own")
+
+
+@contextmanager
+def narrowed(layers: Sequence[LaneLinear], dtype: torch.dtype | None) -> Iterator[None]:
+    """Until it ends, whatever is bound to the layers is in autocast's type, cast once and not at every call.
+
+    Nothing can be trained meanwhile. ``dtype``: None: nothing to cast.
+    """
+    if dtype is None:
+        yield
+        return
+    before = [{name: vars(layer)[name] for name in _BOUND} for layer in layers]
+    try:
+        for layer, had in zip(layers, before, strict=True):
+            vars(layer).update(_narrow(had, dtype))
+        yield
+    finally:
+        for layer, had in zip(layers, before, strict=True):
+            vars(layer).update(had)
+
+
+def _narrow(had: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What a `LaneLinear` has bound in another type; lambda goes into B, before it is rounded."""
+    a, b, lam, own = (had[name] for name in ("a", "b", "lam", "own"))
+    found: dict[str, Any] = {}
+    if a is not None and b is not None:
+        found |= {"a": a.to(dtype), "b": (b if lam is None else b * lam.unsqueeze(1)).to(dtype), "lam": None}
+    if own is not None:
+        found["own"] = tuple(None if x is None else x.to(dtype) for x in own)
+    branches: dict[str, Branch | None] = {name: had[name] for name in ("under", "overlay")}
+    return found | {
+        name: replace(branch, a=branch.a.to(dtype), b=branch.b.to(dtype)) for name, branch in branches.items() if branch
+    }
 
 
 def detach(model: nn.Module, layers: Sequence[LaneLinear]) -> None:

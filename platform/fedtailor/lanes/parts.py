@@ -88,7 +88,7 @@ def by_length(batch: LaneBatch, overhead: float) -> list[LaneBatch]:
     # Longest first; what only fills a lane up comes last, and is its shortest text from now on.
     order = torch.where(column > last, -1, lengths).argsort(dim=1, descending=True, stable=True)
     widths = lengths.gather(1, order.gather(1, torch.minimum(column, last))).amax(0).tolist()
-    ends = _cheapest_ends(widths, batch.lanes, overhead)
+    ends = cheapest_ends(widths, batch.lanes, overhead)
     if len(ends) == 1:
         return [batch]
     batch = _reordered(batch, order, torch.minimum(column, last))
@@ -98,7 +98,7 @@ def by_length(batch: LaneBatch, overhead: float) -> list[LaneBatch]:
     ]
 
 
-def _cheapest_ends(widths: Sequence[int], lanes: int, overhead: float) -> list[int]:
+def cheapest_ends(widths: Sequence[int], lanes: int, overhead: float) -> list[int]:
     """Where each part ends for which ``lanes`` x rows x width plus ``overhead``, over all parts, is least."""
     n = len(widths)
     if lanes * (n * max(widths) - sum(widths)) <= overhead:
