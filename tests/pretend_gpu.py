@@ -117,12 +117,13 @@ def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """While it lasts, ``cuda`` is a device."""
+def pretended_gpu(bfloat16: bool = True) -> Iterator[None]:
+    """While it lasts, ``cuda`` is a device, with instructions for bfloat16 or without."""
     names = {
         "is_available": lambda: True, "device_count": lambda: 1, "synchronize": lambda *_: None,
         "empty_cache": lambda: None, "reset_peak_memory_stats": lambda *_: None, "max_memory_allocated": lambda *_: 1,
         "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
+        "get_device_name": lambda *_: "Pretended", "is_bf16_supported": lambda including_emulation=True: bfloat16,
     }  # fmt: skip
     with ExitStack() as stack:
         for name, function in names.items():

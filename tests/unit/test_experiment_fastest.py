@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretend_gpu import pretended_gpu
 
 from fedtailor.core.errors import ConfigError
 from fedtailor.experiment import fastest as module
@@ -120,6 +121,22 @@ def test_a_gpu_that_is_not_here_cannot_be_measured(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"no GPU: name them, e\.g\. engine\.dtype=bfloat16 model\.attention=sdpa"):
         settled(tiny(*BOTH, "engine.num_gpus=1"))
+
+
+def test_bfloat16_on_a_gpu_without_it_becomes_float32_with_one_notice(times: Times) -> None:
+    exp, said = tiny("engine.dtype=bfloat16", "engine.num_gpus=1"), list[str]()
+    assert settled(exp, notice=said.append) == (exp, None)  # whatever the GPU of another machine has
+    with pretended_gpu():
+        assert settled(exp, notice=said.append) == (exp, None)
+    assert not said
+    with pretended_gpu(bfloat16=False):
+        assert settled(exp, notice=said.append)[0] == tiny("engine.dtype=float32", "engine.num_gpus=1")
+        assert settled(tiny("engine.dtype=bfloat16"), notice=said.append)[0].engine.dtype == "bfloat16"  # on the CPU
+        assert candidates(tiny(*BOTH, "engine.num_gpus=1")) == [("float32", None), ("float32", "eager")]
+        half = exp.model_copy(update={"model": exp.model.model_copy(update={"weights": "bfloat16"})})
+        with pytest.raises(ConfigError, match=r"'model\.weights': bfloat16 .*\(Pretended\).*allowed: float32"):
+            settled(half)
+    assert said == ["engine.dtype=bfloat16: the GPU here (Pretended) has no instructions for it, so float32 is used"]
 
 
 @pytest.mark.parametrize("preset", ["demo", "demo_generation"])

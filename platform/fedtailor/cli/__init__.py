@@ -92,7 +92,7 @@ def run(
     presets, exp = _compose(words)
     exp = at_address(exp, address)
     name = run_id or default_run_id(presets, exp)
-    exp, _ = settled(exp, name)
+    exp, _ = settled(exp, name, console(stderr=json_log).print)
     _conduct(exp, name, lambda emit: prepare(exp, name, emit), json_log)
 
 
@@ -150,7 +150,7 @@ def plan(
     from fedtailor.experiment.fastest import settled, unasked
     from fedtailor.experiment.plan import make_plan
 
-    exp, chosen = settled(_compose(words)[1])
+    exp, chosen = settled(_compose(words)[1], notice=console().print)
     made = make_plan(exp, memory_gb)
     show_plan(console(), made)
     if chosen:

@@ -71,17 +71,33 @@ class Fastest:
         return f"{self.dtype}{kernel}{gain}"
 
 
-def settled(exp: ExperimentBase, run_id: str | None = None) -> tuple[ExperimentBase, Fastest | None]:
+def settled(
+    exp: ExperimentBase, run_id: str | None = None, notice: Callable[[str], None] = lambda _: None
+) -> tuple[ExperimentBase, Fastest | None]:
     """The experiment with a compute type and a kernel in the place of ``auto``; as it is where it asks for neither.
+
+    bfloat16 on a GPU that has no instructions for it becomes float32, and ``notice`` says so. Every CPU can compute in
+    it, if slowly.
 
     Args:
         exp: checked configuration.
-        run_id: of the run to be; if it exists already, what it was begun with counts.
+        run_id: of the run to be; if it exists already, what it was begun with counts in the place of ``auto``.
+        notice: shows a sentence.
 
     Raises:
-        ConfigError: it asks to compute on a GPU, and this machine has none to measure.
+        ConfigError: it asks to compute on a GPU, and this machine has none to measure; or it keeps its base in a type
+            that needs bfloat16, and the GPU lacks it.
         ModelError: no config of the model is to be had, or it cannot be made with a kernel.
     """
+    if exp.engine.dtype == "bfloat16" and not _has_bfloat16(exp.engine.device):
+        card = torch.cuda.get_device_name()
+        if exp.model.weights != "float32":
+            raise ConfigError(
+                f"'model.weights': {exp.model.weights} is computed in bfloat16, for which the GPU here ({card}) has no "
+                "instructions (allowed: float32)"
+            )
+        notice(f"engine.dtype=bfloat16: the GPU here ({card}) has no instructions for it, so float32 is used")
+        exp = exp.model_copy(update={"engine": exp.engine.model_copy(update={"dtype": "float32"})})
     if AUTO not in (exp.engine.dtype, exp.model.attention):
         return exp, None
     storage, found = Storage(exp.storage), None
@@ -123,7 +139,9 @@ def unasked(exp: ExperimentBase, parameters: int) -> Fastest | None:
 
 def candidates(exp: ExperimentBase) -> list[Choice]:
     """What may be chosen, the usual first."""
-    dtypes = ["float32", "bfloat16"] if exp.engine.dtype == AUTO else [exp.engine.dtype]
+    dtypes = [exp.engine.dtype]
+    if exp.engine.dtype == AUTO:
+        dtypes = ["float32", "bfloat16"] if _has_bfloat16(exp.engine.device) else ["float32"]
     kernels = [None, "eager"] if exp.model.attention == AUTO else [exp.model.attention]
     return [(dtype, kernel) for dtype in dtypes for kernel in kernels]
 
@@ -150,6 +168,13 @@ def fastest(exp: ExperimentBase) -> Fastest:
     best = min(range(len(choices)), key=seconds.__getitem__)
     best = best if seconds[0] >= WORTH * seconds[best] else 0
     return Fastest(*choices[best], seconds[0] / seconds[best])
+
+
+def _has_bfloat16(device: str) -> bool:
+    """Whether to compute in it here; True also where the GPU is on another machine."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return True
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _processor() -> str:
