@@ -13,12 +13,13 @@ A corpus is a client's test answers of one group. CIDEr of a corpus of one input
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import regex
 from nltk.translate.nist_score import corpus_nist
 from pycocoevalcap.cider.cider import Cider
-from sacrebleu.metrics import BLEU, TER
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.ter import TER
 
 _WORD: Final = regex.compile(r"[\p{L}\p{M}\p{N}]+|[^\s\p{L}\p{M}\p{N}]")
 _NIST_ORDER: Final = 5
@@ -83,7 +84,7 @@ MEASURES: Final[dict[str, Callable[[Corpus, References], float]]] = {
 }
 
 
-def _by_place(references: References) -> list[list[str | None]]:
+def _by_place(references: References) -> list[list[Any]]:
     """Each answer's first references, its second ones, ...; None where it has fewer."""
     most = max(map(len, references))
     return [[own[place] if place < len(own) else None for own in references] for place in range(most)]

@@ -20,10 +20,10 @@ from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.parts import cheapest_ends, part_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
-class RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of a layer (rows, heads, tokens, d), in buffers that are as long as they will be.
 
     Args:
@@ -35,7 +35,7 @@ class RoomyLayer(DynamicLayer):
     """
 
     def __init__(self, rows: int, prompt: int, tokens: int, dtype: torch.dtype | None, is_sliding: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows, self.prompt, self.tokens, self.kept_as, self.is_sliding = rows, prompt, tokens, dtype, is_sliding
         self.rooms: list[Tensor] = []
         self.part: Tensor | None = None
@@ -127,7 +127,7 @@ class Greedy:
 
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: Any,
@@ -140,13 +140,13 @@ class Greedy:
             inputs.get("past_key_values"), rows, width, width + new, self.net.compute_type
         )
         stops = torch.tensor(generation_config.eos_token_id or [], device=input_ids.device)
-        out = input_ids.new_full((rows, width + new), int(generation_config.pad_token_id))  # type: ignore[arg-type]
+        out = input_ids.new_full((rows, width + new), int(generation_config.pad_token_id))
         out[:, :width] = input_ids
         places = torch.arange(rows, device=input_ids.device)
         going = torch.ones_like(places, dtype=torch.bool)
         if roomy:
             scores = self._read(model, input_ids, inputs)
-            inputs = model._update_model_kwargs_for_generation({}, inputs)  # type: ignore[arg-type]
+            inputs = model._update_model_kwargs_for_generation({}, inputs)
         else:
             scores, inputs = _next(model, input_ids, None, inputs)
         with model._optimize_model_for_decode():
@@ -170,7 +170,7 @@ class Greedy:
                     self._runs(needed, width)
         return out
 
-    def _read(self, model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _read(self, model: Any, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Scores after every prompt, (lanes x rows, V), the prompts read part by part."""
         found, layers, lanes = [], inputs["past_key_values"].layers, len(self.net.state.shapes)
         parts = self._parts(ids.shape[1])
@@ -201,9 +201,7 @@ class Greedy:
         ]
 
 
-def _next(
-    model: PreTrainedModel, ids: Tensor, new: int | None, inputs: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
+def _next(model: Any, ids: Tensor, new: int | None, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Scores of what follows, (rows, V) float32, and what is put in with the token after it."""
     asked = model.prepare_inputs_for_generation(ids, next_sequence_length=new, is_first_iteration=new is None, **inputs)
     said = model(**asked, return_dict=True)

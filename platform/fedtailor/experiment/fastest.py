@@ -174,7 +174,7 @@ def _has_bfloat16(device: str) -> bool:
     """Whether to compute in it here; True also where the GPU is on another machine."""
     if device != "cuda" or not torch.cuda.is_available():
         return True
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _processor() -> str:

@@ -147,7 +147,8 @@ def labelled(table: Table, wanted: TaskConfig, allowed: Sequence[str]) -> Rows:
     if not full:
         raise DataError(f"{table.name}: all {len(found)} rows have an empty text (column '{columns.text}')")
     labels = _labels(table.name, columns.label, [row for row, _ in full], allowed)
-    examples = tuple(Example(texts[0], label, *texts[1:]) for (_, texts), label in zip(full, labels, strict=True))
+    pairs = [(texts[0], texts[1] if len(texts) > 1 else None) for _, texts in full]
+    examples = tuple(Example(text, label, pair) for (text, pair), label in zip(pairs, labels, strict=True))
     return Rows(table.name, table.sha256, columns, examples, len(found), len(found) - len(full))
 
 

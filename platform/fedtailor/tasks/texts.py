@@ -66,7 +66,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
             name_cell(row, columns.client, "task.client_column") if columns.client else "",
             name_cell(row, columns.group, "task.group_column") if columns.group else ONE_GROUP,
             split,
-            Example(texts[0], number[label], *texts[1:]),
+            Example(texts[0], number[label], texts[1] if len(texts) > 1 else None),
         )
         for (row, split, texts), label in zip(full, labels, strict=True)
     ]

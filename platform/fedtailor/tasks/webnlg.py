@@ -116,13 +116,14 @@ def _xml(path: Path) -> Iterator[Row]:
 
 
 def _entry(row: Row) -> tuple[str, str, list[str]]:
-    domain, triples, sentences = (row.values.get(key) for key in ("category", "triples", "lexs"))
+    domain, triples = row.values.get("category"), row.values.get("triples")
+    sentences: list[Any] = row.values.get("lexs") or []
     if not isinstance(domain, str):
         raise DataError(f"{row.where}: no 'category' (keys: {', '.join(map(str, row.values))})")
     whole = isinstance(triples, list) and triples and all(isinstance(t, list) and len(t) == 3 for t in triples)
     if not whole:
         raise DataError(f"{row.where}: 'triples' must be a list of [subject, predicate, object]")
-    texts = [" ".join(str(sentence).split()) for sentence in sentences or ()]
+    texts = [" ".join(str(sentence).split()) for sentence in sentences]
     if not (texts := [text for text in texts if text]):
         raise DataError(f"{row.where}: no reference ('lexs'), without which nothing can be learned or scored")
     return domain, " | ".join(" : ".join(map(_part, triple)) for triple in triples), texts
