@@ -120,8 +120,8 @@ def _entry(row: Row) -> tuple[str, str, list[str]]:
     sentences: list[Any] = row.values.get("lexs") or []
     if not isinstance(domain, str):
         raise DataError(f"{row.where}: no 'category' (keys: {', '.join(map(str, row.values))})")
-    whole = isinstance(triples, list) and triples and all(isinstance(t, list) and len(t) == 3 for t in triples)
-    if not whole:
+    three = isinstance(triples, list) and all(isinstance(triple, list) and len(triple) == 3 for triple in triples)
+    if not triples or not three:
         raise DataError(f"{row.where}: 'triples' must be a list of [subject, predicate, object]")
     texts = [" ".join(str(sentence).split()) for sentence in sentences]
     if not (texts := [text for text in texts if text]):
