@@ -58,6 +58,9 @@ def lanes_of(kind: str) -> list:
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("name", [n for n in LANED if build_method(n, TINY[n], 4).local_update])
 def test_a_round_of_k_lanes_is_k_rounds_of_one(name: str, kind: str) -> None:
+    close = tolerance(torch.float64)
+    if kind == "extraction":  # the bias of all tokens' scores has the gradient 0, whose rounding Adam makes a step of
+        close["atol"] = 1e-9
     method, lanes, net = build_method(name, TINY[name], 4), lanes_of(kind), NETS[kind]
     together = context(net(), name, lanes)
     report = method.local_update(together)
@@ -65,9 +68,7 @@ def test_a_round_of_k_lanes_is_k_rounds_of_one(name: str, kind: str) -> None:
         alone = context(net(), name, [lane])
         own = method.local_update(alone)
         for scope in (Scope.SHARED, Scope.PRIVATE, Scope.EPHEMERAL):
-            torch.testing.assert_close(
-                together.params.flat(scope)[k], alone.params.flat(scope)[0], **tolerance(torch.float64)
-            )
+            torch.testing.assert_close(together.params.flat(scope)[k], alone.params.flat(scope)[0], **close)
         for metric, values in report.metrics.items():
             torch.testing.assert_close(values[k], own.metrics[metric][0], rtol=1e-7, atol=1e-10)
 

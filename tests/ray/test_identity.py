@@ -33,7 +33,7 @@ class Lent(RayPool):
     """Lent to one run after the other, whose ends are not its own."""
 
     def to(self, on_event: OnEvent) -> RayPool:
-        self._on_event = on_event
+        self.on_event = on_event
         return self
 
     def close(self) -> None:

@@ -211,7 +211,7 @@ def _cut(part: Rows, split: Split, tokens: TokenData, tokenizer: PreTrainedToken
     if tokens.kind == "generation":
         return dict(tokens.manifest["overlong"][split])
     longest = int(tokens.manifest["max_length"])
-    texts, _, pairs, _ = zip(*part.examples, strict=True)
+    texts, pairs = ([getattr(e, name) for e in part.examples] for name in ("text", "pair"))
     ids, _ = encode_texts(tokenizer, texts, None if pairs[0] is None else pairs, longest + 1)
     return {"truncated": sum(len(row) > longest for row in ids)}
 

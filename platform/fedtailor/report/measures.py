@@ -114,6 +114,10 @@ GENERATION: Final[tuple[Measure, ...]] = (
     Measure("rouge2", "ROUGE-2", "ROUGE-2", "Pairs of neighbouring words that answer and reference share, F1"),
     ROUGE_L,
     Measure("exact_match", "Exact match", "exact match", "Share of answers that are the reference, spaces aside"),
+)
+"""Measures of answers, in the order in which tables show them."""
+
+CORPUS: Final[tuple[Measure, ...]] = (
     Measure("bleu", "BLEU", "BLEU", f"Shared 1- to 4-grams {_CORPUS}, by sacrebleu"),
     Measure("nist", "NIST", "NIST", f"Shared n-grams by information {_CORPUS}, by nltk", highest=inf, percent=False),
     Measure("ter", "TER", "TER", f"Edits by reference length {_CORPUS}, by sacrebleu, the less the better", highest=inf,
@@ -121,7 +125,7 @@ GENERATION: Final[tuple[Measure, ...]] = (
     Measure("cider", "CIDEr", "CIDEr", f"CIDEr-D {_CORPUS}, by pycocoevalcap; the four are not on the scale of "
             "e2e-metrics", highest=10.0, percent=False),
 )  # fmt: skip
-"""Measures of answers, in the order in which tables show them; the last four of data-to-text alone."""
+"""Measures of data-to-text answers, beside those."""
 
 F1: Final = Measure(
     "f1",
@@ -149,13 +153,13 @@ NO_ANSWER: Final = "no_answer"
 BESIDE: Final[Mapping[str, tuple[Measure, ...]]] = {
     MCC.name: (MCC, POOLED_MCC, ACCURACY),
     ACCURACY.name: (),
-    ROUGE_L.name: GENERATION,
+    ROUGE_L.name: (*GENERATION, *CORPUS),
     F1.name: SPANS,
 }
 """What a run is compared by, as its task names it, to all measures that are shown beside each other. Of a run that has
 several of these scores the first counts."""
 
-SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, F1, *GENERATION)}
+SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, F1, *GENERATION, *CORPUS)}
 """Metrics of personalised clients that must lie between their lowest value and their highest."""
 
 SCORES: Final[tuple[str, ...]] = (*SHARES, LOSS)

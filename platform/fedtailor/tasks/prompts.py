@@ -24,7 +24,7 @@ Turn = dict[str, str]
 
 INSTRUCTION: Final = "{instruction}"
 RESPONSE: Final = "{response}"
-NAMES: Final = ("alpaca", "alpaca_input", "llama3", "plain", "chat")
+NAMES: Final = ("alpaca", "alpaca_input", "llama3", "chat", "plain")
 """Names that ``task.template`` may have, beside ``auto``."""
 
 _MARK: Final = "\ue000response\ue001"
