@@ -21,7 +21,7 @@ from fedtailor.experiment.compose import compose
 from fedtailor.experiment.plan import make_plan
 from fedtailor.report import report_of
 from fedtailor.tasks import e2e, webnlg
-from fedtailor.tasks.e2e import spaced
+from fedtailor.tasks.source import spaced
 from fedtailor.tasks.task import prepare, task_config
 
 DATA = Path(os.environ.get("FEDTAILOR_DATA", ""))

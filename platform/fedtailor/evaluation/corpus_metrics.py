@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import regex
 from nltk.translate.nist_score import corpus_nist
 from pycocoevalcap.cider.cider import Cider
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.ter import TER
 
-_WORD: Final = regex.compile(r"[\p{L}\p{M}\p{N}]+|[^\s\p{L}\p{M}\p{N}]")
+from fedtailor.tasks.source import spaced
+
 _NIST_ORDER: Final = 5
 
 Corpus = Sequence[str]
@@ -34,7 +34,7 @@ def words(text: str) -> str:
     >>> words("It's £20-25.")
     "it ' s £ 20 - 25 ."
     """
-    return " ".join(_WORD.findall(text.lower()))
+    return spaced(text.lower())
 
 
 def corpus_measures(answers: Corpus, references: References) -> dict[str, float]:

@@ -27,7 +27,7 @@ from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.partition import LabelledSplit, natural_clients
 from fedtailor.tasks.places import data_file
 from fedtailor.tasks.rows import Row, read_rows
-from fedtailor.tasks.source import Example, Source, Split, TaskEntry
+from fedtailor.tasks.source import Example, Source, Split, TaskEntry, spaced
 
 FILES: Final[Mapping[Split, tuple[str, ...]]] = {
     "train": ("trainset.csv", "trainset_tokenised.csv"),
@@ -35,16 +35,6 @@ FILES: Final[Mapping[Split, tuple[str, ...]]] = {
 }
 
 _ATTRIBUTE: Final = regex.compile(r"([^,\[\]]+)\[([^\]]*)\]")
-_PIECE: Final = regex.compile(r"[\p{L}\p{M}\p{N}]+|[^\s\p{L}\p{M}\p{N}]")
-
-
-def spaced(text: str) -> str:
-    """A text with one blank between words and every punctuation mark, whatever blanks it had.
-
-    >>> spaced("It's £20-25, isn't it?") == spaced("It 's £ 20 - 25 , isn 't it ?")
-    True
-    """
-    return " ".join(_PIECE.findall(text))
 
 
 def load(cfg: TaskConfig, seed: int) -> Source:

@@ -15,7 +15,7 @@ from fedtailor.core.errors import ConfigError, DataError
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.places import data_place, first_file
 from fedtailor.tasks.rows import Row, hub_rows, read_text
-from fedtailor.tasks.source import POOLS, ClassScore, Example, LanguagePool, Pool, Source, TaskEntry, seeded_halves
+from fedtailor.tasks.source import SPLITS, ClassScore, Example, Source, Split, TaskEntry, one_group
 
 HUB_ID: Final = "nyu-mll/glue"
 LANGUAGE: Final = "eng"
@@ -87,24 +87,16 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         raise ConfigError(f"'task.languages' ({', '.join(cfg.languages)}): glue is in English alone ({LANGUAGE})")
     subset, notes = SUBSETS[cfg.subset], {"dropped_empty": 0, "dropped_damaged": 0, "dropped_duplicates": 0}
     folder = _folder(cfg.path, subset, cfg.subset)
-    found: dict[str, list[Example]] = {}
-    for split in ("train", "test"):
+    found: dict[Split, list[Example]] = {}
+    for split in SPLITS:
         rows = (
             _hub_examples(subset, cfg.subset, split) if folder is None else _file_examples(folder, subset, split, notes)
         )
         examples = list(rows)
         found[split] = [e for e in examples if e.text.strip() and (e.pair is None or e.pair.strip())]
         notes["dropped_empty"] += len(examples) - len(found[split])
-    trained = {e.normal for e in found["train"]}
-    unknown = [e for e in found["test"] if e.normal not in trained]
-    notes["found_duplicates"] = len(found["test"]) - len(unknown)
-    if cfg.drop_duplicates:
-        found["test"], notes["dropped_duplicates"] = unknown, notes["found_duplicates"]
-    halves = {split: seeded_halves(part, seed, "glue", cfg.subset, split) for split, part in found.items()}
-    pools: dict[Pool, dict[str, LanguagePool]] = {
-        pool: {cfg.subset: LanguagePool(halves["train"][pool], halves["test"][pool])} for pool in POOLS
-    }
-    return Source(labels=subset.labels, pools=pools, notes=notes, score=subset.score)
+    pools, counts = one_group(cfg.subset, found, seed, cfg.drop_duplicates, "glue", cfg.subset)
+    return Source(labels=subset.labels, pools=pools, notes=notes | counts, score=subset.score)
 
 
 def _folder(path: str | None, subset: Subset, name: str) -> Path | None:

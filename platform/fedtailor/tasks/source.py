@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import regex
+
 from fedtailor.core.errors import DataError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
@@ -17,6 +19,8 @@ TaskKind = Literal["classification", "generation", "regression", "extraction"]
 ClassScore = Literal["accuracy", "mcc"]
 POOLS: tuple[Pool, ...] = ("seen", "unseen")
 SPLITS: tuple[Split, ...] = ("train", "test")
+
+_PIECE = regex.compile(r"[\p{L}\p{M}\p{N}]+|[^\s\p{L}\p{M}\p{N}]")
 
 
 class Example(NamedTuple):
@@ -157,6 +161,15 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
+def spaced(text: str) -> str:
+    """A text with one blank between words and every punctuation mark, whatever blanks it had.
+
+    >>> spaced("It's £20-25, isn't it?") == spaced("It 's £ 20 - 25 , isn 't it ?")
+    True
+    """
+    return " ".join(_PIECE.findall(text))
+
+
 def look_alikes(names: Iterable[str]) -> Sequence[str]:
     """Names that are the same once normalised, together.
 
@@ -201,6 +214,22 @@ def seeded_halves(examples: Sequence[Example], seed: int, *place: str) -> dict[P
     shuffled = [examples[i] for i in numpy_rng(seed, *place).permutation(len(examples))]
     middle = (len(shuffled) + 1) // 2
     return {"seen": shuffled[:middle], "unseen": shuffled[middle:]}
+
+
+def one_group(
+    group: str, parts: Mapping[Split, Sequence[Example]], seed: int, drop_duplicates: bool, *place: str
+) -> tuple[dict[Pool, dict[str, LanguagePool]], dict[str, int]]:
+    """Pools of a data set whose texts are all of one group, each split halved by (seed, place, split); and notes.
+
+    Test texts that are also train texts are counted, and dropped under ``task.drop_duplicates``.
+    """
+    trained = {e.normal for e in parts["train"]}
+    unknown = [e for e in parts["test"] if e.normal not in trained]
+    notes = {"found_duplicates": len(parts["test"]) - len(unknown)}
+    if drop_duplicates:
+        parts, notes["dropped_duplicates"] = {**parts, "test": unknown}, notes["found_duplicates"]
+    halves = {split: seeded_halves(part, seed, *place, split) for split, part in parts.items()}
+    return {pool: {group: LanguagePool(halves["train"][pool], halves["test"][pool])} for pool in POOLS}, notes
 
 
 def check_languages(given: Sequence[str], task: str, allowed: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from fedtailor.core.seeding import numpy_rng
 from fedtailor.tasks.config import TaskConfig
 from fedtailor.tasks.places import data_place, first_file
 from fedtailor.tasks.rows import Row, hub_rows, parse_json, read_text
-from fedtailor.tasks.source import POOLS, SPLITS, Example, LanguagePool, Pool, Source, TaskEntry, seeded_halves
+from fedtailor.tasks.source import Example, Source, Split, TaskEntry, one_group
 
 HUB_IDS: Final[Mapping[str, str]] = {"v1": "rajpurkar/squad", "v2": "rajpurkar/squad_v2"}
 FILES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -47,7 +47,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         raise ConfigError(f"'task.subset' names no version of squad (allowed: {', '.join(HUB_IDS)})")
     if cfg.languages != (LANGUAGE,):
         raise ConfigError(f"'task.languages' ({', '.join(cfg.languages)}): squad is in English alone ({LANGUAGE})")
-    notes: dict[str, int | str] = {"dropped_empty": 0, "dropped_without_answer": 0, "found_duplicates": 0}
+    notes: dict[str, int | str] = {"dropped_empty": 0, "dropped_without_answer": 0}
     found: list[tuple[str, Example]] = []
     absent: list[str] = []
     for row in _rows(cfg):
@@ -73,17 +73,12 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     examples = [example._replace(label=number[title]) for title, example in found]
     group, order = f"squad{cfg.subset[1:]}", numpy_rng(seed, "squad", cfg.subset).permutation(len(examples))
     tests = round(cfg.test_fraction * len(examples))
-    parts = {"train": [examples[i] for i in order[tests:]], "test": [examples[i] for i in order[:tests]]}
-    trained = {e.normal for e in parts["train"]}
-    unknown = [e for e in parts["test"] if e.normal not in trained]
-    notes["found_duplicates"] = len(parts["test"]) - len(unknown)
-    if cfg.drop_duplicates:
-        parts["test"], notes["dropped_duplicates"] = unknown, notes["found_duplicates"]
-    halves = {split: seeded_halves(part, seed, "squad", cfg.subset, split) for split, part in parts.items()}
-    pools: dict[Pool, dict[str, LanguagePool]] = {
-        pool: {group: LanguagePool(*(halves[split][pool] for split in SPLITS))} for pool in POOLS
+    parts: dict[Split, list[Example]] = {
+        "train": [examples[i] for i in order[tests:]],
+        "test": [examples[i] for i in order[:tests]],
     }
-    return Source(labels=tuple(titles), pools=pools, notes=notes, kind="extraction")
+    pools, counts = one_group(group, parts, seed, cfg.drop_duplicates, "squad", cfg.subset)
+    return Source(labels=tuple(titles), pools=pools, notes=notes | counts, kind="extraction")
 
 
 def dropped_sentence(notes: Mapping[str, Any]) -> str:
