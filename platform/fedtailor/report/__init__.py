@@ -17,11 +17,12 @@ from fedtailor.core.errors import StorageError
 from fedtailor.core.files import refuse_used
 from fedtailor.methods.external import add_stored
 from fedtailor.report import regression, samples, scores, significance
-from fedtailor.report.curves import per_budget, per_language, training_curves
+from fedtailor.report.curves import per_budget, per_language, round_means, training_curves
 from fedtailor.report.facts import RunData, gather, read_facts
 from fedtailor.report.grid import write_grids
 from fedtailor.report.heatmaps import Strategies, lambda_distance, population_figures, rank_structure
 from fedtailor.report.learned_ranks import learned_ranks, ranks_figure, ranks_grid
+from fedtailor.report.loss_curves import loss_curves
 from fedtailor.report.measures import no_answer_sentence
 from fedtailor.report.names import in_pool_order
 from fedtailor.report.page import render
@@ -132,6 +133,7 @@ def _draw(
             *lambda_distance(frame, strategies),
             *regression.figures(frame),
             *training_curves(frame),
+            loss_curves({"": (round_means(frame), data.experiment)}),
             *population_figures(frame, data),
         ]
         return [(e, save(e, folder) if isinstance(e, Drawing) else ()) for e in entries]

@@ -19,6 +19,7 @@ from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stages import NUMERIC_ENGINE_KEYS
 from fedtailor.methods import METHODS
 from fedtailor.models.source import model_title
+from fedtailor.report.curves import round_means
 from fedtailor.report.facts import base_line, strategy_line
 from fedtailor.report.measures import Measure
 from fedtailor.report.names import NOT_RECORDED, in_method_order, in_pool_order, leaves
@@ -49,7 +50,7 @@ class ComparedRun:
         state: as its status says; ``stages``: how many are finished, of how many.
         digest: hex sha256 over what it computed; None while a stage is unfinished.
         measure: what its clients are scored by; ``values``: those rows of `scores.scored_rows`.
-        rounds: stage, method, seed, budget and round, of all that has been committed.
+        rounds: of `curves.round_means`, of all that has been committed.
         clients: seed to client to the sha256 of its texts and labels, for seeds whose data the storage still has.
         labels: names of its classes or groups, empty where unknown.
     """
@@ -167,7 +168,7 @@ def _open(storage: Storage, names: Sequence[str]) -> tuple[ComparedRun, ...]:
 def _read_run(folder: RunFolder) -> ComparedRun:
     exp, state = load_experiment(folder), str(folder.status()["state"])
     frame = checked(folder.metrics())
-    scored, rounds = scored_rows(frame), frame[["stage", "method", "seed", "budget", "round"]].drop_duplicates()
+    scored, rounds = scored_rows(frame), round_means(frame)
     measure = primary(scored)
     values = scored[scored["metric"] == measure.name]
     if values.empty:

@@ -20,9 +20,10 @@ from fedtailor.report.compare import Comparison, Rows, RunPair, compare
 from fedtailor.report.compare_wandb import on_wandb
 from fedtailor.report.curves import budget_panels, without_floor
 from fedtailor.report.grid import Grid, markdown, plain
+from fedtailor.report.loss_curves import loss_curves
 from fedtailor.report.names import ABSENT
 from fedtailor.report.significance import LEVEL, MARKS, interval_text, p_text, table
-from fedtailor.report.style import MUTED, Drawing, drawable, looks, save, styled
+from fedtailor.report.style import DASHES, MUTED, Drawing, drawable, looks, save, styled
 from fedtailor.storage.files import Storage
 
 TEXT = "compare.md"
@@ -38,13 +39,11 @@ _RULE = (
 
 _MARKERS = "os^DvPX*"
 
-_DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
-    (0, ()), (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)),
-)  # fmt: skip
-
 
 def compare_runs(storage: Storage, run_ids: Sequence[str], out: Path | None = None) -> tuple[Comparison, Path]:
     """Compares runs and writes ``compare.md``, ``.csv``, ``.png``, ``.svg`` and ``compare_pairs.csv``.
+
+    Where two methods or runs trained in rounds, ``training_loss.png`` and ``.svg``, too.
 
     Args:
         storage: where the runs are.
@@ -69,10 +68,18 @@ def compare_runs(storage: Storage, run_ids: Sequence[str], out: Path | None = No
 def write(content: Comparison, folder: Path) -> None:
     """Writes all files; equal runs give equal bytes."""
     with styled(content.run_ids):
-        save(_draw(content), folder)
+        losses = _losses(content)
+        for figure in filter(None, (_draw(content), losses)):
+            save(figure, folder)
     for name, frame in (("compare.csv", content.results), ("compare_pairs.csv", _pairs_csv(content.pairs))):
         frame.to_csv(folder / name, index=False, lineterminator="\n")
-    (folder / TEXT).write_text(document(content), encoding="utf-8", newline="\n")
+    (folder / TEXT).write_text(document(content, losses), encoding="utf-8", newline="\n")
+
+
+def _losses(content: Comparison) -> Drawing | None:
+    """Training losses of all runs in one figure, where there are two lines or more."""
+    drawn = loss_curves({run.run_id: (run.rounds, run.exp) for run in content.runs})
+    return drawn if isinstance(drawn, Drawing) else None
 
 
 def _folder(storage: Storage, run_ids: Sequence[str], out: Path | None) -> Path:
@@ -97,8 +104,8 @@ def _pairs_csv(pairs: Sequence[RunPair]) -> pd.DataFrame:
     return frame
 
 
-def document(content: Comparison) -> str:
-    """``compare.md``."""
+def document(content: Comparison, losses: Drawing | None = None) -> str:
+    """``compare.md``; ``losses``: the figure of training losses beside it."""
     ids, measure = content.run_ids, content.measure
     parts = [f"# {plain(' · '.join(ids))}", "## Runs", markdown(by_key("", ids, content.facts))]
     parts += ["\n".join(f"- {plain(note)}" for note in content.notes)] if content.notes else []
@@ -115,6 +122,8 @@ def document(content: Comparison) -> str:
         parts.append(f"## {plain(names.pool_name(pool))}: {measure.phrase} (%)")
         parts.append(markdown(replace(results_grid(content, pool, called), caption=[rule])))
     parts += [f"![{measure.title} per budget](compare.svg)", plain(_caption(content))]
+    if losses:
+        parts += [f"![{losses.title}]({losses.name}.svg)", plain(losses.caption)]
     rule = _RULE.format(phrase=measure.phrase, level=LEVEL)
     for pool in pools:
         grid = pairs_grid(content, pool, called)
@@ -249,5 +258,5 @@ def _caption(content: Comparison) -> str:
 
 
 def _style(run: int) -> dict[str, Any]:
-    look = {"linestyle": _DASHES[run % len(_DASHES)], "marker": _MARKERS[run % len(_MARKERS)], "markersize": 6}
+    look = {"linestyle": DASHES[run % len(DASHES)], "marker": _MARKERS[run % len(_MARKERS)], "markersize": 6}
     return look | {"markeredgecolor": "white", "markeredgewidth": 0.5}

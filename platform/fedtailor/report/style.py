@@ -31,6 +31,10 @@ _SUFFIXES = (".ttf", ".otf", ".ttc")
 _PLACEHOLDERS = ("last resort", "lastresort", "adobe blank", "adobenotdef")
 INK, MUTED, GRID = "#1f2328", "#6a717c", "#dfe2e8"
 SEQUENTIAL = "viridis"
+DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
+    (0, ()), (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)),
+)  # fmt: skip
+"""One per run, where several are in a figure."""
 _SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d")
 
 _RC: dict[str, Any] = {

@@ -1,0 +1,86 @@
+"""The training loss of all methods over local steps in one figure, and of answers its perplexity.
+
+As Figure 4 of PF2LoRA (Hao et al. 2025, arXiv 2503.03920), "averaged across all the clients".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from fedtailor.experiment.config import ExperimentBase
+from fedtailor.report import names, style
+from fedtailor.report.style import DASHES, MUTED, Drawing, Look, Missing, drawable, looks
+from fedtailor.tasks.task import TASKS
+
+TITLE = "Training loss of all methods"
+
+
+def loss_curves(runs: Mapping[str, tuple[pd.DataFrame, ExperimentBase]]) -> Drawing | Missing:
+    """A line per method and run: colour shows the method, dashes the run.
+
+    Args:
+        runs: name of a run to what `curves.round_means` made of its rows, and its configuration.
+
+    Returns:
+        A panel of the loss, and of a task of answers one of exp(loss), the perplexity of a token. The x axis counts
+        local steps where every method takes a fixed number of them in a round, else rounds.
+    """
+    found = {name: means for name, (series, _) in runs.items() if len(means := _means(series))}
+    lines = [(name, str(method), rows) for name, means in found.items() for method, rows in means.groupby("method")]
+    if len(lines) < 2:
+        return Missing(TITLE, "needs two methods that train in rounds")
+    steps = {(name, method): _steps(runs[name][1], method) for name, method, _ in lines}
+    counted = all(steps.values())
+    look = looks(method for _, method, _ in lines)
+    answers = all(TASKS[runs[name][1].task.name].kind == "generation" for name in found)
+    figure, axes = style.panels(1 + answers, 1 + answers, 5.2 * (1 + answers), 3.2)
+    for name, method, rows in lines:
+        each = steps[name, method] if counted else 1
+        x, loss = (rows["round"].to_numpy() + 1) * (each or 1), rows["value"].to_numpy()
+        for axis, values in zip(axes, (loss, np.exp(loss)), strict=False):
+            dashes = DASHES[list(found).index(name) % len(DASHES)]
+            single = {"marker": look[method].marker, "markersize": 4} if len(x) < 8 else {}
+            axis.plot(x, values, color=look[method].colour, linestyle=dashes, linewidth=1.5, **single)
+    for axis, title in zip(axes, ("Training loss", "Perplexity"), strict=False):
+        axis.set_title(title)
+        axis.set_xlabel("local steps of a client" if counted else "round")
+    _legends(axes[0], look, list(found))
+    return Drawing("training_loss", TITLE, _caption(list(found), answers), figure)
+
+
+def _means(series: pd.DataFrame) -> pd.DataFrame:
+    """Mean training loss of a round: method, round, value; over clients, then seeds; at a method's largest budget."""
+    series = series[(series["stage"] == "strategy") & (series["metric"] == "train_loss")]
+    largest = series.groupby("method")["budget"].transform("max")
+    own = series[series["budget"] == largest]
+    return own.groupby(["method", "round"], as_index=False)["value"].mean()
+
+
+def _steps(exp: ExperimentBase, method: str) -> int | None:
+    """Local steps that a client takes in a round, where the method's section names them."""
+    return getattr(getattr(exp, method, None), "local_steps", None)
+
+
+def _legends(axis: Axes, look: Mapping[str, Look], runs: list[str]) -> None:
+    figure = axis.figure
+    methods = [Line2D([], [], color=own.colour, linewidth=3, label=own.label) for own in look.values()]
+    figure.legend(handles=methods, loc="outside upper left", ncols=min(len(methods), 6), handlelength=1.3)
+    if len(runs) > 1:
+        labels = [names.shortened(drawable(run), 44) for run in runs]
+        lines = [
+            Line2D([], [], color=MUTED, linestyle=DASHES[k % len(DASHES)], label=label)
+            for k, label in enumerate(labels)
+        ]
+        figure.legend(handles=lines, loc="outside lower left", ncols=min(len(lines), 3), handlelength=3.2)
+
+
+def _caption(runs: list[str], answers: bool) -> str:
+    parts = ["Mean over the clients of a round, weighted by their examples, as each method reports it while it trains"]
+    parts += ["; perplexity is exp of that mean"] if answers else []
+    parts += [". Colour: method; dashes: run"] if len(runs) > 1 else []
+    return "".join(parts) + "."
