@@ -169,6 +169,19 @@ def log_probability(net: LaneNet, prompt: np.ndarray, tokens: Sequence[int]) -> 
     return float(sum(scores[i, ids[0, i + 1]] for i in places)) / len(tokens)
 
 
+def test_a_length_penalty_prefers_longer_or_shorter_answers() -> None:
+    net, _ = adapted(1)
+    [asked], many = prompts([8]), tuple(range(3, 3 + VOCAB // 4))
+    short, plain, long = (
+        [len(tokens) for tokens in answer(net, [asked], how(8, stop=many, beams=6, length_penalty=power))[0]]
+        for power in (-6.0, 0.0, 6.0)
+    )
+    assert sum(short) < sum(long)
+    assert sum(short) <= sum(plain) <= sum(long)
+    greedy = [answer(net, [asked], how(8, stop=many, length_penalty=power)) for power in (-6.0, 6.0)]
+    assert greedy[0] == greedy[1]
+
+
 def test_beams_find_likelier_answers_than_greed() -> None:
     net, _ = adapted(1)
     [asked] = prompts([8])

@@ -117,10 +117,15 @@ class PersonaliseStageConfig(Config):
 class DecodingConfig(Config):
     """How answers of a generation task are made and scored (FedP2EFT A.2: greedy, at most 1,024 new tokens)."""
 
+    when_absent: ClassVar[Mapping[str, Any]] = {"length_penalty": 1.0}
+
     max_new_tokens: Positive = 1024
     """Most tokens of an answer."""
     beams: Positive = 1
     """1: greedy."""
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    """Of beams: an answer's log-likelihood is divided by its tokens to this power, so that more than 0 is for longer
+    ones (LoRA's recipe for data-to-text: 0.8)."""
     no_repeat_ngram: Natural = 0
     """No n-gram of this length occurs twice in an answer; 0: no rule."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0

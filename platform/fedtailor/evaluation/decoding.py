@@ -149,6 +149,7 @@ def _generation(how: Decoding, new_tokens: int) -> GenerationConfig:
     return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=how.cfg.beams,
+        length_penalty=how.cfg.length_penalty,
         max_new_tokens=new_tokens,
         eos_token_id=list(how.stop_ids) or None,
         pad_token_id=how.pad_id,

@@ -130,13 +130,13 @@ def plan_stages(exp: ExperimentBase, seed: int, inputs: Inputs, seen: int) -> li
         **{f"guard/{name}": section for name, section in server_side.items()},
     }
     every = exp.strategy.evaluate_every
-    scored = [every, exp.personalise.pools, to_json(exp.decoding) if exp.task_entry.kind == "generation" else None]
+    scored = [every, exp.personalise.pools, named_by(exp.decoding) if exp.task_entry.kind == "generation" else None]
     of_models = {
         "pools": exp.personalise.pools,
         "chunk": exp.personalise.chunk,
         "adapters": exp.save_adapters,
         **({"score_train": True} if exp.personalise.score_train else {}),
-        **({"decoding": to_json(exp.decoding)} if exp.task_entry.kind == "generation" else {}),
+        **({"decoding": named_by(exp.decoding)} if exp.task_entry.kind == "generation" else {}),
         **({"predictions": True} if exp.personalise.save_predictions else {}),
     }
 
