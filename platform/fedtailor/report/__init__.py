@@ -24,6 +24,7 @@ from fedtailor.report.heatmaps import Strategies, lambda_distance, population_fi
 from fedtailor.report.learned_ranks import learned_ranks, ranks_figure, ranks_grid
 from fedtailor.report.loss_curves import loss_curves
 from fedtailor.report.measures import no_answer_sentence
+from fedtailor.report.mix_weights import mix_costs, mix_figures, mix_grid, mix_rounds
 from fedtailor.report.names import in_pool_order
 from fedtailor.report.page import render
 from fedtailor.report.scores import TIE_RULE, Block
@@ -63,6 +64,7 @@ def write_report(
         ``table_<pool>.md``, ``.csv`` and ``.tex``, ``significance.md``, ``.csv`` and ``.tex``, ``cost.csv``,
         ``metrics_<pool>.md``, ``.csv`` and ``.tex`` (generation), ``ranks.md``, ``.csv`` and ``.tex`` (regression),
         ``learned_ranks.md``, ``.csv`` and ``.tex`` (methods that report what they add to a module),
+        ``mixing.md``, ``.csv`` and ``.tex`` (methods that mix a client's own LoRA with the common one),
         ``figures/<name>.png`` and ``.svg``.
 
     Raises:
@@ -102,13 +104,13 @@ def write_report(
         write_grids([fit], fits, out, "ranks")
     if len(spent):
         _csv(out / "cost.csv", spent)
-    learned = learned_ranks(frame, data.class_counts)
-    rank_grid = ranks_grid(learned) if len(learned) else None
-    if rank_grid:
-        write_grids([rank_grid], learned, out, "learned_ranks")
+    learned, costs = learned_ranks(frame, data.class_counts), mix_costs(frame)
+    more_grids = [make(rows) for make, rows in ((ranks_grid, learned), (mix_grid, costs)) if len(rows)]
+    for grid, rows in zip(more_grids, (rows for rows in (learned, costs) if len(rows)), strict=True):
+        write_grids([grid], rows, out, grid.label.replace("-", "_"))
     drawn = _draw(frame, found, strategies, modules, data, learned, out / "figures")
     page = render(
-        facts, run, pools, pairs, drawn, spent, rank_grid=rank_grid, notes=gaps(scored), ties=tied_shares(frame),
+        facts, run, pools, pairs, drawn, spent, more_grids=more_grids, notes=gaps(scored), ties=tied_shares(frame),
         captions={pool: grid.caption for pool, grid in grids.items()}, measures=scores.answer_measures(scored),
         measure_grids=measure_grids, fit=fit, fit_sentence=regression.sentence(fits) if fit else "",
     )  # fmt: skip
@@ -130,6 +132,7 @@ def _draw(
             *per_language(found),
             *rank_structure(frame, modules),
             *ranks_figure(learned),
+            *mix_figures(mix_rounds(frame)),
             *lambda_distance(frame, strategies),
             *regression.figures(frame),
             *training_curves(frame),
@@ -142,6 +145,7 @@ def _draw(
 def _report_files(out: Path) -> list[Path]:
     stems = (
         "report.html", "results.csv", "summary.json", "cost.csv", "significance.*", "ranks.*", "learned_ranks.*",
+        "mixing.*",
     )  # fmt: skip
     patterns = (*stems, "table_*.md", "table_*.tex", "table_*.csv", "metrics_*", "figures/*.png", "figures/*.svg")
     return sorted(path for pattern in patterns for path in out.glob(pattern))

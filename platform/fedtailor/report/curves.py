@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedtailor.report import names, style
 from fedtailor.report.measures import ACCURACY, Measure
+from fedtailor.report.mix_weights import WEIGHT
 from fedtailor.report.scores import Block, pooled
 from fedtailor.report.significance import NOT_COMPARED
 from fedtailor.report.style import GRID, INK, Drawing, Look, Missing, drawable, looks
@@ -31,7 +32,7 @@ def training_curves(frame: pd.DataFrame) -> list[Drawing | Missing]:
     Args:
         frame: checked metric rows.
     """
-    series = round_means(frame)
+    series = round_means(frame[~frame["metric"].str.startswith(WEIGHT)])  # a number per layer: they have a figure
     if not len(series):
         return [Missing(CURVES, "this run trained no rounds")]
     look = looks(series["method"])

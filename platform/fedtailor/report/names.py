@@ -30,6 +30,8 @@ _METRICS = {
     "lambda_target_median": "Median of the λ targets", "lambda_target_min": "Minimum of the λ targets",
     "lambda_target_max": "Maximum of the λ targets", "lambda_target_sd": "SD of the λ targets",
     "inner_loss": "Training loss before the inner step",
+    "mix_evaluations": "Mixes scored", "mix_tokens": "Tokens of the rows they were scored on",
+    "mix_gain": "Loss of the common LoRA less of the mix", "slow_start": "Share of clients that mixed nothing",
     "cross_share": "Term with second derivatives, share of the gradient",
     "ce_gradient_share": "Gradient share of the cross-entropy",
     "epsilon": "Epsilon spent, with the stages before", "clipped_share": "Share of clients clipped",

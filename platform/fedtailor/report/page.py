@@ -39,8 +39,8 @@ def render(
         spent: `summary.cost_table`.
         shown: what the template takes as it is: ``notes`` (sentences on incomplete data), ``ties`` (method, budget and
             share of ranks tied at the threshold), ``captions`` (pool to the sentences of its table), ``measures`` (all
-            of a generation run), ``measure_grids`` (pool to their table), ``rank_grid`` (`learned_ranks.ranks_grid`),
-            ``fit`` (a regression's table, or None) and ``fit_sentence``.
+            of a generation run), ``measure_grids`` (pool to their table), ``more_grids`` (by method: learned ranks,
+            mixes), ``fit`` (a regression's table, or None) and ``fit_sentence``.
     """
     versus = against_base(pairs)
     measure = next((block.measure for blocks in pools.values() for block in blocks), ACCURACY)
