@@ -26,9 +26,7 @@ class Named(Config):
         return {"name": value} if isinstance(value, str) else value
 
 
-_MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny-llama": {"hidden_size": 128, "layers": 4, "heads": 4, "intermediate_size": 384},
-}
+_MODEL_DEFAULTS = {"tiny-llama": {"hidden_size": 128, "layers": 4, "heads": 4, "intermediate_size": 384}}
 """Embedded model -> sizes that differ from the fields' own defaults."""
 
 
@@ -72,9 +70,8 @@ class ModelConfig(Named):
     @model_validator(mode="after")
     def _heads(self) -> ModelConfig:
         if self.hidden_size % self.heads:
-            raise ValueError(
-                f"'model.hidden_size' ({self.hidden_size}) must be a multiple of 'model.heads' ({self.heads})"
-            )
+            sizes = f"'model.hidden_size' ({self.hidden_size}) must be a multiple of 'model.heads' ({self.heads})"
+            raise ValueError(sizes)
         return self
 
 
@@ -118,14 +115,12 @@ class DecodingConfig(Config):
     """How answers of a generation task are made and scored (FedP2EFT A.2: greedy, at most 1,024 new tokens)."""
 
     when_absent: ClassVar[Mapping[str, Any]] = {"length_penalty": 1.0}
-
     max_new_tokens: Positive = 1024
     """Most tokens of an answer."""
     beams: Positive = 1
     """1: greedy."""
     length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
-    """Of beams: an answer's log-likelihood is divided by its tokens to this power, so that more than 0 is for longer
-    ones (LoRA's recipe for data-to-text: 0.8)."""
+    """Of beams: an answer's log-likelihood is divided by (its tokens)^this (LoRA's recipe for data-to-text: 0.8)."""
     no_repeat_ngram: Natural = 0
     """No n-gram of this length occurs twice in an answer; 0: no rule."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0

@@ -44,8 +44,8 @@ def loss_curves(runs: Mapping[str, tuple[pd.DataFrame, ExperimentBase]]) -> Draw
         x, loss = (rows["round"].to_numpy() + 1) * (each or 1), rows["value"].to_numpy()
         for axis, values in zip(axes, (loss, np.exp(loss)), strict=False):
             dashes = DASHES[list(found).index(name) % len(DASHES)]
-            single = {"marker": look[method].marker, "markersize": 4} if len(x) < 8 else {}
-            axis.plot(x, values, color=look[method].colour, linestyle=dashes, linewidth=1.5, **single)
+            marker = look[method].marker if len(x) < 8 else "none"
+            axis.plot(x, values, marker, color=look[method].colour, linestyle=dashes, linewidth=1.5, markersize=4)
     for axis, title in zip(axes, ("Training loss", "Perplexity"), strict=False):
         axis.set_title(title)
         axis.set_xlabel("local steps of a client" if counted else "round")
@@ -58,7 +58,7 @@ def _means(series: pd.DataFrame) -> pd.DataFrame:
     series = series[(series["stage"] == "strategy") & (series["metric"] == "train_loss")]
     largest = series.groupby("method")["budget"].transform("max")
     own = series[series["budget"] == largest]
-    return own.groupby(["method", "round"], as_index=False)["value"].mean()
+    return own.groupby(["method", "round"])[["value"]].mean().reset_index()
 
 
 def _steps(exp: ExperimentBase, method: str) -> int | None:

@@ -122,10 +122,10 @@ def mix_grid(costs: pd.DataFrame) -> Grid:
         costs: of `mix_costs`, at least one row.
     """
     rows = []
-    for row in costs.itertuples():
-        numbers = (row.mix_evaluations, row.mix_tokens, row.mix_gain, row.w)
+    for row in costs.to_dict("records"):
+        numbers = [float(row[name]) for name in (*COST, "w")]
         shown = [ABSENT if np.isnan(x) else f"{x:{form}}" for x, form in zip(numbers, _FORMS, strict=True)]
-        rows.append([method_name(str(row.method)), f"{row.calls} of {row.rounds}", *shown])
+        rows.append([method_name(str(row["method"])), f"{row['calls']} of {row['rounds']}", *shown])
     return Grid(
         header=["Method", "Rounds that mixed", "Mixes scored", "Tokens scored", "Loss gained", "Mean w"],
         rows=rows,
