@@ -10,6 +10,7 @@ import torch
 from toy import toy_context, toy_lanes, toy_llama, toy_net
 
 from fedtailor.adapters.lora import AdapterPair, LoraAdapter, Targets
+from fedtailor.adapters.selected_lora import RankSelection, SelectedLora
 from fedtailor.core.errors import ModelError
 from fedtailor.core.scope import Scope
 from fedtailor.federated.context import ClientContext
@@ -114,3 +115,34 @@ def test_a_head_that_holds_no_numbers_is_not_exported() -> None:
         ctx.params["classifier.bias"][0, 1] = float("inf")
     with pytest.raises(ModelError, match=r"client a, classifier\.bias: the weight holds values that are not finite"):
         adapter.export(ctx.net, ctx.params, ["a"], 0, "base")
+
+
+def test_only_layers_that_may_carry_an_adapter_draw_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that no lane adapts some draw all the same, where other lanes might adapt them."""
+    lanes = toy_lanes([3, 3])
+    keep = torch.zeros(2, len(toy_net().adapted), 4, dtype=torch.bool)
+    keep[:, 0, :2] = True
+    adapters: dict[str, tuple[Adapter, int]] = {
+        "two layers": (lora("lora", 2, Scope.SHARED, ("query", "value")), 2 * 2),
+        "ranks in one": (SelectedLora(RankSelection(keep.double(), keep), 1.0), len(toy_net().adapted)),
+        "a frozen one below": (
+            AdapterPair(lora("a", 2, Scope.SHARED), lora("b", 2, Scope.PRIVATE, ("query",))),
+            2,
+        ),
+    }
+    for name, (adapter, drawing) in adapters.items():
+        net, calls = toy_net(), 0
+        ctx = toy_context(net, lanes, adapter)
+        ctx.use_dropout(0.5, "train")
+        rand = torch.rand
+
+        def counted(*args: Any, rand: Any = rand, **how: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += "generator" in how
+            return rand(*args, **how)
+
+        net.train_mode(True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", counted)
+            net.logits(batch_of(ctx))
+        assert calls == drawing * len(lanes), name

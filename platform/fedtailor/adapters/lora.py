@@ -268,6 +268,7 @@ class AdapterPair:
         for adapted, layer in chosen_layers(net, self.first.targets):
             a, b = (params[f"{self.first.prefix}_{matrix}.{adapted.name}"] for matrix in "AB")
             layer.under = Branch(a, b, self.first.scale, dropout=True)
+            layer.draws = True
         self.first.bind_head(net, params)
         self.second.bind(net, params)
 

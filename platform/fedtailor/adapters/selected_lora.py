@@ -93,6 +93,9 @@ class SelectedLora:
         for number, (adapted, layer, width) in enumerate(zip(net.adapted, net.layers, self.width, strict=True)):
             if not bool(ranks[:, number].any()):
                 layer.unbind()
+                layer.draws = (
+                    True  # which layers are bare depends on the other lanes' ranks, and what is drawn must not
+                )
                 continue
             lam = self.lambdas(number, width)
             layer.bind(params[f"lora_A.{adapted.name}"], params[f"lora_B.{adapted.name}"], lam, self.scale)

@@ -129,6 +129,8 @@ class LaneLinear(nn.Module):
         self.b: Tensor | None = None
         self.lam: Tensor | None = None
         self.scale = 1.0
+        self.draws = False
+        """Whether the input goes through dropout, also where no adapter of these lanes reads it."""
         self.under: Branch | None = None
         self.overlay: Branch | None = None
         self.own: tuple[Tensor, Tensor | None] | None = None
@@ -141,7 +143,7 @@ class LaneLinear(nn.Module):
     def bind(self, a: Tensor, b: Tensor, lam: Tensor | None, scale: float) -> None:
         """Attaches A (K, r, d_in), B (K, d_out, r) and lambda (K, r), or None for all ones."""
         # Past Module.__setattr__, whose checks cost more than the rest of a round's bookkeeping.
-        vars(self).update(a=a, b=b, lam=lam, scale=scale)
+        vars(self).update(a=a, b=b, lam=lam, scale=scale, draws=True)
 
     def bind_own(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Gives every lane a weight (K, d_out, d_in) and, if the layer has one, a bias (K, d_out) of its own."""
@@ -149,7 +151,7 @@ class LaneLinear(nn.Module):
 
     def unbind(self) -> None:
         """Back to the client's base: the frozen layer and, where one is bound, its overlay."""
-        vars(self).update(a=None, b=None, lam=None, under=None, own=None)
+        vars(self).update(a=None, b=None, lam=None, under=None, own=None, draws=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (k*b, ..., d_in), lanes outermost, to (k*b, ..., d_out)."""
@@ -159,8 +161,7 @@ class LaneLinear(nn.Module):
         y = self._base(x, lanes)
         if self.state.bypass:
             return y
-        # A bare layer draws too: which layers are bare depends on the other lanes' ranks.
-        dropped = self._dropout(x, lanes)
+        dropped = self._dropout(x, lanes) if self.draws else x
         if self.under is not None:
             a, b = self.state.running(self.under.a), self.state.running(self.under.b)
             y = _low_rank(y, dropped if self.under.dropout else x, a, b, None, self.under.scale)
