@@ -76,6 +76,7 @@ def check(experiment: ExperimentBase) -> None:
         )
     problems += task_problems(experiment)
     problems += _regression_problems(experiment)
+    problems += _validation_problems(experiment)
     problems += model_problems(experiment)
     problems += zero_problems(experiment)
     problems += server_problems(experiment)
@@ -83,6 +84,22 @@ def check(experiment: ExperimentBase) -> None:
         problems += population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
     if problems:
         raise ConfigError(problems)
+
+
+def _validation_problems(exp: ExperimentBase) -> Iterator[str]:
+    """A validation pool that a method asks for and nobody draws, or that a task cannot have."""
+    per_class, kind = exp.task.validation_per_class, exp.task_entry.kind
+    if per_class and kind not in ("classification", "generation"):
+        yield (
+            f"'task.validation_per_class' = {per_class} is of each class or group, and task '{exp.task.name}' asks for "
+            f"{ASKED[kind]} (allowed: 0)"
+        )
+    for name in exp.used_methods:
+        if not per_class and method_of(exp, name).validation_pool:
+            yield (
+                f"'methods': {name} tunes on a validation pool, and there is none: set task.validation_per_class, the "
+                "training rows of each class that the server may see (pFedGPT: 40)"
+            )
 
 
 def _regression_problems(exp: ExperimentBase) -> Iterator[str]:

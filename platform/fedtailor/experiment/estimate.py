@@ -37,12 +37,13 @@ USABLE: Final = 0.9  # of the memory; the rest is for libraries, buffers and fra
 
 @dataclass(frozen=True)
 class Population:
-    """The clients; training texts of each, and all test texts, are empty or 0 where the data is not at hand."""
+    """The clients; training texts of each, also without the validation pool, and tests, are 0 where no data is here."""
 
     seen: int
     unseen: int
     classes: int = 2
     train: tuple[int, ...] = ()
+    train_apart: tuple[int, ...] = ()
     train_unseen: tuple[int, ...] = ()
     test: int = 0
 
@@ -95,8 +96,7 @@ def estimate(
 
     Args:
         exp: whole configuration.
-        stage: which stage.
-        method: its method.
+        stage: which stage; ``method``: its method.
         numbers: SHARED numbers, and PRIVATE plus EPHEMERAL ones, per client.
         dims: sizes of the base model.
         population: the clients.

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedtailor.core.errors import CapabilityError, ClientError, Interrupted, RoundError
 from fedtailor.core.messages import SegmentJob, SegmentResult, StageInfo, StageSpec
-from fedtailor.experiment.config import ExperimentBase, base_seed, method_section
+from fedtailor.experiment.config import ExperimentBase, base_seed, method_of, method_section
 from fedtailor.experiment.prepare import make_inputs
 from fedtailor.experiment.round_scores import RoundScores
 from fedtailor.experiment.stage_results import EarlierStages, Mergeable, spending, write_merged
@@ -135,11 +135,11 @@ class Execution:
                 return
             self.emit({**event, "state": "running"})
             log = CommitLog(self.storage, folder, self._storage_event, held.check)
-            data = self._tokens(inputs)
             spec = self._spec(stage, inputs)
             method = build_server_side(
                 stage.method, method_section(self.exp, stage.method), stage.r_max, spec.server_side
             )
+            data = self._tokens(inputs, method.validation_pool)
             if stage.kind == "personalise":
                 info = self._personalise(stage, spec, data, log)
             else:
@@ -155,12 +155,14 @@ class Execution:
         model, engine = self.exp.model, self.exp.engine
         # All that cached features depend on; the clients' part of the base through its stage.
         source = [stage.parent, inputs.tokens, model.targets, model.attention, engine.dtype, engine.device]
+        if method_of(self.exp, stage.method, stage.r_max).validation_pool:
+            source.append("without the validation pool")
         features = artifact_path(f"features/{short_hash(source)}")
         spec = stage_spec(self.exp, stage, model_path(stage.parent), artifact_path(inputs.tokens), features)
         return replace(spec, storage=self.storage.address)
 
-    def _tokens(self, inputs: Inputs) -> TokenData:
-        return TokenData.open(fetch(self.storage, artifact_path(inputs.tokens)))
+    def _tokens(self, inputs: Inputs, pool_apart: bool = False) -> TokenData:
+        return TokenData.open(fetch(self.storage, artifact_path(inputs.tokens)), pool_apart)
 
     def _opened(self, stage: Stage, spec: StageSpec) -> StageInfo:
         info = self.pool.open(spec)

@@ -46,6 +46,7 @@ from fedtailor.tasks.squad import dropped_sentence
 from fedtailor.tasks.store import TaskData, clients_of
 from fedtailor.tasks.tokens import TokenData
 from fedtailor.tasks.unknown_tokens import unknown_tokens
+from fedtailor.tasks.validation import pool_sentence
 from fedtailor.tracking.wandb_key import check_wandb
 
 LOOKED_AT = 20
@@ -122,7 +123,9 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     def work_of(stage: Stage, other: ExperimentBase = exp) -> Estimate:
         method, size = sized(stage.method, stage.r_max)
         own = size.private - size.state + size.ephemeral
-        return estimate(other, stage, method, (size.shared, own), dims, population)
+        apart = method.validation_pool and population.train
+        clients = replace(population, train=population.train_apart) if apart else population
+        return estimate(other, stage, method, (size.shared, own), dims, clients)
 
     stages: dict[str, StagePlan] = {}  # seeds that share a base list it once
     storage = Storage(exp.storage)
@@ -138,7 +141,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     )
     sizes = {name: sized(name, exp.r_max)[1] for name in exp.used_methods}
     unknown, said = inputs.unknown if inputs else {}, [*method_notes(exp, exp.methods), *rank_notes(exp, sizes)]
-    told = list(dict.fromkeys([*said, *notes]))
+    told = list(dict.fromkeys(filter(None, [pool_sentence(exp.task, exp.task_entry.kind), *said, *notes])))
     return Plan(exp, dims, sizes, population, list(stages.values()), told, fitting, unknown, manifest)
 
 
@@ -181,6 +184,7 @@ def inputs_here(
             unseen=len(unseen),
             classes=len(data.labels),
             train=tuple(client.n_train for client in seen),
+            train_apart=tuple(client.n_train for client in TaskData.open(data.path, True).pool("seen")),
             train_unseen=tuple(client.n_train for client in unseen),
             test=sum(client.n_test for client in data.clients),
         )

@@ -19,6 +19,7 @@ NOT_COVERED: tuple[str, ...] = (
     "metrics of single clients (train losses, accuracies) and each round's norms, which carry no noise",
     "client features that are kept with the run, and which clients took part",
     "a tokenizer or a start model that was made from the task's own texts",
+    "training rows of a validation pool ('task.validation_per_class'), which the server sees",
     "choices made by looking at results: search over hyper-parameters, early stopping, picking a seed",
 )
 

@@ -160,6 +160,8 @@ class ClientContext:
         fresh: which clients have no committed PRIVATE state yet, (K,) bool: their PRIVATE parameters are initial.
         warn: records a warning about a lane.
         micro_batch: most rows per lane of one forward pass; a larger step is cut and its gradients are added up.
+        validation: the validation pool, by class and then by row, of methods that ask for it: the same for all clients,
+            and none of it is in their ``train``. Else None.
         trained: client to the real tokens that its training steps have read, over all its lanes; see `batches`.
     """
 
@@ -180,6 +182,7 @@ class ClientContext:
     r_max: int = 0
     rounds: int = 0
     micro_batch: int | None = None
+    validation: Examples | None = None
     trained: Counter[str] = field(default_factory=Counter)
 
     @property

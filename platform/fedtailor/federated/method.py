@@ -203,8 +203,7 @@ class Method:
         personaliser: makes the client's model after the rounds.
         local_update: one client's part of a round; None for client-only methods (rounds = 0).
         modules: auxiliary networks with lanes and a scope of their own (PSG, LRNet).
-        aggregator: of SHARED parameters.
-        server: server optimizer.
+        aggregator: of SHARED parameters; ``server``: what the server does with the consensus.
         downlink: changes in place what each lane was sent, and says how many numbers that are; None: nothing changes.
         ranks: ranks that clients begin with, where they differ; the adapter's is the server's.
         requires: capabilities.
@@ -218,6 +217,7 @@ class Method:
         pooled: one client has the rows of all; it takes ``steps`` a round, or a cohort's together (``examples``).
         adapter_is_model: whether what is exported of a client is its whole model; if not, new clients are refused.
         per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
+        validation_pool: it tunes on the validation pool, ``ctx.validation``, whose rows its clients do not train on.
         early_stop: ends the rounds before their number is reached.
         overlay: of a base method, what its PRIVATE state becomes in the stages that build on it.
         bound: largest L2 norm of a client's SHARED update, sent minus received; longer ones are scaled down there.
@@ -246,6 +246,7 @@ class Method:
     pooled: Literal["no", "steps", "examples"] = "no"
     adapter_is_model: bool = True
     per_budget: bool = False
+    validation_pool: bool = False
     early_stop: EarlyStop | None = None
     overlay: Overlay | None = None
     bound: float = math.inf
@@ -280,8 +281,7 @@ class MethodEntry:
         build: (config, largest budget) to `Method`.
         title: its name in tables and figures.
         summary: one line for ``fedtailor list methods``.
-        colour: of its marks in figures; None: one of the spare ones.
-        marker: as matplotlib writes it; None: one of the spare ones.
+        colour: of its marks in figures, ``marker``: as matplotlib writes it; None: one of the spare ones.
         base: whether it may train the base (``base.name``).
         note: a sentence on its configuration (its choices, not its parts) for captions and plans.
         tiny: its section for the contracts: steps that change a toy model, and few of them. None: it has none yet,

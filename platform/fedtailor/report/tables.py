@@ -20,6 +20,7 @@ from fedtailor.report.names import ABSENT, NOT_RECORDED
 from fedtailor.report.scores import AVERAGE, Block, Cell, answer_measures, blocks
 from fedtailor.report.unknown_tokens import unknown_sentence
 from fedtailor.tasks.sorted_share import skew_sentence
+from fedtailor.tasks.validation import pool_sentence
 
 SEPARATOR = " / "
 """Between the measures of one cell."""
@@ -72,6 +73,7 @@ def _caption(facts: RunFacts, found: Sequence[Block], also: Sequence[str]) -> li
         facts.pretrained,
         unknown_sentence(facts.unknown),
         skew_sentence(exp.task),
+        pool_sentence(exp.task, exp.task_entry.kind),
         f"Base model: {facts.base_line}; strategies: {facts.strategy_line}.",
         facts.fallbacks.get(block.pool, ""),
         facts.duplicates,

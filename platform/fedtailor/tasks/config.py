@@ -32,6 +32,7 @@ class TaskConfig(Named):
         "variant": None,
         "domains": (),
         "stride": 128,
+        "validation_per_class": 0,
     }
 
     name: str = "cldr"
@@ -59,6 +60,9 @@ class TaskConfig(Named):
     test_split: Literal["mirror", "blocks"] = "mirror"
     """With ``sorted_share``: every client's test texts have the class shares of its train texts, or the test texts are
     sorted and cut like the train texts, so that clients at the border of two classes differ."""
+    validation_per_class: Natural = 0
+    """n > 0: so many training rows of each class (of instructions: of each group) are a validation pool that the server
+    sees. Methods that ask for it (`Method.validation_pool`) tune on it and do not train on it; the others do."""
     max_length: Annotated[int, Field(ge=4)] = 256
     """Tokens kept of a text, special tokens included."""
     stride: Natural = 128
@@ -137,6 +141,8 @@ class TaskConfig(Named):
             raise ValueError("'task.reference_unseen_partition' and 'task.resample' exclude each other: give one")
         if self.reference_unseen_partition and self.pools == ("seen",):
             raise ValueError("'task.reference_unseen_partition' deals the unseen pool, and 'task.pools' has none")
+        if self.validation_per_class and self.resample:
+            raise ValueError("'task.validation_per_class' and 'task.resample' exclude each other: clients share rows")
         for key in ("resample", "reference_unseen_partition"):
             if self.sorted_share is not None and getattr(self, key):
                 raise ValueError(f"'task.sorted_share' and 'task.{key}' exclude each other: both deal texts to clients")

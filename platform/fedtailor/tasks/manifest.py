@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -35,7 +35,13 @@ def table_rows(source: Source) -> Iterator[tuple[str, str, str, Example]]:
                 yield pool, source.labels[example.label] if own else language, split, example
 
 
-def manifest_of(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tuple[Client, Shard]]) -> dict[str, Any]:
+def manifest_of(
+    cfg: TaskConfig,
+    seed: int,
+    source: Source,
+    dealt: Sequence[tuple[Client, Shard]],
+    validation: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
     """What a folder of clients says of itself, as JSON-like data.
 
     Args:
@@ -43,6 +49,7 @@ def manifest_of(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tupl
         seed: run seed.
         source: the texts.
         dealt: each client with its rows of their table.
+        validation: rows of the validation pool by class, which the server sees; empty: there is none.
     """
     examples = [e for *_, e in table_rows(source)]
     digests = [_digest(e, source) for e in examples]
@@ -52,12 +59,15 @@ def manifest_of(cfg: TaskConfig, seed: int, source: Source, dealt: Sequence[tupl
     named = {"kind": source.kind, "score": source.score}  # at their usual values no part of a manifest or a hash
     unusual = {key: value for key, value in named.items() if value not in ("classification", "accuracy")}
     content = [list(source.labels), [[c["id"], c["sha256"]] for c in clients], *unusual.values()]
+    if validation:
+        content.append([list(rows) for rows in validation.values()])
     hidden = _PLACE if source.columns else _PLACE | _NO_TABLE | (set() if generation else _INSTRUCTIONS_ONLY)
     return {
         **unusual,
         **({"columns": dict(source.columns)} if source.columns else {}),
         **({"truth": dict(source.truth)} if source.truth else {}),
         **({"several": True} if source.several else {}),
+        **({"validation": validation} if validation else {}),
         "task": cfg.name,
         "config": cfg.model_dump(mode="json", exclude=hidden | at_absent(cfg).keys()),
         "seed": seed,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -105,12 +106,13 @@ class Partitioned:
 
     Args:
         path: the folder; its tables are mapped read-only.
+        pool_apart: clients are without the rows of the validation pool, as methods see them that tune on it.
 
     Raises:
         DataError: a file is missing or damaged.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, pool_apart: bool = False) -> None:
         self.path = Path(path)
         self.manifest: Mapping[str, Any] = read_manifest(self.path / "manifest.json")
         self.clients = clients_of(self.manifest)
@@ -119,11 +121,14 @@ class Partitioned:
         self._starts = np.cumsum([0] + [c.n_train + c.n_test for c in self.clients], dtype=np.int64)
         batches = open_stream(self.path / "examples.arrow", int(self._starts[-1]))
         self._rows = pa.chunked_array([batch.column("row") for batch in batches], pa.int32())
+        self._apart = self.pool_rows if pool_apart else np.empty(0, np.int64)
+        if len(self._apart):
+            self.clients = tuple(replace(c, n_train=len(self.rows_of(c.id, "train"))) for c in self.clients)
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
+    def open(cls, path: Path | str, pool_apart: bool = False) -> Self:
         """Opens a folder that `prepare` or `tokenise` wrote."""
-        return cls(path)
+        return cls(path, pool_apart)
 
     @property
     def kind(self) -> TaskKind:
@@ -151,6 +156,12 @@ class Partitioned:
         """sha256 of all clients' content; of tokens also of all token ids."""
         return str(self.manifest["hash"])
 
+    @property
+    def pool_rows(self) -> Ints:
+        """Rows of the table that make up the validation pool, by class and then by row; mostly none."""
+        by_class = self.manifest.get("validation", {})
+        return np.array([row for label in self.labels for row in by_class.get(label, ())], dtype=np.int64)
+
     def pool(self, name: str) -> tuple[Client, ...]:
         """The clients of one pool."""
         return tuple(client for client in self.clients if client.pool == name)
@@ -171,9 +182,11 @@ class Partitioned:
         if client_id == POOLED:
             return np.concatenate([self.rows_of(client.id, split) for client in self.pool("seen")])
         number = self._number(client_id)
-        client, start = self.clients[number], int(self._starts[number])
-        rows: Ints = self._rows.slice(start, client.n_train + client.n_test).to_numpy().astype(np.int64)
-        return rows[: client.n_train] if split == "train" else rows[client.n_train :]
+        start, end = (int(at) for at in self._starts[number : number + 2])
+        rows: Ints = self._rows.slice(start, end - start).to_numpy().astype(np.int64)
+        tests = self.clients[number].n_test
+        mine = rows[: len(rows) - tests] if split == "train" else rows[len(rows) - tests :]
+        return mine[~np.isin(mine, self._apart)] if len(self._apart) else mine
 
     def entry(self, client_id: str) -> Mapping[str, Any]:
         """What the manifest says of a client."""
@@ -190,8 +203,8 @@ class Partitioned:
 class TaskData(Partitioned):
     """A prepared task, opened read-only; texts stay on disk until asked for."""
 
-    def __init__(self, path: Path | str) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | str, pool_apart: bool = False) -> None:
+        super().__init__(path, pool_apart)
         self.batches = open_stream(self.path / "texts.arrow", self.manifest["rows"])
 
     @property

@@ -51,6 +51,7 @@ from fedtailor.tasks.store import (
     write_examples,
     write_stream,
 )
+from fedtailor.tasks.validation import draw_pool
 
 __all__ = ["TASKS", "Client", "TaskData", "prepare", "task_config"]
 
@@ -101,11 +102,13 @@ def prepare(cfg: TaskConfig, seed: int, out: Path, source: Source | None = None)
         DataError: see the task's load function, `partition` and `check_leakage`; or a client or an example that
             cannot serve (names it).
     """
+    drawn = cfg.validation_per_class if source is None else 0  # not from the rows of a new client
     source, clients = _dealt(cfg, seed, source)
+    validation = draw_pool(source, clients, drawn, seed)
     out.mkdir(parents=True, exist_ok=True)
     write_stream(out / "texts.arrow", _schema(source), _text_batches(source))
     write_examples(out / "examples.arrow", [(rows.train, rows.test) for _, rows in clients])
-    manifest = manifest_of(cfg, seed, source, clients)
+    manifest = manifest_of(cfg, seed, source, clients, validation)
     text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return TaskData.open(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fedtailor.tasks.store import (
     write_examples,
     write_stream,
 )
+from fedtailor.tasks.validation import pool_notes
 from fedtailor.tasks.windows import PlaceOf, Question, WindowTable, Writer
 
 Ints = npt.NDArray[np.int64]
@@ -113,6 +115,7 @@ def tokenise(
         notes |= {} if data.score == "accuracy" else {"score": data.score}
         notes |= {key: data.manifest[key] for key in ("kind", "truth") if key in data.manifest}
     write_examples(out / "examples.arrow", held)
+    notes |= pool_notes(data.manifest, lengths, [rows[0] for rows in held])
     manifest = notes | {
         "labels": list(data.labels),
         "pad_id": tokenizer.pad_token_id,
@@ -208,8 +211,8 @@ def _client_entry(client: str, rows: Sequence[Ints], lengths: Ints) -> dict[str,
 class TokenData(Partitioned):
     """Tokenised clients, opened read-only through memory maps; cheap enough for every worker."""
 
-    def __init__(self, path: Path | str) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path | str, pool_apart: bool = False) -> None:
+        super().__init__(path, pool_apart)
         self.blocks: list[tuple[Ints, Ids, Ids, Ids | None]] = []
         """(offsets, ids, labels, tokens of the first segments or of the prompts) of each block."""
         for batch in open_stream(self.path / "tokens.arrow", self.manifest["rows"]):
@@ -246,7 +249,15 @@ class TokenData(Partitioned):
 
     def examples(self, client_id: str, split: Split) -> Examples:
         """The client's texts or pairs of one split as fresh, writable arrays."""
-        rows, column = self.rows_of(client_id, split), np.arange(self.longest(client_id))
+        return self._examples(self.rows_of(client_id, split), self.longest(client_id))
+
+    @cached_property
+    def validation(self) -> Examples | None:
+        """The validation pool, by class and then by row; None where there is none, or it is not apart."""
+        return self._examples(self._apart, self.longest(POOLED)) if len(self._apart) else None
+
+    def _examples(self, rows: Ints, longest: int) -> Examples:
+        column = np.arange(longest)
         input_ids = np.full((len(rows), len(column)), self.pad_id, dtype=np.int64)
         lengths = np.empty(len(rows), dtype=np.int64)
         labels, part = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)

@@ -65,10 +65,10 @@ class OpenStage:
     def open(cls, spec: StageSpec, net: LaneNet | None = None, ranks: Ranks | None = None) -> OpenStage:
         """Loads data and, unless an unchanged one is handed in, the model."""
         torch.set_num_threads(spec.engine.threads)
-        data = TokenData.open(Path(spec.data_dir))
         for reference in spec.code.values():
             add_method(reference, "code")
         method = build_server_side(spec.method, spec.method_config, spec.r_max, spec.server_side)
+        data = TokenData.open(Path(spec.data_dir), method.validation_pool)
         if net is None:
             net = load_stage_net(spec, data, ranks)
         net.clear_overlay()
@@ -167,7 +167,7 @@ class OpenStage:
             rounds=spec.rounds, received=self._received(params, sent),
             fresh=torch.tensor([c not in private for c in clients], device=self.net.device),
             federation=self.federation,
-            micro_batch=spec.engine.micro_batch,
+            micro_batch=spec.engine.micro_batch, validation=self.data.validation,
         )  # fmt: skip
         if self.method.downlink is None or sent is None:
             return ctx
