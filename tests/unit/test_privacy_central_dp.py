@@ -10,7 +10,8 @@ from dp_accounting.rdp import RdpAccountant
 from fedtailor.aggregation.weighted_mean import WeightedMean, WeightedSum
 from fedtailor.core.errors import ConfigError, StorageError
 from fedtailor.experiment.compose import compose
-from fedtailor.experiment.privacy import forecast, mechanism, privacy_lines, seen_clients
+from fedtailor.experiment.config import seen_clients
+from fedtailor.experiment.privacy import forecast, mechanism, privacy_lines
 from fedtailor.federated.release import RoundId, still
 from fedtailor.federated.rounds import RoundPlan, cohort_of
 from fedtailor.federated.updates import clip_update

@@ -84,7 +84,8 @@ def show_privacy(console: Console, exp: ExperimentBase, width: int, seen: int | 
         width: width of the column of names.
         seen: clients that cohorts are drawn from, where the data are known.
     """
-    from fedtailor.experiment.privacy import privacy_lines, seen_clients
+    from fedtailor.experiment.config import seen_clients
+    from fedtailor.experiment.privacy import privacy_lines
 
     if seen is None and exp.task_entry.clients != "dealt":
         return  # how many clients there are is not known before the data is

@@ -11,7 +11,7 @@ import yaml
 
 from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
-from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, method_of
+from fedtailor.experiment.config import ExperimentBase, experiment_of, method_of, seen_clients
 from fedtailor.experiment.rules import (
     ASKED,
     model_problems,
@@ -81,7 +81,7 @@ def check(experiment: ExperimentBase) -> None:
     problems += zero_problems(experiment)
     problems += server_problems(experiment)
     if experiment.task_entry.clients == "dealt":
-        problems += population_problems(experiment, len(experiment.task.languages) * clients_per_language(experiment))
+        problems += population_problems(experiment, seen_clients(experiment))
     if problems:
         raise ConfigError(problems)
 

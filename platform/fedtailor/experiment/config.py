@@ -239,6 +239,11 @@ def clients_per_language(exp: ExperimentBase) -> int:
     return scaled_task(exp).clients_used
 
 
+def seen_clients(exp: ExperimentBase) -> int:
+    """Clients that cohorts are drawn from, where their number is configured; with ``task.dealing`` of all languages."""
+    return clients_per_language(exp) * (1 if exp.task.dealing else len(exp.task.languages))
+
+
 def base_seed(exp: ExperimentBase, seed: int) -> int:
     """Seed of partition and base for a run seed."""
     return seed if exp.base.seed is None else exp.base.seed

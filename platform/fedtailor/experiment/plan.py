@@ -21,9 +21,9 @@ from fedtailor.experiment import prepare
 from fedtailor.experiment.config import (
     ExperimentBase,
     base_seed,
-    clients_per_language,
     method_notes,
     method_of,
+    seen_clients,
     to_json,
 )
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
@@ -239,7 +239,7 @@ def configured_population(exp: ExperimentBase, notes: list[str]) -> Population:
         raise DataError(
             f"task '{exp.task.name}' has the clients that its data has, and the data is not here: give task.path"
         )
-    clients = len(exp.task.languages) * clients_per_language(exp)
+    clients = seen_clients(exp)
     return Population(seen=clients, unseen=clients if "unseen" in exp.task.pools else 0)
 
 

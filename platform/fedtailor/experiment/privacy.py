@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from fedtailor.core.errors import ConfigError, reported_as
-from fedtailor.experiment.config import ExperimentBase, clients_per_language, cohort_size, method_of, scaled
+from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of, scaled
 from fedtailor.privacy.accounting import Mechanism, Spent, default_delta, epsilon, noise_for
 from fedtailor.privacy.secure_aggregation import Traffic, degree, traffic
 
@@ -37,11 +37,6 @@ class Forecast:
     mechanism: Mechanism
     by_method: Mapping[str, float]
     together: float
-
-
-def seen_clients(exp: ExperimentBase) -> int:
-    """Clients that cohorts are drawn from."""
-    return len(exp.task.languages) * clients_per_language(exp)
 
 
 def mechanism_of(exp: ExperimentBase, seen: int, noise: float = 0.0) -> Mechanism:

@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 
 from fedtailor.core.errors import DataError, reported_as
-from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled
+from fedtailor.experiment.config import ExperimentBase, clients_per_language, scaled, seen_clients
 from fedtailor.experiment.launch import load_experiment
-from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of, seen_clients
+from fedtailor.experiment.privacy import NOT_COVERED, mechanism_of
 from fedtailor.report import names
 from fedtailor.report.unknown_tokens import unknown_counts
 from fedtailor.storage.run_folder import RunFolder

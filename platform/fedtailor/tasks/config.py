@@ -33,6 +33,9 @@ class TaskConfig(Named):
         "domains": (),
         "stride": 128,
         "validation_per_class": 0,
+        "dealing": None,
+        "min_size": None,
+        "context": True,
     }
 
     name: str = "cldr"
@@ -57,6 +60,13 @@ class TaskConfig(Named):
     sorted_share: Annotated[float, Field(ge=0, le=1)] | None = None
     """Label skew in the place of ``alpha``: this share of the train texts is sorted by label and cut into a contiguous
     block for each client, the rest is dealt out IID (PF2LoRA's tables; the text of the paper says the opposite)."""
+    dealing: Literal["task_specific", "dirichlet"] | None = None
+    """dolly and flan, with ``pools=[seen]``: how all rows become ``clients_per_language`` clients in all (pFedGPT).
+    ``task_specific``: each has one task alone. ``dirichlet``: shares of each task by ``alpha``; test rows follow. None:
+    every category of dolly is dealt evenly to clients of its own."""
+    min_size: Positive | None = None
+    """With ``dealing=dirichlet``: fewest training rows of a client; with fewer, shares are drawn anew. None: 40, as in
+    pFedGPT's code, but a quarter of the mean where that is less."""
     test_split: Literal["mirror", "blocks"] = "mirror"
     """With ``sorted_share``: every client's test texts have the class shares of its train texts, or the test texts are
     sorted and cut like the train texts, so that clients at the border of two classes differ."""
@@ -88,9 +98,11 @@ class TaskConfig(Named):
     """Generation only: what becomes of an example whose prompt and response exceed ``max_length`` tokens, in train and
     test alike: the prompt's instruction is cut at its end (the response then too, if it alone is too long), or the
     example is left out. Both are counted."""
+    context: bool = True
+    """dolly only: the context of an instruction belongs to it. False leaves it out, as pFedGPT's code does."""
     max_examples: Annotated[int, Field(ge=3)] | None = None
-    """instructions, fed_aya, dolly, and texts that name their clients, for small machines: most examples of a client,
-    train and test together; the first after shuffling by seed. None: all."""
+    """instructions, fed_aya, dolly, flan, and texts that name their clients, for small machines: most examples of a
+    client, train and test together; the first after shuffling by seed. None: all."""
     names: Rate = 0.5
     """cldr_instruct only: concentration of each kind of names, in units of ``alpha``. At 0.5 a third of an average
     client's examples are names, which have to be known; the rest follow rules, which can be learned from others."""
@@ -143,6 +155,15 @@ class TaskConfig(Named):
             raise ValueError("'task.reference_unseen_partition' deals the unseen pool, and 'task.pools' has none")
         if self.validation_per_class and self.resample:
             raise ValueError("'task.validation_per_class' and 'task.resample' exclude each other: clients share rows")
+        if self.dealing is not None:
+            if self.name not in ("dolly", "flan"):
+                raise ValueError("'task.dealing' is of task=dolly and task=flan alone")
+            if self.pools != ("seen",):
+                raise ValueError("'task.dealing' deals all rows to seen clients: set task.pools=[seen]")
+            if self.sorted_share is not None or self.resample:
+                raise ValueError("'task.dealing' excludes 'task.sorted_share' and 'task.resample': each deals the rows")
+        if self.min_size is not None and self.dealing != "dirichlet":
+            raise ValueError("'task.min_size' is of task.dealing=dirichlet alone")
         for key in ("resample", "reference_unseen_partition"):
             if self.sorted_share is not None and getattr(self, key):
                 raise ValueError(f"'task.sorted_share' and 'task.{key}' exclude each other: both deal texts to clients")

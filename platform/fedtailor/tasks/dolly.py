@@ -3,6 +3,8 @@
 A category takes the place that a language has in the multilingual tasks: it is shuffled by seed and halved into the
 seen and the unseen pool, and each half is dealt to ``task.clients_per_language`` clients of that category alone, at
 random and in equal sizes. Results are reported by category.
+
+Under ``task.dealing`` all rows are one pool of seen clients, as in pFedGPT; see `dealing`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean
 from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.dealing import check_tasks, held_out_pool
 from fedtailor.tasks.instructions import is_complete, none_dropped, read_example
 from fedtailor.tasks.partition import MIN_EXAMPLES, held_out
 from fedtailor.tasks.places import find_file
@@ -36,10 +39,11 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     """Instructions by pool and category from ``task.path``, else $FEDTAILOR_DATA/dolly, else the hub (see `read`).
 
     The context of an instruction belongs to it (see `instructions`). Rows without a response or an instruction, and
-    rows that repeat an earlier one, are dropped and counted.
+    rows that repeat an earlier one, are dropped and counted; under ``task.dealing`` repeated rows stay, for training.
 
     Args:
-        cfg: `path`, `languages` (the categories), `clients_per_language`, `test_fraction` and `max_examples` are used.
+        cfg: `path`, `languages` (the categories), `clients_per_language`, `test_fraction`, `max_examples`, `context`
+            and `dealing` are used.
         seed: run seed.
 
     Raises:
@@ -48,7 +52,10 @@ def load(cfg: TaskConfig, seed: int) -> Source:
             too few rows for its clients, or the hub cannot be reached.
     """
     _check(cfg)
-    by_category, notes = read(cfg.path, cfg.languages)
+    by_category, notes = read(cfg.path, cfg.languages, None if cfg.dealing else normal_form, cfg.context)
+    if cfg.dealing:
+        one = held_out_pool("dolly", by_category, cfg.test_fraction, seed)
+        return Source(labels=cfg.languages, pools=one, notes=notes, disjoint=True, kind="generation")
     pools: dict[Pool, dict[str, LanguagePool]] = {pool: {} for pool in POOLS}
     for category, examples in by_category.items():
         for pool, half in seeded_halves(examples, seed, "dolly", category).items():
@@ -56,21 +63,30 @@ def load(cfg: TaskConfig, seed: int) -> Source:
     return Source(labels=cfg.languages, pools=pools, notes=notes, disjoint=True, kind="generation")
 
 
+def normal_form(example: Example) -> str:
+    """By which two examples are the same."""
+    return example.normal
+
+
 def read(
-    path: str | None, categories: Sequence[str], same: Callable[[Example], str] = lambda example: example.normal
+    path: str | None,
+    categories: Sequence[str],
+    same: Callable[[Example], str] | None = normal_form,
+    context: bool = True,
 ) -> tuple[dict[str, list[Example]], dict[str, int]]:
     """The usable examples of each category, and counts of the rows that were read and dropped.
 
     Args:
         path: ``task.path``, which may be `SAMPLE`; None: $FEDTAILOR_DATA/dolly, else the hub.
         categories: those to keep; their order numbers them.
-        same: of examples for which it is equal the first is kept.
+        same: of examples for which it is equal the first is kept; None: all are.
+        context: keep the contexts of instructions.
 
     Raises:
         DataError: see `load`.
     """
     file = Path(__file__).with_name("dolly_sample.json.gz") if path == SAMPLE else find_file(path, "dolly", FILES)
-    return _by_category(read_rows(file) if file else hub_rows(HUB_ID, split="train"), categories, same)
+    return _by_category(read_rows(file) if file else hub_rows(HUB_ID, split="train"), categories, same, context)
 
 
 def _check(cfg: TaskConfig) -> None:
@@ -86,10 +102,11 @@ def _check(cfg: TaskConfig) -> None:
         )
     if problems:
         raise ConfigError(problems)
+    check_tasks(cfg, cfg.languages)
 
 
 def _by_category(
-    rows: Iterable[Row], categories: Sequence[str], same: Callable[[Example], str]
+    rows: Iterable[Row], categories: Sequence[str], same: Callable[[Example], str] | None, context: bool
 ) -> tuple[dict[str, list[Example]], dict[str, int]]:
     found: dict[str, list[Example]] = {category: [] for category in categories}
     dropped, repeated, read = none_dropped(), 0, 0
@@ -100,12 +117,13 @@ def _by_category(
         if category not in DOLLY_CATEGORIES:
             allowed = ", ".join(DOLLY_CATEGORIES)
             raise DataError(f"{row.where}: 'category' is {category!r}; allowed: {allowed}")
-        example = read_example(row)
+        values = row.values if context else {key: cell for key, cell in row.values.items() if key != "context"}
+        example = read_example(Row(row.where, values))
         if category in found and is_complete(example, dropped):
-            if same(example) in known:
+            if same is not None and same(example) in known:
                 repeated += 1
             else:
-                known.add(same(example))
+                known.add(same(example) if same else "")
                 found[category].append(example._replace(label=categories.index(category)))
     return found, {"rows_read": read, **dropped, "dropped_repeated_rows": repeated}
 

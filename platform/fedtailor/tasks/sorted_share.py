@@ -52,7 +52,7 @@ def sorted_partition(
         if not topics:
             _check_mirror(classes, labels, n, place)
         counts = np.stack([np.bincount(classes["train"][rows], minlength=len(labels)) for rows in train])
-        test = _mirrored(classes["test"], counts, seed, place)
+        test = mirrored(classes["test"], counts, seed, place)
     else:
         test = _blocks(classes["test"], cfg.sorted_share, n, seed, (*place, "test"))
     for index, shard in enumerate(map(Shard, train, test)):
@@ -103,7 +103,7 @@ def _check_mirror(classes: dict[Split, Ints], labels: Sequence[str], clients: in
             )
 
 
-def _mirrored(labels: Ints, counts: Ints, seed: int, place: tuple[str, str]) -> list[Ints]:
+def mirrored(labels: Ints, counts: Ints, seed: int, place: tuple[str, str]) -> list[Ints]:
     """Rows of each client; a class is dealt in proportion to the clients' train texts of it, by largest remainders.
 
     Args:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from fedtailor.core.errors import ConfigError, DataError, did_you_mean, listed
 from fedtailor.core.messages import Client
 from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.dealing import deal_tasks
 from fedtailor.tasks.manifest import manifest_of, table_rows
 from fedtailor.tasks.partition import (
     MIN_TEST,
@@ -183,8 +184,11 @@ def _dealt(cfg: TaskConfig, seed: int, source: Source | None = None) -> tuple[So
     if source.natural_clients:
         source = _first_share(source, cfg.clients_used, n)
     else:
-        shards = {(pool, lang): _shards(source, pool, lang, cfg, seed) for pool, lang, _ in source.parts()}
-        if cfg.clients_used < n:
+        if cfg.dealing is None:
+            shards = {(pool, lang): _shards(source, pool, lang, cfg, seed) for pool, lang, _ in source.parts()}
+        else:
+            source, shards = deal_tasks(source, cfg, seed)
+        if cfg.clients_used < n or cfg.dealing is not None:
             source, shards = first_clients(source, shards, cfg.clients_used)
     clients, first = [], 0
     for pool, language, part in source.parts():
