@@ -21,6 +21,7 @@ from fedtailor.core.files import staged_folder
 from fedtailor.core.scope import Scope
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.context import ClientContext, Federation, Lane, Received, open_params
+from fedtailor.federated.method import LaidOut, Method
 from fedtailor.lanes.batches import Examples
 from fedtailor.lanes.features import client_features
 from fedtailor.lanes.net import LaneNet
@@ -177,6 +178,43 @@ def toy_context(
         federation=Federation(tuple(f"seen/xx/{k:02d}" for k in range(4)), (5, 3, 1, 1), 4),
         **more,  # type: ignore[arg-type]
     )
+
+
+def play_rounds(
+    method: Method, rounds: int = 2, sizes: Sequence[int] = (9, 8, 3), net: LaneNet | None = None, **more: Any
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """SHARED rows that the server has before and after each round, (P,) float32, and the clients' PRIVATE ones."""
+    net = net or toy_net()
+    lanes = toy_lanes(sizes) if net.heads else with_prompts(toy_lanes(sizes))
+    assert method.local_update is not None
+    served, state, private = list[np.ndarray](), dict[str, Any](), dict[str, np.ndarray]()
+    for number in range(rounds):
+        ctx = toy_context(net, lanes, method.adapter, method.modules, rounds=rounds, **more)
+        shared, own = ctx.params.flat(Scope.SHARED), ctx.params.flat(Scope.PRIVATE)
+        if not served:
+            served.append(shared[0].detach().numpy().astype(np.float32))
+            state = method.server.init(served[0])
+        with torch.no_grad():
+            shared.copy_(torch.from_numpy(served[-1]))
+            for k, lane in enumerate(lanes):
+                if lane.client.id in private:
+                    own[k] = torch.from_numpy(private[lane.client.id])
+        specs, fresh = ctx.params.of_scope(Scope.SHARED), torch.tensor([x.client.id not in private for x in lanes])
+        ctx = replace(ctx, round=number, fresh=fresh, received=Received(specs, shared[:1].clone(), [0] * len(lanes)))
+        if method.downlink is not None:
+            with torch.no_grad():
+                method.downlink(ctx)
+            ctx = replace(ctx, received=Received(specs, shared.clone(), range(len(lanes))))
+        method.local_update(ctx)
+        found = method.aggregator
+        found = found.laid_out(specs) if isinstance(found, LaidOut) else found
+        total = found.zero(shared.shape[1])
+        for k, lane in enumerate(lanes):
+            total = found.add(total, shared[k].detach().numpy().astype(np.float32), float(lane.size))
+            private[lane.client.id] = own[k].detach().numpy().astype(np.float32)
+        new, state = method.server.step(served[-1], found.result(total) - served[-1], state)
+        served.append(new)
+    return served, private
 
 
 def write_adapter(files: Mapping[str, bytes], folder: Path) -> None:

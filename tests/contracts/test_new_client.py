@@ -40,6 +40,10 @@ REFUSED = {
 COMMON = {
     "fedavg": 3,
     "fedprox": 3,
+    "fedavgm": 3,
+    "fedadagrad": 3,
+    "fedadam": 3,
+    "fedyogi": 3,
     "feddpa": 3,
     "homlora": 3,
     "perfedavg_lora": 3,

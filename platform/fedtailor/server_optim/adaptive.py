@@ -25,6 +25,9 @@ class AdaptiveServer:
         lr: eta.
         beta1, beta2: decay of the moments.
         tau: adaptivity; v starts at tau^2.
+        first: what m is after the first round: ``zero``: decayed from 0 like later ones; ``delta``: Delta itself, as in
+            OpenFedLLM.
+        second: whose squares v is made of: ``delta``, or ``momentum`` (m in the place of Delta), as in OpenFedLLM.
 
     >>> adam = AdaptiveServer("adam", lr=0.1, beta1=0.0, beta2=0.0, tau=1e-9)
     >>> w = np.zeros(2, np.float32)
@@ -38,16 +41,19 @@ class AdaptiveServer:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+    first: Literal["zero", "delta"] = "zero"
+    second: Literal["delta", "momentum"] = "delta"
 
     def init(self, params: Row) -> dict[str, Row]:
-        """M = 0, v = tau^2."""
-        return {"m": np.zeros_like(params), "v": np.full_like(params, self.tau**2)}
+        """M = 0, where it is not made of the first delta; v = tau^2."""
+        m = {"m": np.zeros_like(params)} if self.first == "zero" else {}
+        return m | {"v": np.full_like(params, self.tau**2)}
 
     def step(self, params: Row, delta: Row, state: dict[str, Row]) -> tuple[Row, dict[str, Row]]:
         """Moves ``params`` along the scaled first moment."""
         f = np.float32
-        m = f(self.beta1) * state["m"] + f(1 - self.beta1) * delta
-        square = delta * delta
+        m = f(self.beta1) * state["m"] + f(1 - self.beta1) * delta if "m" in state else delta
+        square = m * m if self.second == "momentum" else delta * delta
         if self.kind == "adagrad":
             v = state["v"] + square
         elif self.kind == "adam":
