@@ -45,6 +45,7 @@ COMMON = {
     "fedadam": 3,
     "fedyogi": 3,
     "feddpa": 3,
+    "perfit": 4,
     "homlora": 3,
     "perfedavg_lora": 3,
     "pf2lora": 3,

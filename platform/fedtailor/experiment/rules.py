@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+from fedtailor.aggregation.weighted_mean import WeightedMean
 from fedtailor.core.errors import ConfigError, PlacementError
 from fedtailor.experiment.config import ExperimentBase, cohort_size, method_of, method_section
 from fedtailor.federated.method import Capability, Method
@@ -117,10 +118,14 @@ def server_problems(exp: ExperimentBase) -> Iterator[str]:
             continue
         if method.pooled != "no" and private:
             yield f"'methods': {name} trains on the rows of all clients in one place, which {private[0]} is to prevent"
-        if method.ranks is not None and (private or other):
+        why = "has clients of different ranks, whose updates its own aggregation pads and weighs"
+        if method.ranks is None:
+            pruned = not isinstance(method.aggregator, WeightedMean)
+            why = "has clients that prune what they send, which its own aggregation leaves out" if pruned else ""
+        if why and (private or other):
             yield (
-                f"'methods': {name} has clients of different ranks, whose updates its own aggregation pads and weighs; "
-                f"{' and '.join([*private, *other])} cannot (allowed: aggregation=method without privacy)"
+                f"'methods': {name} {why}; {' and '.join([*private, *other])} cannot (allowed: aggregation=method "
+                "without privacy)"
             )
 
 

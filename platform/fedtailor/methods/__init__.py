@@ -21,6 +21,7 @@ FILES: Final = (
     "fedadam",
     "fedyogi",
     "feddpa",
+    "perfit",
     "dept",
     "lora",
     "adalora",
