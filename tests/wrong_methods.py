@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from fedtailor.adapters.lora import AdapterPair
-from fedtailor.core.scope import Scope
+from fedtailor.core.scope import ParamSpec, Scope
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Personalised, Report
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.batches import LaneBatch
 from fedtailor.lanes.loss import lane_cross_entropy
-from fedtailor.methods.feddpa import ENTRY, FedDpaConfig
+from fedtailor.lanes.net import LaneNet
+from fedtailor.methods.feddpa import ENTRY
+from fedtailor.methods.feddpa_config import FedDpaConfig
 from fedtailor.training.local import Training, train
 
 Change = Callable[[Method], Method]
@@ -127,6 +129,22 @@ def train_per_budget(method: Method) -> Method:
     return replace(method, per_budget=True)
 
 
+class Settled:
+    """Says that what its method keeps of a client is settled, and declares nothing itself."""
+
+    settled = True
+
+    def specs(self, net: LaneNet) -> list[ParamSpec]:
+        return []
+
+    def initial(self, net: LaneNet, seed: int) -> dict[str, Tensor]:
+        return {}
+
+
+def call_it_settled(method: Method) -> Method:
+    return replace(method, modules=(Settled(),))
+
+
 def scored(change: Callable[[Tensor], Tensor]) -> Callable[[ClientContext], Personalised]:
     return lambda ctx: Personalised(ctx.lanes, lambda batch: change(ctx.net.logits(batch)))
 
@@ -141,6 +159,7 @@ CHANGES: Final[Mapping[str, Change]] = {
     "changes_the_base": after(change_base),
     "forgets_private_between_rounds": before(start_again),
     "forgets_private_in_the_end": leave_out_the_local_part,
+    "trains_what_is_settled": call_it_settled,
     "shares_what_is_private": share_the_local_part,
     "shares_what_an_overlay_keeps": share_the_local_part_under_an_overlay,
     "sends_nan": after(spoil_update),

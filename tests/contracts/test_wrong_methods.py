@@ -15,6 +15,7 @@ RULES = {
     "changes_the_base": "changed the frozen base: bert.embeddings.word_embeddings.weight; a client function trains",
     "forgets_private_between_rounds": "goes on from the PRIVATE state that came back",
     "forgets_private_in_the_end": "the personal model uses the client's PRIVATE state",
+    "trains_what_is_settled": "settled PRIVATE parameters stay as the first round made them",
     "shares_what_is_private": "its file says '-> PRIVATE', but it declares no PRIVATE parameter",
     "shares_what_an_overlay_keeps": "an overlay has the specs of the method's PRIVATE parameters",
     "sends_nan": "NaN or Inf in the update; updates, metrics and logits of",

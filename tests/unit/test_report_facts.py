@@ -37,7 +37,7 @@ def configured(scale: float = 0.1, **base: Any) -> ExperimentBase:
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("fedavg", "FedAvg, 10 rounds"), ("feddpa", "FedDPA-T, 10 rounds"),
+    ("fedavg", "FedAvg, 10 rounds"), ("feddpa", "FedDPA, 10 rounds"),
     ("dept", "DEPT (SPEC), 10 rounds"), ("none", "off the shelf"),
 ])  # fmt: skip
 def test_a_base_is_called_by_its_papers_name(name: str, words: str) -> None:

@@ -120,6 +120,8 @@ def answer(net: LaneNet, prompts: Sequence[Sequence[IntArray]], how: Decoding) -
     begin = torch.from_numpy(starts.reshape(-1)).to(net.device)
     inputs = torch.from_numpy(ids.reshape(-1, width)).to(net.device)
     mask = (torch.arange(width, device=net.device) >= begin.unsqueeze(1)).long()
+    if net.weigh is not None:
+        net.state.blend = net.weigh(*_from_the_left(inputs, begin, lanes)).repeat_interleave(how.cfg.beams, 1)
     net.state.shapes, net.state.rows = ((rows, width),) * lanes, rows * how.cfg.beams
     own, rules = torch.from_numpy(limits.reshape(-1)).to(net.device), _rules(how.cfg, begin)
     greedy = Greedy(net, own, begin, rules) if how.cfg.beams == 1 else None
@@ -136,6 +138,13 @@ def answer(net: LaneNet, prompts: Sequence[Sequence[IntArray]], how: Decoding) -
         )
     new = out[:, width:].view(lanes, rows, -1).tolist()
     return [[how.bare(new[k][i][: limits[k, i]]) for i in range(len(lane))] for k, lane in enumerate(prompts)]
+
+
+def _from_the_left(inputs: Tensor, begin: Tensor, lanes: int) -> tuple[Tensor, Tensor]:
+    """Prompts (lanes, rows, T) with their padding behind them, and their lengths (lanes, rows)."""
+    width = inputs.shape[1]
+    at = (begin.unsqueeze(1) + torch.arange(width, device=inputs.device)).clamp_max(width - 1)
+    return inputs.gather(1, at).unflatten(0, (lanes, -1)), (width - begin).view(lanes, -1)
 
 
 def _alone(net: LaneNet, lane: int, prompts: Sequence[IntArray], how: Decoding) -> list[list[int]]:

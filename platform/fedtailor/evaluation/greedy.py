@@ -167,27 +167,27 @@ class Greedy:
                     inputs = _picked(inputs, index)
                     input_ids, going, places = input_ids[index], going[index], places[index]
                     self.rules.begin = self.rules.begin[index]
-                    self._runs(needed, width)
+                    self._runs(needed, width, _of_rows(self.net.state.blend, index, lanes))
         return out
 
     def _read(self, model: Any, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Scores after every prompt, (lanes x rows, V), the prompts read part by part."""
         found, layers, lanes = [], inputs["past_key_values"].layers, len(self.net.state.shapes)
-        parts = self._parts(ids.shape[1])
+        parts, blend = self._parts(ids.shape[1]), self.net.state.blend
         for index, tokens in parts:
             for layer in layers:
                 layer.part = index
-            self._runs(len(index) // lanes, tokens)
+            self._runs(len(index) // lanes, tokens, _of_rows(blend, index, lanes))
             found.append(_next(model, ids[index, -tokens:], None, _picked(inputs, index, tokens))[0])
         for layer in layers:
             layer.show(ids.shape[1])
-        self._runs(len(ids) // lanes, ids.shape[1])
+        self._runs(len(ids) // lanes, ids.shape[1], blend)
         return torch.cat(found)[torch.cat([index for index, _ in parts]).argsort()]
 
-    def _runs(self, rows: int, tokens: int) -> None:
+    def _runs(self, rows: int, tokens: int, blend: Tensor | None) -> None:
         """What every lane's layers see from now on."""
         state = self.net.state
-        state.shapes, state.rows = ((rows, tokens),) * len(state.shapes), rows
+        state.shapes, state.rows, state.blend = ((rows, tokens),) * len(state.shapes), rows, blend
 
     def _parts(self, width: int) -> list[tuple[Tensor, int]]:
         """Rows that are read together, as indices, and their tokens: prompts of about equal length."""
@@ -215,6 +215,11 @@ def _picked(inputs: Mapping[str, Any], index: Tensor, tokens: int = 0) -> dict[s
         name: (x if len(x) == 1 else x[index])[:, -tokens:] if isinstance(x, Tensor) else x
         for name, x in inputs.items()
     }
+
+
+def _of_rows(blend: Tensor | None, index: Tensor, lanes: int) -> Tensor | None:
+    """Weights of rows (lanes, rows) of some of them, as indices of all lanes' rows."""
+    return None if blend is None else blend.flatten()[index].view(lanes, -1)
 
 
 def _by_rows(inputs: Mapping[str, Any], rows: int) -> bool:

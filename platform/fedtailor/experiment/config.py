@@ -208,7 +208,7 @@ def method_of(experiment: ExperimentBase, name: str, r_max: int | None = None) -
 def method_notes(exp: ExperimentBase, methods: Sequence[str]) -> list[str]:
     """What methods say of how they are configured, for captions and plans, each once; most say nothing."""
     said = {name: METHODS[name].note for name in methods if name in METHODS}
-    return [note(method_section(exp, name)) for name, note in said.items() if note is not None]
+    return [text for name, note in said.items() if note is not None and (text := note(method_section(exp, name)))]
 
 
 def server_side_of(experiment: ExperimentBase) -> dict[str, Any]:

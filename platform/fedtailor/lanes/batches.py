@@ -161,6 +161,15 @@ def _with_responses(
     return replace(batch, labels=labels_, valid=valid_, positions=positions_, target_row=rows_)
 
 
+def prompt_lengths(batch: LaneBatch) -> Tensor:
+    """Tokens of each row's prompt, (k, b) int64: what comes before its first target. T of rows without any."""
+    assert batch.positions is not None
+    assert batch.target_row is not None
+    k, b, t = batch.input_ids.shape
+    ends = torch.where(batch.valid, batch.positions - batch.target_row * t + 1, t)
+    return torch.full((k, b), t, device=ends.device).scatter_reduce_(1, batch.target_row, ends, "amin")
+
+
 def scoring_batches(
     texts: Sequence[Examples], pad_id: int, token_budget: int, device: torch.device | str
 ) -> Iterator[tuple[LaneBatch, list[IntArray]]]:

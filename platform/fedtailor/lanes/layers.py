@@ -68,6 +68,8 @@ class LaneState:
     """True while the base alone is wanted, adapters staying bound."""
     overlay_rows: Tensor | None = None
     """Per lane the row of the bound overlay that belongs to its client, (K,) int64; None: no overlay."""
+    blend: Tensor | None = None
+    """Weight w of the bound adapter, and 1 - w of what is under it, (k, rows) or (1, 1) for all; None: both weigh 1."""
 
     def running(self, values: Tensor) -> Tensor:
         """Of values per bound lane (K, ...) those of the running ones."""
@@ -161,15 +163,16 @@ class LaneLinear(nn.Module):
         y = self._base(x, lanes)
         if self.state.bypass:
             return y
-        dropped = self._dropout(x, lanes) if self.draws else x
+        dropped, own = self._dropout(x, lanes) if self.draws else x, self.state.blend
         if self.under is not None:
             a, b = self.state.running(self.under.a), self.state.running(self.under.b)
-            y = _low_rank(y, dropped if self.under.dropout else x, a, b, None, self.under.scale)
+            rest = None if own is None else 1 - own
+            y = _low_rank(y, dropped if self.under.dropout else x, a, b, None, self.under.scale, rest)
         if self.a is None or self.b is None:
             return y
         lam = None if self.lam is None else self.state.running(self.lam)
         a, b = self.state.running(self.a), self.state.running(self.b)
-        return _low_rank(y, dropped, a, b, lam, self.scale)
+        return _low_rank(y, dropped, a, b, lam, self.scale, own)
 
     def _base(self, x: Tensor, lanes: int) -> Tensor:
         y: Tensor
@@ -202,12 +205,16 @@ class LaneLinear(nn.Module):
         return x * keep.view(x.shape)
 
 
-def _low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, lam: Tensor | None, scale: float) -> Tensor:
-    """Y + scale * B (lambda o A x), lane by lane."""
+def _low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, lam: Tensor | None, scale: float, weight: Tensor | None = None
+) -> Tensor:
+    """Y + scale * weight * B (lambda o A x), lane by lane; the weight is that of each row's tokens."""
     lanes = len(a)
     z = torch.bmm(x.reshape(lanes, -1, x.shape[-1]), a.transpose(1, 2))
     if lam is not None:
         z = z * lam.unsqueeze(1).to(z.dtype)
+    if weight is not None:
+        z = z * weight.repeat_interleave(z.shape[1] // weight.shape[1], 1).unsqueeze(2).to(z.dtype)
     out = torch.baddbmm(y.reshape(lanes, -1, y.shape[-1]), z, b.transpose(1, 2).to(z.dtype), alpha=scale)
     return out.view(y.shape)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fedtailor.core.scope import Ranks
-from fedtailor.lanes.batches import LaneBatch
+from fedtailor.lanes.batches import LaneBatch, prompt_lengths
 from fedtailor.lanes.checkpointing import replaying
 from fedtailor.lanes.layers import AdaptedLayer, LaneEmbedding, LaneLinear, LaneState, Linear, attach, keep_narrow
 
@@ -41,6 +41,9 @@ class LaneNet:
     """Adapted layers whose input is (T, rows, d)."""
     idle: tuple[str, ...] = ()
     """Adapted layers that the model does not call, so that their adapters change nothing."""
+    weigh: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Weights (k, b) of rows, see `LaneState.blend`, by tokens (k, b, T) and the length of each row's prompt (k, b).
+    None: rows have none."""
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class LaneNet:
         for layer in self.layers:
             layer.unbind()
         self.state.generators, self.state.dropout, self.state.training = [], 0.0, False
-        self.state.bypass = False
+        self.state.bypass, self.state.blend, self.weigh = False, None, None
 
     def train_mode(self, on: bool, own_dropout: bool = False) -> None:
         """Switches adapter dropout and the base's dropout.
@@ -169,8 +172,26 @@ class LaneNet:
 
     def hidden(self, batch: LaneBatch) -> Tensor:
         """What a language model's output embedding reads, (k b, T, d); no token is scored."""
+        if self.weigh is not None and batch.positions is not None:
+            self.state.blend = self.weigh(batch.input_ids, prompt_lengths(batch))
         self.state.shapes, self.state.rows = batch.shapes, batch.input_ids.shape[1]
-        inputs = {"input_ids": batch.input_ids.flatten(0, 1), "attention_mask": batch.attention_mask.flatten(0, 1)}
+        return self._body(batch.input_ids, batch.attention_mask)
+
+    def last_states(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """`hidden` of the last of each row's first tokens, (k, b, d) float32 or wider.
+
+        Args:
+            ids: tokens, (k, b, T) int64.
+            lengths: how many of each row are read, (k, b) int64, at least 1.
+        """
+        (k, b, _), width = ids.shape, int(lengths.max())
+        self.state.shapes, self.state.rows = ((b, width),) * k, b
+        mask = (torch.arange(width, device=ids.device) < lengths.unsqueeze(-1)).long()
+        found = self._body(ids[..., :width], mask).unflatten(0, (k, b))
+        return _wide(found.gather(2, (lengths - 1)[..., None, None].expand(k, b, 1, found.shape[-1])).squeeze(2))
+
+    def _body(self, ids: Tensor, mask: Tensor) -> Tensor:
+        inputs = {"input_ids": ids.flatten(0, 1), "attention_mask": mask.flatten(0, 1)}
         with self.autocast():
             return self.model.base_model(**inputs, use_cache=False)[0]  # type: ignore[operator,no-any-return]
 

@@ -1,7 +1,7 @@
-"""FedDPA-T: a global LoRA that is averaged and a local LoRA that stays with its client.
+"""FedDPA: a global LoRA that is averaged and a local LoRA that stays with its client.
 
 Paper: Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", NeurIPS 2024, in the form that
-FedP2EFT (section 4.1.2, A.3, "Personalized FL") uses as a base model for classification.
+FedP2EFT (section 4.1.2, A.3, "Personalized FL") uses as a base model for classification (``form=sum``).
     A, B (global), classifier -> SHARED    "global_*", the head's own weights
     A, B (local)              -> PRIVATE   "local_*"
     r, alpha, dropout         -> cfg.rank (both adapters), cfg.scale = alpha / r = 1, cfg.dropout
@@ -9,53 +9,32 @@ A round at a client: (1) the global LoRA and the head train from the server's st
 and the local LoRA trains on top of them. Only the global part is sent. Later stages see the aggregated global part
 merged into the common weights plus each client's local LoRA, a fixed sum (`LocalLoraOverlay`). A client that was never
 sampled has the initial local LoRA, which changes nothing.
-The original (LLaMA, instruction data) trains the local part first and weighs the two by the similarity of inputs;
-that form belongs to generation.
+The original (LLaMA, instruction data) weighs the two by the similarity of inputs, see `methods.feddpa_instance`. Its
+form T trains the local part first in every round, its form F once, after the rounds and from the global part, so that
+nothing is PRIVATE there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedtailor.adapters.lora import AdapterPair, LoraAdapter, chosen_layers
 from fedtailor.aggregation.weighted_mean import WeightedMean
-from fedtailor.core.config import Config
 from fedtailor.core.messages import Row
 from fedtailor.core.scope import ParamSpec, Scope
-from fedtailor.core.settings import Natural, Positive, Rate
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Report
 from fedtailor.lanes.adam import AdamGroup
 from fedtailor.lanes.net import LaneNet
 from fedtailor.lanes.params import LaneParams
+from fedtailor.methods.feddpa_config import FedDpaConfig
+from fedtailor.methods.feddpa_instance import DualModel, DualTraining
 from fedtailor.server_optim.sgd import ServerSgd
 from fedtailor.training.finetune import NoPersonalisation
 from fedtailor.training.local import Training, train
-
-
-class FedDpaConfig(Config):
-    """Defaults: FedP2EFT A.3."""
-
-    when_absent: ClassVar[Mapping[str, Any]] = {"local_steps": None}
-    targets: tuple[str, ...] = ("query", "value")
-    rank: Positive = 8
-    local_rank: Natural = 8
-    """0: no local LoRA, i.e. FedAvg on LoRA."""
-    scale: Rate = 1.0
-    """alpha / r = 8 / 8."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    lr: Rate = 5e-5
-    epochs: Positive = 2
-    """Of each of the two phases."""
-    local_steps: Positive | None = None
-    """Exactly so many steps in the place of epochs, in each of the two phases."""
-    batch_size: Positive = 32
-    server_lr: Rate = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,15 +88,16 @@ class LocalLoraOverlay:
 
 
 def build(cfg: FedDpaConfig, r_max: int) -> Method:
-    """FedDPA-T."""
+    """FedDPA in the form ``cfg.form``."""
+    scope = Scope.EPHEMERAL if cfg.form == "f" else Scope.PRIVATE
     shared = LoraAdapter(cfg.rank, cfg.scale, Scope.SHARED, targets=cfg.targets, head=True, prefix="global")
-    own = LoraAdapter(cfg.local_rank, cfg.scale, Scope.PRIVATE, targets=cfg.targets, prefix="local")
-    adapter = AdapterPair(shared, own) if cfg.local_rank else shared
-    phases = 2 if cfg.local_rank else 1
-    return Method(
+    own = LoraAdapter(cfg.local_rank, cfg.scale, scope, targets=cfg.targets, prefix="local")
+    pair = AdapterPair(shared, own)
+    phases = 2 if cfg.local_rank and cfg.form != "f" else 1
+    method = Method(
         name="feddpa",
-        adapter=adapter,
-        local_update=GlobalThenLocal(cfg, adapter),
+        adapter=pair if cfg.local_rank else shared,
+        local_update=GlobalThenLocal(cfg, pair if cfg.local_rank else shared),
         personaliser=NoPersonalisation(),
         aggregator=WeightedMean(),
         server=ServerSgd(cfg.server_lr),
@@ -126,14 +106,29 @@ def build(cfg: FedDpaConfig, r_max: int) -> Method:
         steps=phases * cfg.local_steps if cfg.local_steps else None,
         overlay=LocalLoraOverlay(own) if cfg.local_rank else None,
     )
+    if cfg.form == "sum":
+        return method
+    dual = DualTraining(cfg, pair)
+    return replace(
+        method, local_update=dual, personaliser=DualModel(dual), overlay=None, adapter_is_model=False,
+        search_epochs=cfg.epochs if cfg.form == "f" else 0,
+    )  # fmt: skip
+
+
+def note(cfg: FedDpaConfig) -> str:
+    """Which of the paper's forms it is; nothing of FedP2EFT's."""
+    if cfg.form == "sum":
+        return ""
+    return f"FedDPA is in form {cfg.form.upper()}, local weight at most {cfg.max_weight:g} by {cfg.instances} prompts."
 
 
 ENTRY = MethodEntry(
     name="feddpa",
     config=FedDpaConfig,
     build=build,
-    title="FedDPA-T",
-    summary="FedDPA-T: global LoRA and a local one per client (Yang et al. 2024)",
+    title="FedDPA",
+    summary="a global LoRA and a local one per client (Yang et al. 2024; as a base FedDPA-T)",
     base=True,
+    note=note,
     tiny={"lr": 5e-3, "batch_size": 4, "epochs": 2, "rank": 3, "local_rank": 2, "dropout": 0.2},
 )
