@@ -162,6 +162,7 @@ class ClientContext:
         micro_batch: most rows per lane of one forward pass; a larger step is cut and its gradients are added up.
         validation: the validation pool, by class and then by row, of methods that ask for it: the same for all clients,
             and none of it is in their ``train``. Else None.
+        token_budget: tokens of one forward pass over all lanes, where lanes are made that the group does not count.
         trained: client to the real tokens that its training steps have read, over all its lanes; see `batches`.
     """
 
@@ -183,6 +184,7 @@ class ClientContext:
     rounds: int = 0
     micro_batch: int | None = None
     validation: Examples | None = None
+    token_budget: int = 4096
     trained: Counter[str] = field(default_factory=Counter)
 
     @property

@@ -46,7 +46,7 @@ class _Moments:
         return mean, variance**0.5
 
 
-def _prompts(examples: Examples, prompt: IntArray, pad_id: int) -> Examples:
+def prompts_of(examples: Examples, prompt: IntArray, pad_id: int) -> Examples:
     """Instructions without their responses, as plain texts."""
     width = int(prompt.max())
     own = np.arange(width) < prompt[:, None]
@@ -80,7 +80,7 @@ def client_features(net: LaneNet, examples: Examples, pad_id: int, pad_to: int |
     moments = [_Moments() for _ in range(len(net.adapted) + output)]
     rows_each = FEATURE_BATCH
     if examples.prompt_length is not None:
-        examples = _prompts(examples, examples.prompt_length, pad_id)
+        examples = prompts_of(examples, examples.prompt_length, pad_id)
         rows_each = max(1, FEATURE_TOKENS // max(int(examples.lengths.max()), pad_to or 0))
     batch: LaneBatch
     mask: Tensor

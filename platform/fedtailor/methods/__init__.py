@@ -35,6 +35,7 @@ FILES: Final = (
     "pf2lora",
     "fedl2p",
     "fedp2eft",
+    "pfedgpt",
 )
 """The rows: files beside this one, each with its ``ENTRY``, in the order of columns and legends."""
 

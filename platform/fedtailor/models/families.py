@@ -60,6 +60,7 @@ _NOT_CAUSAL = {"xlnet": "it was trained on permutations: without them every toke
 """Types that transformers lists as causal and that are not -> why."""
 
 _PART_ORDER = tuple(dict.fromkeys(_PARTS.values()))
+IN_BLOCK = re.compile(r"(?:^|\.)(\d+)\.(?!.*\.\d+\.)(.+)$")  # a module's path: its block, its path inside
 
 
 def adapted_linears(model: nn.Module, targets: Targets = "all-linear") -> list[tuple[str, Linear]]:
@@ -286,12 +287,11 @@ def locate_module(module: str) -> tuple[int | None, str]:
     >>> locate_module("bert.pooler.dense"), locate_module("classifier")
     ((None, 'Pooler'), (None, 'Classifier'))
     """
-    found = re.search(r"(?:^|\.)(\d+)\.(?!.*\.\d+\.)(.+)$", module)
+    found = IN_BLOCK.search(module)
     if found:
         return int(found[1]), _PARTS.get(found[2], found[2])
     words = [word for word in module.split(".") if word not in ("dense", "model", "bert")] or [module]
-    label = ".".join(words)
-    return None, label[:1].upper() + label[1:]
+    return None, (label := ".".join(words))[:1].upper() + label[1:]
 
 
 def in_part_order(parts: Iterable[str]) -> list[str]:

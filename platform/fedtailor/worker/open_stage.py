@@ -166,7 +166,7 @@ class OpenStage:
             pad_id=self.data.pad_id, feature_source=self._features, warn=warn, budgets=spec.budgets, r_max=spec.r_max,
             rounds=spec.rounds, received=self._received(params, sent),
             fresh=torch.tensor([c not in private for c in clients], device=self.net.device),
-            federation=self.federation,
+            federation=self.federation, token_budget=spec.engine.token_budget,
             micro_batch=spec.engine.micro_batch, validation=self.data.validation,
         )  # fmt: skip
         if self.method.downlink is None or sent is None:
