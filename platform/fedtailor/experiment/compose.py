@@ -12,6 +12,7 @@ import yaml
 from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
 from fedtailor.experiment.config import ExperimentBase, experiment_of, method_of, seen_clients
+from fedtailor.experiment.mix_rules import mix_problems
 from fedtailor.experiment.rules import (
     ASKED,
     model_problems,
@@ -80,6 +81,7 @@ def check(experiment: ExperimentBase) -> None:
     problems += model_problems(experiment)
     problems += zero_problems(experiment)
     problems += server_problems(experiment)
+    problems += mix_problems(experiment)
     if experiment.task_entry.clients == "dealt":
         problems += population_problems(experiment, seen_clients(experiment))
     if problems:

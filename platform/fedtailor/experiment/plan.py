@@ -27,6 +27,7 @@ from fedtailor.experiment.config import (
     to_json,
 )
 from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
+from fedtailor.experiment.mix_rules import check_clusters
 from fedtailor.experiment.rules import check_weights, check_whole_logits
 from fedtailor.experiment.sizes import MethodSizes, method_sizes, rank_notes
 from fedtailor.experiment.stages import Inputs, Stage, plan_stages
@@ -107,6 +108,7 @@ def make_plan(exp: ExperimentBase, memory_gb: float | None = None) -> Plan:
     note_surroundings(exp, notes)
     model = _try_model(exp, notes)
     check_whole_logits(exp)
+    check_clusters(exp)
     if every := exp.strategy.evaluate_every:
         notes.append(f"Models are scored after every {every} rounds ('strategy.evaluate_every'), which is not counted.")
     data = {seed: inputs_here(exp, seed, model, notes) for seed in dict.fromkeys(base_seed(exp, s) for s in exp.seeds)}

@@ -26,6 +26,7 @@ from fedtailor.experiment.config import (
     stored_experiment,
     to_json,
 )
+from fedtailor.experiment.mix_rules import check_clusters
 from fedtailor.experiment.rules import check_population, check_weights, check_whole_logits
 from fedtailor.experiment.stages import Inputs, short_hash
 from fedtailor.experiment.tokenising import tokens_artifact, write_tokens
@@ -68,6 +69,7 @@ def prepare(exp: ExperimentBase, run_id: str, emit: OnEvent) -> RunFolder:
     hub.check_available(exp.model, exp.task.max_length, exp.task_entry.kind)
     check_weights(exp)
     check_whole_logits(exp)
+    check_clusters(exp)
     if exp.task_entry.kind == "generation":
         prompts.check_name(exp.task.template)
     prepare_data(exp, emit)

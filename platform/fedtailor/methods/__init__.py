@@ -35,6 +35,10 @@ FILES: Final = (
     "pf2lora",
     "fedl2p",
     "fedp2eft",
+    "mix_grid",
+    "mix_random",
+    "mix_gradient",
+    "fdlora",
     "pfedgpt",
 )
 """The rows: files beside this one, each with its ``ENTRY``, in the order of columns and legends."""

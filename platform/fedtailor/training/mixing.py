@@ -87,7 +87,7 @@ class Mixtures:
             texts: what each mix is scored on.
         """
         found = []
-        for start, stop in self._groups(texts):
+        for start, stop in self.groups(texts):
             params = self.bound(clients[start:stop], shares[start:stop], trained=False)
             found += self._scored(params.lanes, texts[start:stop])
         self.ctx.net.unbind()
@@ -107,7 +107,7 @@ class Mixtures:
         ctx.net.train_mode(False)
         return params
 
-    def _groups(self, texts: Sequence[Examples]) -> list[tuple[int, int]]:
+    def groups(self, texts: Sequence[Examples]) -> list[tuple[int, int]]:
         """Runs of mixes whose longest rows fit the token budget together, a row each; at least one mix."""
         runs, start = [], 0
         while start < len(texts):
