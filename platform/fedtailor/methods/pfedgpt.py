@@ -198,7 +198,7 @@ def build(cfg: PFedGptConfig, r_max: int) -> Method:
 
 
 TINY: dict[str, Any] = {
-    "lr": 5e-3, "batch_size": 4, "epochs": 2, "rank": 3, "dropout": 0.2, "targets": ("query", "value"),
+    "lr": 5e-3, "batch_size": 4, "epochs": 2, "rank": 3, "dropout": 0.2,
     "validation": "own_holdout", "slow_start": False,
 }  # fmt: skip
 """Of all methods that mix."""

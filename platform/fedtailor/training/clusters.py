@@ -94,7 +94,7 @@ def stratified(labels: Labels, count: int, rng: np.random.Generator) -> Labels:
 
     Args:
         labels: cluster of each row, (n,).
-        count: rows that are wanted, at least one.
+        count: rows that are wanted, at most all; at least as many as clusters are taken.
         rng: draws them.
 
     >>> stratified(np.array([0, 0, 0, 0, 0, 0, 1, 1]), 4, np.random.default_rng(0)).tolist()[-1] >= 6
@@ -102,11 +102,11 @@ def stratified(labels: Labels, count: int, rng: np.random.Generator) -> Labels:
     """
     members = [np.flatnonzero(labels == k) for k in range(int(labels.max()) + 1)]
     shares = np.array([count * len(own) / len(labels) for own in members])
-    numbers = np.floor(shares).astype(np.int64)
-    order = np.argsort(numbers - shares, kind="stable")
-    numbers[order[: count - int(numbers.sum())]] += 1
-    taken = [
-        rng.choice(own, min(len(own), max(1, number)), replace=False)
-        for own, number in zip(members, numbers.tolist(), strict=True)
-    ]
+    numbers = np.maximum(1, np.floor(shares))
+    while numbers.sum() != max(count, len(members)):
+        step = 1 if numbers.sum() < count else -1
+        # Who is furthest from its share, and of those that may lose a row only who has another.
+        behind = np.where((step > 0) | (numbers > 1), step * (shares - numbers), -np.inf)
+        numbers[int(np.argmax(behind))] += step
+    taken = [rng.choice(own, int(number), replace=False) for own, number in zip(members, numbers, strict=True)]
     return np.sort(np.concatenate(taken))

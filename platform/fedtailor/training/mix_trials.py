@@ -88,12 +88,14 @@ class Trials:
         self, searches: Sequence[Search], spread: Sequence[Spread], texts: Sequence[Examples], count: int, width: int
     ) -> None:
         """Has all searches ask ``count`` points, ``width`` at a time; one that has none left is done."""
-        for done in range(0, count, width):
-            asked = [search.ask(min(width, count - done)) for search in searches]
+        left = [count] * len(searches)
+        while True:
+            asked = [search.ask(min(width, most)) for search, most in zip(searches, left, strict=True)]
             if not any(map(len, asked)):
                 return
             for search, values in zip(searches, self.score(asked, spread, texts), strict=True):
                 search.tell(values)
+            left = [most - len(points) for most, points in zip(left, asked, strict=True)]
 
     def best(
         self, known: Sequence[Known], spread: Sequence[Spread], texts: Sequence[Examples], received: Sequence[Points]

@@ -51,7 +51,7 @@ class MixConfig(FinetuneConfig, ValidationConfig):
     epochs: Positive = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     rank: Positive = 8
-    targets: Targets = ("q_proj", "v_proj")
+    targets: Targets = ("query", "value")
     """Layers that get a LoRA: all, ``body``, ``head``, or endings of module paths."""
     mix: Rule = "factors"
     """What is mixed: A and B by themselves (the paper), or their product, cut to the rank."""

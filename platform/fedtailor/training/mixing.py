@@ -139,13 +139,16 @@ class Mixtures:
 
 
 def projections(modules: Sequence[str]) -> list[str]:
-    """Projection type of each module: its path inside its block, or as much of its end as tells it from others.
+    """Projection type of each module: of its path inside its block as much of the end as tells it from others.
+
+    A module outside of the blocks is a type of its own, by its whole name.
 
     >>> projections(["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "classifier"])
     ['q_proj', 'v_proj', 'classifier']
     """
-    paths = [found[2] if (found := IN_BLOCK.search(module)) else module for module in modules]
-    return [_shortest(path, set(paths)) for path in paths]
+    paths = [found[2] if (found := IN_BLOCK.search(module)) else None for module in modules]
+    among = {path for path in paths if path}
+    return [_shortest(path, among) if path else module for path, module in zip(paths, modules, strict=True)]
 
 
 def _shortest(path: str, among: set[str]) -> str:

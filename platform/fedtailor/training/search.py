@@ -144,7 +144,7 @@ class BayesianSearch:
     def ask(self, most: int) -> Points:
         """What is left of the design, then the points of the largest expected improvement, one after another."""
         left = unknown(self.design, self.known.x)
-        self._asked = left[:most] if len(left) else self._improving(most)
+        self._asked = left[:most] if len(left) or not most else self._improving(most)
         return self._asked
 
     def tell(self, values: Points) -> None:
