@@ -70,7 +70,7 @@ def method_sizes(exp: ExperimentBase, method: Method, classes: int, seen: Sequen
     generators = [
         Generator((layers[0][1], *(width for width, _ in layers)), sum(spec.size for spec in module))
         for module in modules
-        if (layers := [spec.shape for spec in module if len(spec.shape) == 2])
+        if (layers := [spec.shape for spec in module if len(spec.shape) == 2 and spec.name.endswith(".weight")])
     ]
     state = sum(spec.size for part in method.modules if isinstance(part, KeptAdam) for spec in part.specs(net))
     ranks, shared, adapter = tuple[int, ...](), total[Scope.SHARED], method.adapter
