@@ -6,7 +6,7 @@ writes, as in FedP2EFT. All measures are means over examples: also the loss, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from fedtailor.evaluation.text_metrics import (
     add,
     exact_match,
     init,
+    label_match,
     merge,
     meteor,
     rouge,
@@ -57,11 +58,13 @@ class Asked:
         examples: with ``prompt``; ``labels`` are indices into the task's groups.
         references: the right responses of each as plain text, at least one, in order.
         corpus: measure the answers of each group as a corpus, too.
+        labelled: groups whose responses are labels: ``label_accuracy`` is measured, too.
     """
 
     examples: Examples
     references: Sequence[Sequence[str]]
     corpus: bool = False
+    labelled: Collection[str] = ()
 
 
 def measures(answer: str, references: Sequence[str], tokenizer: Tokenizer = "unicode") -> dict[str, float]:
@@ -113,8 +116,11 @@ def score(
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in mine]
         tally = init()
         for i in np.argsort(one.examples.labels, kind="stable").tolist():
-            values = measures(texts[i], one.references[i], how.cfg.tokenizer) | {"loss": float(loss[i])}
-            tally = add(tally, groups[int(one.examples.labels[i])], values)
+            group, right = groups[int(one.examples.labels[i])], one.references[i]
+            values = measures(texts[i], right, how.cfg.tokenizer) | {"loss": float(loss[i])}
+            if group in one.labelled:
+                values["label_accuracy"] = max(label_match(texts[i], label) for label in right)
+            tally = add(tally, group, values)
         found.append(Answered(merge(tally, _of_corpora(one, texts, groups)) if one.corpus else tally, tuple(texts)))
     return found
 

@@ -21,7 +21,8 @@ of WordNet (English), is left out on purpose, also where WordNet's data is insta
 a machine has. Scores of English texts are therefore slightly lower than those of FedP2EFT's reference code, which
 downloads WordNet. A perfect answer of n words scores 1 - .5 / n^3.
 
-Exact match: the answer is the reference, but for compatibility characters (NFKC) and white space.
+Exact match: the answer is the reference, but for compatibility characters (NFKC) and white space. Of labels (``yes``),
+their words alone count, whatever their case and punctuation.
 """
 
 from __future__ import annotations
@@ -138,6 +139,15 @@ def exact_match(prediction: str, reference: str) -> float:
     (1.0, 0.0)
     """
     return float(_plain(prediction) == _plain(reference))
+
+
+def label_match(prediction: str, reference: str) -> float:
+    """1.0 where an answer is the right label, else 0.0.
+
+    >>> label_match(" Yes.", "yes"), label_match("yes, it is", "yes")
+    (1.0, 0.0)
+    """
+    return float(unicode_words(prediction) == unicode_words(reference))
 
 
 def _plain(text: str) -> str:

@@ -117,6 +117,13 @@ GENERATION: Final[tuple[Measure, ...]] = (
 )
 """Measures of answers, in the order in which tables show them."""
 
+LABEL_ACCURACY: Final = Measure(
+    "label_accuracy",
+    "Label accuracy",
+    "label accuracy",
+    "Share of answers that are the right label, of groups whose responses are labels; case and punctuation aside",
+)
+
 CORPUS: Final[tuple[Measure, ...]] = (
     Measure("bleu", "BLEU", "BLEU", f"Shared 1- to 4-grams {_CORPUS}, by sacrebleu"),
     Measure("nist", "NIST", "NIST", f"Shared n-grams by information {_CORPUS}, by nltk", highest=inf, percent=False),
@@ -153,13 +160,13 @@ NO_ANSWER: Final = "no_answer"
 BESIDE: Final[Mapping[str, tuple[Measure, ...]]] = {
     MCC.name: (MCC, POOLED_MCC, ACCURACY),
     ACCURACY.name: (),
-    ROUGE_L.name: (*GENERATION, *CORPUS),
+    ROUGE_L.name: (*GENERATION, LABEL_ACCURACY, *CORPUS),
     F1.name: SPANS,
 }
 """What a run is compared by, as its task names it, to all measures that are shown beside each other. Of a run that has
 several of these scores the first counts."""
 
-SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, F1, *GENERATION, *CORPUS)}
+SHARES: Final[Mapping[str, Measure]] = {m.name: m for m in (ACCURACY, MCC, F1, *GENERATION, LABEL_ACCURACY, *CORPUS)}
 """Metrics of personalised clients that must lie between their lowest value and their highest."""
 
 SCORES: Final[tuple[str, ...]] = (*SHARES, LOSS)

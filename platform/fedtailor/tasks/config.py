@@ -42,8 +42,8 @@ class TaskConfig(Named):
     path: str | None = None
     """Local folder of the dataset (``fed_aya``, ``dolly``: or the file itself); else $FEDTAILOR_DATA is looked in, else
     the hub (not for ``fed_aya``). ``texts`` and ``instructions`` need it: a file, a folder of files, or a hub id."""
-    subset: Literal["cola", "sst2", "qnli", "mnli", "qqp", "v1", "v2"] | None = None
-    """glue: which of its data sets. squad: which version, ``v2`` with questions that have no answer."""
+    subset: Literal["cola", "sst2", "qnli", "mnli", "qqp", "v1", "v2", "dataset1", "dataset2"] | None = None
+    """glue, flan: which of its data sets. squad: which version, ``v2`` with questions that have no answer."""
     variant: Literal["paper", "solvable"] | None = None
     """pf2lora_synthetic only: which regressions; see the task."""
     domains: tuple[str, ...] = ()

@@ -67,6 +67,7 @@ def manifest_of(
         **({"columns": dict(source.columns)} if source.columns else {}),
         **({"truth": dict(source.truth)} if source.truth else {}),
         **({"several": True} if source.several else {}),
+        **({"label_answers": source.label_answers} if source.label_answers else {}),
         **({"validation": validation} if validation else {}),
         "task": cfg.name,
         "config": cfg.model_dump(mode="json", exclude=hidden | at_absent(cfg).keys()),

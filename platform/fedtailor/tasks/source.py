@@ -100,6 +100,7 @@ class Source:
         natural_clients: the clients, where the data names them; `pools` is empty then.
         columns: of a user's own table: what was taken from which column (``text``, ``label``, ``client``, ...).
         score: of classes, what results are compared by: ``accuracy``, or ``mcc`` beside it (Matthews correlation).
+        label_answers: of instructions, groups whose responses are labels, with these: answers are scored as labels.
         truth: of made-up regressions, each client's W, (inputs, outputs), by which its rows were made.
     """
 
@@ -111,6 +112,7 @@ class Source:
     natural_clients: tuple[NaturalClient, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     score: ClassScore = "accuracy"
+    label_answers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     truth: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     @property

@@ -142,6 +142,11 @@ class Partitioned:
         return bool(self.manifest.get("several", False))
 
     @property
+    def label_answers(self) -> Mapping[str, Sequence[str]]:
+        """Groups of instructions whose responses are labels, with these."""
+        return self.manifest.get("label_answers", {})
+
+    @property
     def score(self) -> ClassScore:
         """What a classification task is compared by; see `Source.score`."""
         return "mcc" if self.manifest.get("score") == "mcc" else "accuracy"

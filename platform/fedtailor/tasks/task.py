@@ -64,6 +64,7 @@ _FILES: Final = (
     "glue",
     "dolly",
     "dolly_category",
+    "flan",
     "fed_aya",
     "webnlg",
     "e2e",

@@ -94,7 +94,7 @@ def tokenise(
             cut = {"cut_prompts": int(prompts[rows].sum()), "cut_responses": int(responses[rows].sum())}
             counts[split] = cut | {"dropped": len(before) - len(rows)}
         held = kept
-        notes |= {"several": True} if data.several else {}
+        notes |= {key: data.manifest[key] for key in ("several", "label_answers") if key in data.manifest}
         notes["kind"], notes["template"] = "generation", identity(resolve(template, tokenizer))
         notes["overlong"] = {"rule": overlong, **counts}
         notes["stop_ids"] = sorted({encoder.closing[-1], tokenizer.eos_token_id} - {None})

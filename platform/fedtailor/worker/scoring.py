@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 SCORES: Final = (
-    "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "f1", "bleu", "nist", "ter", "cider",
-    "loss", "distance", "rank90",
+    "accuracy", "mcc", "rouge1", "rouge2", "rougeL", "meteor", "exact_match", "label_accuracy", "f1", "bleu", "nist",
+    "ter", "cider", "loss", "distance", "rank90",
 )  # fmt: skip
 """Metrics of test examples that a client's model may be scored by."""
 
@@ -132,7 +132,7 @@ def _answered(stage: OpenStage, made: Personalised) -> list[LaneScore]:
     for lane in made.lanes:
         examples = data.examples(lane.client.id, "test").rows(slice(cfg.max_test))
         references = data.references(lane.client.id, "test")[: len(examples.labels)]
-        asked.append(Asked(examples, references, data.several))
+        asked.append(Asked(examples, references, data.several, data.label_answers))
     # An answer ends where trained responses end, or at the end of text.
     stops, closing = (tuple(map(int, data.manifest[name])) for name in ("stop_ids", "closing"))
     how = Decoding(cfg, stops, data.pad_id, positions_of(stage.net.config), closing)
