@@ -12,7 +12,7 @@ from fedtailor.cli.plan_views import duration, show_plan, size
 from fedtailor.core.errors import ConfigError, ModelError
 from fedtailor.core.settings import ModelConfig, ZeroConfig
 from fedtailor.experiment.compose import compose, preset_names
-from fedtailor.experiment.config import method_section, to_json
+from fedtailor.experiment.config import method_section, overrides_of, to_json
 from fedtailor.experiment.estimate import activation_bytes, base_bytes, base_of_rank, logit_bytes, optimizer_of_rank
 from fedtailor.experiment.plan import Plan, make_plan, seconds_per_client
 from fedtailor.experiment.prepare import make_inputs
@@ -234,8 +234,20 @@ def test_a_plan_of_a_language_model_shows_every_part_with_and_without_zero(three
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_composes(name: str) -> None:
-    layers = [name] if name not in ("small", "laptop") else ["xnli_all", name]
-    assert compose(layers, []).budgets
+    under = {"small": ["xnli_all"], "laptop": ["xnli_all"], "fedit": ["fed_aya_mobilellama"]}
+    assert compose([*under.get(name, []), name], []).budgets
+
+
+def test_fedit_is_fedavg_with_the_constants_of_its_public_code() -> None:
+    exp = compose(["fed_aya_mobilellama", "fedit"], [])
+    cfg = method_section(exp, "fedavg")
+    assert cfg.model_dump() == {
+        **type(cfg)().model_dump(), "adapter": "lora", "rank": 16, "scale": 1.0, "targets": ("query",), "dropout": 0.05,
+        "lr": 3e-4, "lr_final": None, "epochs": 10, "steps": None, "batch_size": 64, "train_on_inputs": True,
+    }  # fmt: skip
+    assert (exp.methods, exp.base.name, exp.strategy.cohort) == (("fedavg",), "none", 0.1)
+    assert (exp.task.template, exp.task.max_length) == ("alpaca_input", 512)
+    assert "fedavg.train_on_inputs" in {change["key"] for change in overrides_of(exp)}, "captions say it"
 
 
 def test_presets_of_fed_aya_are_the_papers() -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -27,8 +28,11 @@ from fedtailor.core.settings import Positive, Rate
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry, Report, ServerOptimizer
 from fedtailor.lanes.adam import AdamGroup
+from fedtailor.lanes.batches import Examples
 from fedtailor.server_optim.adaptive import AdaptiveServer
 from fedtailor.server_optim.sgd import ServerSgd
+from fedtailor.tasks.config import TaskConfig
+from fedtailor.tasks.task import TASKS
 from fedtailor.training.finetune import NoPersonalisation
 from fedtailor.training.local import Training, train
 
@@ -36,7 +40,7 @@ from fedtailor.training.local import Training, train
 class FedAvgConfig(Config):
     """Defaults: FedP2EFT A.3 (mBERT on XNLI and MasakhaNEWS)."""
 
-    when_absent: ClassVar[Mapping[str, Any]] = {"embeddings": True}
+    when_absent: ClassVar[Mapping[str, Any]] = {"embeddings": True, "train_on_inputs": False}
 
     adapter: Literal["full", "lora"] = "full"
     embeddings: bool = True
@@ -61,6 +65,9 @@ class FedAvgConfig(Config):
     """Whether the classification head trains too, as peft's SEQ_CLS does."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 rounds the trained weights after every step, as the reference's missing master copies do."""
+    train_on_inputs: bool = False
+    """Tasks that ask for text: clients learn whole texts, prompts included (FedIT), instead of responses alone. Models
+    are scored by responses either way."""
     server: Literal["sgd", "adagrad", "adam", "yogi"] = "sgd"
     """sgd with server_lr 1 is FedAvg; the others are FedOpt's (Reddi et al., 2021)."""
     server_lr: Rate = 1.0
@@ -68,6 +75,17 @@ class FedAvgConfig(Config):
     """sgd: FedAvgM (Hsu et al., 2019). Adaptive servers: beta 1."""
     server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     server_tau: Rate = 1e-3
+
+    @classmethod
+    def for_task(cls, given: Mapping[str, Any], task: TaskConfig) -> Mapping[str, Any]:
+        """Only tasks that ask for text have inputs to learn."""
+        entry = TASKS.get(task.name)
+        if given.get("train_on_inputs") and entry and entry.kind != "generation":
+            raise ValueError(
+                f"'fedavg.train_on_inputs' = true: task '{task.name}' ({entry.kind}) has no prompts to be learned "
+                "with responses (allowed: false)"
+            )
+        return given
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,8 @@ class LocalSgd:
     def __call__(self, ctx: ClientContext) -> Report:
         """Trains the received parameters on the client's data."""
         cfg, full = self.cfg, self.cfg.adapter == "full"
+        if cfg.train_on_inputs:
+            ctx = ctx.with_lanes([replace(lane, train=without_prompts(lane.train)) for lane in ctx.lanes])
         how = Training(
             cfg.epochs, cfg.batch_size, "train", cfg.max_grad_norm,
             dropout=0.0 if full else cfg.dropout, own_dropout=full, steps=cfg.steps,
@@ -87,6 +107,11 @@ class LocalSgd:
         names = tuple(spec.name for spec in ctx.params.specs)
         trace = train(ctx, [AdamGroup(names, rate(cfg, ctx.round, ctx.rounds), rounded=rounded)], how)
         return Report({"train_loss": trace.loss})
+
+
+def without_prompts(texts: Examples) -> Examples:
+    """The same instructions as responses from their second token on: there is nothing to predict the first one from."""
+    return replace(texts, prompt_length=np.ones_like(texts.lengths))
 
 
 def rate(cfg: FedAvgConfig, round: int, rounds: int) -> float:
