@@ -51,6 +51,11 @@ COMMON = {
     "pf2lora": 3,
     "centralised_lora": 3,
     "hetlora": 3,
+    "mix_grid": 3,
+    "mix_random": 3,
+    "mix_gradient": 3,
+    "fdlora": 3,
+    "pfedgpt": 3,
 }
 """Methods whose clients all use one LoRA, and its rank."""
 

@@ -40,7 +40,7 @@ class GridSearch:
     def __call__(self, mixtures: Mixtures, lanes: Sequence[int], rows: Sequence[ScoredOn]) -> Choice:
         """Scores every weight on all of V."""
         trials, texts = Trials(mixtures, lanes), [each.high for each in rows]
-        spread = [by_group(np.zeros(len(mixtures.layers)))] * len(lanes)
+        spread = [by_group(np.zeros(len(mixtures.layers), np.int64))] * len(lanes)
         searches = [DesignSearch(np.array(self.cfg.weights, np.float64).reshape(-1, 1)) for _ in lanes]
         count = len(self.cfg.weights)
         trials.run(searches, spread, texts, count, count)

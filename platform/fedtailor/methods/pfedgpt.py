@@ -32,12 +32,12 @@ from fedtailor.adapters.lora import LoraAdapter
 from fedtailor.core.settings import Positive
 from fedtailor.federated.context import ClientContext
 from fedtailor.federated.method import Method, MethodEntry
-from fedtailor.lanes.batches import Examples
+from fedtailor.lanes.batches import Examples, IntArray
 from fedtailor.training.clusters import clusters, layer_features
 from fedtailor.training.mix_trials import Choice, Spread, Trials, by_group
 from fedtailor.training.mixed_start import Changes, Memory, MixConfig, mixed_method
 from fedtailor.training.mixing import Mixtures, projections
-from fedtailor.training.search import BayesianSearch, Known, Points, ends, sobol, unknown
+from fedtailor.training.search import BayesianSearch, Known, ends, sobol, unknown
 from fedtailor.training.validation_rows import ScoredOn
 
 
@@ -101,8 +101,8 @@ class Space:
         personal: of each client, its layers' clusters, numbered through all projections, (L,).
     """
 
-    basic: Points
-    personal: list[Points]
+    basic: IntArray
+    personal: list[IntArray]
 
     @classmethod
     def of(cls, ctx: ClientContext, memory: Memory, own: LoraAdapter, lanes: Sequence[int], cfg: SpaceConfig) -> Space:
@@ -122,7 +122,7 @@ class Space:
             personal.append(index)
         return cls(basic, personal)
 
-    def parents(self, client: int) -> Points:
+    def parents(self, client: int) -> IntArray:
         """The projection of each of a client's weights, (d,)."""
         own = self.personal[client]
         return np.array([self.basic[np.flatnonzero(own == group)[0]] for group in range(int(own.max()) + 1)])
@@ -167,9 +167,9 @@ class HierarchicalSearch:
         return BayesianSearch(known, design, where)
 
 
-def _copied(known: Known, parents: Points) -> Known:
+def _copied(known: Known, parents: IntArray) -> Known:
     """Stage 1's pairs in the space of stage 2: each weight copied to its projection's clusters."""
-    return Known(known.x[:, parents.astype(np.int64)], known.y)
+    return Known(known.x[:, parents], known.y)
 
 
 def finished(

@@ -11,12 +11,10 @@ import warnings
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from fedtailor.core.seeding import seed_for
+from fedtailor.lanes.batches import IntArray
 from fedtailor.training.search import Points, single_thread
-
-Labels = npt.NDArray[np.int64]
 
 MOST_CLUSTERS: Final = 4
 FEWEST_POINTS: Final = 4
@@ -26,7 +24,7 @@ LEAST_SILHOUETTE: Final = 0.2
 _STARTS = 10
 
 
-def clusters(points: Points, coordinates: tuple[int | str, ...], asked: int | None = None) -> Labels:
+def clusters(points: Points, coordinates: tuple[int | str, ...], asked: int | None = None) -> IntArray:
     """The cluster of each point, (n,), numbered in the order in which they first occur.
 
     Args:
@@ -49,7 +47,7 @@ def clusters(points: Points, coordinates: tuple[int | str, ...], asked: int | No
     return found
 
 
-def _k_means(points: Points, k: int, coordinates: tuple[int | str, ...]) -> Labels:
+def _k_means(points: Points, k: int, coordinates: tuple[int | str, ...]) -> IntArray:
     from sklearn.cluster import KMeans  # a second that most runs need not wait for
     from sklearn.exceptions import ConvergenceWarning
 
@@ -61,7 +59,7 @@ def _k_means(points: Points, k: int, coordinates: tuple[int | str, ...]) -> Labe
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
 
 
-def _silhouette(points: Points, labels: Labels) -> float:
+def _silhouette(points: Points, labels: IntArray) -> float:
     from sklearn.metrics import silhouette_score
 
     if not 1 < len(np.unique(labels)) < len(points):
@@ -86,7 +84,7 @@ def layer_features(distances: Points) -> Points:
     return scores
 
 
-def stratified(labels: Labels, count: int, rng: np.random.Generator) -> Labels:
+def stratified(labels: IntArray, count: int, rng: np.random.Generator) -> IntArray:
     """Indices of a sample that has each cluster's share, in ascending order.
 
     Shares are rounded by the largest remainder, which loses none (the paper's floors can empty a cluster, or all), and

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedtailor.lanes.batches import Examples
+from fedtailor.lanes.batches import Examples, IntArray
 from fedtailor.training.mixing import Mixtures
 from fedtailor.training.search import Known, Points, Search, unknown
 from fedtailor.training.validation_rows import ScoredOn
@@ -47,14 +47,13 @@ class Chooser(Protocol):
         """
 
 
-def by_group(groups: Points) -> Spread:
+def by_group(groups: IntArray) -> Spread:
     """One weight for the layers of a group: w of the client's own LoRA, 1 - w of the received one.
 
     Args:
         groups: coordinate of each layer's weight, (L,).
     """
-    index = groups.astype(np.int64)
-    return lambda points: np.stack([points[:, index], 1 - points[:, index]], 2)
+    return lambda points: np.stack([points[:, groups], 1 - points[:, groups]], 2)
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Trials:
     def score(self, asked: Sequence[Points], spread: Sequence[Spread], texts: Sequence[Examples]) -> list[Points]:
         """Losses (n_i,) of the points (n_i, d_i) that each client asks for, all together."""
         numbers = [len(points) for points in asked]
-        whose = np.repeat(np.arange(len(asked)), numbers)
+        whose = np.repeat(np.arange(len(asked)), numbers).tolist()
         shares = np.concatenate([to(points) for to, points in zip(spread, asked, strict=True)])
         values = self.mixtures.losses([self.lanes[i] for i in whose], shares, [texts[i] for i in whose])
         self.evaluations += numbers

@@ -129,7 +129,7 @@ class Memory:
             losses, rounds = params["slow_start.losses"], params["slow_start.rounds"]
             losses.copy_(torch.cat([losses[:, 1:], loss.to(losses).unsqueeze(1)], 1))
             rounds += 1
-            early, late = (part.mean(1) for part in losses.split(self.cfg.window, 1))
+            early, late = (part.mean(1) for part in torch.split(losses, self.cfg.window, 1))
             flat = (late - early).abs() / early.clamp_min(self.cfg.eps) < self.cfg.delta_max
             ends = flat & (rounds[:, 0] >= 2 * self.cfg.window)
             params["slow_start.over"][ends] = 1.0

@@ -76,7 +76,8 @@ def sobol(dims: int, count: int, *coordinates: int | str) -> Points:
 
     seed = np.random.Generator(np.random.PCG64(seed_for(*coordinates, "sobol")))
     power = max(0, int(count - 1).bit_length())
-    return np.round(qmc.Sobol(dims, scramble=True, rng=seed).random_base2(power)[:count], DECIMALS)
+    drawn: Points = qmc.Sobol(dims, scramble=True, rng=seed).random_base2(power)[:count]
+    return np.round(drawn, DECIMALS)
 
 
 def ends(dims: int) -> Points:
@@ -179,7 +180,7 @@ def neighbours(point: Points) -> Points:
 
 
 def _standardised(y: Points) -> Points:
-    spread: float = y.std()
+    spread = float(y.std())
     values: Points = (y - y.mean()) / (spread if spread > 0 else 1.0)
     return values
 

@@ -25,10 +25,10 @@ from fedtailor.core.config import Config
 from fedtailor.core.errors import MethodError
 from fedtailor.core.seeding import numpy_rng
 from fedtailor.federated.context import ClientContext, Lane
-from fedtailor.lanes.batches import Examples, LaneBatch, make_batch
+from fedtailor.lanes.batches import Examples, IntArray, LaneBatch, make_batch
 from fedtailor.lanes.features import FEATURE_TOKENS, prompts_of
 from fedtailor.lanes.net import LaneNet
-from fedtailor.training.clusters import Labels, clusters, stratified
+from fedtailor.training.clusters import clusters, stratified
 from fedtailor.training.search import Points
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -68,7 +68,7 @@ class ValidationRows:
 
     cfg: ValidationConfig
     _embedded: dict[tuple[str, str], Points] = field(default_factory=dict, compare=False)
-    _clustered: dict[tuple[str, str], Labels] = field(default_factory=dict, compare=False)
+    _clustered: dict[tuple[str, str], IntArray] = field(default_factory=dict, compare=False)
 
     def trained_on(self, ctx: ClientContext) -> ClientContext:
         """The clients with the rows that they train on."""
@@ -107,7 +107,7 @@ class ValidationRows:
         similar = self._embeddings(ctx, lane, ctx.validation) @ self._embeddings(ctx, lane, lane.train).mean(0)
         return ctx.validation.rows(np.sort(np.argsort(-similar, kind="stable")[:count]))
 
-    def _held_out(self, ctx: ClientContext, lane: Lane) -> tuple[Labels, Labels]:
+    def _held_out(self, ctx: ClientContext, lane: Lane) -> tuple[IntArray, IntArray]:
         """Rows to train on and rows to be scored on."""
         order = numpy_rng(ctx.seed, lane.client.id, "holdout").permutation(lane.size)
         held = max(1, round(self.cfg.holdout * lane.size))
