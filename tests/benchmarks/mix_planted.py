@@ -1,9 +1,9 @@
 """pFedGPT's search where the optimum is known, and what its candidates cost as lanes.
 
-``python -m mix_planted optimum [seeds [case]]``: a tiny LLaMA answers as it would with the client's own LoRA in one cluster of
-layers and the common one in the rest; its answers are the validation rows. The excess of a mix is its loss above that
-of the planted one, as a share of that of w = 0. ``python -m mix_planted lanes``: seconds of one client's 20 candidates,
-four lanes at a time and one after another, at rows of 8, 60 and 256 tokens, on the embedded tiny-llama's sizes.
+``python -m mix_planted optimum [seeds [case]]``: a tiny LLaMA answers as it would with the client's own LoRA in one
+cluster of layers and the common one in the rest; its answers are the validation rows. The excess of a mix is its loss
+above that of the planted one, as a share of that of w = 0. ``python -m mix_planted lanes``: seconds of one client's 20
+candidates, four lanes at a time and one after another, at rows of 8, 60 and 256 tokens.
 """
 
 from __future__ import annotations
