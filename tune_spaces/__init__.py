@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Final
 
-from tune_spaces import fedp2eft, pf2lora
+from tune_spaces import fedp2eft, pf2lora, pfedgpt
 from tune_spaces.grid import Grid
 
-PAPERS: Final[tuple[ModuleType, ...]] = (fedp2eft, pf2lora)
+PAPERS: Final[tuple[ModuleType, ...]] = (fedp2eft, pf2lora, pfedgpt)
 """Modules with GRIDS (name to grid) and PICKED (key to what the paper chose)."""
 
 

@@ -36,7 +36,7 @@ class ModelConfig(Named):
     name: str = "tiny-bert"
     """Classification: ``tiny-bert`` (embedded, random weights), ``mini-mbert`` (made by ``fedtailor pretrain``, looked
     for below $FEDTAILOR_MODELS, else ./models), ``mbert``, any hub id, or a local folder. Generation: ``tiny-llama``
-    (embedded, the default there), ``mobilellama-1.4b``, ``llama-3.2-3b``, any hub id or folder of a causal model."""
+    (embedded, the default there), ``mobilellama-1.4b``, ``llama-3.2-3b``, ``alpaca-7b``, any hub id or folder."""
     path: str | None = None
     """Local folder with weights and tokenizer for a named preset such as ``mbert`` or ``mini-mbert``."""
     revision: str | None = None

@@ -150,9 +150,9 @@ def estimate(
 
 
 def base_bytes(dims: ModelDimensions, weights: str) -> int:
-    """Bytes of the frozen base. 8bit and 4bit are for the adapted linear layers; the rest is bfloat16 then."""
+    """Bytes of the frozen base. 8bit and 4bit are for linear layers but the output embedding, the rest is bfloat16."""
     each = WEIGHT_BYTES[weights]
-    inside = sum(d_in * d_out for _, d_in, d_out in dims.linears) if each < 2 else 0
+    inside = sum(d_in * d_out for _, d_in, d_out in dims.all_linears) if each < 2 else 0
     return round(inside * each + (dims.parameters - inside) * max(each, 2.0))
 
 
@@ -181,7 +181,7 @@ def optimizer_of_rank(trained: int, zero: ZeroConfig) -> int:
 def activation_bytes(dims: ModelDimensions, tokens: int, model: ModelConfig, dtype: str) -> int:
     """Bytes that autograd keeps for the backward pass of one forward pass, logits aside."""
     blocks = _by_block(dims, lambda d_in, d_out: d_in + d_out)
-    inputs = min((d_in for _, d_in, _ in dims.linears), default=0)
+    inputs = min((d_in for _, d_in, _ in dims.all_linears), default=0)
     kept = inputs * len(blocks) + max(blocks, default=0) if model.checkpointing else sum(blocks)
     return tokens * kept * COMPUTE_BYTES[dtype]
 
@@ -189,7 +189,7 @@ def activation_bytes(dims: ModelDimensions, tokens: int, model: ModelConfig, dty
 def _by_block(dims: ModelDimensions, size: Callable[[int, int], int]) -> list[int]:
     """Sums over the linear layers of each transformer block."""
     blocks: dict[int | None, int] = {}
-    for name, d_in, d_out in dims.linears:
+    for name, d_in, d_out in dims.all_linears:
         block = locate_module(name)[0]
         blocks[block] = blocks.get(block, 0) + size(d_in, d_out)
     return list(blocks.values())
@@ -197,7 +197,7 @@ def _by_block(dims: ModelDimensions, size: Callable[[int, int], int]) -> list[in
 
 def logit_bytes(dims: ModelDimensions, tokens: int, dtype: str, whole: bool = False) -> int:
     """Bytes of logits, their float32 log-probabilities and their gradient, every token of every row a response."""
-    width = min((d_in for _, d_in, _ in dims.linears), default=1)
+    width = min((d_in for _, d_in, _ in dims.all_linears), default=1)
     logits = tokens * (dims.embedding_parameters // width)  # a language model has one embedding table
     return (logits if whole else min(logits, WHOLE_LOGITS)) * (2 * COMPUTE_BYTES[dtype] + FLOAT)
 
@@ -205,7 +205,7 @@ def logit_bytes(dims: ModelDimensions, tokens: int, dtype: str, whole: bool = Fa
 def cache_bytes(dims: ModelDimensions, lanes: int, length: int, engine: EngineConfig, how: DecodingConfig) -> int:
     """Bytes of keys and values while answers are made; calls keep to the token budget, but a row per lane runs."""
     tokens = max(engine.token_budget, lanes * (length + how.max_new_tokens) * how.beams)
-    per_token = sum(d_out for name, _, d_out in dims.linears if name.endswith(("k_proj", "v_proj")))
+    per_token = sum(d_out for name, _, d_out in dims.all_linears if name.endswith(("k_proj", "v_proj")))
     return tokens * per_token * COMPUTE_BYTES[engine.dtype]
 
 

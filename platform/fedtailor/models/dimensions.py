@@ -24,6 +24,7 @@ _PACKAGED = {
     "mbert": "mbert_config.json",
     "mobilellama-1.4b": "mobilellama_1_4b_config.json",
     "llama-3.2-3b": "llama_3_2_3b_config.json",
+    "alpaca-7b": "alpaca_7b_config.json",
     "roberta-base": "roberta_base_config.json",
     "roberta-large": "roberta_large_config.json",
     "gpt2-medium": "gpt2_medium_config.json",
@@ -39,12 +40,14 @@ class ModelDimensions:
 
     Attributes:
         linears: (full module path, d_in, d_out) of the L adapted linear layers, in module order.
+        all_linears: of all that could be adapted, whatever ``model.targets`` says.
         parameters: all parameters, head or output embedding included; tied weights count once.
         body_parameters: those without classification head or (unless it is tied) output embedding.
         embedding_parameters: those of the embedding tables (words, positions, token types).
     """
 
     linears: tuple[tuple[str, int, int], ...]
+    all_linears: tuple[tuple[str, int, int], ...]
     parameters: int
     body_parameters: int
     embedding_parameters: int
@@ -83,9 +86,13 @@ def dimensions(
     model = meta_model(cfg, num_labels, max_length, kind)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     tables = set(embedding_names(model))
-    linears = adapted_linears(model, cfg.targets)
+    linears, every = (
+        tuple((layer.name, layer.d_in, layer.d_out) for layer in (AdaptedLayer.of(*pair) for pair in pairs))
+        for pairs in (adapted_linears(model, cfg.targets), adapted_linears(model, "all-linear"))
+    )
     return ModelDimensions(
-        linears=tuple((layer.name, layer.d_in, layer.d_out) for layer in (AdaptedLayer.of(*pair) for pair in linears)),
+        linears=linears,
+        all_linears=every,
         parameters=sum(sizes.values()),
         body_parameters=sum(parameter.numel() for parameter in model.base_model.parameters()),
         embedding_parameters=sum(size for name, size in sizes.items() if name in tables),

@@ -36,8 +36,10 @@ PRESETS: dict[str, str] = {
     "deberta-v3-base": "microsoft/deberta-v3-base",
     "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Base",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "alpaca-7b": "chavinlo/alpaca-native",
 }
-"""Short names of hub ids; ``model.path`` puts a local copy in their place. FedP2EFT A.2 has mbert and the last two."""
+"""Short names of hub ids; ``model.path`` puts a local copy in their place. FedP2EFT A.2 has mbert, MobileLLaMA and
+Llama, pFedGPT Alpaca."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

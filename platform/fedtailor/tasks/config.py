@@ -91,9 +91,9 @@ class TaskConfig(Named):
     replacement from its language, for population studies of any size."""
     template: str = "auto"
     """Generation only: ``chat`` (the tokenizer's own chat template), ``alpaca``, ``alpaca_input`` (with a section for
-    what follows an instruction's first empty line), ``llama3``, ``plain`` (a line break before the response),
-    ``auto``: the tokenizer's where it has one, else ``alpaca``; or a text file with the slots ``{instruction}`` and
-    ``{response}``."""
+    what follows an instruction's first empty line), ``alpaca_short`` (without its first sentence), ``llama3``,
+    ``plain`` (a line break before the response), ``auto``: the tokenizer's where it has one, else ``alpaca``; or a text
+    file with the slots ``{instruction}`` and ``{response}``."""
     overlong: Literal["cut_prompt", "drop"] = "cut_prompt"
     """Generation only: what becomes of an example whose prompt and response exceed ``max_length`` tokens, in train and
     test alike: the prompt's instruction is cut at its end (the response then too, if it alone is too long), or the

@@ -3,7 +3,8 @@
 `alpaca` and `llama3` are FedP2EFT's (A.2), to the character as the reference code has them (a blank follows
 Alpaca's instruction) but for two mistakes: there is one begin-of-text token instead of two, and no newline after the
 token that closes the response. `alpaca_input` is Alpaca's second form (Taori et al., 2023).
-`plain` adds a line break alone, for data that are no instructions.
+`alpaca_short` is Alpaca-LoRA's short form (FedDPA, pFedGPT). `plain` adds a line break alone, for data that are no
+instructions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Turn = dict[str, str]
 
 INSTRUCTION: Final = "{instruction}"
 RESPONSE: Final = "{response}"
-NAMES: Final = ("alpaca", "alpaca_input", "llama3", "chat", "plain")
+NAMES: Final = ("alpaca", "alpaca_input", "alpaca_short", "llama3", "chat", "plain")
 """Names that ``task.template`` may have, beside ``auto``."""
 
 _MARK: Final = "\ue000response\ue001"
@@ -119,7 +120,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ModelError(
                 f"'task.template' is 'chat', but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
-                f"allowed for it: alpaca, alpaca_input, plain, auto, or a file"
+                f"allowed for it: alpaca, alpaca_input, alpaca_short, plain, auto, or a file"
             )
         jinja = tokenizer.get_chat_template()
         form = cls(tokenizer, _NO_CLOCK + jinja if "strftime_now" in jinja else jinja)
@@ -171,6 +172,7 @@ _BUILT_IN: Final = {
         input_opening="Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n",
     ),
+    "alpaca_short": TextTemplate(turn="### Instruction:\n{instruction}\n\n### Response:\n{response}", closing=""),
     "llama3": TextTemplate(
         turn="<|start_header_id|>user<|end_header_id|>\n\n{instruction}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n{response}",
@@ -198,7 +200,7 @@ def template_for(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptTem
         if missing := [token for token in needed if token not in specials(tokenizer)]:
             raise ModelError(
                 f"'task.template' is 'llama3', but the tokenizer {tokenizer.name_or_path!r} has no special token "
-                f"{', '.join(missing)}; allowed for it: alpaca, alpaca_input, auto, or a file"
+                f"{', '.join(missing)}; allowed for it: alpaca, alpaca_input, alpaca_short, auto, or a file"
             )
         return replace(_BUILT_IN[name], closing=_closing(_BUILT_IN[name].closing, tokenizer))
     turn, slot, tail = _slots(name).partition(RESPONSE)
