@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contract_kit import ROUNDS, Bench, private_state_comes_back_and_is_used, resumed_is_uninterrupted
 from tiny import run_tiny, talk, tiny
 from torch.nn.functional import cosine_similarity
 from toy import VOCAB, as_talk, play_rounds, toy_context, toy_examples, toy_lanes, toy_llama, with_prompts
@@ -24,6 +25,7 @@ from fedtailor.experiment.stages import named_by
 from fedtailor.federated.context import ClientContext, Lane
 from fedtailor.federated.method import Personalised
 from fedtailor.methods import build_method
+from fedtailor.methods.feddpa import ENTRY
 from fedtailor.methods.feddpa_config import FedDpaConfig
 
 HOW = {"lr": 5e-3, "batch_size": 4, "epochs": 2, "rank": 3, "local_rank": 3, "scale": 2.0, "dropout": 0.1}
@@ -237,6 +239,15 @@ def test_a_run_at_weight_zero_scores_as_fedavg_does(tmp_path: Path) -> None:
         assert len(table) >= 16
         np.testing.assert_allclose(table["feddpa"], table["fedavg"], rtol=1e-5)
         assert (frame[frame.metric == "instance_weight"].value == 0).all()
+
+
+@pytest.mark.parametrize("form", ["t", "f"])
+def test_a_form_keeps_the_contract_on_instructions(tmp_path: Path, form: str) -> None:
+    tiny_form = {"lr": 5e-3, "batch_size": 8, "epochs": 1, "rank": 2, "local_rank": 2, "form": form, "scale": 2.0}
+    few = ("base=none", "methods=[base]", "task.languages=[eng,swa]", f"strategy.rounds={ROUNDS}", "budgets=[1,2]")
+    bench = Bench.make(tmp_path, talk(tmp_path, *few))
+    resumed_is_uninterrupted(replace(ENTRY, tiny=tiny_form), bench)
+    private_state_comes_back_and_is_used(replace(ENTRY, tiny=tiny_form), bench)
 
 
 def test_lanes_side_by_side_have_the_weights_of_lanes_alone() -> None:

@@ -144,7 +144,7 @@ def _from_the_left(inputs: Tensor, begin: Tensor, lanes: int) -> tuple[Tensor, T
     """Prompts (lanes, rows, T) with their padding behind them, and their lengths (lanes, rows)."""
     width = inputs.shape[1]
     at = (begin.unsqueeze(1) + torch.arange(width, device=inputs.device)).clamp_max(width - 1)
-    return inputs.gather(1, at).unflatten(0, (lanes, -1)), (width - begin).view(lanes, -1)
+    return inputs.gather(1, at).view(lanes, -1, width), (width - begin).view(lanes, -1)
 
 
 def _alone(net: LaneNet, lane: int, prompts: Sequence[IntArray], how: Decoding) -> list[list[int]]:

@@ -187,7 +187,7 @@ class LaneNet:
         (k, b, _), width = ids.shape, int(lengths.max())
         self.state.shapes, self.state.rows = ((b, width),) * k, b
         mask = (torch.arange(width, device=ids.device) < lengths.unsqueeze(-1)).long()
-        found = self._body(ids[..., :width], mask).unflatten(0, (k, b))
+        found = torch.unflatten(self._body(ids[..., :width], mask), 0, (k, b))
         return _wide(found.gather(2, (lengths - 1)[..., None, None].expand(k, b, 1, found.shape[-1])).squeeze(2))
 
     def _body(self, ids: Tensor, mask: Tensor) -> Tensor:
