@@ -92,7 +92,7 @@ def optimum(seeds: int = 20, case: int | None = None, first: int = 0) -> None:
         near, left, chance, began = 0, [], [], time.perf_counter()
         dims = 2 * len(targets)
         for seed in range(first, first + seeds):
-            mixtures = mixtures_of(net, targets, seed, 0.3)
+            mixtures = mixtures_of(net, targets, seed, 0.5)
             # Per projection the first two blocks and the last two: layers come block by block.
             groups = np.array([2 * kind + (block > 1) for block in range(4) for kind in range(len(targets))])
             spread, target = by_group(groups), np.zeros((1, dims))

@@ -176,7 +176,8 @@ def neighbours(point: Points) -> Points:
             moved = point.copy()
             moved[axis] = min(1.0, max(0.0, other))
             found.append(moved)
-    return np.round(np.array(found), DECIMALS)
+    points: Points = np.array(found)
+    return np.round(points, DECIMALS)
 
 
 def _standardised(y: Points) -> Points:
@@ -217,7 +218,7 @@ def _expected_improvement(process: Any, known: Known, points: Points, pending: P
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Sums in one order: on how many threads a library adds up would show in the last bits."""
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     with threadpool_limits(1):
         yield
