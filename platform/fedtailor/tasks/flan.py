@@ -59,7 +59,7 @@ def load(cfg: TaskConfig, seed: int) -> Source:
         DataError: missing or damaged file, a row of another shape or of a task that the data set has not (names file
             and row), or a task without test rows.
     """
-    if cfg.subset not in SUBSETS:
+    if cfg.subset is None or cfg.subset not in SUBSETS:
         raise ConfigError(f"'task.subset' names no data set of flan (allowed: {', '.join(SUBSETS)})")
     if cfg.dealing is None:
         raise ConfigError("'task.dealing' says how flan's rows become clients (allowed: task_specific, dirichlet)")
@@ -131,7 +131,7 @@ def _by_task(
     found: dict[str, list[Example]] = {}
     for file in files:
         for row in read_rows(file):
-            task = row.values.get("task")
+            task = str(row.values.get("task"))
             if task not in known:
                 raise DataError(f"{row.where}: 'task' is {task!r}; allowed: {', '.join(known)}")
             example = read_example(row)

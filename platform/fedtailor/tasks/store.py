@@ -144,7 +144,8 @@ class Partitioned:
     @property
     def label_answers(self) -> Mapping[str, Sequence[str]]:
         """Groups of instructions whose responses are labels, with these."""
-        return self.manifest.get("label_answers", {})
+        found: Mapping[str, Sequence[str]] = self.manifest.get("label_answers", {})
+        return found
 
     @property
     def score(self) -> ClassScore:
