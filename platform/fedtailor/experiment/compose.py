@@ -11,7 +11,7 @@ import yaml
 
 from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
-from fedtailor.experiment.config import ExperimentBase, experiment_of, method_of, seen_clients
+from fedtailor.experiment.config import ExperimentBase, experiment_of, method_of, method_section, seen_clients
 from fedtailor.experiment.mix_rules import mix_problems
 from fedtailor.experiment.rules import (
     ASKED,
@@ -98,9 +98,11 @@ def _validation_problems(exp: ExperimentBase) -> Iterator[str]:
         )
     for name in exp.used_methods:
         if not per_class and method_of(exp, name).validation_pool:
+            own = hasattr(method_section(exp, name), "validation")
             yield (
                 f"'methods': {name} tunes on a validation pool, and there is none: set task.validation_per_class, the "
                 "training rows of each class that the server may see (pFedGPT: 40)"
+                + (f", or {name}.validation=own_holdout" if own else "")
             )
 
 
