@@ -69,9 +69,9 @@ def test_personal_training_lowers_the_loss(clean: RunFolder) -> None:
 
 @pytest.mark.parametrize("method", [name for name in ANSWERING if name not in ("base", "lora", "fedp2eft", *BASES)])
 def test_every_method_that_can_answer_does(clean: RunFolder, method: str) -> None:
-    exp = talk(Path(clean.storage.url), f"methods=[{method}]", "budgets=[2]", *(
-        ("fedl2p.outer_steps=1", "fedl2p.hypergradient.pairs=2") if method == "fedl2p" else ()
-    ))  # fmt: skip
+    keys = ["fedl2p.outer_steps=1", "fedl2p.hypergradient.pairs=2"] if method == "fedl2p" else []
+    keys += [f"{method}.validation=own_holdout"] if build_method(method, {}, 2).validation_pool else []
+    exp = talk(Path(clean.storage.url), f"methods=[{method}]", "budgets=[2]", *keys)
     assert set(scores(run_tiny(exp, f"only-{method}")).metric) == MEASURES
 
 
