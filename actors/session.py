@@ -68,7 +68,8 @@ def ensure_ray(address: str | None = None, threads: int = 1) -> RaySession:
         threads: BLAS and OpenMP threads of a local cluster's processes.
 
     Raises:
-        PlacementError: nobody listens at the address, it is no Ray port, or the token is missing or wrong.
+        PlacementError: nobody listens at the address, it is no Ray port, the token is missing or wrong, or a local
+            cluster does not start.
     """
     if ray.is_initialized():
         return RaySession(started=False)
@@ -77,17 +78,19 @@ def ensure_ray(address: str | None = None, threads: int = 1) -> RaySession:
         _join(target)
         return RaySession(started=False)
     provide_token()
+    folder = _short_folder()
     with _local_settings(threads):
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_object_store_bytes(),
-            _node_ip_address="127.0.0.1",
-            _temp_dir=_short_folder(),
-        )
+        try:
+            ray.init(
+                address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False,
+                logging_level=logging.ERROR, object_store_memory=_object_store_bytes(),
+                _node_ip_address="127.0.0.1", _temp_dir=folder,
+            )  # fmt: skip
+        except Exception as error:  # Ray has no narrower one for processes that do not come up
+            ray.shutdown()
+            way_out = "a busy machine may give them no time: try again, or use engine.backend=serial"
+            said = str(error).partition("\n")[0].rstrip(".")
+            raise PlacementError(f"Ray's processes did not start ({said}); {way_out}") from error
     return RaySession(started=True)
 
 

@@ -40,6 +40,19 @@ def test_an_address_where_nobody_listens_is_refused_in_seconds(monkeypatch: pyte
             ensure_ray(address)
 
 
+def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**how: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore of it.")  # as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(
+        PlacementError, match=r"did not start \(The current node timed out.*\); .*engine.backend=serial$"
+    ):
+        ensure_ray("local")
+
+
 def test_every_event_arrives_once_in_order_and_the_result_comes_back() -> None:
     events: list[dict[str, Any]] = []
     assert start({"do": "count", "events": 500}, events.append) == 500
