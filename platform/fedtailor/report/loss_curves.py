@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from fedtailor.experiment.config import ExperimentBase
 from fedtailor.report import names, style
@@ -49,6 +50,7 @@ def loss_curves(runs: Mapping[str, tuple[pd.DataFrame, ExperimentBase]]) -> Draw
     for axis, title in zip(axes, ("Training loss", "Perplexity"), strict=False):
         axis.set_title(title)
         axis.set_xlabel("local steps of a client" if counted else "round")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legends(axes[0], look, list(found))
     return Drawing("training_loss", TITLE, _caption(list(found), answers), figure)
 
