@@ -18,7 +18,7 @@ from transformers import (
 
 from fedtailor.core.errors import ModelError
 from fedtailor.lanes.layers import AdaptedLayer
-from fedtailor.models.families import adapted_linears, embedding_names
+from fedtailor.models.families import adapted_linears, check_kind, embedding_names
 
 
 def bert(layers: int = 2) -> BertForSequenceClassification:
@@ -76,6 +76,15 @@ def test_an_unknown_target_is_named_with_the_endings_that_exist() -> None:
     with pytest.raises(ModelError, match=r"q_proj.*classifier \(1\), dense \(7\), key \(2\)") as caught:
         adapted_linears(bert(), ("query", "q_proj"))
     assert "ends in ['q_proj']" in str(caught.value)
+
+
+def test_a_head_that_marks_spans_tells_no_classes() -> None:
+    config = bert().config
+    check_kind(config, "classification", "mine")
+    config.architectures = ["BertForQuestionAnswering"]
+    check_kind(config, "extraction", "mine")
+    with pytest.raises(ModelError, match=r"^mine: its head marks spans.*BertForQuestionAnswering.*asks for classes"):
+        check_kind(config, "classification", "mine")
 
 
 def test_no_target_at_all_is_refused() -> None:
