@@ -138,6 +138,8 @@ def test_who_is_new_or_still_starting_slowly_begins_at_what_it_received() -> Non
     assert metrics["slow_start"].tolist() == [1.0, 1.0, 0.0]
     assert metrics["mix_evaluations"][:2].tolist() == [0.0, 0.0]
     assert metrics["mix_evaluations"][2] > 0
+    assert list(ctx.searched) == [ctx.lanes[2].client.id]
+    assert ctx.searched[ctx.lanes[2].client.id] > 0
     weights = torch.stack([v for name, v in metrics.items() if name.startswith("mix_weight.")])
     assert {name for name in metrics if name.startswith("mix_weight.")} == {
         f"mix_weight.{kind}.{block}" for kind in ("q_proj", "v_proj") for block in (0, 1)

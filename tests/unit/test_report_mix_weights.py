@@ -14,6 +14,7 @@ from fedtailor.experiment.config import Experiment
 from fedtailor.report.curves import round_means, training_curves
 from fedtailor.report.loss_curves import loss_curves
 from fedtailor.report.mix_weights import mix_costs, mix_figures, mix_grid, mix_rounds
+from fedtailor.report.names import ABSENT
 from fedtailor.report.style import Drawing, Missing, save, styled
 
 CLIENTS, ROUNDS, BLOCKS = 4, 5, 3
@@ -58,8 +59,24 @@ def test_costs_are_of_the_rounds_that_mixed() -> None:
     assert costs.loc["mix_grid", "calls"] == 0
     assert np.isnan(costs.loc["mix_grid", "mix_gain"])
     cells = {row[0]: row[1:] for row in mix_grid(mix_costs(frame)).rows}
-    assert cells["pfedgpt" if "pfedgpt" in cells else "pFedGPT"] == ["12 of 20", "23.0", "1,002", "0.5000", "0.62"]
+    assert cells["pFedGPT"] == ["12 of 20", "23.0", "1,002", ABSENT, ABSENT, "0.5000", "0.62"]
     assert mix_costs(frame[frame["metric"] == "train_loss"]).empty
+
+
+def test_a_search_takes_its_seconds_of_the_rounds_that_mixed() -> None:
+    frame = rows("pfedgpt", begins=2)
+    stage = "strategy/pfedgpt/seed42"
+    times = pd.DataFrame([
+        {"stage": stage, "round": r, "client": f"seen/all/{c}", "seconds": 8.0, "search_seconds": 2.0 * (r >= 2)}
+        for r in range(ROUNDS)
+        for c in range(CLIENTS)
+    ])  # fmt: skip
+    costs = mix_costs(frame, times).iloc[0]
+    assert costs[["search_seconds", "share"]].tolist() == [2.0, 0.25]
+    assert mix_grid(mix_costs(frame, times)).rows[0][4:6] == ["2.00", "25%"]
+    earlier = mix_costs(frame, times.drop(columns="search_seconds")).iloc[0]  # a run that did not note it
+    assert np.isnan(earlier["share"])
+    assert earlier["calls"] == costs["calls"]
 
 
 def test_the_map_has_its_panels_and_its_numbers_stay_out_of_the_curves(tmp_path: Path) -> None:

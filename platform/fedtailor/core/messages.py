@@ -131,6 +131,7 @@ class ClientCost:
         host: machine.
         pid: process.
         actor: number of the actor; -1 without actors.
+        search_seconds: of its seconds, those that it searched before it trained, as pFedGPT does.
     """
 
     examples: int
@@ -144,6 +145,7 @@ class ClientCost:
     host: str
     pid: int
     actor: int = -1
+    search_seconds: float = 0.0
 
 
 def peak_rss() -> int:

@@ -164,6 +164,7 @@ class ClientContext:
             and none of it is in their ``train``. Else None.
         token_budget: tokens of one forward pass over all lanes, where lanes are made that the group does not count.
         trained: client to the real tokens that its training steps have read, over all its lanes; see `batches`.
+        searched: client to the seconds that it searched, before it trained; clients side by side share them equally.
     """
 
     net: LaneNet
@@ -186,6 +187,7 @@ class ClientContext:
     validation: Examples | None = None
     token_budget: int = 4096
     trained: Counter[str] = field(default_factory=Counter)
+    searched: dict[str, float] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Tensor:

@@ -33,8 +33,6 @@ from fedtailor.training.mixing import Mixtures, counted_targets
 from fedtailor.training.search import Known, Points, ends
 from fedtailor.training.validation_rows import ScoredOn
 
-_MEMORY = (0.9, 0.999)
-
 
 class MixGradientConfig(MixConfig):
     """Frame and rates are pFedGPT's."""
@@ -64,13 +62,12 @@ class Descent:
         trials, texts = Trials(mixtures, lanes), [each.high for each in rows]
         layers = len(mixtures.layers)
         spread = [by_group(np.arange(layers))] * len(lanes)
-        w, first, second = (np.zeros((len(lanes), layers)) for _ in range(3))
-        for step in range(1, self.cfg.weight_steps + 1):
-            slope = slopes(mixtures, lanes, by_group(np.arange(layers))(w), texts)
-            first = _MEMORY[0] * first + (1 - _MEMORY[0]) * slope
-            second = _MEMORY[1] * second + (1 - _MEMORY[1]) * slope**2
-            size = np.sqrt(second / (1 - _MEMORY[1] ** step)) + 1e-12
-            w = np.clip(w - self.cfg.weight_lr * first / (1 - _MEMORY[0] ** step) / size, 0, 1)
+        weights = torch.zeros(len(lanes), layers, dtype=torch.float64)
+        adam, w = torch.optim.Adam([weights], self.cfg.weight_lr, eps=1e-12), weights.numpy()
+        for _ in range(self.cfg.weight_steps):
+            weights.grad = torch.from_numpy(slopes(mixtures, lanes, spread[0](w), texts))
+            adam.step()
+            weights.clamp_(0, 1)
         trials.evaluations += self.cfg.weight_steps
         trials.tokens += [self.cfg.weight_steps * int(own.lengths.sum()) for own in texts]
         both = ends(layers)

@@ -104,7 +104,7 @@ def write_report(
         write_grids([fit], fits, out, "ranks")
     if len(spent):
         _csv(out / "cost.csv", spent)
-    learned, costs = learned_ranks(frame, data.class_counts), mix_costs(frame)
+    learned, costs = learned_ranks(frame, data.class_counts), mix_costs(frame, data.times)
     more_grids = [make(rows) for make, rows in ((ranks_grid, learned), (mix_grid, costs)) if len(rows)]
     for grid, rows in zip(more_grids, (rows for rows in (learned, costs) if len(rows)), strict=True):
         write_grids([grid], rows, out, grid.label.replace("-", "_"))

@@ -26,7 +26,10 @@ WEIGHT: Final = "mix_weight."
 COST: Final = ("mix_evaluations", "mix_tokens", "mix_gain")
 """Of a client's round: mixes that were scored, tokens of the rows that they were scored on, and the loss of the common
 LoRA less that of the mix on the rows that decided."""
-_FORMS: Final[Sequence[str]] = (".1f", ",.0f", ".4f", ".2f")
+_FORMS: Final[Sequence[str]] = (".1f", ",.0f", ".2f", ".0%", ".4f", ".2f")
+_KEYS: Final = ["method", "seed", "client", "round"]
+_HEADER: Final = ("Mixes scored", "Tokens scored", "Seconds", "Of the round", "Loss gained", "Mean w")
+_STAGE: Final = r"^strategy/(?P<method>[^/]+)/(?:.*/)?seed(?P<seed>\d+)$"
 
 
 def mix_rounds(frame: pd.DataFrame) -> pd.DataFrame:
@@ -36,13 +39,12 @@ def mix_rounds(frame: pd.DataFrame) -> pd.DataFrame:
         frame: checked metric rows.
     """
     rows = frame[(frame["stage"] == "strategy") & frame["metric"].str.startswith(WEIGHT)]
-    keys = ["method", "seed", "client", "round"]
     asked = frame[(frame["stage"] == "strategy") & (frame["metric"] == "mix_evaluations") & (frame["value"] > 0)]
-    rows = rows.merge(asked[keys].drop_duplicates(), on=keys)
+    rows = rows.merge(asked[_KEYS].drop_duplicates(), on=_KEYS)
     label = rows["metric"].str.removeprefix(WEIGHT).str.extract(r"^(?P<projection>.*?)(?:\.(?P<block>\d+))?$")
-    found = rows[keys].assign(projection=label["projection"], block=label["block"].fillna(-1).astype(int))
+    found = rows[_KEYS].assign(projection=label["projection"], block=label["block"].fillna(-1).astype(int))
     found = found.assign(w=rows["value"].to_numpy())
-    return found.sort_values([*keys, "projection", "block"], ignore_index=True)
+    return found.sort_values([*_KEYS, "projection", "block"], ignore_index=True)
 
 
 def mix_figures(table: pd.DataFrame) -> list[Drawing]:
@@ -92,27 +94,37 @@ def _panel(axis: Axes, table: pd.DataFrame, first: bool) -> None:
     axis.tick_params(length=0, labelrotation=0)
 
 
-def mix_costs(frame: pd.DataFrame) -> pd.DataFrame:
+def mix_costs(frame: pd.DataFrame, times: pd.DataFrame | None = None) -> pd.DataFrame:
     """Per method: ``calls`` (rounds of clients that began at a mix), ``rounds`` of clients in all, mean and total of
-    `COST`, and the mean ``w``.
+    `COST`, ``search_seconds`` of a call and their ``share`` of the seconds of these rounds, and the mean ``w``.
 
     Args:
         frame: checked metric rows.
+        times: `round_store.TIMING_COLUMNS`; seconds that are not known are NaN.
     """
     rows = frame[(frame["stage"] == "strategy") & frame["metric"].isin(COST)]
-    wide = rows.pivot_table(index=["method", "seed", "client", "round"], columns="metric", values="value")
+    wide = rows.pivot_table(index=_KEYS, columns="metric", values="value")
     if not len(wide):
         return pd.DataFrame()
-    asked = wide[wide["mix_evaluations"] > 0].reset_index()
+    asked = wide[wide["mix_evaluations"] > 0].reset_index().merge(_seconds(times), "left", _KEYS)
     weights = mix_rounds(frame).groupby("method")["w"].mean()
     found = []
     for method in in_method_order(wide.index.get_level_values("method")):
         own = asked[asked["method"] == method]
         sums = {f"{name}_sum": own[name].sum() for name in COST[:2]}
-        means = {name: own[name].mean() if len(own) else np.nan for name in COST}
+        means = {name: own[name].mean() if len(own) else np.nan for name in (*COST, "search_seconds")}
+        means["share"] = own["search_seconds"].sum(min_count=1) / own["seconds"].sum(min_count=1)
         calls = {"calls": len(own), "rounds": len(wide.loc[[method]])}
         found.append({"method": method, **calls, **means, **sums, "w": weights.get(method, np.nan)})
     return pd.DataFrame(found)
+
+
+def _seconds(times: pd.DataFrame | None) -> pd.DataFrame:
+    """Of each client's round, ``seconds`` and ``search_seconds``; no row where a run did not note the latter."""
+    noted = pd.DataFrame(columns=["stage", *_KEYS[2:], "seconds", "search_seconds"]) if times is None else times
+    noted = noted.reindex(columns=["stage", *_KEYS[2:], "seconds", "search_seconds"]).dropna()
+    named = noted["stage"].astype(str).str.extract(_STAGE)
+    return noted.assign(method=named["method"], seed=named["seed"].astype(float)).drop(columns="stage")
 
 
 def mix_grid(costs: pd.DataFrame) -> Grid:
@@ -123,16 +135,17 @@ def mix_grid(costs: pd.DataFrame) -> Grid:
     """
     rows = []
     for row in costs.to_dict("records"):
-        numbers = [float(row[name]) for name in (*COST, "w")]
+        numbers = [float(row[name]) for name in (*COST[:2], "search_seconds", "share", COST[2], "w")]
         shown = [ABSENT if np.isnan(x) else f"{x:{form}}" for x, form in zip(numbers, _FORMS, strict=True)]
         rows.append([method_name(str(row["method"])), f"{row['calls']} of {row['rounds']}", *shown])
     return Grid(
-        header=["Method", "Rounds that mixed", "Mixes scored", "Tokens scored", "Loss gained", "Mean w"],
+        header=["Method", "Rounds that mixed", *_HEADER],
         rows=rows,
         caption=[
             "Rounds of clients, all seeds; the other columns are means of those that began at a mix. Tokens of a call: "
-            "those of the rows that its mixes were scored on, a forward pass each. Loss gained: of the common LoRA "
-            "less of the mix, on the rows that decided. w: the share of the client's own LoRA, mean over layers."
+            "those of the rows that its mixes were scored on, a forward pass each. Seconds: wall time of a search, "
+            "which clients side by side share, and its part of the round, training and all. Loss gained: of the common "
+            "LoRA less of the mix, on the rows that decided. w: the share of the client's own LoRA, mean over layers."
         ],
         title=TITLE,
         label="mixing",

@@ -38,7 +38,7 @@ TIMING_COLUMNS: tuple[str, ...] = ("stage", "round", "client", "seconds", *(fiel
 """``round``: the round or chunk. ``seconds``: wall time of a worker, a group's time shared equally. Then the fields
 of `ClientCost`; unknown in runs that kept seconds only."""
 
-_FLOATS = {"value", "weight", "seconds"}
+_FLOATS = {"value", "weight", "seconds", "search_seconds"}
 _INTEGERS = {"seed", "round", "budget", "row", *TIMING_COLUMNS} - {"stage", "client", "host"}
 
 

@@ -14,6 +14,7 @@ The text says evaluation loss there, the formula training loss. (The paper's fla
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -205,8 +206,11 @@ class MixedStart:
                 ctx, self.pair.first, {name: ctx.params[mine].detach() for name, mine in zip(sent, own, strict=True)},
                 {name: ctx.received[name].clone() for name in sent}, self.cfg.mix,
             )  # fmt: skip
+            started = time.perf_counter()
             choice = self.choose(ctx)(mixtures, lanes, self.rows.of(ctx, lanes))
             values = mixtures.mixed(lanes, choice.shares)
+            share = (time.perf_counter() - started) / len(lanes)
+            ctx.searched.update((ctx.lanes[k].client.id, share) for k in lanes)
             shares[lanes] = choice.shares
             counted[:, lanes] = np.stack([choice.evaluations, choice.tokens, choice.gain])
         metrics = {f"mix_{name}": row for name, row in zip(("evaluations", "tokens", "gain"), counted, strict=True)}

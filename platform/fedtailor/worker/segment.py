@@ -56,6 +56,7 @@ class Segment:
         self.answers: dict[str, list[Mapping[str, Any]]] = {}
         self.failed: dict[str, Failure] = {}
         self.tokens: dict[str, int] = {}
+        self.searched: dict[str, float] = {}
         self.sent: dict[str, int] = {}
         self.partial: Any = None
         self.next = 0
@@ -121,6 +122,7 @@ class Segment:
                 raise MethodError(f"{self.stage.who}: {broken}") from broken
             finally:
                 self.tokens |= {client: ctx.trained[client] for client in clients}
+                self.searched |= ctx.searched
                 self.sent |= {client: ctx.received.numbers(k) for k, client in enumerate(clients)}
 
     def _update(self, ctx: ClientContext) -> None:
@@ -274,6 +276,7 @@ class Segment:
                 examples=self.stage.data.client(client).n_train, tokens=self.tokens.get(client, 0),
                 bytes_down=_FLOAT * down, bytes_up=_FLOAT * up, bytes_kept=_FLOAT * kept, peak_rss=peak_rss(),
                 peak_gpu=gpu, attempt=job.attempt, host=platform.node(), pid=os.getpid(),
+                search_seconds=self.searched.get(client, 0.0),
             )  # fmt: skip
         return costs
 
