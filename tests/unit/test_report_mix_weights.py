@@ -105,6 +105,11 @@ def test_training_losses_of_methods_lie_over_local_steps() -> None:
     two = loss_curves({"a": (round_means(frame), exp), "b": (round_means(frame), exp)})
     assert isinstance(two, Drawing)
     assert len(two.figure.axes[0].lines) == 4
+    tested = frame[frame["metric"] == "train_loss"].assign(metric="test_loss", value=1.25)
+    three = loss_curves({"": (round_means(pd.concat([frame, tested])), exp)})
+    assert isinstance(three, Drawing)
+    assert [axis.get_title() for axis in three.figure.axes] == ["Training loss", "Perplexity", "Test loss"]
+    assert [line.get_ydata()[-1] for line in three.figure.axes[2].lines] == pytest.approx([1.25] * 2)
     alone = loss_curves({"": (round_means(rows("homlora", 0)), exp)})
     assert isinstance(alone, Missing)
 
