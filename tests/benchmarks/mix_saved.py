@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ from fedtailor.methods.pfedgpt import PFedGptConfig, Space, SpaceConfig
 from fedtailor.personalise.trained import TrainedMethod, open_method, personal_stage
 from fedtailor.storage.artifacts import artifact_path, fetch
 from fedtailor.storage.files import Storage
-from fedtailor.storage.round_store import METRICS
 from fedtailor.storage.run_folder import RunFolder
 from fedtailor.tasks.store import TaskData
 from fedtailor.training.mixed_start import MixConfig, MixedStart
@@ -64,10 +64,8 @@ def variants(run: PFedGptConfig) -> dict[str, tuple[str, MixConfig]]:
     given = {**run.model_dump(), "stages": "both", "fidelity": "low_to_high"}
 
     def of(method: str = METHOD, **keys: Any) -> tuple[str, Any]:
-        kind: Any = METHODS[method].config
-        return method, validate(
-            kind, {key: value for key, value in {**given, **keys}.items() if key in kind.model_fields}
-        )
+        kind, tree = METHODS[method].config, {**given, **keys}
+        return method, validate(kind, {key: tree[key] for key in kind.model_fields if key in tree})
 
     count = sum(of(fidelity="high")[1].budget)
     known = {
@@ -79,9 +77,7 @@ def variants(run: PFedGptConfig) -> dict[str, tuple[str, MixConfig]]:
     known["random"] = of("mix_random", evaluations=sum(run.evaluations))
     known["grid"] = of("mix_grid", weights=tuple(np.linspace(0, 1, count).round(DECIMALS).tolist()))
     if run.validation == "global_pool":  # rows of a client's own are no share of a pool
-        known |= {
-            f"weight {text}": of(sample_weight=1 / n) for text, n in (("1/8", 8), ("1/4", 4), ("1/2", 2), ("1", 1))
-        }
+        known |= {f"weight {share}": of(sample_weight=float(Fraction(share))) for share in ("1/8", "1/4", "1/2", "1")}
     return known
 
 
@@ -161,13 +157,10 @@ def opened(trained: TrainedMethod, seed: int, most: int | None) -> Iterator[Pair
 
 def committed(trained: TrainedMethod, seed: int) -> dict[str, float]:
     """Test losses that the run noted of its clients' own LoRAs; none where its models are something else."""
-    log = trained.run.log(personal_stage(trained.run, METHOD, seed, None))
-    rows = [row for commit in log.all(objects=False) for row in commit.table(METRICS).to_pylist()]
-    parts: dict[str, list[tuple[float, float]]] = {}
-    for row in rows if getattr(trained.settings, "final", "") == "trained" else ():
-        if row["metric"] == "loss":
-            parts.setdefault(row["client"], []).append((row["value"], row["weight"]))
-    return {client: sum(v * n for v, n in own) / sum(n for _, n in own) for client, own in parts.items()}
+    rows = trained.run.metrics("personalise")
+    rows = rows[(rows.method == METHOD) & (rows.seed == seed) & (rows.metric == "loss")]
+    sums = rows.assign(value=rows.value * rows.weight).groupby("client")[["value", "weight"]].sum()
+    return dict(sums.value / sums.weight) if getattr(trained.settings, "final", "") == "trained" else {}
 
 
 def apart(found: Mapping[str, Rows], name: str, other: str) -> str:
@@ -189,8 +182,9 @@ def table(found: Mapping[str, Rows]) -> Iterator[str]:
         yield f"| {' | '.join([name, *cells, apart(found, name, WHOLE), apart(found, name, RECEIVED)])} |"
 
 
-def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def compare(words: Sequence[str]) -> None:
+    """Reads the words, searches, prints the table."""
+    parser = argparse.ArgumentParser(prog="mix_saved.py")
     parser.add_argument("storage")
     parser.add_argument("run_id")
     parser.add_argument("variant", nargs="*")
@@ -200,7 +194,10 @@ def main(words: Sequence[str]) -> None:
     args = parser.parse_intermixed_args(words)
     if args.clients is not None and args.clients < 1:
         raise ConfigError(f"--clients {args.clients}: allowed are 1 and more")
-    trained = open_method(RunFolder.open(Storage(args.storage), args.run_id), METHOD, seed=args.seed)
+    run = RunFolder.open(Storage(args.storage), args.run_id)
+    if METHOD not in (methods := run.info()["config"]["methods"]):
+        raise ConfigError(f"run '{args.run_id}' has no {METHOD} (its methods: {', '.join(methods)})")
+    trained = open_method(run, METHOD, seed=args.seed)
     if not trained.answers or not isinstance(trained.settings, PFedGptConfig):
         raise ConfigError(f"run '{args.run_id}' classifies texts; response losses are of runs whose models answer")
     known = variants(trained.settings)
@@ -216,17 +213,23 @@ def main(words: Sequence[str]) -> None:
         for name in asked:
             found[name] |= pairs.searched(*known[name])
     print(f"run {args.run_id}, seed {args.seed}, {len(found[OWN])} clients", "", *table(found), sep="\n")
-    if noted := committed(trained, args.seed):
-        most = max(abs(row["test"] - noted[client]) for client, row in found[OWN].items())
-        print(f"\nw = 1 against what the run noted of its clients' own LoRAs: at most {most:.1e} apart")
+    noted = committed(trained, args.seed)
+    if gaps := [abs(row["test"] - noted[client]) for client, row in found[OWN].items() if client in noted]:
+        print(f"\nw = 1 against what the run noted of its clients' own LoRAs: at most {max(gaps):.1e} apart")
     if args.out:
         configs = {name: known[name][1].model_dump() for name in asked}
         args.out.write_text(json.dumps({"seed": args.seed, "configs": configs, "clients": found}, indent=1) + "\n")
 
 
-if __name__ == "__main__":
+def main(words: Sequence[str]) -> int:
+    """2 and one line where something is wrong."""
     try:
-        main(sys.argv[1:])
+        compare(words)
     except TailorError as error:
         print(*f"error: {error}".split(), file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
