@@ -10,12 +10,13 @@ import pytest
 
 from fedtailor.core.messages import METRIC_COLUMNS
 from fedtailor.core.seeding import numpy_rng
+from fedtailor.experiment.compose import compose
 from fedtailor.experiment.config import Experiment
 from fedtailor.report.curves import round_means, training_curves
 from fedtailor.report.loss_curves import loss_curves
 from fedtailor.report.mix_weights import mix_costs, mix_figures, mix_grid, mix_rounds
 from fedtailor.report.names import ABSENT
-from fedtailor.report.style import Drawing, Missing, save, styled
+from fedtailor.report.style import Drawing, Missing, looks, save, styled
 
 CLIENTS, ROUNDS, BLOCKS = 4, 5, 3
 
@@ -119,3 +120,9 @@ def test_the_order_of_rows_does_not_matter() -> None:
     mixed = frame.iloc[numpy_rng("order").permutation(len(frame))]
     pd.testing.assert_frame_equal(mix_costs(frame), mix_costs(mixed))
     pd.testing.assert_frame_equal(mix_rounds(frame), mix_rounds(mixed))
+
+
+def test_no_two_methods_of_the_papers_tables_look_alike() -> None:
+    found = looks(compose(["pfedgpt_dolly"], []).methods)
+    assert len(found) == 13
+    assert len({look.colour for look in found.values()}) == 13

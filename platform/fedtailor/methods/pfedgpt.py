@@ -210,5 +210,7 @@ ENTRY = MethodEntry(
     title="pFedGPT",
     summary="mixes own and common LoRA by hierarchical Bayesian optimisation (Shen et al. 2025)",
     base=False,
+    colour="#882255",
+    marker="*",
     tiny={**TINY, "evaluations": (3, 3), "initial": 2, "parallel": 2},
 )

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
     (0, ()), (0, (5, 2)), (0, (1, 1.4)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)), (0, (9, 3)),
 )  # fmt: skip
 """One per run, where several are in a figure."""
-_SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d")
+_SPARE_MARKERS = ("P", "X", "<", ">", "p", "h", "d")
 
 _RC: dict[str, Any] = {
     "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -175,9 +176,12 @@ class Look:
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """A look for each method, in method order; the same in every figure for one whose entry names it."""
-    spare = iter(list(zip(sns.color_palette("colorblind").as_hex()[4:] * 2, _SPARE_MARKERS * 2, strict=False)))
+    ordered = in_method_order(methods)
+    taken = {entry.colour for method in ordered if (entry := METHODS.get(method))}
+    colours = [*sns.color_palette("colorblind").as_hex()[4:], *sns.color_palette("Dark2").as_hex()]
+    spare = zip([colour for colour in colours if colour not in taken], cycle(_SPARE_MARKERS), strict=False)
     found = {}
-    for method in in_method_order(methods):
+    for method in ordered:
         entry = METHODS.get(method)
         colour, marker = (entry.colour, entry.marker) if entry else (None, None)
         if colour is None or marker is None:
