@@ -29,6 +29,8 @@ LoRA less that of the mix on the rows that decided."""
 _FORMS: Final[Sequence[str]] = (".1f", ",.0f", ".2f", ".0%", ".4f", ".2f")
 _KEYS: Final = ["method", "seed", "client", "round"]
 _HEADER: Final = ("Mixes scored", "Tokens scored", "Seconds", "Of the round", "Loss gained", "Mean w")
+_MOST_ROWS: Final = 25
+"""Clients of a panel that have a row of full height."""
 _STAGE: Final = r"^strategy/(?P<method>[^/]+)/(?:.*/)?seed(?P<seed>\d+)$"
 
 
@@ -61,7 +63,7 @@ def _figure(method: str, rows: pd.DataFrame) -> Drawing:
     projections, clients = sorted(set(rows["projection"])), sorted(set(rows["client"]))
     rounds = range(1, int(rows["round"].max()) + 2)
     n = len(projections)
-    figure, axes = style.panels(2 * n, n, 1.6 + 3.6 * n, 0.9 + 0.26 * len(clients))
+    figure, axes = style.panels(2 * n, n, 1.6 + 3.6 * n, 0.9 + 0.26 * min(len(clients), _MOST_ROWS))
     for k, projection in enumerate(projections):
         here = rows[rows["projection"] == projection]
         over = here.pivot_table(index="client", columns="round", values="w").rename(columns=lambda r: r + 1)
@@ -85,9 +87,11 @@ def _figure(method: str, rows: pd.DataFrame) -> Drawing:
 
 def _panel(axis: Axes, table: pd.DataFrame, first: bool) -> None:
     axis.set_facecolor(GRID)
+    # A name for every row, or for every so many where rows become thin.
     sns.heatmap(
-        table, ax=axis, vmin=0, vmax=1, cmap=SEQUENTIAL, cbar=False, linewidths=0.4, linecolor="white",
-        yticklabels=[shortened(drawable(str(client)), 24) for client in table.index] if first else False,
+        table.rename(index=lambda client: shortened(drawable(str(client)), 24)), ax=axis, vmin=0, vmax=1,
+        cmap=SEQUENTIAL, cbar=False, linewidths=0.4, linecolor="white",
+        yticklabels=-(-len(table) // _MOST_ROWS) if first else False,
     )  # fmt: skip
     axis.grid(False)
     axis.set_ylabel("")
