@@ -42,7 +42,8 @@ def loss_curves(runs: Mapping[str, tuple[pd.DataFrame, ExperimentBase]]) -> Draw
     counted = all(steps.values())
     look = looks(method for _, method, _ in lines)
     answers = all(TASKS[runs[name][1].task.name].kind == "generation" for name in found)
-    scored = [(name, m, rows) for name in found for m, rows in _means(runs[name][0], _TESTED).groupby("method")]
+    tested = {name: _means(runs[name][0], _TESTED) for name in found}
+    scored = [(name, str(method), rows) for name in found for method, rows in tested[name].groupby("method")]
     panels = [("Training loss", lines)]
     panels += [
         ("Perplexity", [(name, m, rows.assign(value=np.exp(rows["value"]))) for name, m, rows in lines])
