@@ -125,8 +125,8 @@ def mix_costs(frame: pd.DataFrame, times: pd.DataFrame | None = None) -> pd.Data
 
 def _seconds(times: pd.DataFrame | None) -> pd.DataFrame:
     """Of each client's round, ``seconds`` and ``search_seconds``; no row where a run did not note the latter."""
-    noted = pd.DataFrame(columns=["stage", *_KEYS[2:], "seconds", "search_seconds"]) if times is None else times
-    noted = noted.reindex(columns=["stage", *_KEYS[2:], "seconds", "search_seconds"]).dropna()
+    columns = ["stage", "client", "round", "seconds", "search_seconds"]
+    noted = (pd.DataFrame() if times is None else times).reindex(columns=columns).dropna()
     named = noted["stage"].astype(str).str.extract(_STAGE)
     return noted.assign(method=named["method"], seed=named["seed"].astype(float)).drop(columns="stage")
 
