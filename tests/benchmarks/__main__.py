@@ -27,6 +27,7 @@ from measure import our_path, python
 from null_round import null_part
 from page import page
 from peers import peers_part
+from profile_work import profile_part
 from real_work import real_part
 from scale import scale_part
 from start import start_part
@@ -80,6 +81,7 @@ def main() -> None:
             "memory": memory_part,
             "flops": lambda: flops_part(chosen.quick),
             "real": lambda: real_part(say, chosen.quick),
+            "profile": lambda: profile_part(say, chosen.quick),
         }
         chosen = _arguments(list(parts))
         out = chosen.out

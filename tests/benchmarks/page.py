@@ -19,7 +19,7 @@ def page(results: Results, figure: str | None) -> str:
         parts.append(f"![Clients per second by system and regime.]({figure})")
     sections = {
         "peers": _peers, "null": _null, "scale": _scale, "start": _start, "lanes": _lanes, "memory": _memory,
-        "real": _real, "flops": _flops,
+        "real": _real, "profile": _profile, "flops": _flops,
     }  # fmt: skip
     for name, make in sections.items():
         if name in results:
@@ -170,13 +170,48 @@ def _real(results: Results) -> list[str]:
     lines = []
     for row in rows:
         speed_of = f"{row['per_s']:,.0f}" if "per_s" in row else row["missing"]
-        seen = [speed_of, f"{row['loss']:.3f}" if row.get("loss") else ""]
+        seen = [
+            speed_of,
+            _of_peak(results, row, min(row.get("seconds", [math.inf]))),
+            f"{row['loss']:.3f}" if row.get("loss") else "",
+        ]
         lines.append(
             [f"{row['model']}: {LABELS[row['work']]}", row["side"], f"{row['dtype']}, {row['attention']}", *seen]
         )
-    header = ["work", "side", "type, attention", "tokens/s", "mean loss"]
-    what = "One thread each, the same rows in the same order; tokens that are read in training, written in answers."
+    header = ["work", "side", "type, attention", "tokens/s", "% of peak", "mean loss"]
+    what = (
+        "One thread each, the same rows in the same order; tokens that are read in training, written in answers. *% of "
+        "peak*: matrix products and attention that were done, padding included, against the measured peak of a product "
+        "in the row's type."
+    )
     return ["## Real weights, real texts", what, table(header, lines)]
+
+
+def _of_peak(results: Results, row: Mapping[str, Any], seconds: float) -> str:
+    """Operations of a row on one thread, in % of the measured peak in its type."""
+    if "flops" not in row:
+        return "–"
+    return f"{100 * row['flops'] / seconds / results['machine']['peaks'][row['dtype']]['1']:.0f}"
+
+
+def _profile(results: Results) -> list[str]:
+    known = [row for row in results["profile"]["rows"] if "missing" not in row]
+    kinds = list(known[0]["shares"]) if known else []
+    lines = []
+    for row in results["profile"]["rows"]:
+        shown = [f"{row['model']}: {row['work']}", f"{row['dtype']}, {row['attention']}"]
+        if "missing" in row:
+            lines.append([*shown, row["missing"], *[""] * (1 + len(kinds))])
+            continue
+        seen = [f"{row['per_s']:,.0f}", _of_peak(results, row, row["cpu"])]
+        lines.append([*shown, *seen, *[f"{100 * row['shares'][kind]:.0f}" for kind in kinds]])
+    header = ["work", "type, attention", "tokens per CPU-second", "% of peak", *[f"{kind}, %" for kind in kinds]]
+    what = (
+        "One thread. *% of peak*: matrix products and attention, as torch counts them, against the measured peak of a "
+        "product in the row's type. The other columns are shares of the operators' time; *products* are those with "
+        "weights that all lanes share, *batched products* the low-rank ones and eager attention's."
+    )
+    return ["## What a step on real weights is made of", what, table(header, lines)]
 
 
 def _flops(results: Results) -> list[str]:

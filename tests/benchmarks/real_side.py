@@ -1,7 +1,8 @@
-"""One side of a comparison on real weights: ``real_side.py MODEL WORK SIDE DTYPE ATTENTION FOLDER QUICK``.
+"""One side of a comparison on real weights: ``real_side.py MODEL WORK SIDE DTYPE ATTENTION SIZE FOLDER``.
 
 All sides see the same rows of the same clients: instructions of the Dolly sample, told apart (an encoder) or answered
-(a language model). One thread. Prints JSON: seconds of each repetition, tokens that were read, mean loss.
+(a language model). One thread. Prints JSON: seconds of each repetition, tokens that were read, mean loss,
+operations of matrix products and attention (counted in a pass of its own, which is not timed).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flops import counted
 from plain_model import LoraLinear
 from torch import nn
 from torch.nn import functional
@@ -224,7 +226,7 @@ def decoding(model: str, data: TokenData) -> Decoding:
 
 
 def main() -> None:
-    model, work, side, dtype, attention, folder, quick = sys.argv[1:8]
+    model, work, side, dtype, attention, quick, folder = sys.argv[1:8]
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     kernel = None if attention == "usual" else attention
@@ -234,12 +236,13 @@ def main() -> None:
     else:
         run = plain(model, work, side, dtype, kernel, data)
     seconds, cpu, found = [], [], (0, 0.0)
+    operations = counted(run)
     for _ in range(1 if quick == "quick" else REPEATS):
         start, used = time.perf_counter(), time.process_time()
         found = run()
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - used)
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "tokens": found[0], "loss": found[1]}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "tokens": found[0], "loss": found[1], "flops": operations}))
 
 
 if __name__ == "__main__":

@@ -37,27 +37,29 @@ def real_part(say: Say, quick: bool = False) -> dict[str, Any]:
     for model, work in WORK:
         for side, dtype, attention in SIDES:
             row = {"model": model, "work": work, "side": side, "dtype": dtype, "attention": attention}
-            rows.append(row | _measured(model, work, side, dtype, attention, quick))
+            size = "quick" if quick else "whole"
+            found = measured("real_side.py", model, work, side, dtype, attention, size)
+            rate = {} if "missing" in found else {"per_s": found["tokens"] / min(found["seconds"])}
+            rows.append(row | found | rate)
             say(
                 f"real: {model}, {work}, {side}, {dtype}, {attention}: {rows[-1].get('per_s', rows[-1].get('missing'))}"
             )
     return {"rows": rows}
 
 
-def _measured(model: str, work: str, side: str, dtype: str, attention: str, quick: bool) -> dict[str, Any]:
+def measured(script: str, *words: str) -> dict[str, Any]:
+    """What a script, called with ``words`` and a folder, prints as JSON in its last line; or why it did not."""
     variables = {**os.environ, **peer_variables(), **our_path()}
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
-        words = [python(), str(HERE / "real_side.py"), model, work, side, dtype, attention, folder]
+        command = [python(), str(HERE / script), *words, folder]
         try:
-            done = subprocess.run(
-                [*words, "quick" if quick else "whole"], env=variables, capture_output=True, text=True, timeout=LIMIT_S
-            )
+            done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             return {"missing": f"not finished after {LIMIT_S:.0f} s"}
     if done.returncode:
         return {"missing": last_line(done.stderr)}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found | {"per_s": found["tokens"] / min(found["seconds"])}
+    return found
 
 
 def gain(rows: Sequence[Mapping[str, Any]], model: str, work: str) -> float | None:
