@@ -28,7 +28,7 @@ from null_round import null_part
 from page import page
 from peers import peers_part
 from profile_work import profile_part
-from real_work import real_part
+from real_work import TYPES, real_part
 from scale import scale_part
 from start import start_part
 
@@ -80,8 +80,8 @@ def main() -> None:
             "lanes": lanes_part,
             "memory": memory_part,
             "flops": lambda: flops_part(chosen.quick),
-            "real": lambda: real_part(say, chosen.quick),
-            "profile": lambda: profile_part(say, chosen.quick),
+            "real": lambda: real_part(say, chosen.quick, chosen.dtypes),
+            "profile": lambda: profile_part(say, chosen.quick, chosen.dtypes),
         }
         chosen = _arguments(list(parts))
         out = chosen.out
@@ -103,14 +103,16 @@ def _arguments(parts: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
     parser.add_argument("--only", default=",".join(parts), help=f"parts, of: {','.join(parts)}")
     parser.add_argument("--regimes", default="", help="of the part peers, e.g. overhead-bound,mixed")
+    parser.add_argument("--dtypes", default=",".join(TYPES), help="of the parts real and profile, e.g. float32")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder of results and environments")
     parser.add_argument("--quick", action="store_true", help="see that everything runs; the figures mean nothing")
     found = parser.parse_args()
     found.out = found.out.resolve()
-    found.only = found.only.split(",")
+    found.only, found.dtypes = found.only.split(","), found.dtypes.split(",")
     found.regimes = [name for name in found.regimes.split(",") if name]
-    if unknown := set(found.only) - set(parts):
-        parser.error(f"no part {', '.join(sorted(unknown))}; parts: {', '.join(parts)}")
+    for what, given, known in (("part", found.only, parts), ("type", found.dtypes, TYPES)):
+        if unknown := set(given) - set(known):
+            parser.error(f"no {what} {', '.join(sorted(unknown))}; {what}s: {', '.join(known)}")
     found.partial = set(found.only) != set(parts)
     return found
 

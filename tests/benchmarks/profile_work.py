@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from real_work import measured
+from real_work import TYPES, measured
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ CHOICES = (("float32", "usual"), ("float32", "eager"), ("bfloat16", "usual"), ("
 """Compute type and attention kernel."""
 
 
-def profile_part(say: Callable[[str], None], quick: bool = False) -> dict[str, Any]:
-    """Every work of both models with every choice, one after the other."""
+def profile_part(say: Callable[[str], None], quick: bool = False, dtypes: Sequence[str] = TYPES) -> dict[str, Any]:
+    """Every work of both models with every choice of these types, one after the other."""
     rows = []
     for model in ("minilm", "smollm2-135m"):
         for name, work in WORKS.items():
             if work.then == "answer" and model == "minilm":
                 continue
-            for dtype, attention in CHOICES[:1] if quick else CHOICES:
+            for dtype, attention in [choice for choice in CHOICES if choice[0] in dtypes][: 1 if quick else None]:
                 row = {"model": model, "work": name, "dtype": dtype, "attention": attention}
                 found = measured("real_profile.py", model, name, dtype, attention)
                 rows.append(row | found | ({} if "missing" in found else {"per_s": found["tokens"] / found["cpu"]}))
