@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError
+from fedtailor.core.overrides import merge_layers
 from fedtailor.experiment.compose import check, compose
 from fedtailor.experiment.config import ExperimentBase, clients_per_language, experiment_of, to_json
 from fedtailor.experiment.fastest import settled

@@ -9,8 +9,8 @@ from typing import Final, Literal
 
 import yaml
 
-from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import StorageError
+from fedtailor.core.overrides import merge_layers
 from fedtailor.storage.files import Storage, join
 from fedtailor.storage.provenance import redact
 from fedtailor.storage.run_folder import RunFolder, committed_stages

@@ -14,10 +14,10 @@ from fedtailor.core.config import (  # fmt: skip
     deviations,
     dotted_keys,
     flatten,
-    merge_layers,
     validate,
 )
 from fedtailor.core.errors import ConfigError
+from fedtailor.core.overrides import merge_layers
 from fedtailor.experiment.compose import compose, load_preset, preset_names
 from fedtailor.experiment.config import Experiment
 from fedtailor.tasks.task import task_config

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from fedtailor.core.config import merge_layers
 from fedtailor.core.errors import ConfigError, did_you_mean
+from fedtailor.core.overrides import merge_layers
 from fedtailor.experiment.config import ExperimentBase, experiment_of, method_of, method_section, seen_clients
 from fedtailor.experiment.mix_rules import mix_problems
 from fedtailor.experiment.rules import (

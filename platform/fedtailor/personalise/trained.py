@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtailor.adapters.lora import AdapterPair, LoraAdapter
-from fedtailor.core.config import Config, merge_layers, validate
+from fedtailor.core.config import Config, validate
 from fedtailor.core.errors import ConfigError, ModelError, StorageError, did_you_mean
 from fedtailor.core.messages import Row, StageInfo, StageSpec
+from fedtailor.core.overrides import merge_layers
 from fedtailor.experiment.config import ExperimentBase, method_of, method_section, to_json
 from fedtailor.experiment.launch import load_experiment
 from fedtailor.experiment.stages import Stage, stage_spec
@@ -210,8 +211,7 @@ def _apart(method: Method) -> bool:
 
 
 def _tunable(settings: Config) -> Config:
-    inner = getattr(settings, "finetune", None)
-    return inner if isinstance(inner, FinetuneConfig) else settings
+    return inner if isinstance(inner := getattr(settings, "finetune", None), FinetuneConfig) else settings
 
 
 def _overridden(exp: ExperimentBase, method: Method, overrides: Sequence[str]) -> Config:
