@@ -96,6 +96,31 @@ def test_candidates_and_clients_side_by_side_are_one_after_another(name: str) ->
             torch.testing.assert_close(values[k], own[metric][0], rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        *((name, {}) for name in MIXING),
+        ("pfedgpt", {"fidelity": "high"}),
+        ("pfedgpt", {"fidelity": "low"}),
+        ("pfedgpt", {"stages": "two"}),
+        ("pfedgpt", {"ends": False}),
+        ("mix_random", {"evaluations": 8}),
+        ("mix_grid", {"weights": (0.5,)}),
+        ("fdlora", {"validation": "own_holdout"}),
+    ],
+    ids=str,
+)
+def test_a_plan_counts_at_least_what_a_search_reads(name: str, section: dict[str, Any]) -> None:
+    method, lanes = method_of(name, **section), talks()
+    ctx = returning(method, lanes)
+    found = choice(method, ctx)[1].tokens
+    assert method.beside is not None
+    for lane, tokens in zip(lanes, found, strict=True):
+        rows = lane.train if section.get("validation") == "own_holdout" else POOL
+        counted = method.beside(lane.size, len(POOL), 1.0) * int(rows.lengths.max())
+        assert tokens <= counted < 8 * tokens, "at most, and not beyond measure"
+
+
 @pytest.mark.parametrize("changes", [{}, {"mix": "product"}], ids=["factors", "product"])
 def test_the_common_lora_always_is_fedavg(changes: dict[str, Any]) -> None:
     method, lanes = method_of("mix_grid", weights=(0,), **changes), talks()

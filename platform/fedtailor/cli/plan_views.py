@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from fedtailor.cli.terminal import plain_table, show_privacy
 from fedtailor.core.errors import listed
-from fedtailor.experiment.estimate import USABLE, Estimate
+from fedtailor.experiment.estimate import Estimate
 from fedtailor.experiment.plan import Plan, StagePlan, seconds_per_client
 from fedtailor.experiment.privacy import masked_traffic
 from fedtailor.models.source import model_title
@@ -153,7 +153,7 @@ def _show_memory(console: Console, plan: Plan, stages: Sequence[StagePlan]) -> N
     for row in stages:
         table.add_row(escape(_name(row)), *cells(row.estimate))
     console.print(table)
-    source = f"({fit.source}), {USABLE:.0%} of it usable"
+    source = f"({fit.source}), {fit.usable:.0%} of it usable"
     if zero.ranks > 1 or not fit.fits[1]:
         title = f"The largest stage with and without ZeRO: {size(fit.capacity)} each {source}"
         table = plain_table("held by", *columns, "fits", title=escape(title), numbers=columns)

@@ -26,7 +26,8 @@ from fedtailor.experiment.config import (
     seen_clients,
     to_json,
 )
-from fedtailor.experiment.estimate import Estimate, Fit, Population, estimate, fit
+from fedtailor.experiment.estimate import Estimate, Population, estimate
+from fedtailor.experiment.fit import Fit, fit
 from fedtailor.experiment.mix_rules import check_clusters
 from fedtailor.experiment.rules import check_weights, check_whole_logits
 from fedtailor.experiment.sizes import MethodSizes, method_sizes, rank_notes
@@ -181,14 +182,16 @@ def inputs_here(
             return None, None, None
         notes += filter(None, [dropped_sentence(data.manifest["notes"])])
         seen, unseen = data.pool("seen"), data.pool("unseen")
+        apart = tuple(client.n_train for client in TaskData.open(data.path, True).pool("seen"))
         population = Population(
             seen=len(seen),
             unseen=len(unseen),
             classes=len(data.labels),
             train=tuple(client.n_train for client in seen),
-            train_apart=tuple(client.n_train for client in TaskData.open(data.path, True).pool("seen")),
+            train_apart=apart,
             train_unseen=tuple(client.n_train for client in unseen),
             test=sum(client.n_test for client in data.clients),
+            pool=sum(client.n_train for client in seen) - sum(apart),
         )
         inputs = _inputs(exp, seed, data, notes)
         unknown = _unknown(exp, data, inputs, model, Path(folder) / "tokens")

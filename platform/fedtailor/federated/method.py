@@ -205,15 +205,14 @@ class Method:
         modules: auxiliary networks with lanes and a scope of their own (PSG, LRNet).
         aggregator: of SHARED parameters; ``server``: what the server does with the consensus.
         downlink: changes in place what each lane was sent, and says how many numbers that are; None: nothing changes.
-        ranks: ranks that clients begin with, where they differ; the adapter's is the server's.
-        requires: capabilities.
-        batch_size: rows of a training step, from which the lane width follows.
+        ranks: that clients begin with, where they differ; the adapter's is the server's. ``requires``: capabilities.
+        batch_size: rows of a training step, from which the lane width follows. ``one_lane``: no forward pass is shared.
         epochs: passes over the local data of ``local_update``, for estimates, as are the three below.
         steps: of ``local_update`` exactly, in the place of ``epochs``.
         passes: work of a step, where a forward pass and a backward pass are 1.
         whole_rows: rows of a lane whose logits are differentiated twice, so must be there at once; 0: none.
+        beside: rows read beside a client's steps, at most, by its own, the pool's and its rounds; once more backward.
         search_epochs: passes of ``personaliser`` that serve all budgets; ``budget_epochs``: at each.
-        one_lane: clients never share a forward pass.
         pooled: one client has the rows of all; it takes ``steps`` a round, or a cohort's together (``examples``).
         adapter_is_model: whether what is exported of a client is its whole model; if not, new clients are refused.
         per_budget: one strategy stage per budget, with r_max = budget, instead of one for all.
@@ -240,6 +239,7 @@ class Method:
     steps: int | None = None
     passes: int = 1
     whole_rows: int = 0
+    beside: Callable[[int, int, float], float] | None = None
     search_epochs: int = 0
     budget_epochs: int = 0
     one_lane: bool = False

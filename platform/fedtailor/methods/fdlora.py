@@ -108,7 +108,11 @@ def _at_all_layers(layers: int) -> Spread:
 
 def build(cfg: FdLoraConfig, r_max: int) -> Method:
     """FDLoRA's fusion; one model for all budgets."""
-    return mixed_method("fdlora", cfg, lambda ctx, memory, own: Fusion(cfg, ctx))
+
+    def reads(high: int, low: int) -> int:
+        return cfg.evaluations * low + (cfg.top + 2) * high
+
+    return mixed_method("fdlora", cfg, lambda ctx, memory, own: Fusion(cfg, ctx), reads)
 
 
 ENTRY = MethodEntry(

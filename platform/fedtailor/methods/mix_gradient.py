@@ -38,7 +38,7 @@ class MixGradientConfig(MixConfig):
     """Frame and rates are pFedGPT's."""
 
     weight_steps: Positive = 10
-    """Forward and backward passes over V; three passes' work each, HBO's 20 evaluations on a quarter of it are five."""
+    """Forward and backward passes over V; two passes' work each, HBO's 20 evaluations on a quarter of it are five."""
     weight_lr: Rate = 0.1
     """Adam's step is about that: ten of them lead from 0 to 1."""
 
@@ -100,7 +100,8 @@ def slopes(mixtures: Mixtures, clients: Sequence[int], shares: Points, texts: Se
 
 def build(cfg: MixGradientConfig, r_max: int) -> Method:
     """Mixed start by gradient; one model for all budgets."""
-    return mixed_method("mix_gradient", cfg, lambda ctx, memory, own: Descent(cfg))
+    count = 2 * cfg.weight_steps + 3
+    return mixed_method("mix_gradient", cfg, lambda ctx, memory, own: Descent(cfg), lambda high, low: count * high)
 
 
 ENTRY = MethodEntry(

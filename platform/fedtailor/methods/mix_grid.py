@@ -49,7 +49,8 @@ class GridSearch:
 
 def build(cfg: MixGridConfig, r_max: int) -> Method:
     """Mixed start by a grid; one model for all budgets."""
-    return mixed_method("mix_grid", cfg, lambda ctx, memory, own: GridSearch(cfg))
+    count = len({0.0, *cfg.weights})
+    return mixed_method("mix_grid", cfg, lambda ctx, memory, own: GridSearch(cfg), lambda high, low: count * high)
 
 
 ENTRY = MethodEntry(

@@ -65,7 +65,10 @@ def build(cfg: MixRandomConfig, r_max: int) -> Method:
     def choose(ctx: ClientContext, memory: Memory, own: LoraAdapter) -> RandomSearch:
         return RandomSearch(cfg, ctx, memory, own)
 
-    return mixed_method("mix_random", cfg, choose, cfg.delta_global)
+    def reads(high: int, low: int) -> int:
+        return cfg.evaluations * low + cfg.finalists * high
+
+    return mixed_method("mix_random", cfg, choose, reads, cfg.delta_global)
 
 
 ENTRY = MethodEntry(

@@ -152,6 +152,11 @@ def build(cfg: PerFitConfig, r_max: int) -> Method:
     """PerFIT whose clients keep as many numbers as a LoRA of rank ``cfg.rank`` has."""
     adapter = cfg.adapter(cfg.expand * cfg.rank)
     own = OwnMask(cfg, adapter)
+
+    def scored(train: int, pool: int, rounds: float) -> float:
+        searches = 0 if cfg.expand == 1 else min(1, rounds) if cfg.search == "once" else rounds
+        return searches * cfg.prune_steps * 2 * min(train, cfg.score_rows)
+
     return Method(
         name="perfit",
         adapter=adapter,
@@ -164,6 +169,7 @@ def build(cfg: PerFitConfig, r_max: int) -> Method:
         batch_size=cfg.batch_size,
         epochs=cfg.epochs,
         steps=cfg.local_steps,
+        beside=scored,
     )
 
 

@@ -55,6 +55,11 @@ class SpaceConfig(MixConfig):
     ends: bool = True
     """w = 0 and w = 1 are always candidates."""
 
+    @property
+    def finalists(self) -> int:
+        """Most mixes that are scored on all of V, the common LoRA included."""
+        return self.top + max(1, 2 * self.ends)
+
 
 class PFedGptConfig(SpaceConfig):
     """HBO's budget; variants of Table 4 evaluate as often as the whole."""
@@ -194,7 +199,13 @@ def build(cfg: PFedGptConfig, r_max: int) -> Method:
     def choose(ctx: ClientContext, memory: Memory, own: LoraAdapter) -> HierarchicalSearch:
         return HierarchicalSearch(cfg, ctx, memory, own)
 
-    return mixed_method("pfedgpt", cfg, choose, cfg.delta_global)
+    def reads(high: int, low: int) -> int:
+        count = sum(cfg.budget)
+        if cfg.fidelity == "low_to_high":
+            return count * low + cfg.finalists * high
+        return (count + 1) * (high if cfg.fidelity == "high" else low)
+
+    return mixed_method("pfedgpt", cfg, choose, reads, cfg.delta_global)
 
 
 TINY: dict[str, Any] = {

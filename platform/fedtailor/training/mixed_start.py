@@ -248,6 +248,7 @@ def mixed_method(
     name: str,
     cfg: MixConfig,
     choose: Callable[[ClientContext, Memory, LoraAdapter], Chooser],
+    reads: Callable[[int, int], int],
     changes: Changes | None = None,
     **more: Any,
 ) -> Method:
@@ -257,6 +258,7 @@ def mixed_method(
         name: row of the METHODS table.
         cfg: its configuration.
         choose: makes the chooser of a round from the clients, what they keep, and the adapter of their own LoRA.
+        reads: forward passes of a row that it takes at most (a backward pass is one), by the rows of V and its sample.
         changes: which changes its chooser reads; None: none.
         more: further fields of `Method`.
     """
@@ -266,8 +268,13 @@ def mixed_method(
     )
     pair, memory = AdapterPair(shared, own), Memory(shared, changes, cfg)
     update = MixedStart(cfg, pair, memory, ValidationRows(cfg), lambda ctx: choose(ctx, memory, own))
+
+    def beside(train: int, pool: int, rounds: float) -> float:
+        embedded = train + pool if cfg.validation == "global_pool" else train
+        return (rounds + (cfg.final == "mixed")) * reads(*cfg.sizes(train, pool)) + embedded
+
     return Method(
         name=name, adapter=pair, modules=(memory,), local_update=update, personaliser=MixedModel(update),
         aggregator=WeightedMean(), server=ServerSgd(), batch_size=cfg.batch_size, epochs=cfg.epochs,
-        steps=cfg.local_steps, validation_pool=cfg.validation == "global_pool", **more,
+        steps=cfg.local_steps, validation_pool=cfg.validation == "global_pool", beside=beside, **more,
     )  # fmt: skip

@@ -49,6 +49,12 @@ class ValidationConfig(Config):
     redraw_low: bool = True
     """Draw them anew in every round (Algorithm 1), or once."""
 
+    def sizes(self, train: int, pool: int) -> tuple[int, int]:
+        """Rows of V and of its sample, of a client with ``train`` rows where the pool has ``pool``."""
+        whole = self.sample_weight * pool if self.validation == "global_pool" else self.holdout * train
+        high = max(1, round(whole))
+        return high, max(1, math.floor(self.low_share * high))
+
 
 @dataclass(frozen=True)
 class ScoredOn:
