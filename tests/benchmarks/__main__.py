@@ -33,6 +33,8 @@ from scale import scale_part
 from start import start_part
 
 Part = Callable[[], dict[str, Any]]
+LONG = ("real", "profile")
+"""Parts that need the packages with pretrained models and half an hour or more each: measured only if asked for."""
 
 
 def say(text: str) -> None:
@@ -101,7 +103,8 @@ def main() -> None:
 
 def _arguments(parts: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
-    parser.add_argument("--only", default=",".join(parts), help=f"parts, of: {','.join(parts)}")
+    usual = [part for part in parts if part not in LONG]
+    parser.add_argument("--only", default=",".join(usual), help=f"parts, of: {','.join(parts)}")
     parser.add_argument("--regimes", default="", help="of the part peers, e.g. overhead-bound,mixed")
     parser.add_argument("--dtypes", default=",".join(TYPES), help="of the parts real and profile, e.g. float32")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder of results and environments")
