@@ -45,10 +45,10 @@ def loss_curves(runs: Mapping[str, tuple[pd.DataFrame, ExperimentBase]]) -> Draw
     tested = {name: _means(runs[name][0], _TESTED) for name in found}
     scored = [(name, str(method), rows) for name in found for method, rows in tested[name].groupby("method")]
     panels = [("Training loss", lines)]
-    panels += [
-        ("Perplexity", [(name, m, rows.assign(value=np.exp(rows["value"]))) for name, m, rows in lines])
-    ] * answers
-    panels += [("Test loss", scored)] * bool(scored)
+    if answers:
+        panels += [("Perplexity", [(name, m, rows.assign(value=np.exp(rows["value"]))) for name, m, rows in lines])]
+    if scored:
+        panels += [("Test loss", scored)]
     figure, axes = style.panels(len(panels), len(panels), 5.2 * len(panels), 3.2)
     for axis, (title, series) in zip(axes, panels, strict=True):
         for name, method, rows in series:
