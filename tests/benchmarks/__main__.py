@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def memory_part() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures the parts asked for and writes page, raw numbers and figure after each."""
+    """Measures the parts asked for and writes page, raw numbers and figure after each, of long ones after each row."""
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         jobs = Path(folder)
         parts: dict[str, Part] = {
@@ -82,8 +83,8 @@ def main() -> None:
             "lanes": lanes_part,
             "memory": memory_part,
             "flops": lambda: flops_part(chosen.quick),
-            "real": lambda: real_part(say, chosen.quick, chosen.dtypes),
-            "profile": lambda: profile_part(say, chosen.quick, chosen.dtypes),
+            "real": lambda: real_part(say, partial(keep, "real"), chosen.quick, chosen.dtypes),
+            "profile": lambda: profile_part(say, partial(keep, "profile"), chosen.quick, chosen.dtypes),
         }
         chosen = _arguments(list(parts))
         out = chosen.out
@@ -91,12 +92,16 @@ def main() -> None:
         raw = out / "bench.json"
         results: dict[str, Any] = json.loads(raw.read_text()) if raw.exists() and chosen.partial else {}
         results["machine"] = machine(say)
-        for name in chosen.only:
-            started = time.perf_counter()
-            results[name] = parts[name]()
-            say(f"{name} took {time.perf_counter() - started:.0f} s")
+
+        def keep(name: str, found: dict[str, Any]) -> None:
+            results[name] = found
             raw.write_text(json.dumps(results, indent=1))
             (out / "bench.md").write_text(page(results, draw(results, out)), encoding="utf-8")
+
+        for name in chosen.only:
+            started = time.perf_counter()
+            keep(name, parts[name]())
+            say(f"{name} took {time.perf_counter() - started:.0f} s")
     print((out / "bench.md").read_text(encoding="utf-8"))
     say(f"written to {out}/bench.md, bench.json, bench.png")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from real_work import TYPES, measured
+from real_work import TYPES, Keep, Say, measured
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ CHOICES = (("float32", "usual"), ("float32", "eager"), ("bfloat16", "usual"), ("
 """Compute type and attention kernel."""
 
 
-def profile_part(say: Callable[[str], None], quick: bool = False, dtypes: Sequence[str] = TYPES) -> dict[str, Any]:
-    """Every work of both models with every choice of these types, one after the other."""
-    rows = []
+def profile_part(say: Say, keep: Keep, quick: bool = False, dtypes: Sequence[str] = TYPES) -> dict[str, Any]:
+    """Every work of both models with every choice of these types, one after the other; see `real_part`."""
+    rows: list[dict[str, Any]] = []
     for model in ("minilm", "smollm2-135m"):
         for name, work in WORKS.items():
             if work.then == "answer" and model == "minilm":
@@ -62,5 +62,6 @@ def profile_part(say: Callable[[str], None], quick: bool = False, dtypes: Sequen
                 row = {"model": model, "work": name, "dtype": dtype, "attention": attention}
                 found = measured("real_profile.py", model, name, dtype, attention)
                 rows.append(row | found | ({} if "missing" in found else {"per_s": found["tokens"] / found["cpu"]}))
+                keep({"rows": rows})
                 say(f"profile: {', '.join(row.values())}: {rows[-1].get('per_s', found.get('missing'))}")
     return {"rows": rows}

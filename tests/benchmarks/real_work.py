@@ -12,6 +12,7 @@ from typing import Any
 from measure import HERE, last_line, our_path, peer_variables, python
 
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 WORK = (
     ("minilm", "train"), ("minilm", "budgets"),
     ("smollm2-135m", "train"), ("smollm2-135m", "budgets"), ("smollm2-135m", "answer"),
@@ -32,9 +33,16 @@ TYPES = ("float32", "bfloat16")
 LIMIT_S = 900.0
 
 
-def real_part(say: Say, quick: bool = False, dtypes: Sequence[str] = TYPES) -> dict[str, Any]:
-    """Every side of every work, in these types, in a process of its own, one after the other, on one thread each."""
-    rows = []
+def real_part(say: Say, keep: Keep, quick: bool = False, dtypes: Sequence[str] = TYPES) -> dict[str, Any]:
+    """Every side of every work, in these types, in a process of its own, one after the other, on one thread each.
+
+    Args:
+        say: progress.
+        keep: is given what there is after every row.
+        quick: too few rows for a figure that means something.
+        dtypes: of `TYPES`.
+    """
+    rows: list[dict[str, Any]] = []
     for model, work in WORK:
         for side, dtype, attention in [side for side in SIDES if side[1] in dtypes]:
             row = {"model": model, "work": work, "side": side, "dtype": dtype, "attention": attention}
@@ -42,6 +50,7 @@ def real_part(say: Say, quick: bool = False, dtypes: Sequence[str] = TYPES) -> d
             found = measured("real_side.py", model, work, side, dtype, attention, size)
             rate = {} if "missing" in found else {"per_s": found["tokens"] / min(found["seconds"])}
             rows.append(row | found | rate)
+            keep({"rows": rows})
             say(
                 f"real: {model}, {work}, {side}, {dtype}, {attention}: {rows[-1].get('per_s', rows[-1].get('missing'))}"
             )
