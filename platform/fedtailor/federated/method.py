@@ -211,7 +211,7 @@ class Method:
         steps: of ``local_update`` exactly, in the place of ``epochs``.
         passes: work of a step, where a forward pass and a backward pass are 1.
         whole_rows: rows of a lane whose logits are differentiated twice, so must be there at once; 0: none.
-        beside: rows read beside a client's steps, at most, by its own, the pool's and its rounds; once more backward.
+        beside: rows that its searches read, at most, by (own rows, the pool's, rounds); a backward pass counts as one.
         search_epochs: passes of ``personaliser`` that serve all budgets; ``budget_epochs``: at each.
         pooled: one client has the rows of all; it takes ``steps`` a round, or a cohort's together (``examples``).
         adapter_is_model: whether what is exported of a client is its whole model; if not, new clients are refused.

@@ -99,7 +99,7 @@ class ValidationRows:
         if key not in self._clustered:
             points = self._embeddings(ctx, lane, high)
             self._clustered[key] = clusters(points, (ctx.seed, lane.client.id, "validation"))
-        low = stratified(self._clustered[key], max(1, math.floor(self.cfg.low_share * len(high))), rng)
+        low = stratified(self._clustered[key], self._sizes(ctx, lane)[1], rng)
         return ScoredOn(high, high.rows(low))
 
     def _similar(self, ctx: ClientContext, lane: Lane) -> Examples:
@@ -107,16 +107,19 @@ class ValidationRows:
             return lane.train.rows(self._held_out(ctx, lane)[1])
         if ctx.validation is None or not len(ctx.validation):
             raise MethodError("there is no validation pool: set 'task.validation_per_class', or validation=own_holdout")
-        count = max(1, round(self.cfg.sample_weight * len(ctx.validation)))
+        count, _ = self._sizes(ctx, lane)
         if count == len(ctx.validation):
             return ctx.validation
         similar = self._embeddings(ctx, lane, ctx.validation) @ self._embeddings(ctx, lane, lane.train).mean(0)
         return ctx.validation.rows(np.sort(np.argsort(-similar, kind="stable")[:count]))
 
+    def _sizes(self, ctx: ClientContext, lane: Lane) -> tuple[int, int]:
+        return self.cfg.sizes(lane.size, 0 if ctx.validation is None else len(ctx.validation))
+
     def _held_out(self, ctx: ClientContext, lane: Lane) -> tuple[IntArray, IntArray]:
         """Rows to train on and rows to be scored on."""
         order = numpy_rng(ctx.seed, lane.client.id, "holdout").permutation(lane.size)
-        held = max(1, round(self.cfg.holdout * lane.size))
+        held, _ = self._sizes(ctx, lane)
         kept = max(1, lane.size - held)
         return np.sort(order[:kept]), np.sort(order[-held:])
 
